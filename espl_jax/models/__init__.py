@@ -1,0 +1,1 @@
+"""Decoders as pure functions over a params pytree of plain nested dicts."""

@@ -1,0 +1,114 @@
+"""The pieces of a decoder layer that see one token at a time.
+
+Letters here and in `attention.py` and `transformer.py`: T tokens (all levels of the tree flattened
+together), D model, N query heads, K kv heads, G queries per kv head, H head, F feed-forward, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from espl_jax.models.config import DecoderConfig
+
+Linear = dict[str, jax.Array]
+"""`weight`, and beside it `lora_a`, `lora_b` when an adapter is attached."""
+
+
+def einsum(spec: str, x: jax.Array, linear: Linear, config: DecoderConfig) -> jax.Array:
+    """Multiplies activations with a weight: the one door through which every linear weight is used.
+
+    With an adapter (Hu et al. 2021, arXiv 2106.09685) the result is `x W + scale * (x A) B`, and the sum
+    `W + scale * A B` is never formed, so that rounding of the base weights does not touch the adapter.
+
+    Args:
+      spec: einsum subscripts `x,weight->out`; `r` is taken by the adapter's rank.
+      x: activations.
+      linear: `weight`, optionally `lora_a` [contracted dims of the weight..., r], `lora_b` [r, others...].
+      config: numerics and `lora_scale`.
+
+    Returns:
+      The product in float32 when `matmul_precision` is `bfloat16`, else in `config.dtype`.
+    """
+    out = product(spec, x, linear["weight"], config)
+    if "lora_a" in linear:
+        inputs, result = spec.split("->")
+        left, right = inputs.split(",")
+        contracted = "".join(c for c in right if c in left)
+        kept = "".join(c for c in right if c not in left)
+        batch = "".join(c for c in left if c not in contracted)
+        low = product(f"{left},{contracted}r->{batch}r", x, linear["lora_a"], config)
+        out = out + config.lora_scale * product(f"{batch}r,r{kept}->{result}", low, linear["lora_b"], config)
+    return out
+
+
+def product(spec: str, x: jax.Array, weight: jax.Array, config: DecoderConfig) -> jax.Array:
+    """`einsum` without adapters: casts and multiplies as `config` says."""
+    if config.matmul_precision == "bfloat16":
+        return _bfloat16_product(spec, x, weight)
+    precision = jax.lax.Precision.HIGHEST if config.matmul_precision == "highest" else None
+    return jnp.einsum(spec, x.astype(config.dtype), weight.astype(config.dtype), precision=precision)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _bfloat16_product(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    return _rounded(spec, x, weight)
+
+
+def _rounded(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    operands = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+    return jnp.einsum(spec, *operands, preferred_element_type=jnp.float32)
+
+
+def _bfloat16_product_forward(spec: str, x: jax.Array, weight: jax.Array):
+    return _rounded(spec, x, weight), (x, weight)
+
+
+def _bfloat16_product_backward(spec: str, operands: tuple[jax.Array, jax.Array], g: jax.Array):
+    # The derivative of a product of bfloat16 operands mixes them with a float32 cotangent, for which CPUs
+    # have no fast path; rounding the cotangent too keeps both products on it.
+    x, weight = operands
+    inputs, result = spec.split("->")
+    left, right = inputs.split(",")
+    x_bar = _rounded(f"{result},{right}->{left}", g, weight).astype(x.dtype)
+    weight_bar = _rounded(f"{left},{result}->{right}", x, g).astype(weight.dtype)
+    return x_bar, weight_bar
+
+
+_bfloat16_product.defvjp(_bfloat16_product_forward, _bfloat16_product_backward)
+
+
+def rms_norm(x: jax.Array, norm: dict[str, jax.Array], config: DecoderConfig) -> jax.Array:
+    """Root-mean-square normalization (Zhang and Sennrich 2019), computed in float32. [T, D] -> [T, D]."""
+    x = x.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_eps)
+    return (x * norm["scale"].astype(jnp.float32)).astype(config.dtype)
+
+
+def rope_angles(positions: jax.Array, config: DecoderConfig) -> jax.Array:
+    """Rotary angles (Su et al. 2021), half-split convention. int32 [T] -> float32 [T, H / 2]."""
+    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    return positions[:, None].astype(jnp.float32) / config.rope_theta**exponents
+
+
+def rope(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Rotates heads by their positions. x [T, heads, H], angles [T, H / 2] -> [T, heads, H]."""
+    cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def gated_mlp(x: jax.Array, weights: dict[str, Any], config: DecoderConfig) -> jax.Array:
+    """SwiGLU feed-forward (Shazeer 2020). [T, D] -> [T, D]."""
+    gate = einsum("td,df->tf", x, weights["gate"], config)
+    up = einsum("td,df->tf", x, weights["up"], config)
+    return einsum("tf,fd->td", jax.nn.silu(gate) * up, weights["down"], config)
+
+
+def embed(tokens: jax.Array, embedding: Linear, config: DecoderConfig) -> jax.Array:
+    """Looks tokens up. int32 [T] -> [T, D] in `config.dtype`."""
+    return embedding["weight"][tokens].astype(config.dtype)

@@ -1,0 +1,126 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) beside the weights they adapt.
+
+`adapters` is a subtree of the params with `lora_a`, `lora_b` in place of `weight`. Attached, they lie beside
+`weight`, and every product picks them up; the params without them are the reference policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from espl_jax.models.config import DecoderConfig
+from espl_jax.models.transformer import Params, Weight, abstract
+
+TARGETS = ("query", "key", "value", "out", "gate", "up", "down", "head")
+"""Linear weights that can carry an adapter; `head` only where it is not tied to the embedding."""
+
+_LEAVES = ("lora_a", "lora_b")
+
+
+def abstract_adapters(config: DecoderConfig, rank: int, targets: Sequence[str] = TARGETS[:7]) -> Params:
+    """The adapters' pytree with a float32 `Weight` at every leaf.
+
+    Args:
+      config: the decoder.
+      rank: r.
+      targets: names out of `TARGETS`.
+
+    Raises:
+      ValueError: for an unknown target, an empty set, the head of a model that ties it, or a rank below 1.
+    """
+    unknown = sorted(set(targets) - set(TARGETS))
+    if unknown or not targets:
+        raise ValueError(f"lora targets={tuple(targets)!r}: choose some of {TARGETS}")
+    if "head" in targets and config.tied_head:
+        raise ValueError(
+            "lora targets include 'head', but this model ties its head to the embedding; leave it out"
+        )
+    if rank < 1:
+        raise ValueError(f"lora rank={rank}: give at least 1")
+
+    def adapter(weight: Weight) -> dict[str, Weight]:
+        sizes = dict(zip(weight.axes, weight.shape, strict=True)) | {"lora": rank}
+        stack = tuple(a for a in weight.axes if a == "layers")
+        outputs = tuple(a for a in weight.axes if a not in (*stack, *weight.inputs))
+
+        def declare(axes: tuple[str, ...], inputs: tuple[str, ...]) -> Weight:
+            return Weight(axes, inputs, tuple(sizes[a] for a in axes), "float32")
+
+        return {
+            "lora_a": declare((*stack, *weight.inputs, "lora"), weight.inputs),
+            "lora_b": declare((*stack, "lora", *outputs), ("lora",)),
+        }
+
+    def walk(tree: Params) -> Params:
+        chosen = {}
+        for name, node in tree.items():
+            if name in targets:
+                chosen[name] = adapter(node["weight"])
+            elif isinstance(node, dict) and (below := walk(node)):
+                chosen[name] = below
+        return chosen
+
+    return walk(abstract(config))
+
+
+def init(
+    key: jax.Array, config: DecoderConfig, rank: int, targets: Sequence[str] = TARGETS[:7]
+) -> dict[str, Any]:
+    """Fresh adapters: A uniform within 1 / sqrt(fan in), B zero, so that they change nothing. Consumes `key`."""
+    declared = abstract_adapters(config, rank, targets)
+    paths, tree = jax.tree_util.tree_flatten_with_path(declared)
+    keys = jax.random.split(key, len(paths))
+
+    def draw(path: tuple, weight: Weight, key: jax.Array) -> jax.Array:
+        if path[-1].key == "lora_b":
+            return jnp.zeros(weight.shape, weight.dtype)
+        bound = weight.fan_in**-0.5
+        return jax.random.uniform(key, weight.shape, weight.dtype, -bound, bound)
+
+    return jax.tree.unflatten(tree, [draw(p, w, k) for (p, w), k in zip(paths, keys, strict=True)])
+
+
+def attach(params: Params, adapters: Params) -> Params:
+    """Params whose adapted weights carry their adapters; shares all arrays with its arguments."""
+    joined = dict(params)
+    for name, node in adapters.items():
+        joined[name] = attach(params[name], node) if isinstance(node, dict) else node
+    return joined
+
+
+def detach(params: Params) -> tuple[Params, Params]:
+    """The opposite of `attach`: (base, adapters)."""
+    base, adapters = {}, {}
+    for name, node in params.items():
+        if isinstance(node, dict):
+            base[name], below = detach(node)
+            if below:
+                adapters[name] = below
+        else:
+            (adapters if name in _LEAVES else base)[name] = node
+    return base, adapters
+
+
+def merge(params: Params, config: DecoderConfig) -> Params:
+    """Params without adapters that compute the same up to rounding: W + lora_scale * A B, for export."""
+
+    def fold(weight: Weight, node: Params) -> jax.Array:
+        product = jnp.tensordot
+        if weight.axes[0] == "layers":
+            product = jax.vmap(product, in_axes=(0, 0, None))
+        update = product(node["lora_a"], node["lora_b"], 1)  # [layers, inputs..., outputs...]
+        order = [a for a in weight.axes if a == "layers"] + list(weight.inputs)
+        order += [a for a in weight.axes if a not in order]
+        update = update.transpose([order.index(a) for a in weight.axes])
+        return (node["weight"] + config.lora_scale * update).astype(node["weight"].dtype)
+
+    def walk(declared: Params, node: Params) -> Params:
+        if "lora_a" in node:
+            return {"weight": fold(declared["weight"], node)}
+        return {k: walk(declared[k], v) if isinstance(v, dict) else v for k, v in node.items()}
+
+    return walk(abstract(config), params)

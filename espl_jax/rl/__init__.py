@@ -1,0 +1,1 @@
+"""Advantages, losses and logprobs: arrays in, arrays out."""

@@ -1,0 +1,1 @@
+"""From caches to new tokens: drawing, jitted decode chunks, and the loop that feeds them."""

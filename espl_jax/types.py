@@ -1,0 +1,169 @@
+"""The records that pass between the two worlds, and nothing else.
+
+Host code (prompts, ratings, rewards) and device code (params, gradients) never import each other; both
+import this module, which needs numpy alone. Letters: M system prompts, B problems, N rollouts of each
+(prompt, problem) pair, T new tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Message = dict[str, str]
+"""One chat message, `{"role": "system" | "user" | "assistant", "content": ...}`."""
+
+Conversation = list[Message]
+"""Messages in order. A last message of the assistant's is an opening that the reply must continue."""
+
+Reflect = Callable[[Sequence[Conversation]], list[str]]
+"""Conversations in, one reply each out, in order. A reply includes the opening, if one was given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One problem.
+
+    Attributes:
+      id: stable name, unique in its problem set; random keys are folded from it.
+      text: the statement as the user turn gives it.
+      answer: the gold answer, for the grader and for reflection, never for the policy.
+    """
+
+    id: str
+    text: str
+    answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SystemPrompt:
+    """One member of the population: what is said to the model, how good it is believed to be, whence it came.
+
+    Attributes:
+      id: unique in a run (`p0`, `p1`, ...), never given twice; empty for a child not yet in a population.
+      text: prose that comes before the principles; may be empty.
+      principles: numbered G0, G1, ... by their place in this tuple.
+      mu, sigma: TrueSkill mean and standard deviation (METHOD, ratings: 25 and 25/3 at first).
+      parents: ids of the parents; empty for a root.
+      operator: `root`, `mutation` or `crossover`.
+      iteration: the iteration that made it.
+      edits: the edits that made it, in the order applied, as plain dicts.
+      evidence: what the operator went by (problems won, suggestions), as plain JSON values.
+    """
+
+    text: str = ""
+    principles: tuple[str, ...] = ()
+    id: str = ""
+    mu: float = 25.0
+    sigma: float = 25.0 / 3.0
+    parents: tuple[str, ...] = ()
+    operator: str = "root"
+    iteration: int = 0
+    edits: tuple[dict[str, Any], ...] = ()
+    evidence: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def render(self) -> str:
+        """The system turn's content; empty means that there is no system turn at all."""
+        numbered = "\n".join(f"G{i}. {principle}" for i, principle in enumerate(self.principles))
+        return "\n\n".join(part for part in (self.text, numbered) if part)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grade:
+    """What an environment says of one reply.
+
+    Attributes:
+      reward: what the gradient and the ratings see; any finite number.
+      success: whether it counts for pass@k and accuracy.
+      answer: the answer as the grader read it, or None where it found none.
+    """
+
+    reward: float
+    success: bool
+    answer: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """One iteration's rollouts: the single thing handed from sampling to both branches.
+
+    A prompt may fill several of the M slots (copies, early in a run); whatever compares prompts goes by
+    `prompts[i].id`, so that copies are pooled.
+
+    Attributes:
+      prompts: the system prompts, one a slot, [M].
+      problems: the problems, [B].
+      system_tokens: tokens of the shared start of every conversation of a slot, M lists.
+      problem_tokens: the rest of each prompt up to the model's turn, M lists of B lists, each at least one.
+      tokens: int32 [M, B, N, T], the new tokens, right padded with zeros.
+      lengths: int32 [M, B, N], new tokens of each rollout (the stop token included).
+      logprobs: float32 [M, B, N, T], under the distribution drawn from; zero past the length.
+      untruncated_logprobs: float32 [M, B, N, T], under softmax(logits / temperature).
+      truncated: bool [M, B, N], stopped by the token limit.
+      replies: text of each rollout without its thinking blocks, [M][B][N].
+      answers: the answer that the grader read, or None, [M][B][N].
+      rewards: float32 [M, B, N].
+      success: bool [M, B, N].
+    """
+
+    prompts: tuple[SystemPrompt, ...]
+    problems: tuple[Problem, ...]
+    system_tokens: tuple[tuple[int, ...], ...]
+    problem_tokens: tuple[tuple[tuple[int, ...], ...], ...]
+    tokens: np.ndarray
+    lengths: np.ndarray
+    logprobs: np.ndarray
+    untruncated_logprobs: np.ndarray
+    truncated: np.ndarray
+    replies: tuple[tuple[tuple[str, ...], ...], ...]
+    answers: tuple[tuple[tuple[str | None, ...], ...], ...]
+    rewards: np.ndarray
+    success: np.ndarray
+
+    def slots(self) -> dict[str, list[int]]:
+        """Slots of each distinct prompt: id -> indices on the M axis, in order of selection."""
+        slots: dict[str, list[int]] = {}
+        for i, prompt in enumerate(self.prompts):
+            slots.setdefault(prompt.id, []).append(i)
+        return slots
+
+    def distinct(self) -> list[SystemPrompt]:
+        """The distinct prompts, in order of selection."""
+        return [self.prompts[slots[0]] for slots in self.slots().values()]
+
+    def score_matrix(self) -> np.ndarray:
+        """Phi: float64 [distinct prompts, B], each prompt's mean reward on each problem, copies pooled."""
+        rewards = self.rewards.astype(np.float64)
+        return np.stack([rewards[slots].mean(axis=(0, 2)) for slots in self.slots().values()])
+
+
+class TrainBatch(NamedTuple):
+    """The prefix tree of one policy-gradient step, right padded. Arrays of numpy or jax.
+
+    Levels: system prompts [M], problems [M, P], rollouts [M, P, N], where P <= B: problems whose group has
+    no gradient may have been left out. A rollout's inputs begin with the last token of its problem, so that
+    column t of `inputs` predicts column t of `targets`.
+
+    Attributes:
+      system_tokens: int32 [M, S]; system_lengths: int32 [M].
+      problem_tokens: int32 [M, P, Q]; problem_lengths: int32 [M, P] (the last token of the prompt left out).
+      inputs: int32 [M, P, N, T]; targets: int32 [M, P, N, T].
+      mask: bool [M, P, N, T], True where a target was drawn by the policy.
+      sampler_logprobs: float32 [M, P, N, T].
+      advantages: float32 [M, P, N].
+      num_rollouts: float32 [], rollouts of the iteration, those left out included: the 1/(NMB) of the paper.
+    """
+
+    system_tokens: Any
+    system_lengths: Any
+    problem_tokens: Any
+    problem_lengths: Any
+    inputs: Any
+    targets: Any
+    mask: Any
+    sampler_logprobs: Any
+    advantages: Any
+    num_rollouts: Any
