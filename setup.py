@@ -19,6 +19,7 @@ setup(
         "chex>=0.1.90",
         "etils>=1.12",
         "flax>=0.12",
+        "jinja2>=3.1.6",
         "gguf>=0.17",
         "jax>=0.9",
         "json-repair>=0.40",

@@ -113,7 +113,7 @@ def sample_tree(
     problem_tokens: Sequence[Sequence[Sequence[int]]],
     keys: jax.Array,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | np.ndarray,
     temperature: float,
     stop_ids: Sequence[int] = (),
     max_rows: int | None = None,
@@ -131,7 +131,8 @@ def sample_tree(
       system_tokens: M lists, the start of every prompt of a lane; may be empty.
       problem_tokens: M lists of B lists, the rest of each prompt, at least one token.
       keys: uint32 [M, B, N, 2], as `row_keys` makes them.
-      max_new_tokens: at most so many for every row.
+      max_new_tokens: at most so many, for every row, or an int array that broadcasts to [M, B, N]; rows that
+        may draw nothing take up no room.
       temperature: 0 takes the most likely token.
       stop_ids: token ids that end a row.
       max_rows: most rows of one lane in flight at once; all of them by default.
@@ -139,34 +140,36 @@ def sample_tree(
       mesh: shard rows over its data axes.
 
     Returns:
-      Samples, leading axes [M, B, N], T = max_new_tokens.
+      Samples, leading axes [M, B, N], T = the largest of max_new_tokens.
 
     Raises:
       ValueError: if temperature or max_new_tokens is out of range, or a sequence could outgrow the model.
     """
     lanes, problems, group = keys.shape[:3]
-    _check(config, system_tokens, problem_tokens, max_new_tokens, temperature)
+    limits = np.broadcast_to(max_new_tokens, keys.shape[:3]).astype(np.int32).reshape(-1)
+    most = int(limits.max())
+    _check(config, system_tokens, problem_tokens, most, temperature)
     flat = [tokens for lane in problem_tokens for tokens in lane]
     width = bucket(max(len(tokens) for tokens in flat) - 1)
     systems = pad_right(system_tokens)
     nodes = pad_right([tokens[:-1] for tokens in flat], width)
     system, shared = decode.prefill(params, config, *systems, *nodes)
 
-    steps = min(chunk, max_new_tokens)
+    steps = min(chunk, most)
     stops = jnp.asarray(sorted(stop_ids) or [-1], jnp.int32)
     last_tokens = np.array([tokens[-1] for tokens in flat], np.int32)
     keys = np.asarray(keys).reshape(-1, 2)
     total = problems * group
-    queues = [list(range(lane * total, (lane + 1) * total)) for lane in range(lanes)]
+    queues = [[r for r in range(lane * total, (lane + 1) * total) if limits[r]] for lane in range(lanes)]
     flying: list[list[int]] = [[] for _ in range(lanes)]  # row numbers in flight, by lane
     slot_of: dict[int, int] = {}
     filled = np.repeat(nodes[1], group)  # columns of each row's cache in use
     out = Samples(
-        np.zeros((lanes * total, max_new_tokens), np.int32),
+        np.zeros((lanes * total, most), np.int32),
         np.zeros(lanes * total, np.int32),
-        np.zeros((lanes * total, max_new_tokens), np.float32),
-        np.zeros((lanes * total, max_new_tokens), np.float32),
-        np.ones(lanes * total, bool),
+        np.zeros((lanes * total, most), np.float32),
+        np.zeros((lanes * total, most), np.float32),
+        limits > 0,
     )
 
     rows, capacity = None, 0
@@ -179,7 +182,7 @@ def sample_tree(
         new = [r for lane in fresh for r in lane]
         if new or rows is None or wanted != (rows.token.shape[0] // lanes, capacity):
             rows, slot_of = _arrange(
-                rows, shared, flying, new, slot_of, last_tokens, keys, group, max_new_tokens, *wanted
+                rows, shared, flying, new, slot_of, last_tokens, keys, group, limits, *wanted
             )
             rows = sharding.place_rows(rows, mesh)
             capacity = wanted[1]
@@ -217,20 +220,19 @@ def _rows_bucket(rows: int, most: int) -> int:
     return most
 
 
-def _arrange(rows, shared, flying, new, slot_of, last_tokens, keys, group, limit, slots, capacity):
+def _arrange(rows, shared, flying, new, slot_of, last_tokens, keys, group, limits, slots, capacity):
     """Puts rows in flight into `slots` slots a lane. Returns (rows, slot of each row number)."""
     admitted = None
     if new:
         # Shapes stay few: as many rows are admitted as there are slots, the surplus is never looked at.
         padded = np.array(new + [new[0]] * (slots * len(flying) - len(new)))
         node = padded // group
-        limits = jnp.full(len(padded), limit, jnp.int32)
         width = capacity if rows is None else max(capacity, rows.cache.key.shape[3])
         admitted = decode.admit(
             shared,
             jnp.asarray(node),
             jnp.asarray(last_tokens[node]),
-            limits,
+            jnp.asarray(limits[padded]),
             jnp.asarray(keys[padded]),
             capacity=width,
         )

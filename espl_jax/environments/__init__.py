@@ -1,0 +1,1 @@
+"""Tasks: what the user turn says, and what a reply is worth."""

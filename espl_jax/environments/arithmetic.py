@@ -1,0 +1,87 @@
+"""Sums with one number as the answer: small enough for a small model to learn in minutes."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+
+from espl_jax.environments import boxed
+from espl_jax.types import Grade, Problem
+
+ANSWER_FORMATS = ("last_number", "boxed")
+
+# Digits in groups of three with commas, or without; then decimals. ASCII digits only.
+_NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+", re.ASCII)
+_MINUS = "-\N{MINUS SIGN}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arithmetic:
+    r"""Grades a number: reward 1 for the right one, else 0.
+
+    Attributes:
+      answer_format: `last_number` reads the last number of the reply ("27 + 58 = 85" is 85), `boxed` the last
+        number inside the last `\boxed{...}`.
+      instruction: said after the problem; None asks for a box where one is needed, and says nothing else.
+
+    Raises:
+      ValueError: for an unknown answer_format.
+    """
+
+    answer_format: str = "last_number"
+    instruction: str | None = None
+
+    def __post_init__(self):
+        if self.answer_format not in ANSWER_FORMATS:
+            raise ValueError(
+                f"answer_format={self.answer_format!r} is unknown; choose one of {', '.join(ANSWER_FORMATS)}"
+            )
+
+    def user_message(self, problem: Problem) -> str:
+        """The problem's text, and the instruction on the same line."""
+        instruction = self.instruction
+        if instruction is None:
+            instruction = boxed.INSTRUCTION if self.answer_format == "boxed" else ""
+        return f"{problem.text} {instruction}".rstrip()
+
+    def grade(self, problems: Sequence[Problem], replies: Sequence[str]) -> list[Grade]:
+        """Grades of a batch, in order.
+
+        Raises:
+          ValueError: if a gold answer is not a number.
+        """
+        return [self._grade(problem, reply) for problem, reply in zip(problems, replies, strict=True)]
+
+    def _grade(self, problem: Problem, reply: str) -> Grade:
+        gold = last_number(problem.answer)
+        if gold is None:
+            raise ValueError(
+                f"problem {problem.id}: answer={problem.answer!r} holds no number; correct the data"
+            )
+        if self.answer_format == "boxed":
+            # LaTeX writes a thousands separator as {,} to avoid the space after a comma.
+            reply = (boxed.last_boxed(reply) or "").replace("{,}", ",")
+        number = last_number(reply)
+        success = number is not None and Decimal(number) == Decimal(gold)
+        return Grade(reward=float(success), success=success, answer=number)
+
+
+def last_number(text: str) -> str | None:
+    """The last number of a text as plain digits, `-1234.5`; None without one.
+
+    Commas between groups of three digits belong to the number. A minus before it is its sign unless something
+    is there to subtract from: a digit or a closing bracket ("9 - 4"), or a word that it hyphenates.
+    """
+    numbers = list(_NUMBER.finditer(text))
+    if not numbers:
+        return None
+    before = text[: numbers[-1].start()]
+    sign = ""
+    if before.endswith(tuple(_MINUS)):
+        left = before[:-1]
+        subtracted = left.rstrip().endswith(tuple("0123456789)]}"))
+        hyphenated = left[-1:].isalnum()
+        sign = "" if subtracted or hyphenated else "-"
+    return sign + numbers[-1].group().replace(",", "")

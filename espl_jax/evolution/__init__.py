@@ -1,0 +1,1 @@
+"""System prompts as an evolving population: ratings, selection, edits, mutation and crossover (no jax)."""

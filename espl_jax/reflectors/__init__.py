@@ -1,0 +1,1 @@
+"""Who reflects: functions from conversations to replies."""

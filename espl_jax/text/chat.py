@@ -1,0 +1,153 @@
+"""Conversations as the model's own chat template writes them, and where they are cut for the prefix tree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerFast
+
+from espl_jax.types import Conversation, Message
+
+
+def render(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], **chat_template_kwargs: Any
+) -> str:
+    """The text of a conversation up to where the model writes on.
+
+    The model's own template is used, with its generation prompt. A last message of the assistant's is an
+    opening: it follows the generation prompt as it stands, and the model continues it. A blank system message
+    is left out, so that the template's own default (if it has one) applies.
+
+    Where the template has no system role, the system text begins the first user turn, with a blank line after
+    it.
+
+    Args:
+      tokenizer: with a chat template.
+      messages: at least one, the last of the user's or an opening of the assistant's.
+      **chat_template_kwargs: passed to the template (`enable_thinking`, ...).
+
+    Raises:
+      ValueError: for a conversation without a user turn, or a tokenizer without a chat template.
+      jinja2.exceptions.TemplateError: for a conversation that the template refuses for another reason.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("the tokenizer has no chat_template; use an instruction-tuned model, or set one")
+    turns = [m for m in messages if m["role"] != "system" or m["content"].strip()]
+    opening = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else ""
+    if not any(turn["role"] == "user" for turn in turns):
+        raise ValueError("the conversation has no user turn; give at least one message of role user")
+    if turns[0]["role"] == "system" and not has_system_role(tokenizer, **chat_template_kwargs):
+        turns = _system_in_user_turn(turns)
+    return _apply(tokenizer, turns, **chat_template_kwargs) + opening
+
+
+def has_system_role(tokenizer: PreTrainedTokenizerFast, **chat_template_kwargs: Any) -> bool:
+    """Whether the template writes system messages: found out by trying one, since some templates raise and
+    some drop it silently."""
+    system = "the system message of a trial"
+    trial = [{"role": "system", "content": system}, {"role": "user", "content": "a"}]
+    try:
+        return system in _apply(tokenizer, trial, **chat_template_kwargs)
+    except TemplateError:
+        return False
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], **chat_template_kwargs: Any
+) -> tuple[list[int], list[int]]:
+    """Tokens of a conversation, cut where the prefix tree branches from system prompt to problem.
+
+    The conversation is rendered whole and tokenized whole, so that the two parts together are exactly the
+    tokens without any sharing. The cut comes right after the last special token before the last user turn's
+    text, a place where no merge of the tokenizer can reach across; without such a token, after the first one.
+    It is the same for every text of that turn.
+
+    Args:
+      tokenizer: with a chat template.
+      messages: as for `render`, with at least one user turn.
+      **chat_template_kwargs: passed to the template.
+
+    Returns:
+      (system_tokens, rest_tokens), each with at least one token.
+
+    Raises:
+      ValueError: as `render`, or if the conversation is shorter than two tokens.
+    """
+    tokens = encode(tokenizer, render(tokenizer, messages, **chat_template_kwargs))
+    if len(tokens) < 2:
+        raise ValueError(f"the conversation has {len(tokens)} tokens; two at least are needed, one a level")
+    shared = encode(tokenizer, _before_user_text(tokenizer, messages, **chat_template_kwargs))
+    special = _special_ids(tokenizer)
+    count = sum(token in special for token in shared)
+    places = [i + 1 for i, token in enumerate(tokens) if token in special]
+    cut = min(places[count - 1] if count else 1, len(tokens) - 1)
+    return tokens[:cut], tokens[cut:]
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Tokens of a text as it stands; templates write the special tokens themselves."""
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def cut_middle(tokens: Sequence[int], limit: int, mark_tokens: Sequence[int]) -> list[int]:
+    """Shortens a long text to its head and its tail, with a mark between them.
+
+    Args:
+      tokens: the text.
+      limit: the most tokens to return, the mark included.
+      mark_tokens: what says that something was left out.
+
+    Returns:
+      `tokens` if they fit, otherwise exactly `limit` tokens; an odd one goes to the head.
+
+    Raises:
+      ValueError: if the text must be cut and `limit` leaves no token beside the mark.
+    """
+    if len(tokens) <= limit:
+        return list(tokens)
+    kept = limit - len(mark_tokens)
+    if kept < 1:
+        raise ValueError(
+            f"limit={limit} leaves no room beside a mark of {len(mark_tokens)} tokens; raise the limit"
+        )
+    tail = kept // 2
+    return [*tokens[: kept - tail], *mark_tokens, *tokens[len(tokens) - tail :]]
+
+
+def _apply(tokenizer: PreTrainedTokenizerFast, turns: Conversation, **chat_template_kwargs: Any) -> str:
+    return tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=True, **chat_template_kwargs
+    )
+
+
+def _system_in_user_turn(turns: Conversation) -> Conversation:
+    system, *rest = turns
+    first = next(i for i, turn in enumerate(rest) if turn["role"] == "user")
+    user = rest[first]
+    rest[first] = {**user, "content": f"{system['content']}\n\n{user['content']}"}
+    return rest
+
+
+def _before_user_text(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], **chat_template_kwargs: Any
+) -> str:
+    """What is rendered before the last user turn's text, whatever that text is."""
+    last = max(i for i, message in enumerate(messages) if message["role"] == "user")
+
+    def with_text(text: str) -> str:
+        changed = [*messages[:last], {**messages[last], "content": text}, *messages[last + 1 :]]
+        return render(tokenizer, changed, **chat_template_kwargs)
+
+    # Templates may strip the text or put it anywhere: two texts that differ at once show where it begins.
+    one, other = with_text("a"), with_text("b")
+    for i, (x, y) in enumerate(zip(one, other, strict=False)):
+        if x != y:
+            return one[:i]
+    raise ValueError("the chat template does not write the text of the last user turn; use another template")
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    named = set(tokenizer.all_special_ids)
+    return frozenset(named | {i for i, token in tokenizer.added_tokens_decoder.items() if token.special})

@@ -1,0 +1,23 @@
+"""What a model says after it has thought."""
+
+from __future__ import annotations
+
+import re
+
+OPEN, CLOSE = "<think>", "</think>"
+_BLOCK = re.compile(f"{OPEN}.*?{CLOSE}", re.DOTALL)
+
+
+def strip_thinking(text: str) -> str:
+    """The text without its thinking: what graders and reflection are given.
+
+    Left out are `<think>...</think>` blocks; everything up to a `</think>` that nothing opened (the template
+    wrote the opening tag into the prompt); and everything after a `<think>` that is never closed. Text
+    without either tag is returned as it stands, otherwise the white space around the rest is trimmed.
+    """
+    if OPEN not in text and CLOSE not in text:
+        return text
+    # Searching only up to the last closing tag keeps the search linear, however many tags are left open.
+    thought, close, rest = text.rpartition(CLOSE)
+    kept = _BLOCK.sub("", thought + close).rpartition(CLOSE)[2]
+    return (kept + rest.partition(OPEN)[0]).strip()

@@ -1,0 +1,90 @@
+import json
+
+import pytest
+
+from espl_jax.data import load
+from espl_jax.data.jsonl import read_jsonl
+
+
+def write(tmp_path, *records, name="some.jsonl"):
+    path = tmp_path / name
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records), encoding="utf-8")
+    return path
+
+
+def test_usual_fields_are_found(tmp_path):
+    path = write(
+        tmp_path,
+        {"id": 7, "problem": "one", "answer": 12},
+        "",
+        {"id": "b", "question": "two\u2028lines", "answer": "x = 3\n#### 1,234 "},
+    )
+    one, two = read_jsonl(path).problems
+    assert (one.id, one.text, one.answer) == ("7", "one", "12")
+    assert (two.id, two.text, two.answer) == ("b", "two\u2028lines", "1,234")
+
+
+def test_ids_from_text_are_stable_and_distinct(tmp_path):
+    records = [{"problem": "one", "answer": "1"}, {"problem": "two", "answer": "1"}]
+    first = read_jsonl(write(tmp_path, *records))
+    again = read_jsonl(write(tmp_path, *reversed(records), name="other.jsonl"))
+    assert {p.text: p.id for p in first.problems} == {p.text: p.id for p in again.problems}
+    assert first.problems[0].id == "7692c3ad3540"  # the first 12 digits of sha256("one")
+
+
+def test_field_names_can_be_given(tmp_path):
+    path = write(tmp_path, {"problem": "not this", "prompt": "this", "gold": "5", "key": "k"})
+    (problem,) = read_jsonl(path, {"text": "prompt", "answer": "gold", "id": "key"}).problems
+    assert (problem.id, problem.text, problem.answer) == ("k", "this", "5")
+    with pytest.raises(ValueError, match=r"fields=\['question'\]"):
+        read_jsonl(path, {"question": "prompt"})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            {"problem": "a", "solution": "3"},
+            r"line 2: no field 'answer'; the fields are \['problem', 'solution'\]",
+        ),
+        (
+            {"text": "a", "answer": "3"},
+            r"line 2: no field 'problem' or 'question'; the fields are \['answer', 't",
+        ),
+        ({"problem": "a", "answer": None}, "line 2: the field 'answer' is None"),
+        ({"problem": "a", "answer": True}, "line 2: the field 'answer' is True"),
+        ({"problem": " ", "answer": "1"}, "line 2: the field 'problem' is ' '"),
+        ({"problem": "a", "answer": "so ####"}, "line 2: nothing follows ####"),
+        ("[1]", "line 2: a list"),
+        ('{"problem": ', "line 2: not JSON"),
+        ({"problem": "first", "answer": "2"}, "line 2: the same text as in line 1"),
+        ({"problem": "new", "answer": "2", "id": "a7937b64b8ca"}, "line 2: the same id as in line 1"),
+    ],
+)
+def test_errors_name_file_line_and_field(tmp_path, line, message):
+    path = write(tmp_path, {"problem": "first", "answer": "1"}, line)
+    with pytest.raises(ValueError, match=message) as error:
+        read_jsonl(path)
+    assert "some.jsonl" in str(error.value)
+
+
+def test_unusable_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="is empty"):
+        read_jsonl(write(tmp_path, "", ""))
+    with pytest.raises(FileNotFoundError, match="no file"):
+        read_jsonl(tmp_path / "missing.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes('{"problem": "é", "answer": "1"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match="not UTF-8"):
+        read_jsonl(tmp_path / "latin.jsonl")
+    with pytest.raises(ValueError, match="no field 'key'"):
+        read_jsonl(write(tmp_path, {"problem": "a", "answer": "1"}), {"id": "key"})
+
+
+def test_real_problems(shared):
+    hmmt = load(str(shared / "data" / "hmmt_feb_2025.jsonl"))
+    assert len(hmmt) == 30
+    assert (hmmt.problems[0].id, hmmt.problems[0].answer) == ("hmmt-feb-2025-01", "103")
+    gsm8k = load(str(shared / "data" / "gsm8k_test.jsonl"))
+    assert len(gsm8k) == 1319
+    assert [p.answer for p in gsm8k.problems[:2]] == ["18", "3"]
+    assert not any("#" in p.answer for p in gsm8k.problems)

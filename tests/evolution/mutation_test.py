@@ -1,0 +1,206 @@
+"""Mutation with a scripted reflector: which calls are made, and what becomes of the replies."""
+
+import json
+
+import numpy as np
+import pytest
+
+from espl_jax.evolution.mutation import mutate
+from espl_jax.types import Problem, Rollouts, SystemPrompt
+
+PARENT = SystemPrompt(text="Add.", principles=("Add the ones.", "Be brief."), id="p3", mu=31.0, sigma=4.0)
+OTHER = SystemPrompt(text="Other.", id="p4")
+
+
+def rollouts_of(prompts, rewards):
+    """Rollouts of M prompts with the rewards given, [M, B, N]; a reward above 1/2 is a success."""
+    rewards = np.array(rewards, np.float32)
+    m, b, n = rewards.shape
+    empty = np.zeros((m, b, n, 0))
+    return Rollouts(
+        prompts=tuple(prompts),
+        problems=tuple(Problem(f"q{j}", f"What is {10 + j} + {20 + j}?", str(30 + 2 * j)) for j in range(b)),
+        system_tokens=(),
+        problem_tokens=(),
+        tokens=empty,
+        lengths=np.zeros((m, b, n)),
+        logprobs=empty,
+        untruncated_logprobs=empty,
+        truncated=np.zeros((m, b, n), bool),
+        replies=tuple(tuple(tuple(f"reply {i}{j}{k}" for k in range(n)) for j in range(b)) for i in range(m)),
+        answers=tuple(tuple(tuple(None for _ in range(n)) for _ in range(b)) for _ in range(m)),
+        rewards=rewards,
+        success=rewards > 0.5,
+    )
+
+
+class Scripted:
+    """Answers each stage with its script: one reply for all conversations, or a list of them."""
+
+    def __init__(self, *stages):
+        self.stages = list(stages)
+        self.calls = []
+
+    def __call__(self, conversations):
+        self.calls.append(list(conversations))
+        script = self.stages[len(self.calls) - 1]
+        return [script] * len(conversations) if isinstance(script, str) else script
+
+
+def edits(*items):
+    return json.dumps(list(items))
+
+
+def add(principle):
+    return {"op": "add", "principle": principle}
+
+
+def user_turn(conversation):
+    return next(message["content"] for message in conversation if message["role"] == "user")
+
+
+def test_three_stages_by_hand():
+    reflect = Scripted(
+        "Summary: The attempt guessed.",
+        edits(add("Carry the ten."), {"op": "modify", "id": "G1", "principle": "Give only the number."}),
+        edits({"op": "merge", "ids": ["G0", "C0"], "principle": "Add the ones and carry."}),
+    )
+    offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1, 0], [1, 1, 1], [0, 0, 0]]]), reflect)
+    assert [len(call) for call in reflect.calls] == [3, 1, 1]  # only the first problem is mixed
+    child = offspring.child
+    assert child.principles == ("Add the ones and carry.", "Be brief.")
+    assert (child.text, child.parents, child.operator, child.id) == ("Add.", ("p3",), "mutation", "")
+    assert (child.mu, child.sigma) == (31.0, pytest.approx(17**0.5))
+    assert [edit["op"] for edit in child.edits] == ["add", "merge"]
+    assert child.edits[0] == {"op": "add", "id": "C0", "principle": "Carry the ten."}
+    assert child.evidence["problems"] == ["q0"]
+    assert child.evidence["suggestions"][0]["id"] == "G1"
+    assert offspring.drops == {}
+    assert offspring.reason == ""
+
+
+def test_the_reflector_sees_what_it_needs():
+    reflect = Scripted("Summary: The attempt guessed.", edits(add("Carry the ten.")), "[]")
+    offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1]]]), reflect)
+    summaries, (critique,), (revision,) = reflect.calls
+    assert "reply 000" in user_turn(summaries[0])
+    assert "Verdict: wrong" in user_turn(summaries[0])
+    assert "Verdict: right" in user_turn(summaries[1])
+    assert "Correct answer: 30" in user_turn(summaries[0])
+    assert summaries[0][0] == summaries[1][0]  # a shared prefix
+    assert "- wrong: The attempt guessed.\n- right: The attempt guessed." in user_turn(critique)
+    assert "G1. Be brief." in user_turn(critique)
+    assert "C0. Carry the ten." in user_turn(revision)
+    assert [turn["role"] for turn in critique] == ["system", "user", "assistant"]
+    assert [record["stage"] for record in offspring.transcripts] == ["summary"] * 2 + ["critique", "revision"]
+    assert offspring.transcripts[2]["conversation"] is critique
+    json.dumps(offspring.transcripts)
+
+
+def test_without_opening_the_user_speaks_last():
+    reflect = Scripted("s", edits(add("Carry the ten.")), "[]")
+    mutate(PARENT, rollouts_of([PARENT], [[[0, 1]]]), reflect, opening=False)
+    assert {conversation[-1]["role"] for call in reflect.calls for conversation in call} == {"user"}
+
+
+def test_no_mixed_problem_means_no_call():
+    reflect = Scripted()
+    offspring = mutate(PARENT, rollouts_of([PARENT, OTHER], [[[1, 1], [0, 0]], [[0, 1], [0, 1]]]), reflect)
+    assert (offspring.child, offspring.reason, reflect.calls) == (None, "no_mixed_problem", [])
+
+
+def test_copies_are_pooled():
+    """Neither copy is mixed by itself; together they are, and both are summarized."""
+    reflect = Scripted("s", edits(add("Carry the ten.")), "[]")
+    offspring = mutate(PARENT, rollouts_of([PARENT, OTHER, PARENT], [[[0, 0]], [[1, 1]], [[1, 1]]]), reflect)
+    assert [len(call) for call in reflect.calls] == [4, 1, 1]
+    assert [user_turn(c).count(f"reply {i}0{j}") for c, (i, j) in zip(
+        reflect.calls[0], [(0, 0), (0, 1), (2, 0), (2, 1)], strict=True
+    )] == [1, 1, 1, 1]  # fmt: skip
+    assert offspring.child.principles == (*PARENT.principles, "Carry the ten.")
+
+
+def test_rewards_need_not_be_zero_or_one():
+    reflect = Scripted("s", edits(add("Carry the ten.")), "[]")
+    mutate(PARENT, rollouts_of([PARENT], [[[0.25, 0.75], [-1.0, -1.0]]]), reflect)
+    first, second = reflect.calls[0]
+    assert "wrong (reward 0.25)" in user_turn(first)
+    assert "right (reward 0.75)" in user_turn(second)
+
+
+def test_unmentioned_candidates_become_principles():
+    critiques = [edits(add("First new.")), edits(add("Second new.")), edits(add("first NEW"))]
+    reflect = Scripted("s", critiques, "[]")
+    offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1]] * 3]), reflect)
+    assert offspring.child.principles == (*PARENT.principles, "First new.", "Second new.")
+    assert offspring.drops == {"repeat": 1}
+
+
+def test_a_useless_revision_falls_back_on_the_critiques():
+    suggestion = {"op": "modify", "id": "G0", "principle": "Add the ones first."}
+    later = {"op": "modify", "id": "G0", "principle": "Another text for it."}
+    reflect = Scripted("s", edits(add("Carry the ten."), suggestion, later), "I like them all!")
+    offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1]]]), reflect, max_edits=3)
+    assert offspring.child.principles == ("Add the ones first.", "Be brief.", "Carry the ten.")
+    assert offspring.drops == {"no_json": 1, "revision_unusable": 1, "conflict": 1}
+    assert offspring.child.evidence["revision_unusable"] is True
+
+
+def test_an_empty_revision_keeps_the_adds_alone():
+    suggestion = {"op": "modify", "id": "G0", "principle": "Add the ones first."}
+    reflect = Scripted("s", edits(suggestion), "[]")
+    offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1]]]), reflect)
+    assert (offspring.child, offspring.reason) == (None, "unchanged")
+
+
+def test_unknown_ids_never_create_principles():
+    reflect = Scripted(
+        "s",
+        edits({"op": "modify", "id": "G7", "principle": "From nowhere."}, add("Carry the ten.")),
+        edits(
+            {"op": "modify", "id": "C5", "principle": "From nowhere."},
+            {"op": "merge", "ids": ["G0", "G9"], "principle": "From nowhere."},
+            {"op": "add", "principle": "Not offered here."},
+            {"op": "modify", "id": "C0", "principle": "Carry every ten."},
+        ),
+    )
+    offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1]]]), reflect)
+    assert offspring.child.principles == (*PARENT.principles, "Carry every ten.")
+    assert offspring.drops == {"unknown_id": 3, "not_allowed": 1}
+
+
+def test_a_dict_for_a_list_is_read():
+    reflect = Scripted("s", json.dumps(add("Carry the ten.")), json.dumps({"edits": []}))
+    offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1]]]), reflect)
+    assert offspring.child.principles[-1] == "Carry the ten."
+
+
+def test_useless_critiques_make_no_child_and_no_revision():
+    reflect = Scripted("s", ["nothing", edits({"op": "remove", "id": "G0"})])
+    offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1], [0, 1]]]), reflect)
+    assert (offspring.child, offspring.reason) == (None, "no_edits")
+    assert offspring.drops == {"no_json": 1, "not_allowed": 1}
+    assert len(reflect.calls) == 2
+
+
+def test_limits_on_edits_words_and_principles():
+    long = "Carry the ten over to the next column. " + "word " * 40
+    reflect = Scripted("s", edits(add(long), add("Second new."), add("Third new.")), "[]")
+    offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1]]]), reflect, max_edits=2, max_principles=3)
+    assert offspring.child.principles == (*PARENT.principles, "Carry the ten over to the next column.")
+    assert offspring.drops == {"too_many": 1, "shortened": 1, "no_room": 1}
+    assert offspring.child.edits[-1] == {"op": "keep", "first": 3}
+
+
+def test_problems_do_not_enter_the_prompt():
+    reflect = Scripted("s", edits(add("What is 10 + 20? It is 30."), add("Carry the ten.")), "[]")
+    offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1]]]), reflect)
+    assert offspring.child.principles == (*PARENT.principles, "Carry the ten.")
+    assert offspring.drops == {"copies_problem": 1}
+
+
+def test_errors_name_what_is_wrong():
+    with pytest.raises(ValueError, match="'p3' has no rollouts"):
+        mutate(PARENT, rollouts_of([OTHER], [[[0, 1]]]), Scripted())
+    with pytest.raises(ValueError, match="1 replies to the 2 conversations of the stage 'summary'"):
+        mutate(PARENT, rollouts_of([PARENT], [[[0, 1]]]), Scripted(["only one"]))

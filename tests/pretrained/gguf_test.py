@@ -1,0 +1,142 @@
+import numpy as np
+import pytest
+
+from espl_jax.models import transformer
+from espl_jax.models.config import DecoderConfig
+from espl_jax.pretrained.gguf import config_from_gguf, open_gguf, params_from_gguf
+from tests.pretrained.tiny_gguf import D, F, H, K, L, N, V, tiny_tensors
+
+
+def read(path, **numerics):
+    file = open_gguf(path)
+    config = config_from_gguf(file, **numerics)
+    return params_from_gguf(file, config), config
+
+
+def interleaved(weight, heads):
+    """Rows of a Hugging Face query or key weight in the order in which GGUF stores them."""
+    return weight.reshape(heads, 2, H // 2, D).transpose(0, 2, 1, 3).reshape(weight.shape)
+
+
+@pytest.fixture
+def tensors():
+    return tiny_tensors(np.random.default_rng(0))
+
+
+def test_config(write_gguf, tensors):
+    config = read(write_gguf(tensors), dtype="bfloat16", remat=False)[1]
+    assert config == DecoderConfig(
+        vocab_size=V,
+        num_layers=L,
+        embed_dim=D,
+        num_heads=N,
+        num_kv_heads=K,
+        head_dim=H,
+        mlp_dim=F,
+        rope_theta=5000.0,
+        norm_eps=1e-5,
+        tied_head=False,
+        max_positions=128,
+        dtype="bfloat16",
+        remat=False,
+    )
+
+
+def test_defaults_of_the_format(write_gguf, tensors):
+    for i in range(L):
+        for name in ("attn_k", "attn_v"):
+            tensors[f"blk.{i}.{name}.weight"] = np.zeros((N * H, D), np.float32)
+    config = read(write_gguf(tensors, {"attention.head_count_kv": None, "rope.freq_base": None}))[1]
+    assert (config.num_kv_heads, config.rope_theta) == (N, 10_000.0)
+
+
+def test_every_weight_lands_in_its_place(write_gguf, tensors):
+    stored = dict(tensors)
+    for i in range(L):
+        for name, heads in (("attn_q", N), ("attn_k", K)):
+            key = f"blk.{i}.{name}.weight"
+            stored[key] = interleaved(tensors[key], heads)
+    params, _ = read(write_gguf(stored))
+    attention, mlp = params["layers"]["attention"], params["layers"]["mlp"]
+    x = np.random.default_rng(1).normal(size=D).astype(np.float32)
+    for i in range(L):
+        layer = {name: tensors[f"blk.{i}.{name}.weight"] for name in ("attn_q", "attn_k", "attn_v")}
+        for ours, name, heads in (("query", "attn_q", N), ("key", "attn_k", K), ("value", "attn_v", K)):
+            got = np.einsum("d,dnh->nh", x, attention[ours]["weight"][i])
+            np.testing.assert_allclose(got, (layer[name] @ x).reshape(heads, H), rtol=1e-4, atol=1e-5)
+        out = np.einsum("nh,nhd->d", x.reshape(N, H), attention["out"]["weight"][i])
+        np.testing.assert_allclose(out, tensors[f"blk.{i}.attn_output.weight"] @ x, rtol=1e-4, atol=1e-5)
+        for name in ("gate", "up", "down"):
+            np.testing.assert_array_equal(mlp[name]["weight"][i], tensors[f"blk.{i}.ffn_{name}.weight"].T)
+        for ours, name in (("attention_norm", "attn_norm"), ("mlp_norm", "ffn_norm")):
+            np.testing.assert_array_equal(
+                params["layers"][ours]["scale"][i], tensors[f"blk.{i}.{name}.weight"]
+            )
+    np.testing.assert_array_equal(params["embedding"]["weight"], tensors["token_embd.weight"])
+    np.testing.assert_array_equal(params["final_norm"]["scale"], tensors["output_norm.weight"])
+    np.testing.assert_array_equal(params["head"]["weight"], tensors["output.weight"])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_tree_is_the_decoders(write_gguf, tied):
+    params, config = read(write_gguf(tiny_tensors(np.random.default_rng(0), tied)))
+    assert config.tied_head == tied
+
+    def described(tree):
+        if isinstance(tree, dict):
+            return {name: described(value) for name, value in tree.items()}
+        return tuple(tree.shape)
+
+    assert described(params) == described(transformer.abstract(config))
+
+
+def test_quantized_weights_are_unpacked(write_gguf, tensors):
+    names = ["token_embd.weight", *(f"blk.{i}.ffn_up.weight" for i in range(L))]
+    params, _ = read(write_gguf(tensors, quantize=names))
+    embedding = params["embedding"]["weight"]
+    assert embedding.dtype == np.float32
+    step = np.abs(tensors["token_embd.weight"]).max(axis=1, keepdims=True) / 127
+    # Half a step by rounding the weight, and a little by rounding the step itself to float16.
+    assert (np.abs(embedding - tensors["token_embd.weight"]) <= 0.6 * step).all()
+    assert not np.array_equal(embedding, tensors["token_embd.weight"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope.scaling.type": "yarn"}, "llama.rope.scaling.type='yarn' is not supported"),
+        ({"expert_count": 8}, "llama.expert_count=8 is not supported"),
+        ({"rope.dimension_count": 4}, "llama.rope.dimension_count=4 is not supported; only 8"),
+        ({"block_count": None}, "the field llama.block_count is missing"),
+        ({"block_count": 3}, "9 tensors are missing, beginning with blk.2.attn_k.weight"),
+        ({"block_count": 1}, "does not use: blk.1.attn_k.weight"),
+        ({"feed_forward_length": 32}, r"blk.0.ffn_gate.weight has shape \[64, 32\], but .* \[32, 32\]"),
+    ],
+)
+def test_unusable_metadata_is_refused(write_gguf, tensors, fields, message):
+    with pytest.raises(ValueError, match=message):
+        read(write_gguf(tensors, fields))
+
+
+def test_other_architectures_and_features_are_refused(write_gguf, tensors):
+    with pytest.raises(ValueError, match="architecture='gemma' is not supported; supported: llama"):
+        read(write_gguf(tensors, architecture="gemma"))
+    with pytest.raises(ValueError, match=r"does not use: blk\.0\.attn_q\.bias"):
+        read(write_gguf(tensors | {"blk.0.attn_q.bias": np.zeros(N * H, np.float32)}))
+    del tensors["token_embd.weight"]
+    with pytest.raises(ValueError, match=r"token_embd\.weight is missing"):
+        read(write_gguf(tensors))
+
+
+def test_broken_files_are_refused(write_gguf, tensors, tmp_path):
+    whole = write_gguf(tensors).read_bytes()
+    broken = tmp_path / "broken.gguf"
+    for size in (0, 3, 10, 100, 700, 2000, len(whole) // 2, len(whole) - 64):
+        broken.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=rf"broken\.gguf \({size} bytes\) cannot be read as GGUF"):
+            read(broken)
+    broken.write_bytes(b"PK" + whole[2:])
+    with pytest.raises(ValueError, match="GGUF magic invalid"):
+        read(broken)
+    with pytest.raises(FileNotFoundError, match=r"missing\.gguf is not a file"):
+        read(tmp_path / "missing.gguf")

@@ -1,0 +1,184 @@
+import copy
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jinja2.exceptions import TemplateError
+
+from espl_jax.text.chat import cut_middle, encode, encode_conversation, has_system_role, render
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if think is false %}<think></think>{% endif %}"
+    "{% endif %}"
+)
+REFUSES_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    + CHATML
+)
+DROPS_SYSTEM = (
+    "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}<|im_start|>assistant{{ '\\n' }}"  # Jinja drops a newline that ends the template
+)
+NO_SPECIAL_TOKENS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+IGNORES_USER = "<|im_start|>assistant\n"
+
+texts = st.one_of(
+    st.text(max_size=40),
+    st.lists(
+        st.sampled_from(
+            ["<|im_start|>", "<|im_end|>", "\n", " ", "{", "}}", "{{ x }}", "{% if %}", "\\boxed{", "a", "b"]
+        )
+    ).map("".join),
+)
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+@pytest.fixture(scope="module")
+def with_template(smollm2_tokenizer):
+    def build(template):
+        tokenizer = copy.copy(smollm2_tokenizer)
+        tokenizer.chat_template = template
+        return tokenizer
+
+    return build
+
+
+class TestRender:
+    def test_the_models_own_template(self, smollm2_tokenizer):
+        assert render(smollm2_tokenizer, [system("Add."), user("1 + 1")]) == (
+            "<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n1 + 1<|im_end|>\n<|im_start|>assistant\n"
+        )
+
+    @pytest.mark.parametrize("blank", ["", " \n"])
+    def test_a_blank_system_prompt_is_no_system_turn(self, smollm2_tokenizer, with_template, blank):
+        without = render(smollm2_tokenizer, [user("1 + 1")])
+        assert "named SmolLM" in without
+        assert render(smollm2_tokenizer, [system(blank), user("1 + 1")]) == without
+        no_default = with_template(CHATML)
+        assert render(no_default, [system(blank), user("1")]) == (
+            "<|im_start|>user\n1<|im_end|>\n<|im_start|>assistant\n"
+        )
+
+    def test_an_opening_is_continued_as_it_stands(self, smollm2_tokenizer):
+        messages = [user("List."), assistant("Yes."), user("More."), assistant("[\n  {")]
+        text = render(smollm2_tokenizer, messages)
+        assert text == render(smollm2_tokenizer, messages[:-1]) + "[\n  {"
+        assert "assistant\nYes.<|im_end|>" in text
+
+    @pytest.mark.parametrize("template", [REFUSES_SYSTEM, DROPS_SYSTEM])
+    def test_without_a_system_role_the_user_turn_begins_with_it(self, with_template, template):
+        tokenizer = with_template(template)
+        assert not has_system_role(tokenizer)
+        text = render(tokenizer, [system("Add."), user("Add. 1 + 1"), assistant("2"), user("2 + 2")])
+        assert text == (
+            "<|im_start|>user\nAdd.\n\nAdd. 1 + 1<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
+            "<|im_start|>user\n2 + 2<|im_end|>\n<|im_start|>assistant\n"
+        )
+
+    def test_template_arguments_pass_through(self, with_template):
+        tokenizer = with_template(CHATML)
+        assert has_system_role(tokenizer)
+        assert render(tokenizer, [user("1")], think=False).endswith("<think></think>")
+        assert render(tokenizer, [user("1")], think=True).endswith("assistant\n")
+
+    def test_refusals(self, with_template):
+        tokenizer = with_template(CHATML)
+        for messages in ([], [system("Add.")], [system("Add."), assistant("2")]):
+            with pytest.raises(ValueError, match="no user turn"):
+                render(tokenizer, messages)
+        with pytest.raises(ValueError, match="no chat_template"):
+            render(with_template(None), [user("1")])
+        with pytest.raises(TemplateError, match="always"):
+            render(with_template("{{ raise_exception('always') }}"), [user("1")])
+
+
+class TestEncodeConversation:
+    def test_smollm2_by_hand(self, smollm2_tokenizer):
+        first, rest = encode_conversation(smollm2_tokenizer, [system("Hi"), user("7 + 8")])
+        assert smollm2_tokenizer.convert_ids_to_tokens(first) == [
+            *("<|im_start|>", "system", "Ċ", "Hi", "<|im_end|>", "Ċ", "<|im_start|>")
+        ]
+        assert smollm2_tokenizer.convert_ids_to_tokens(rest) == [
+            *("user", "Ċ", "7", "Ġ+", "Ġ", "8", "<|im_end|>", "Ċ", "<|im_start|>", "ass", "istant", "Ċ")
+        ]
+
+    @given(texts, texts, texts)
+    def test_parts_are_the_whole_and_the_cut_knows_no_problem(self, smollm2_tokenizer, one, two, three):
+        firsts = set()
+        for text in (two, three):
+            messages = [system(one), user(text)]
+            first, rest = encode_conversation(smollm2_tokenizer, messages)
+            assert first + rest == encode(smollm2_tokenizer, render(smollm2_tokenizer, messages))
+            assert first
+            assert rest
+            firsts.add(tuple(first))
+        assert len(firsts) == 1
+        assert smollm2_tokenizer.decode(first).endswith("<|im_end|>\n<|im_start|>")
+
+    @pytest.mark.parametrize("template", [CHATML, REFUSES_SYSTEM, DROPS_SYSTEM, NO_SPECIAL_TOKENS])
+    @given(one=texts, two=texts, three=texts)
+    def test_every_template(self, with_template, template, one, two, three):
+        tokenizer = with_template(template)
+        cuts = set()
+        for text in (two, three):
+            messages = [system(one), user("before"), assistant("yes"), user(text), assistant("[")]
+            first, rest = encode_conversation(tokenizer, messages)
+            assert first + rest == encode(tokenizer, render(tokenizer, messages))
+            assert rest
+            cuts.add(tuple(first))
+        assert len(cuts) == 1
+        before = tokenizer.decode(first)
+        if template == NO_SPECIAL_TOKENS:
+            # What looks like a special token in the system text is one.
+            assert len(first) == 1 or before.endswith(("<|im_start|>", "<|im_end|>"))
+        else:
+            assert before.endswith("yes<|im_end|>\n<|im_start|>")
+
+    def test_the_system_text_stays_with_the_problem_where_it_shares_its_turn(self, with_template):
+        first, rest = encode_conversation(with_template(REFUSES_SYSTEM), [system("Add."), user("1")])
+        assert with_template(CHATML).decode(first) == "<|im_start|>"
+        assert with_template(CHATML).decode(rest).startswith("user\nAdd.\n\n1<|im_end|>")
+
+    def test_nothing_after_the_cut_still_leaves_a_token(self, with_template):
+        template = "{% for m in messages %}A<|im_start|>{{ m.content }}{% endfor %}"
+        first, rest = encode_conversation(with_template(template), [user("")])
+        assert (len(first), len(rest)) == (1, 1)
+
+    def test_refusals(self, with_template):
+        with pytest.raises(ValueError, match="does not write the text"):
+            encode_conversation(with_template(IGNORES_USER), [user("1")])
+        with pytest.raises(ValueError, match="has 1 tokens"):
+            encode_conversation(with_template("{{ messages[0].content }}"), [user("1")])
+
+
+class TestCutMiddle:
+    def test_by_hand(self):
+        assert cut_middle(range(10), 10, [99]) == list(range(10))
+        assert cut_middle(range(10), 6, [99]) == [0, 1, 2, 99, 8, 9]
+        assert cut_middle(range(10), 3, [98, 99]) == [0, 98, 99]
+        assert cut_middle(range(10), 1, []) == [0]
+        with pytest.raises(ValueError, match="limit=2 leaves no room beside a mark of 2"):
+            cut_middle(range(10), 2, [98, 99])
+
+    @given(st.lists(st.integers(0, 9)), st.integers(3, 40))
+    def test_head_and_tail_are_kept(self, tokens, limit):
+        cut = cut_middle(tokens, limit, [-1, -2])
+        assert len(cut) == min(limit, len(tokens))
+        if len(tokens) > limit:
+            at = cut.index(-1)
+            assert cut[at : at + 2] == [-1, -2]
+            assert cut[:at] == tokens[:at]
+            assert cut[at + 2 :] == tokens[len(tokens) - (limit - at - 2) :]
+            assert 0 <= at - (limit - at - 2) <= 1
