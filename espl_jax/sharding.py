@@ -83,3 +83,16 @@ def place_rows(tree: Any, mesh: Mesh | None) -> Any:
         return jax.device_put(x, named(mesh, axes, x.shape))
 
     return jax.tree.map(put, tree)
+
+
+def place_batch(batch: Any, mesh: Mesh | None) -> Any:
+    """Puts a TrainBatch on the mesh: the shared levels on every device, rollouts sharded by problem."""
+    if mesh is None:
+        return batch
+
+    def put(x: Any) -> jax.Array:
+        per_rollout = x.ndim >= 3 and x.shape[:3] == batch.advantages.shape
+        axes = (None, "rows") if per_rollout else ()
+        return jax.device_put(x, named(mesh, axes + (None,) * (x.ndim - len(axes)), x.shape))
+
+    return jax.tree.map(put, batch)

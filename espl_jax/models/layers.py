@@ -7,6 +7,7 @@ together), D model, N query heads, K kv heads, G queries per kv head, H head, F 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -59,8 +60,24 @@ def _bfloat16_product(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _rounded(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    operands = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
-    return jnp.einsum(spec, *operands, preferred_element_type=jnp.float32)
+    """The product of bfloat16 roundings, summed in float32, as one product of matrices.
+
+    XLA's CPU backend takes bfloat16 operands to float32 only in plain matrix products.
+    """
+    inputs, result = spec.split("->")
+    left, right = inputs.split(",")
+
+    def as_matrix(operand: jax.Array, letters: str, other: str, free: str) -> tuple[jax.Array, str]:
+        contracted_first = letters[0] in other
+        split = sum((c in other) == contracted_first for c in letters)
+        rows = math.prod(operand.shape[:split])
+        return operand.astype(jnp.bfloat16).reshape(rows, -1), f"c{free}" if contracted_first else f"{free}c"
+
+    (x2, left2), (y2, right2) = as_matrix(x, left, right, "a"), as_matrix(y, right, left, "b")
+    result2 = "ab" if result[0] in left else "ba"
+    out = jnp.einsum(f"{left2},{right2}->{result2}", x2, y2, preferred_element_type=jnp.float32)
+    sizes = dict(zip(left, x.shape, strict=True)) | dict(zip(right, y.shape, strict=True))
+    return out.reshape([sizes[letter] for letter in result])
 
 
 def _bfloat16_product_forward(spec: str, x: jax.Array, weight: jax.Array):

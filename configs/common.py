@@ -1,0 +1,110 @@
+"""Every field of a run once, with its default and one comment. A run's file changes what it needs to.
+
+Fields are set on the command line too: `--config.optimizer.learning_rate=1e-4`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The defaults, which are the paper's settings where it gives them."""
+    c = ConfigDict()
+    c.mode = "espl"  # espl (both), rl (weights only), evolution (prompts only), reflection (mutation alone)
+    c.seed = 0  # of everything drawn: problems, selection, tokens, adapters
+    c.num_iterations = 30  # policy-gradient steps, and generations of prompts
+
+    c.model = ConfigDict()
+    c.model.source = "smollm2"  # smollm2, or the path of a .gguf file
+    c.model.dtype = "bfloat16"  # residual stream and KV cache: float32 or bfloat16
+    c.model.param_dtype = "bfloat16"  # how frozen weights are stored; trained ones are float32 always
+    c.model.matmul_precision = "default"  # default (as dtype), highest, bfloat16 (operands; fast on CPU)
+    c.model.scan_layers = True  # one program for all layers, or one for each
+    c.model.remat = True  # recompute layers in the backward pass instead of storing their activations
+    c.model.chat_template_kwargs = ConfigDict()  # passed to the chat template, e.g. enable_thinking
+
+    c.lora = ConfigDict()
+    c.lora.rank = 32  # of the adapters; 0 trains all weights
+    c.lora.targets = ("query", "key", "value", "out", "gate", "up", "down")  # adapted weights; also: head
+    c.lora.scale = 1.0  # alpha / rank
+
+    c.data = ConfigDict()
+    c.data.train = ""  # a .jsonl file, or addition:digits=2,count=200
+    c.data.validation = ""  # likewise; empty holds out validation_count problems of train
+    c.data.test = ""  # likewise; empty means that there is no test
+    c.data.validation_count = 10  # problems held out of train where data.validation is empty
+    c.data.fields = ConfigDict()  # names of text, answer and id in the files, where they are unusual
+
+    c.environment = ConfigDict()
+    c.environment.name = "math"  # math (math-verify) or arithmetic (a number)
+    c.environment.answer_format = "boxed"  # boxed; math also: expression; arithmetic also: last_number
+    c.environment.instruction = None  # said after each problem; None asks for a box where one is needed
+
+    c.population = ConfigDict()
+    c.population.text = ""  # prose of the root prompt
+    c.population.principles = ()  # principles of the root prompt; empty for the math tasks of the paper
+    c.population.start_from = ""  # a population.json to start from instead
+    c.population.max_size = 100  # members alive; the oldest leave first
+
+    c.num_prompts = 3  # M, system prompts side by side in one iteration
+    c.batch_size = 10  # B, problems in one iteration
+    c.group_size = 5  # N, rollouts of each prompt on each problem
+
+    c.sampling = ConfigDict()
+    c.sampling.temperature = 0.7  # of rollouts
+    c.sampling.max_new_tokens = 15_000  # of one rollout
+    c.sampling.top_p = 1.0  # truncated sampling is not supported yet
+    c.sampling.top_k = 0  # likewise
+    c.sampling.max_rows = 0  # most rollouts of one prompt in flight at once; 0 for all
+
+    c.selection = ConfigDict()
+    c.selection.strategy = "softmax"  # softmax (the paper's equation 4) or uniform
+    c.selection.window = 10  # K, only so many newest members can be selected
+    c.selection.optimism = 2.0  # lambda, score = mu + lambda * sigma
+    c.selection.temperature = None  # of the softmax; None for the largest score, at least 1
+
+    c.evolution = ConfigDict()
+    c.evolution.mutation_sigma = 1.0  # what a mutated child's uncertainty grows by
+    c.evolution.crossover_sigma = 1.0  # likewise for crossover
+    c.evolution.crossover_prob = 0.2  # chance of a crossover in an iteration
+    c.evolution.max_edits = 2  # K_ops, edits that one critique may propose
+    c.evolution.max_words = 32  # of one principle
+    c.evolution.max_principles = None  # of one prompt; None for no limit
+    c.evolution.tie_margin = 0.01  # mean rewards this close tie, and win nothing in a crossover
+
+    c.reflection = ConfigDict()
+    c.reflection.policy = "reference"  # reference (initial weights) or current (those that made the rollouts)
+    c.reflection.temperature = 0.7  # of summaries, critiques and revisions
+    c.reflection.max_new_tokens = 2048  # of one reply
+    c.reflection.max_input_tokens = 32_768  # longer conversations are cut in the middle
+    c.reflection.opening = False  # write the beginning of each reply for the model, a help to small ones
+
+    c.loss = ConfigDict()
+    c.loss.kind = "importance_sampling"  # the only one yet
+    c.loss.baseline = "per_prompt"  # per_prompt or marginalized (over prompts too)
+    c.loss.kl_coef = 0.0  # weight of KL(policy || reference)
+    c.loss.microbatch_rows = 0  # rollouts at a time in the backward pass; 0 for all at once
+
+    c.optimizer = ConfigDict()
+    c.optimizer.learning_rate = 4e-5  # of Adam
+    c.optimizer.b1 = 0.9  # decay of the gradients' mean
+    c.optimizer.b2 = 0.95  # decay of their squares' mean
+    c.optimizer.eps = 1e-8  # Adam's epsilon
+    c.optimizer.max_grad_norm = 1.0  # gradients are clipped to this norm; 0 leaves them alone
+    c.optimizer.warmup_steps = 0  # steps of linear warm-up
+
+    c.evaluation = ConfigDict()
+    c.evaluation.every = 5  # iterations between evaluations on validation; 0 for none
+    c.evaluation.validation_samples = 1  # rollouts of each validation problem
+    c.evaluation.test_samples = 10  # rollouts of each test problem, at the end
+    c.evaluation.temperature = 0.7  # of evaluation
+
+    c.mesh = ConfigDict()
+    c.mesh.data = 1  # devices along each axis; one of them may be -1 and takes the rest
+    c.mesh.fsdp = -1
+    c.mesh.tensor = 1
+
+    c.checkpoint_every = 1  # iterations between checkpoints
+    c.checkpoint_keep = 2  # checkpoints kept
+    c.compilation_cache = "~/.cache/espl_jax/xla"  # compiled programs, kept between runs; empty for none
+    c.profile_iteration = 0  # iteration to write a profile of, to <workdir>/profile; 0 for none
+    return c

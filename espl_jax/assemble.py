@@ -1,0 +1,149 @@
+"""From a configuration to the parts of a run: model, problems, environment, optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from espl_jax import data, sharding
+from espl_jax.data.problems import ProblemSet, check_disjoint, hold_out
+from espl_jax.environments.arithmetic import Arithmetic
+from espl_jax.environments.base import Environment
+from espl_jax.environments.math import Math
+from espl_jax.evolution import population as populations
+from espl_jax.models import lora
+from espl_jax.optimizer import make_optimizer
+from espl_jax.pretrained import Pretrained, load_pretrained
+from espl_jax.train_step import TrainState, init_train_state, whole_params
+from espl_jax.rollout import stable_hash
+from espl_jax.types import SystemPrompt, TrainBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run is made of and never changes.
+
+    Attributes:
+      reference: the model as loaded; its params are the reference policy and, with LoRA, the frozen base.
+      splits: `train`, `validation`, and `test` if there is one.
+      environment: words the user turns and grades.
+      optimizer: the optax chain.
+      mesh: of devices, or None on one.
+      trains, evolves: which branches the mode has.
+      lora: whether adapters are trained, and not all params.
+      sampling: keyword arguments that every sampling of the run shares.
+    """
+
+    reference: Pretrained
+    splits: dict[str, ProblemSet]
+    environment: Environment
+    optimizer: optax.GradientTransformation
+    mesh: jax.sharding.Mesh | None
+    trains: bool
+    evolves: bool
+    lora: bool
+    sampling: dict[str, Any]
+
+    @property
+    def frozen(self) -> Any:
+        """The base of the adapters, or None in full fine-tuning."""
+        return self.reference.params if self.lora else None
+
+    def policy(self, state: TrainState | None) -> Pretrained:
+        """The model with the weights of a train state; the reference where nothing is trained."""
+        if state is None:
+            return self.reference
+        return dataclasses.replace(self.reference, params=whole_params(state.trainable, self.frozen))
+
+    def place_batch(self, batch: TrainBatch) -> TrainBatch:
+        """Puts a batch on the mesh."""
+        return sharding.place_batch(batch, self.mesh)
+
+
+def assemble(config: Any) -> Parts:
+    """Loads and builds everything. Raises as the parts do; `check_config` has been called before."""
+    c = config
+    mesh = sharding.make_mesh(dict(c.mesh))
+    splits = _splits(c)
+    numerics = {name: c.model[name] for name in ("param_dtype", "matmul_precision", "scan_layers", "remat")}
+    model = load_pretrained(c.model.source, c.model.dtype, mesh, lora_scale=c.lora.scale, **numerics)
+    environments = {"math": Math, "arithmetic": Arithmetic}
+    environment = environments[c.environment.name](c.environment.answer_format, c.environment.instruction)
+    return Parts(
+        reference=model,
+        splits=splits,
+        environment=environment,
+        optimizer=make_optimizer(**c.optimizer),
+        mesh=mesh,
+        trains=c.mode in ("espl", "rl"),
+        evolves=c.mode != "rl",
+        lora=bool(c.lora.rank),
+        sampling={
+            "chat_template_kwargs": dict(c.model.chat_template_kwargs),
+            "max_rows": c.sampling.max_rows or None,
+            "mesh": mesh,
+        },
+    )
+
+
+def stream_key(seed: int, stream: str, iteration: int) -> jax.Array:
+    """The key of one stream of random numbers (`train`, `validation`, `reflection`, ...) in one iteration."""
+    key = jax.random.key(seed, impl="threefry2x32")
+    return jax.random.fold_in(jax.random.fold_in(key, stable_hash(stream)), iteration)
+
+
+def _splits(c: Any) -> dict[str, ProblemSet]:
+    fields = dict(c.data.fields) or None
+    splits = {"train": data.load(c.data.train, "train", fields=fields)}
+    if c.data.validation:
+        splits["validation"] = data.load(c.data.validation, "validation", fields=fields)
+    else:
+        splits["train"], splits["validation"] = hold_out(splits["train"], c.data.validation_count, c.seed)
+    if c.data.test:
+        splits["test"] = data.load(c.data.test, "test", fields=fields)
+    check_disjoint(**splits)
+    if c.batch_size > len(splits["train"]):
+        raise ValueError(
+            f"batch_size={c.batch_size}: data.train has {len(splits['train'])} problems after validation was held "
+            "out; lower batch_size or data.validation_count, or give more problems"
+        )
+    return splits
+
+
+def first_train_state(config: Any, parts: Parts) -> TrainState | None:
+    """The train state before the first update: fresh adapters, or a float32 copy of the params."""
+    if not parts.trains:
+        return None
+    model = parts.reference
+    if not parts.lora:
+        params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), model.params)
+        return init_train_state(params, parts.optimizer)
+    key = stream_key(config.seed, "adapters", 0)
+    adapters = lora.init(key, model.config, config.lora.rank, tuple(config.lora.targets))
+    declared = lora.abstract_adapters(model.config, config.lora.rank, tuple(config.lora.targets))
+    return init_train_state(sharding.place(adapters, declared, parts.mesh), parts.optimizer)
+
+
+def first_population(config: Any) -> populations.Population:
+    """The root prompt, or the population of an earlier run.
+
+    Raises:
+      FileNotFoundError, ValueError: if `population.start_from` is no saved population.
+    """
+    c = config.population
+    if not c.start_from:
+        return populations.start([SystemPrompt(text=c.text, principles=tuple(c.principles))], c.max_size)
+    path = Path(c.start_from).expanduser()
+    try:
+        saved = populations.from_json(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"population.start_from={c.start_from!r} is not JSON ({error}); give a population.json"
+        ) from None
+    return dataclasses.replace(saved, members=saved.members[-c.max_size :], max_size=c.max_size)

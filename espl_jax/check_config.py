@@ -1,0 +1,141 @@
+"""Refuses configurations that cannot run, before anything is loaded; every message says how to mend it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from espl_jax.evolution.selection import STRATEGIES
+from espl_jax.models.lora import TARGETS
+from espl_jax.rl.advantages import BASELINES
+from espl_jax.rl.losses import KINDS
+from espl_jax.models.config import MATMUL_PRECISIONS
+
+MODES = ("espl", "rl", "evolution", "reflection")
+ENVIRONMENTS = {"math": ("boxed", "expression"), "arithmetic": ("boxed", "last_number")}
+
+_CHOICES = {
+    "mode": MODES,
+    "model.dtype": ("float32", "bfloat16"),
+    "model.param_dtype": ("float32", "bfloat16"),
+    "model.matmul_precision": MATMUL_PRECISIONS,
+    "environment.name": tuple(ENVIRONMENTS),
+    "selection.strategy": tuple(STRATEGIES),
+    "reflection.policy": ("reference", "current"),
+    "loss.kind": KINDS,
+    "loss.baseline": BASELINES,
+}
+_AT_LEAST = {
+    **dict.fromkeys(
+        ("num_iterations", "num_prompts", "batch_size", "checkpoint_every", "checkpoint_keep"), 1
+    ),
+    **dict.fromkeys(
+        ("sampling.max_new_tokens", "reflection.max_new_tokens", "reflection.max_input_tokens"), 1
+    ),
+    **dict.fromkeys(
+        ("population.max_size", "selection.window", "evolution.max_edits", "evolution.max_words"), 1
+    ),
+    **dict.fromkeys(("evaluation.validation_samples", "evaluation.test_samples", "data.validation_count"), 1),
+    **dict.fromkeys(
+        ("lora.rank", "loss.kl_coef", "loss.microbatch_rows", "sampling.max_rows", "evaluation.every"), 0
+    ),
+    **dict.fromkeys(("reflection.temperature", "evaluation.temperature", "optimizer.max_grad_norm"), 0),
+    **dict.fromkeys(("evolution.mutation_sigma", "evolution.crossover_sigma", "evolution.crossover_prob"), 0),
+    **dict.fromkeys(("evolution.tie_margin", "optimizer.warmup_steps", "profile_iteration"), 0),
+}
+
+
+def check_config(config: Any) -> None:
+    """Checks every field, and the fields against each other. Unknown fields ml_collections refuses itself.
+
+    Args:
+      config: the run's ConfigDict, made from `configs/common.py`.
+
+    Raises:
+      ValueError: naming the field, its value and the fix.
+    """
+    given = _flat(config)
+    for field, choices in _CHOICES.items():
+        if given[field] not in choices:
+            raise ValueError(f"{field}={given[field]!r}: choose one of {', '.join(choices)}")
+    for field, least in _AT_LEAST.items():
+        if not given[field] >= least:
+            raise ValueError(f"{field}={given[field]!r}: give at least {least}")
+    _check_together(config)
+
+
+def _check_together(c: Any) -> None:
+    def refuse(field: str, value: Any, fix: str) -> None:
+        raise ValueError(f"{field}={value!r}: {fix}")
+
+    if not c.model.source:
+        refuse(
+            "model.source", c.model.source, "say which model, e.g. --config.model.source=/path/to/model.gguf"
+        )
+    if not c.data.train:
+        refuse(
+            "data.train",
+            c.data.train,
+            "give a .jsonl file or a generated set, e.g. addition:digits=2,count=200",
+        )
+    for split in ("train", "validation", "test"):
+        path = c.data[split]
+        if path.endswith(".jsonl") and not Path(path).expanduser().is_file():
+            refuse(f"data.{split}", path, "there is no such file; correct the path")
+    if c.sampling.top_p != 1.0 or c.sampling.top_k != 0:
+        name = "top_p" if c.sampling.top_p != 1.0 else "top_k"
+        refuse(
+            f"sampling.{name}",
+            c.sampling[name],
+            "truncated sampling is not supported yet: the trainer could not reproduce its logprobs; use top_p=1, top_k=0",
+        )
+    trains = c.mode in ("espl", "rl")
+    if trains and not c.sampling.temperature > 0:
+        refuse(
+            "sampling.temperature",
+            c.sampling.temperature,
+            "greedy rollouts cannot be trained on; give a positive one, or mode=evolution",
+        )
+    if c.group_size < (2 if c.loss.baseline == "per_prompt" or c.mode != "rl" else 1):
+        refuse("group_size", c.group_size, "a group of one has no advantage over itself; give at least 2")
+    if trains and not c.optimizer.learning_rate > 0:
+        refuse("optimizer.learning_rate", c.optimizer.learning_rate, "give a positive one, or mode=evolution")
+    if unknown := set(c.lora.targets) - set(TARGETS):
+        refuse(
+            "lora.targets",
+            tuple(c.lora.targets),
+            f"{sorted(unknown)} cannot be adapted; choose from {TARGETS}",
+        )
+    if not 0 <= c.evolution.crossover_prob <= 1:
+        refuse("evolution.crossover_prob", c.evolution.crossover_prob, "a probability is between 0 and 1")
+    if c.selection.temperature is not None and not c.selection.temperature > 0:
+        refuse(
+            "selection.temperature", c.selection.temperature, "give a positive one, or None for the default"
+        )
+    formats = ENVIRONMENTS[c.environment.name]
+    if c.environment.answer_format not in formats:
+        refuse(
+            "environment.answer_format",
+            c.environment.answer_format,
+            f"environment.name={c.environment.name} reads one of {', '.join(formats)}",
+        )
+    if c.population.start_from and (c.population.text or c.population.principles):
+        refuse(
+            "population.start_from",
+            c.population.start_from,
+            "a saved population brings its own prompts; leave population.text and population.principles empty",
+        )
+    size, group, batch = c.loss.microbatch_rows, c.group_size, c.batch_size
+    if size and (group % size if size < group else size % group or batch % (size // group)):
+        refuse(
+            "loss.microbatch_rows",
+            size,
+            f"give 0, a divisor of group_size={group}, or {group} times a divisor of batch_size={batch}",
+        )
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    fields = {}
+    for name, value in config.items():
+        fields |= _flat(value, f"{prefix}{name}.") if hasattr(value, "items") else {f"{prefix}{name}": value}
+    return fields

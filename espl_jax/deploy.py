@@ -1,0 +1,110 @@
+"""Which prompt to deploy, and how it does on problems that nothing was chosen on."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from espl_jax.assemble import Parts, stream_key
+from espl_jax.evaluate import Evaluation, summarize
+from espl_jax.evolution.population import Population
+from espl_jax.metrics import Progress, table
+from espl_jax.pretrained import Pretrained
+from espl_jax.rollout import collect_rollouts, records
+from espl_jax.run_state import WorkDir
+from espl_jax.types import SystemPrompt
+
+
+def deployed(population: Population, parts: Parts, c: Any) -> SystemPrompt:
+    """The prompt to deploy: the best by ratings, never by the test.
+
+    In `rl` there is only the root; in `reflection` nobody is rated, and each prompt replaces the one before.
+    """
+    if not parts.evolves:
+        return population.members[0]
+    return population.members[-1] if c.mode == "reflection" else population.best()
+
+
+def held_out(
+    parts: Parts, policy: Pretrained, prompt: SystemPrompt, c: Any, iteration: int, workdir: WorkDir
+) -> float:
+    """Accuracy of one prompt on the validation problems."""
+    return _evaluate(parts, policy, [prompt], "validation", c, iteration, workdir, "current")[0].accuracy
+
+
+def two_by_two(
+    parts: Parts,
+    policy: Pretrained,
+    first: Population,
+    population: Population,
+    c: Any,
+    workdir: WorkDir,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The test: {initial, trained weights} x {root, deployed prompt}, shown and written to `results.json`.
+
+    Args:
+      parts: of the run.
+      policy: the model with the trained weights.
+      first: the population that the run began with; its oldest member is the root.
+      population: the population now.
+      c: the config.
+      workdir, progress: of the run.
+    """
+    root, best = first.members[0], deployed(population, parts, c)
+    prompts = {"root": root} if best.id == root.id else {"root": root, "deployed": best}
+    weights = {"initial": parts.reference} | ({"trained": policy} if parts.trains else {})
+    results: dict[str, Any] = {"deployed": dataclasses.asdict(best), "test": {}}
+    if "test" in parts.splits:
+        rows = [["weights", *(f"{name} prompt ({prompt.id})" for name, prompt in prompts.items())]]
+        for name, model in weights.items():
+            with progress.phase(f"test, {name} weights"):
+                cells = _evaluate(
+                    parts, model, list(prompts.values()), "test", c, c.num_iterations, workdir, name
+                )
+            rows.append([name, *map(str, cells)])
+            results["test"][name] = dict(zip(prompts, map(dataclasses.asdict, cells), strict=True))
+        problems, samples = len(parts.splits["test"]), c.evaluation.test_samples
+        progress.say(f"\nTest accuracy, {problems} problems, {samples} samples each, with 95% intervals:\n")
+        progress.say(table(rows))
+        before, after = (
+            results["test"]["initial"]["root"],
+            results["test"][list(weights)[-1]][list(prompts)[-1]],
+        )
+        progress.say(f"\nHeld-out accuracy: {Evaluation(**before)} before, {Evaluation(**after)} after.")
+    workdir.write_json("results.json", results)
+    progress.say(f"Best prompt: {best.id}, rating {best.mu:.2f} ± {best.sigma:.2f}, made by {best.operator}")
+    progress.say(
+        "\n".join("    " + line for line in (best.render() or "(empty: the template's default)").splitlines())
+    )
+    progress.say(
+        f"Written to {workdir.path}: results.json, population.json, checkpoints, and the logs *.jsonl"
+    )
+    return results
+
+
+def _evaluate(
+    parts: Parts,
+    model: Pretrained,
+    prompts: list[SystemPrompt],
+    split: str,
+    c: Any,
+    iteration: int,
+    workdir: WorkDir,
+    weights: str,
+) -> list[Evaluation]:
+    e = c.evaluation
+    rollouts = collect_rollouts(
+        model,
+        prompts,
+        parts.splits[split].problems,
+        parts.environment,
+        key=stream_key(c.seed, split, iteration),
+        group_size=e.validation_samples if split == "validation" else e.test_samples,
+        max_new_tokens=c.sampling.max_new_tokens,
+        temperature=e.temperature,
+        **parts.sampling,
+    )
+    for record in records(rollouts):
+        workdir.append("evaluations", {"iteration": iteration, "split": split, "weights": weights, **record})
+    return summarize(rollouts)
