@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     c.model.param_dtype = "bfloat16"  # how frozen weights are stored; trained ones are float32 always
     c.model.matmul_precision = "default"  # default (as dtype), highest, bfloat16 (operands; fast on CPU)
     c.model.scan_layers = True  # one program for all layers, or one for each
+    c.model.slice_as_integers = False  # how scanned bfloat16 weights are read while sampling; True for CPUs
     c.model.remat = True  # recompute layers in the backward pass instead of storing their activations
     c.model.chat_template_kwargs = ConfigDict()  # passed to the chat template, e.g. enable_thinking
 

@@ -20,8 +20,8 @@ from espl_jax.evolution import population as populations
 from espl_jax.models import lora
 from espl_jax.optimizer import make_optimizer
 from espl_jax.pretrained import Pretrained, load_pretrained
-from espl_jax.train_step import TrainState, init_train_state, whole_params
 from espl_jax.rollout import stable_hash
+from espl_jax.train_step import TrainState, init_train_state, whole_params
 from espl_jax.types import SystemPrompt, TrainBatch
 
 
@@ -71,7 +71,8 @@ def assemble(config: Any) -> Parts:
     c = config
     mesh = sharding.make_mesh(dict(c.mesh))
     splits = _splits(c)
-    numerics = {name: c.model[name] for name in ("param_dtype", "matmul_precision", "scan_layers", "remat")}
+    names = ("param_dtype", "matmul_precision", "scan_layers", "slice_as_integers", "remat")
+    numerics = {name: c.model[name] for name in names}
     model = load_pretrained(c.model.source, c.model.dtype, mesh, lora_scale=c.lora.scale, **numerics)
     environments = {"math": Math, "arithmetic": Arithmetic}
     environment = environments[c.environment.name](c.environment.answer_format, c.environment.instruction)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from espl_jax.evolution.selection import STRATEGIES
+from espl_jax.models.config import MATMUL_PRECISIONS
 from espl_jax.models.lora import TARGETS
 from espl_jax.rl.advantages import BASELINES
 from espl_jax.rl.losses import KINDS
-from espl_jax.models.config import MATMUL_PRECISIONS
 
 MODES = ("espl", "rl", "evolution", "reflection")
 ENVIRONMENTS = {"math": ("boxed", "expression"), "arithmetic": ("boxed", "last_number")}

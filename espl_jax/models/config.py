@@ -30,6 +30,7 @@ class DecoderConfig:
         accelerators that would round them; `bfloat16` rounds operands (cotangents too) to bfloat16 and
         accumulates in float32, which is what is fast on CPUs with AMX.
       scan_layers: run layers in one `lax.scan` (small programs) or unrolled (faster on some machines).
+      slice_as_integers: while sampling, scan bfloat16 weights as 16-bit integers; faster on CPUs.
       remat: recompute each layer in the backward pass instead of storing its activations.
       lora_scale: alpha / rank, the factor of every adapter's product.
     """
@@ -49,6 +50,7 @@ class DecoderConfig:
     param_dtype: str = "float32"
     matmul_precision: str = "default"
     scan_layers: bool = True
+    slice_as_integers: bool = False
     remat: bool = True
     lora_scale: float = 1.0
 

@@ -48,10 +48,26 @@ def einsum(spec: str, x: jax.Array, linear: Linear, config: DecoderConfig) -> ja
 
 def product(spec: str, x: jax.Array, weight: jax.Array, config: DecoderConfig) -> jax.Array:
     """`einsum` without adapters: casts and multiplies as `config` says."""
+    if weight.dtype == jnp.uint16:
+        weight = jax.lax.bitcast_convert_type(weight, jnp.bfloat16)
     if config.matmul_precision == "bfloat16":
         return _bfloat16_product(spec, x, weight)
     precision = jax.lax.Precision.HIGHEST if config.matmul_precision == "highest" else None
     return jnp.einsum(spec, x.astype(config.dtype), weight.astype(config.dtype), precision=precision)
+
+
+def as_integers(weights: Any) -> Any:
+    """bfloat16 weights seen as 16-bit integers, for `product` to turn back; other leaves as they are.
+
+    For sampling with scanned layers on CPUs, where XLA slices a bfloat16 array one number at a time and an
+    integer array by copying memory, eight times as fast. No gradient flows through it.
+    """
+
+    def view(path: tuple, x: jax.Array) -> jax.Array:
+        is_weight = path[-1].key == "weight" and x.dtype == jnp.bfloat16
+        return jax.lax.bitcast_convert_type(x, jnp.uint16) if is_weight else x
+
+    return jax.tree_util.tree_map_with_path(view, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

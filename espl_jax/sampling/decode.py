@@ -76,7 +76,7 @@ def prefill(
       problem_tokens: int32 [M * B, Q], without each prompt's last token; problem_lengths: int32 [M * B].
     """
     levels, lengths = (system_tokens, problem_tokens), (system_lengths, problem_lengths)
-    _, caches = forward(params, config.replace(remat=False), levels, lengths)
+    _, caches = forward(params, config, levels, lengths)
     return caches
 
 
@@ -161,7 +161,6 @@ def decode_chunk(
     Returns:
       (rows, what was drawn, in `steps` columns).
     """
-    config = config.replace(remat=False)
     count = rows.token.shape[0]
     shape = (config.num_layers, config.num_kv_heads, count, steps, config.head_dim)
     staging = jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)

@@ -11,6 +11,7 @@ import numpy as np
 
 from espl_jax import sharding
 from espl_jax.models.config import DecoderConfig
+from espl_jax.models.layers import as_integers
 from espl_jax.sampling import decode, draw
 from espl_jax.sampling.buckets import bucket, pad_right
 
@@ -153,6 +154,10 @@ def sample_tree(
     width = bucket(max(len(tokens) for tokens in flat) - 1)
     systems = pad_right(system_tokens)
     nodes = pad_right([tokens[:-1] for tokens in flat], width)
+    config = config.replace(remat=False)
+    if config.slice_as_integers and config.scan_layers:
+        # Outside the jitted functions: inside, the compiler would see through it.
+        params = params | {"layers": as_integers(params["layers"])}
     system, shared = decode.prefill(params, config, *systems, *nodes)
 
     steps = min(chunk, most)
