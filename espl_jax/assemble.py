@@ -38,6 +38,7 @@ class Parts:
       trains, evolves: which branches the mode has.
       lora: whether adapters are trained, and not all params.
       sampling: keyword arguments that every sampling of the run shares.
+      evolution: keyword arguments of `evolve`.
     """
 
     reference: Pretrained
@@ -49,6 +50,7 @@ class Parts:
     evolves: bool
     lora: bool
     sampling: dict[str, Any]
+    evolution: dict[str, Any]
 
     @property
     def frozen(self) -> Any:
@@ -90,6 +92,11 @@ def assemble(config: Any) -> Parts:
             "max_rows": c.sampling.max_rows or None,
             "mesh": mesh,
         },
+        evolution={
+            **c.evolution,
+            "opening": c.reflection.opening,
+            "crossover_prob": 0.0 if c.mode == "reflection" else c.evolution.crossover_prob,
+        },
     )
 
 
@@ -111,8 +118,8 @@ def _splits(c: Any) -> dict[str, ProblemSet]:
     check_disjoint(**splits)
     if c.batch_size > len(splits["train"]):
         raise ValueError(
-            f"batch_size={c.batch_size}: data.train has {len(splits['train'])} problems after validation was held "
-            "out; lower batch_size or data.validation_count, or give more problems"
+            f"batch_size={c.batch_size}: data.train has {len(splits['train'])} problems after validation was "
+            "held out; lower batch_size or data.validation_count, or give more problems"
         )
     return splits
 

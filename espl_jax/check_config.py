@@ -87,7 +87,8 @@ def _check_together(c: Any) -> None:
         refuse(
             f"sampling.{name}",
             c.sampling[name],
-            "truncated sampling is not supported yet: the trainer could not reproduce its logprobs; use top_p=1, top_k=0",
+            "truncated sampling is not supported yet: the trainer could not reproduce its logprobs; "
+            "use top_p=1 and top_k=0",
         )
     trains = c.mode in ("espl", "rl")
     if trains and not c.sampling.temperature > 0:
@@ -123,7 +124,7 @@ def _check_together(c: Any) -> None:
         refuse(
             "population.start_from",
             c.population.start_from,
-            "a saved population brings its own prompts; leave population.text and population.principles empty",
+            "a saved population brings its own prompts; leave population.text and .principles empty",
         )
     size, group, batch = c.loss.microbatch_rows, c.group_size, c.batch_size
     if size and (group % size if size < group else size % group or batch % (size // group)):

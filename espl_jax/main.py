@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from absl import app, flags
+from pathlib import Path
+
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from espl_jax.check_config import check_config
@@ -30,9 +32,9 @@ def main(argv: list[str]) -> None:
     import jax  # after the check, so that a wrong field costs no start-up
 
     if config.compilation_cache:
-        from pathlib import Path
-
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
     if _DRY_RUN.value:
         from espl_jax.dry_run import dry_run
 

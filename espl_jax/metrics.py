@@ -88,7 +88,8 @@ class Progress:
         self._phases.append(name)
         self._show_phase()
         if not self._console.is_terminal:
-            self.say(f"  iteration {self._done + 1}/{self._total}: {name}")
+            where = f"iteration {self._done + 1}/{self._total}: " if self._done < self._total else ""
+            self.say(f"  {where}{name}")
         start = self._clock()
         try:
             yield

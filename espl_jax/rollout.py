@@ -230,3 +230,19 @@ def records(rollouts: Rollouts) -> list[dict[str, Any]]:
         }
         for m, b, n in np.ndindex(*rollouts.rewards.shape)
     ]
+
+
+def means(rollouts: Rollouts) -> dict[str, Any]:
+    """Means over an iteration's rollouts, and how many (prompt, problem) groups had mixed rewards."""
+    mixed = [
+        rollouts.rewards[slots].max(axis=(0, 2)) > rollouts.rewards[slots].min(axis=(0, 2))
+        for slots in rollouts.slots().values()
+    ]
+    return {
+        "reward": rollouts.rewards.mean(dtype=np.float64),
+        "success": rollouts.success.mean(dtype=np.float64),
+        "truncated": rollouts.truncated.mean(dtype=np.float64),
+        "new_tokens": rollouts.lengths.mean(dtype=np.float64),
+        "mixed_groups": np.sum(mixed),
+        "groups": np.size(mixed),
+    }

@@ -40,8 +40,8 @@ def make_mesh(sizes: dict[str, int] | None = None) -> Mesh | None:
         shape[shape.index(-1)] = max(1, devices // math.prod(size for size in shape if size != -1))
     if math.prod(shape) != devices or min(shape) < 1:
         raise ValueError(
-            f"mesh {dict(zip(MESH_AXES, shape, strict=True))} does not hold the {devices} devices of this machine; "
-            "give sizes whose product is their number, one of them may be -1"
+            f"mesh {dict(zip(MESH_AXES, shape, strict=True))} does not hold the {devices} devices of this "
+            "machine; give sizes whose product is their number, one of them may be -1"
         )
     if devices == 1:
         return None
@@ -60,7 +60,7 @@ def named(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> N
 
 
 def place(tree: Any, declared: Any, mesh: Mesh | None) -> Any:
-    """Puts params on the mesh as their declarations (objects with `.axes`) say; the identity without a mesh."""
+    """Puts params on the mesh as their declarations (with `.axes`) say; the identity without a mesh."""
     if mesh is None:
         return tree
     return jax.tree.map(
@@ -74,7 +74,7 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
 
 
 def place_rows(tree: Any, mesh: Mesh | None) -> Any:
-    """Shards rows over the data axes: dimension 0, or 2 of caches [L, K, rows, C, H] with their kv heads too."""
+    """Shards rows over the data axes: dimension 0, or 2 of caches [L, K, rows, C, H], and their kv heads."""
     if mesh is None:
         return tree
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 from collections.abc import Iterator
@@ -16,19 +15,18 @@ from rich.console import Console
 from espl_jax.assemble import Parts, assemble, first_population, first_train_state, stream_key
 from espl_jax.data.order import Cursor, next_batch
 from espl_jax.deploy import deployed, held_out, two_by_two
-from espl_jax.evolution.crossover import crossover
-from espl_jax.evolution.mutation import mutate
+from espl_jax.evolution.evolve import count_drops, evolve
 from espl_jax.evolution.population import Population, from_json
-from espl_jax.evolution.ratings import ranking, rate
-from espl_jax.evolution.reflection import Offspring
+from espl_jax.evolution.ratings import rate
 from espl_jax.evolution.selection import select
 from espl_jax.metrics import Progress
+from espl_jax.pretrained import Pretrained
 from espl_jax.reflectors.local import local_reflector
 from espl_jax.rl.advantages import advantages
-from espl_jax.rollout import collect_rollouts, prompt_numbers, records, train_batch
+from espl_jax.rollout import collect_rollouts, means, prompt_numbers, records, train_batch
 from espl_jax.run_state import WorkDir
 from espl_jax.train_step import TrainState, policy_gradient_step
-from espl_jax.types import Rollouts, SystemPrompt
+from espl_jax.types import Reflect, Rollouts, SystemPrompt
 
 LOGS = ("metrics", "rollouts", "reflections", "lineage", "evaluations")
 MAY_CHANGE = (
@@ -89,10 +87,11 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
 
 
 def iterate(run: Run, parts: Parts, c: Any, workdir: WorkDir, progress: Progress) -> Run:
-    """One iteration: rollouts, then the two branches that never see each other, weights and prompts."""
+    """One iteration: rollouts, and the two branches that learn from them, weights and prompts."""
     iteration = run.iteration + 1
     rng = np.random.default_rng([c.seed, iteration])
     policy = parts.policy(run.train_state)
+
     prompts = choose_prompts(run.population, parts, c, rng)
     problems, cursor = next_batch(parts.splits["train"], run.cursor, c.batch_size)
     with progress.phase("rollouts"):
@@ -102,43 +101,34 @@ def iterate(run: Run, parts: Parts, c: Any, workdir: WorkDir, progress: Progress
             problems,
             parts.environment,
             key=stream_key(c.seed, "train", iteration),
-            group_size=c.group_size * c.num_prompts // len(prompts),
+            group_size=c.num_prompts * c.group_size // len(prompts),
             max_new_tokens=c.sampling.max_new_tokens,
             temperature=c.sampling.temperature,
             **parts.sampling,
         )
-    for record in records(rollouts):
-        workdir.append("rollouts", {"iteration": iteration, **record})
-
     ids, values = list(rollouts.slots()), rollouts.score_matrix().mean(axis=1)
-    population = run.population
+
+    # Reflection by the current weights comes before the update, which gives their memory away; any other
+    # reflection goes on while the device updates.
+    train_state, learned, population, offspring = run.train_state, {}, run.population, {}
+    if c.reflection.policy == "reference":
+        train_state, learned = update(run.train_state, rollouts, parts, c, progress)
     if parts.evolves:
         population = rate(population, ids, values, c.evolution.tie_margin)
-
-    # The reference policy reflects while the update runs on the device; the current one needs its weights
-    # before the update gives them away.
-    train_state, metrics = run.train_state, {}
+        reflector = policy if c.reflection.policy == "current" else parts.reference
+        with progress.phase("reflection"):
+            reflect = make_reflect(reflector, parts, c, iteration)
+            offspring = evolve(population, rollouts, reflect, rng, **parts.evolution)
     if c.reflection.policy == "current":
-        offspring = evolve(population, rollouts, policy, parts, c, iteration, rng, progress)
-        train_state, metrics = update(run.train_state, rollouts, parts, c, progress)
-    else:
-        train_state, metrics = update(run.train_state, rollouts, parts, c, progress)
-        offspring = evolve(population, rollouts, parts.reference, parts, c, iteration, rng, progress)
+        train_state, learned = update(run.train_state, rollouts, parts, c, progress)
 
     children = [each.child for each in offspring.values() if each.child]
     population, accepted, rejected = population.add(children, iteration)
-    for operator, each in offspring.items():
-        for transcript in each.transcripts:
-            workdir.append("reflections", {"iteration": iteration, "operator": operator, **transcript})
-    for child in accepted:
-        workdir.append("lineage", dataclasses.asdict(child))
-
-    skipped = run.skipped + (parts.trains and not metrics)
-    done = Run(iteration, train_state, population, cursor, skipped)
+    skipped = run.skipped + int(parts.trains and not learned)
     best = deployed(population, parts, c)
     record = {
-        **rollout_metrics(rollouts),
-        **{name: float(x) for name, x in jax.device_get(metrics).items()},
+        **means(rollouts),
+        **{name: float(x) for name, x in jax.device_get(learned).items()},
         "skipped_updates": skipped,
         "tournament": {"prompts": ids, "values": values},
         "best_prompt": {"id": best.id, "mu": best.mu, "sigma": best.sigma},
@@ -146,21 +136,26 @@ def iterate(run: Run, parts: Parts, c: Any, workdir: WorkDir, progress: Progress
         "children": [child.id for child in accepted],
         "no_child": {operator: each.reason for operator, each in offspring.items() if each.reason}
         | {child.operator: reason for child, reason in rejected},
-        "drops": dict(
-            sum((collections.Counter(each.drops) for each in offspring.values()), collections.Counter())
-        ),
+        "drops": count_drops(offspring),
     }
+    for each in records(rollouts):
+        workdir.append("rollouts", {"iteration": iteration, **each})
+    for operator, each in offspring.items():
+        for transcript in each.transcripts:
+            workdir.append("reflections", {"iteration": iteration, "operator": operator, **transcript})
+    for child in accepted:
+        workdir.append("lineage", dataclasses.asdict(child))
     if c.evaluation.every and iteration % c.evaluation.every == 0:
         with progress.phase("evaluation"):
             record["held_out"] = held_out(parts, parts.policy(train_state), best, c, iteration, workdir)
     progress.report(iteration, record)
-    return done
+    return Run(iteration, train_state, population, cursor, skipped)
 
 
 def choose_prompts(
     population: Population, parts: Parts, c: Any, rng: np.random.Generator
 ) -> tuple[SystemPrompt, ...]:
-    """Step 1: the M system prompts of an iteration; the root alone in `rl`, the newest alone in `reflection`."""
+    """Step 1: the M prompts of an iteration; the root alone in `rl`, the newest alone in `reflection`."""
     if not parts.evolves:
         return (population.members[0],)
     if c.mode == "reflection":
@@ -194,20 +189,9 @@ def update(
         )
 
 
-def evolve(
-    population: Population,
-    rollouts: Rollouts,
-    model: Any,
-    parts: Parts,
-    c: Any,
-    iteration: int,
-    rng: np.random.Generator,
-    progress: Progress,
-) -> dict[str, Offspring]:
-    """Steps 6 and 7: what crossover and mutation came to, in the order in which children enter."""
-    if not parts.evolves:
-        return {}
-    reflect = local_reflector(
+def make_reflect(model: Pretrained, parts: Parts, c: Any, iteration: int) -> Reflect:
+    """The reflector of one iteration."""
+    return local_reflector(
         model,
         key=stream_key(c.seed, "reflection", iteration),
         max_new_tokens=c.reflection.max_new_tokens,
@@ -215,48 +199,10 @@ def evolve(
         max_input_tokens=c.reflection.max_input_tokens,
         **parts.sampling,
     )
-    e = c.evolution
-    limits = {"max_words": e.max_words, "max_principles": e.max_principles, "opening": c.reflection.opening}
-    parents = [population.get(prompt.id) for prompt in rollouts.distinct()]
-    values = rollouts.score_matrix().mean(axis=1)
-    best = population.get(ranking([parent.id for parent in parents], values, e.tie_margin)[0][0])
-    offspring = {}
-    crosses = rng.random() < e.crossover_prob and c.mode != "reflection"
-    if crosses and len(parents) > 1:
-        with progress.phase("crossover"):
-            offspring["crossover"] = crossover(
-                parents,
-                rollouts,
-                reflect,
-                win_margin=e.tie_margin,
-                crossover_sigma=e.crossover_sigma,
-                **limits,
-            )
-    with progress.phase("mutation"):
-        offspring["mutation"] = mutate(
-            best, rollouts, reflect, max_edits=e.max_edits, mutation_sigma=e.mutation_sigma, **limits
-        )
-    return offspring
-
-
-def rollout_metrics(rollouts: Rollouts) -> dict[str, Any]:
-    """Means over an iteration's rollouts, and how many (prompt, problem) groups had mixed rewards."""
-    mixed = [
-        rollouts.rewards[slots].max(axis=(0, 2)) > rollouts.rewards[slots].min(axis=(0, 2))
-        for slots in rollouts.slots().values()
-    ]
-    return {
-        "reward": rollouts.rewards.mean(dtype=np.float64),
-        "success": rollouts.success.mean(dtype=np.float64),
-        "truncated": rollouts.truncated.mean(dtype=np.float64),
-        "new_tokens": rollouts.lengths.mean(dtype=np.float64),
-        "mixed_groups": np.sum(mixed),
-        "groups": np.size(mixed),
-    }
 
 
 def save(workdir: WorkDir, run: Run) -> None:
-    """Makes a checkpoint of everything a later iteration depends on."""
+    """Makes a checkpoint of everything that a later iteration depends on."""
     population = run.population.to_json()
     state = {"population": population, "cursor": dataclasses.asdict(run.cursor), "skipped": run.skipped}
     workdir.save(run.iteration, run.train_state, state)

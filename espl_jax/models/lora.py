@@ -70,7 +70,7 @@ def abstract_adapters(config: DecoderConfig, rank: int, targets: Sequence[str] =
 def init(
     key: jax.Array, config: DecoderConfig, rank: int, targets: Sequence[str] = TARGETS[:7]
 ) -> dict[str, Any]:
-    """Fresh adapters: A uniform within 1 / sqrt(fan in), B zero, so that they change nothing. Consumes `key`."""
+    """Fresh adapters that change nothing: A uniform within 1 / sqrt(fan in), B zero. Consumes `key`."""
     declared = abstract_adapters(config, rank, targets)
     paths, tree = jax.tree_util.tree_flatten_with_path(declared)
     keys = jax.random.split(key, len(paths))

@@ -90,7 +90,7 @@ def abstract(config: DecoderConfig) -> Params:
 
 
 def init(key: jax.Array, config: DecoderConfig) -> Params:
-    """Random params: norms at one, the rest normal with standard deviation 1 / sqrt(fan in). Consumes `key`."""
+    """Random params: norms at one, the rest normal with deviation 1 / sqrt(fan in). Consumes `key`."""
     leaves, tree = jax.tree.flatten(abstract(config))
     keys = jax.random.split(key, len(leaves))
 

@@ -61,8 +61,8 @@ def local_reflector(
     def fit(system: list[int], rest: list[int]) -> list[int]:
         if len(system) + len(mark) >= limit:
             raise ValueError(
-                f"reflection.max_input_tokens={limit} is filled by the {len(system)} tokens of the instructions "
-                "alone; raise it, or lower reflection.max_new_tokens"
+                f"reflection.max_input_tokens={limit} is filled by the {len(system)} tokens of the "
+                "instructions alone; raise it, or lower reflection.max_new_tokens"
             )
         return cut_middle(rest, limit - len(system), mark)
 

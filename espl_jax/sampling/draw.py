@@ -72,7 +72,7 @@ def draw(
 
 
 def greedy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The most likely token, and its logprob under softmax(logits). float32 [R, V] -> int32 [R], float32 [R]."""
+    """The most likely token and its logprob under softmax(logits): [R, V] -> int32 [R], float32 [R]."""
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     return token, jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]

@@ -26,7 +26,8 @@ class Samples(NamedTuple):
       tokens: int32 [..., T], zero past the length.
       lengths: int32 [...], the stop token included.
       logprobs: float32 [..., T], under the distribution drawn from (zero when greedy: it has one outcome).
-      untruncated_logprobs: float32 [..., T], under softmax(logits / temperature), of temperature 1 when greedy.
+      untruncated_logprobs: float32 [..., T], under softmax(logits / temperature); when greedy,
+        softmax(logits).
       truncated: bool [...], ended by `max_new_tokens` and not by a stop token.
     """
 
@@ -72,8 +73,8 @@ def generate(
     """
     if top_p != 1.0 or top_k != 0:
         raise ValueError(
-            f"top_p={top_p}, top_k={top_k}: truncated sampling is not supported yet, because the trainer could "
-            "not reproduce its logprobs; use top_p=1.0 and top_k=0"
+            f"top_p={top_p}, top_k={top_k}: truncated sampling is not supported yet, because the trainer "
+            "could not reproduce its logprobs; use top_p=1.0 and top_k=0"
         )
     flat = bool(prompts) and all(isinstance(token, int | np.integer) for token in prompts[0])
     lanes = [prompts] if flat else prompts
@@ -274,6 +275,7 @@ def _check(config, system_tokens, problem_tokens, max_new_tokens, temperature) -
                 )
             if len(system) + len(problem) + max_new_tokens > config.max_positions:
                 raise ValueError(
-                    f"a prompt of {len(system) + len(problem)} tokens and max_new_tokens={max_new_tokens} exceed the "
-                    f"model's max_positions={config.max_positions}; lower max_new_tokens or shorten the prompt"
+                    f"a prompt of {len(system) + len(problem)} tokens and max_new_tokens={max_new_tokens} "
+                    f"exceed the model's max_positions={config.max_positions}; lower it or shorten "
+                    "the prompt"
                 )

@@ -1,0 +1,71 @@
+"""One generation: what crossover and mutation make of an iteration's rollouts."""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+import numpy as np
+
+from espl_jax.evolution.crossover import crossover
+from espl_jax.evolution.mutation import mutate
+from espl_jax.evolution.population import Population
+from espl_jax.evolution.ratings import ranking
+from espl_jax.evolution.reflection import Offspring
+from espl_jax.types import Reflect, Rollouts
+
+
+def evolve(
+    population: Population,
+    rollouts: Rollouts,
+    reflect: Reflect,
+    rng: np.random.Generator,
+    *,
+    crossover_prob: float = 0.2,
+    crossover_sigma: float = 1.0,
+    mutation_sigma: float = 1.0,
+    tie_margin: float = 0.01,
+    max_edits: int = 2,
+    **limits: Any,
+) -> dict[str, Offspring]:
+    """Steps 6 and 7 of the method: perhaps a crossover, then a mutation of the iteration's best prompt.
+
+    Args:
+      population: with the ratings after the iteration's game.
+      rollouts: the iteration's.
+      reflect: conversations in, replies out.
+      rng: draws whether there is a crossover; one number whatever comes of it.
+      crossover_prob: chance of a crossover where at least two distinct prompts ran.
+      crossover_sigma, mutation_sigma: what the children's uncertainty grows by.
+      tie_margin: mean rewards this close tie, and win no problem.
+      max_edits: K_ops.
+      **limits: `max_words`, `max_principles` and `opening`, as `mutate` and `crossover` have them.
+
+    Returns:
+      operator -> Offspring, in the order in which children enter: crossover first.
+    """
+    parents = [population.get(prompt.id) for prompt in rollouts.distinct()]
+    values = rollouts.score_matrix().mean(axis=1)
+    best = ranking([parent.id for parent in parents], values, tie_margin)[0][0]
+    offspring = {}
+    if rng.random() < crossover_prob and len(parents) > 1:
+        offspring["crossover"] = crossover(
+            parents, rollouts, reflect, win_margin=tie_margin, crossover_sigma=crossover_sigma, **limits
+        )
+    offspring["mutation"] = mutate(
+        population.get(best),
+        rollouts,
+        reflect,
+        max_edits=max_edits,
+        mutation_sigma=mutation_sigma,
+        **limits,
+    )
+    return offspring
+
+
+def count_drops(offspring: dict[str, Offspring]) -> dict[str, int]:
+    """How often each reason dropped or changed an edit, over all operators."""
+    counts: collections.Counter[str] = collections.Counter()
+    for each in offspring.values():
+        counts.update(each.drops)
+    return dict(counts)
