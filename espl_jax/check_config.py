@@ -126,12 +126,13 @@ def _check_together(c: Any) -> None:
             c.population.start_from,
             "a saved population brings its own prompts; leave population.text and .principles empty",
         )
-    size, group, batch = c.loss.microbatch_rows, c.group_size, c.batch_size
+    size, batch = c.loss.microbatch_rows, c.batch_size
+    group = c.group_size * (c.num_prompts if c.mode == "rl" else 1)  # one prompt takes all places in rl
     if size and (group % size if size < group else size % group or batch % (size // group)):
         refuse(
             "loss.microbatch_rows",
             size,
-            f"give 0, a divisor of group_size={group}, or {group} times a divisor of batch_size={batch}",
+            f"give 0, a divisor of the group's {group} rollouts, or {group} times a divisor of batch_size={batch}",
         )
 
 

@@ -172,7 +172,7 @@ def update(
         return None, {}
     with progress.phase("update"):
         gains = np.asarray(advantages(rollouts.rewards, c.loss.baseline, prompt_numbers(rollouts)))
-        batch = train_batch(rollouts, gains, max(1, c.loss.microbatch_rows // c.group_size))
+        batch = train_batch(rollouts, gains, max(1, c.loss.microbatch_rows // rollouts.rewards.shape[2]))
         if batch is None:
             return state, {}
         return policy_gradient_step(
