@@ -1,9 +1,11 @@
 """Every field of a run once, with its default and one comment. A run's file changes what it needs to.
 
-Fields are set on the command line too: `--config.optimizer.learning_rate=1e-4`.
+Fields are set on the command line too: `--config.optimizer.learning_rate=1e-4`. A `placeholder` is None until
+it is given a value of its type.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
@@ -38,7 +40,7 @@ def get_config() -> ConfigDict:
     c.environment = ConfigDict()
     c.environment.name = "math"  # math (math-verify) or arithmetic (a number)
     c.environment.answer_format = "boxed"  # boxed; math also: expression; arithmetic also: last_number
-    c.environment.instruction = None  # said after each problem; None asks for a box where one is needed
+    c.environment.instruction = placeholder(str)  # after each problem; None asks for a box if one is needed
 
     c.population = ConfigDict()
     c.population.text = ""  # prose of the root prompt
@@ -61,7 +63,7 @@ def get_config() -> ConfigDict:
     c.selection.strategy = "softmax"  # softmax (the paper's equation 4) or uniform
     c.selection.window = 10  # K, only so many newest members can be selected
     c.selection.optimism = 2.0  # lambda, score = mu + lambda * sigma
-    c.selection.temperature = None  # of the softmax; None for the largest score, at least 1
+    c.selection.temperature = placeholder(float)  # of the softmax; None for the largest score, at least 1
 
     c.evolution = ConfigDict()
     c.evolution.mutation_sigma = 1.0  # what a mutated child's uncertainty grows by
@@ -69,7 +71,7 @@ def get_config() -> ConfigDict:
     c.evolution.crossover_prob = 0.2  # chance of a crossover in an iteration
     c.evolution.max_edits = 2  # K_ops, edits that one critique may propose
     c.evolution.max_words = 32  # of one principle
-    c.evolution.max_principles = None  # of one prompt; None for no limit
+    c.evolution.max_principles = placeholder(int)  # of one prompt; None for no limit
     c.evolution.tie_margin = 0.01  # mean rewards this close tie, and win nothing in a crossover
 
     c.reflection = ConfigDict()

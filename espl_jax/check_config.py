@@ -1,4 +1,8 @@
-"""Refuses configurations that cannot run, before anything is loaded; every message says how to mend it."""
+"""Refuses configurations that cannot run, before anything is loaded; every message says how to mend it.
+
+The names of baselines, losses and weights are written out, because the modules that have them import jax,
+which takes longer than all the checks.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,12 @@ from typing import Any
 
 from espl_jax.evolution.selection import STRATEGIES
 from espl_jax.models.config import MATMUL_PRECISIONS
-from espl_jax.models.lora import TARGETS
-from espl_jax.rl.advantages import BASELINES
-from espl_jax.rl.losses import KINDS
 
 MODES = ("espl", "rl", "evolution", "reflection")
 ENVIRONMENTS = {"math": ("boxed", "expression"), "arithmetic": ("boxed", "last_number")}
+BASELINES = ("per_prompt", "marginalized")
+LOSSES = ("importance_sampling",)
+LORA_TARGETS = ("query", "key", "value", "out", "gate", "up", "down", "head")
 
 _CHOICES = {
     "mode": MODES,
@@ -22,13 +26,12 @@ _CHOICES = {
     "environment.name": tuple(ENVIRONMENTS),
     "selection.strategy": tuple(STRATEGIES),
     "reflection.policy": ("reference", "current"),
-    "loss.kind": KINDS,
+    "loss.kind": LOSSES,
     "loss.baseline": BASELINES,
 }
 _AT_LEAST = {
-    **dict.fromkeys(
-        ("num_iterations", "num_prompts", "batch_size", "checkpoint_every", "checkpoint_keep"), 1
-    ),
+    **dict.fromkeys(("num_iterations", "num_prompts", "batch_size", "group_size"), 1),
+    **dict.fromkeys(("checkpoint_every", "checkpoint_keep"), 1),
     **dict.fromkeys(
         ("sampling.max_new_tokens", "reflection.max_new_tokens", "reflection.max_input_tokens"), 1
     ),
@@ -39,9 +42,10 @@ _AT_LEAST = {
     **dict.fromkeys(
         ("lora.rank", "loss.kl_coef", "loss.microbatch_rows", "sampling.max_rows", "evaluation.every"), 0
     ),
-    **dict.fromkeys(("reflection.temperature", "evaluation.temperature", "optimizer.max_grad_norm"), 0),
+    **dict.fromkeys(("sampling.temperature", "reflection.temperature", "evaluation.temperature"), 0),
     **dict.fromkeys(("evolution.mutation_sigma", "evolution.crossover_sigma", "evolution.crossover_prob"), 0),
-    **dict.fromkeys(("evolution.tie_margin", "optimizer.warmup_steps", "profile_iteration"), 0),
+    **dict.fromkeys(("evolution.tie_margin", "optimizer.max_grad_norm", "optimizer.warmup_steps"), 0),
+    "profile_iteration": 0,
 }
 
 
@@ -78,10 +82,11 @@ def _check_together(c: Any) -> None:
             c.data.train,
             "give a .jsonl file or a generated set, e.g. addition:digits=2,count=200",
         )
-    for split in ("train", "validation", "test"):
-        path = c.data[split]
-        if path.endswith(".jsonl") and not Path(path).expanduser().is_file():
-            refuse(f"data.{split}", path, "there is no such file; correct the path")
+    files = {f"data.{split}": c.data[split] for split in ("train", "validation", "test")}
+    files |= {"model.source": c.model.source, "population.start_from": c.population.start_from}
+    for field, path in files.items():
+        if path.endswith((".jsonl", ".json", ".gguf")) and not Path(path).expanduser().is_file():
+            refuse(field, path, "there is no such file; correct the path")
     if c.sampling.top_p != 1.0 or c.sampling.top_k != 0:
         name = "top_p" if c.sampling.top_p != 1.0 else "top_k"
         refuse(
@@ -97,15 +102,17 @@ def _check_together(c: Any) -> None:
             c.sampling.temperature,
             "greedy rollouts cannot be trained on; give a positive one, or mode=evolution",
         )
-    if c.group_size < (2 if c.loss.baseline == "per_prompt" or c.mode != "rl" else 1):
+    # In these modes one prompt takes the places of all.
+    group = c.group_size * (c.num_prompts if c.mode in ("rl", "reflection") else 1)
+    if group < 2:
         refuse("group_size", c.group_size, "a group of one has no advantage over itself; give at least 2")
     if trains and not c.optimizer.learning_rate > 0:
         refuse("optimizer.learning_rate", c.optimizer.learning_rate, "give a positive one, or mode=evolution")
-    if unknown := set(c.lora.targets) - set(TARGETS):
+    if unknown := set(c.lora.targets) - set(LORA_TARGETS):
         refuse(
             "lora.targets",
             tuple(c.lora.targets),
-            f"{sorted(unknown)} cannot be adapted; choose from {TARGETS}",
+            f"{sorted(unknown)} cannot be adapted; choose from {LORA_TARGETS}",
         )
     if not 0 <= c.evolution.crossover_prob <= 1:
         refuse("evolution.crossover_prob", c.evolution.crossover_prob, "a probability is between 0 and 1")
@@ -127,12 +134,12 @@ def _check_together(c: Any) -> None:
             "a saved population brings its own prompts; leave population.text and .principles empty",
         )
     size, batch = c.loss.microbatch_rows, c.batch_size
-    group = c.group_size * (c.num_prompts if c.mode == "rl" else 1)  # one prompt takes all places in rl
     if size and (group % size if size < group else size % group or batch % (size // group)):
         refuse(
             "loss.microbatch_rows",
             size,
-            f"give 0, a divisor of the group's {group} rollouts, or {group} times a divisor of batch_size={batch}",
+            f"give 0, a divisor of the {group} rollouts of a group, or {group} times a divisor of "
+            f"batch_size={batch}",
         )
 
 

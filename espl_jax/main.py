@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -17,17 +18,30 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show one problem, one answer, sh
 flags.mark_flags_as_required(["config"])
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """Reads the flags; a field that the configuration does not have is refused by its full name."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError) as error:  # what ml_collections raises for unknown fields
+        unknown = str(error).strip("\"'")
+        given = [arg.split("=")[0].lstrip("-") for arg in argv if arg.lstrip("-").startswith("config.")]
+        named = [field for field in given if unknown in field.split(".")] or given
+        sys.exit(f"{' or '.join(named)}: there is no such field; configs/common.py lists all of them")
+    except OSError as error:
+        sys.exit(str(error))
+
+
 def main(argv: list[str]) -> None:
     """Checks the configuration, and runs."""
     if len(argv) > 1:
-        raise app.UsageError(f"not understood: {' '.join(argv[1:])}; fields are set as --config.name=value")
+        sys.exit(f"not understood: {' '.join(argv[1:])}; fields are set as --config.name=value")
     config = _CONFIG.value
     try:
         check_config(config)
-    except ValueError as error:
-        raise app.UsageError(str(error)) from None
+    except (ValueError, OSError) as error:  # OSError: there is no such configuration file
+        sys.exit(str(error))
     if not _WORKDIR.value and not _DRY_RUN.value:
-        raise app.UsageError("--workdir is missing: name a folder for checkpoints, logs and results")
+        sys.exit("--workdir is missing: name a folder for checkpoints, logs and results")
 
     import jax  # after the check, so that a wrong field costs no start-up
 
@@ -35,15 +49,22 @@ def main(argv: list[str]) -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    if _DRY_RUN.value:
-        from espl_jax.dry_run import dry_run
+    try:
+        if _DRY_RUN.value:
+            from espl_jax.dry_run import dry_run
 
-        dry_run(config)
-    else:
-        from espl_jax.train import train
+            dry_run(config)
+        else:
+            from espl_jax.train import train
 
-        train(config, _WORKDIR.value)
+            train(config, _WORKDIR.value)
+    except (ValueError, RuntimeError, OSError) as error:
+        # Their messages say what to mend: data that does not fit, a folder in use, a full disk, a NaN. The
+        # same command repeats whatever happened, if the traceback is wanted after all.
+        if logging.level_debug():
+            raise
+        sys.exit(f"{type(error).__name__}: {error}\n(for the traceback add --verbosity=1)")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -39,6 +39,25 @@ def conversation(prompt: SystemPrompt, problem: Problem, environment: Environmen
     return [*messages, {"role": "user", "content": environment.user_message(problem)}]
 
 
+def encode_tree(
+    tokenizer: Any,
+    prompts: Sequence[SystemPrompt],
+    problems: Sequence[Problem],
+    environment: Environment,
+    chat_template_kwargs: Mapping[str, Any],
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[tuple[int, ...], ...], ...]]:
+    """Tokens of the two shared levels: (M starts of conversations, M tuples of B rests)."""
+    encoded = [
+        [
+            encode_conversation(tokenizer, conversation(prompt, problem, environment), **chat_template_kwargs)
+            for problem in problems
+        ]
+        for prompt in prompts
+    ]
+    systems = tuple(tuple(slot[0][0]) for slot in encoded)
+    return systems, tuple(tuple(tuple(rest) for _, rest in slot) for slot in encoded)
+
+
 def collect_rollouts(
     model: Model,
     prompts: Sequence[SystemPrompt],
@@ -75,17 +94,9 @@ def collect_rollouts(
       Rollouts, shapes [M, B, N, ...].
     """
     tokenizer = model.tokenizer
-    encoded = [
-        [
-            encode_conversation(
-                tokenizer, conversation(prompt, problem, environment), **chat_template_kwargs or {}
-            )
-            for problem in problems
-        ]
-        for prompt in prompts
-    ]
-    system_tokens = tuple(tuple(slot[0][0]) for slot in encoded)
-    problem_tokens = tuple(tuple(tuple(rest) for _, rest in slot) for slot in encoded)
+    system_tokens, problem_tokens = encode_tree(
+        tokenizer, prompts, problems, environment, chat_template_kwargs or {}
+    )
     samples = sample_tree(
         model.params,
         model.config,

@@ -59,13 +59,18 @@ def named(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> N
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
+def _put(x: Any, sharding: NamedSharding) -> Any:
+    """Moves an array there; a mere shape is told where its array would be, to compile for."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.device_put(x, sharding)
+
+
 def place(tree: Any, declared: Any, mesh: Mesh | None) -> Any:
     """Puts params on the mesh as their declarations (with `.axes`) say; the identity without a mesh."""
     if mesh is None:
         return tree
-    return jax.tree.map(
-        lambda weight, x: jax.device_put(x, named(mesh, weight.axes, x.shape)), declared, tree
-    )
+    return jax.tree.map(lambda weight, x: _put(x, named(mesh, weight.axes, x.shape)), declared, tree)
 
 
 def replicate(tree: Any, mesh: Mesh | None) -> Any:
@@ -80,7 +85,7 @@ def place_rows(tree: Any, mesh: Mesh | None) -> Any:
 
     def put(x: jax.Array) -> jax.Array:
         axes = (None, "kv_heads", "rows", None, None) if x.ndim == 5 else ("rows",) + (None,) * (x.ndim - 1)
-        return jax.device_put(x, named(mesh, axes, x.shape))
+        return _put(x, named(mesh, axes, x.shape))
 
     return jax.tree.map(put, tree)
 
@@ -93,6 +98,6 @@ def place_batch(batch: Any, mesh: Mesh | None) -> Any:
     def put(x: Any) -> jax.Array:
         per_rollout = x.ndim >= 3 and x.shape[:3] == batch.advantages.shape
         axes = (None, "rows") if per_rollout else ()
-        return jax.device_put(x, named(mesh, axes + (None,) * (x.ndim - len(axes)), x.shape))
+        return _put(x, named(mesh, axes + (None,) * (x.ndim - len(axes)), x.shape))
 
     return jax.tree.map(put, batch)

@@ -80,7 +80,7 @@ def gradients(
     """
     prompts, problems, group, _ = batch.inputs.shape
     rows = prompts * problems * group
-    size = microbatch_rows or rows
+    size = min(microbatch_rows or rows, rows)
     for nodes in (prompts * problems, prompts, 1):
         if size % (rows // nodes) and (rows // nodes) % size:
             raise ValueError(

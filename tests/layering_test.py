@@ -13,14 +13,27 @@ HOST = {"evolution", "environments", "data", "text"}
 LAYERS = [
     {"types", "sharding", "durable"},
     DEVICE | HOST,
-    {"pretrained", "optimizer", "train_step"},
+    {"pretrained", "optimizer", "train_step", "check_config"},
     {"rollout", "reflectors", "evaluate", "run_state", "metrics", "report", "plan", "export"},
-    {"train"},
+    {"assemble", "deploy", "train", "dry_run"},
     {"main"},
 ]
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
-# The one forward serves decoding and the policy gradient; reflection on device samples as rollouts do.
-SAME_LAYER = {("sampling", "models"), ("rl", "models"), ("reflectors", "rollout")}
+SAME_LAYER = {
+    # The one forward serves decoding and the policy gradient.
+    ("sampling", "models"),
+    ("rl", "models"),
+    # Reflection on device and evaluation sample as rollouts do; intervals are the same everywhere.
+    ("reflectors", "rollout"),
+    ("evaluate", "rollout"),
+    ("evaluate", "metrics"),
+    # The loop in parts: what it is made of, what it ends with, and a look before it.
+    ("deploy", "assemble"),
+    ("train", "assemble"),
+    ("train", "deploy"),
+    ("dry_run", "assemble"),
+    ("dry_run", "train"),
+}
 
 ACCELERATOR = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 INPUT_OUTPUT = {"open", "print", "input", "read_text", "read_bytes", "write_text", "write_bytes"}

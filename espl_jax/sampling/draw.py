@@ -8,6 +8,7 @@ import jax.numpy as jnp
 _BLOCK = 128
 
 
+@jax.jit
 def row_keys(key: jax.Array, *words: jax.Array) -> jax.Array:
     """Folds words into a key, one key a row, so that a row's draws do not depend on where it is laid out.
 
@@ -58,17 +59,27 @@ def draw(
     rows, vocab = logits.shape
     logprobs = jax.nn.log_softmax(logits / temperature, axis=-1)
     padded = jnp.pad(jnp.exp(logprobs), ((0, 0), (0, -vocab % _BLOCK))).reshape(rows, -1, _BLOCK)
-    below = jnp.cumsum(padded.sum(axis=-1), axis=-1)  # [R, blocks]
-    target = uniform[:, None] * below[:, -1:]
-    block = jnp.argmax(below > target, axis=-1)
+    blocks = padded.sum(axis=-1)
+    below = jnp.cumsum(blocks, axis=-1)
+    target = uniform * below[:, -1]
+    block = _first_past(target, blocks, below)
     before = jnp.where(
         block > 0, jnp.take_along_axis(below, jnp.maximum(block - 1, 0)[:, None], axis=-1)[:, 0], 0.0
     )
-    inside = jnp.cumsum(jnp.take_along_axis(padded, block[:, None, None], axis=1)[:, 0], axis=-1)
-    # Rounding may leave the target at or past the block's own sum: then it is the block's last likely token.
-    target = jnp.minimum(target[:, 0] - before, jnp.nextafter(inside[:, -1], jnp.float32(0)))
-    token = block * _BLOCK + jnp.argmax(inside > target[:, None], axis=-1)
+    inside = jnp.take_along_axis(padded, block[:, None, None], axis=1)[:, 0]
+    token = block * _BLOCK + _first_past(target - before, inside, jnp.cumsum(inside, axis=-1))
     return token.astype(jnp.int32), jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
+
+
+def _first_past(target: jax.Array, weights: jax.Array, sums: jax.Array) -> jax.Array:
+    """Index of the first running sum above the target. [R], [R, C], [R, C] -> int [R].
+
+    However target and sums were rounded, an index without weight is never chosen, and a target at or past
+    the largest sum belongs to the last likely index.
+    """
+    sums = jnp.where(weights > 0, sums, 0.0)
+    target = jnp.minimum(target, jnp.nextafter(sums.max(axis=-1), jnp.float32(0)))
+    return jnp.argmax(sums > target[:, None], axis=-1)
 
 
 def greedy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:

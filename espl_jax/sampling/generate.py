@@ -150,15 +150,12 @@ def sample_tree(
     lanes, problems, group = keys.shape[:3]
     limits = np.broadcast_to(max_new_tokens, keys.shape[:3]).astype(np.int32).reshape(-1)
     most = int(limits.max())
-    _check(config, system_tokens, problem_tokens, most, temperature)
+    check_lengths(config, system_tokens, problem_tokens, most, temperature)
     flat = [tokens for lane in problem_tokens for tokens in lane]
     width = bucket(max(len(tokens) for tokens in flat) - 1)
     systems = pad_right(system_tokens)
     nodes = pad_right([tokens[:-1] for tokens in flat], width)
-    config = config.replace(remat=False)
-    if config.slice_as_integers and config.scan_layers:
-        # Outside the jitted functions: inside, the compiler would see through it.
-        params = params | {"layers": as_integers(params["layers"])}
+    params, config = for_sampling(params, config)
     system, shared = decode.prefill(params, config, *systems, *nodes)
 
     steps = min(chunk, most)
@@ -184,7 +181,7 @@ def sample_tree(
         queues = [queue[len(new) :] for queue, new in zip(queues, fresh, strict=True)]
         flying = [lane + new for lane, new in zip(flying, fresh, strict=True)]
         longest = max(int(filled[r]) for lane in flying for r in lane)
-        wanted = _rows_bucket(max(map(len, flying)), min(total, max_rows or total)), bucket(longest + steps)
+        wanted = rows_bucket(max(map(len, flying)), min(total, max_rows or total)), bucket(longest + steps)
         new = [r for lane in fresh for r in lane]
         if new or rows is None or wanted != (rows.token.shape[0] // lanes, capacity):
             rows, slot_of = _arrange(
@@ -219,7 +216,15 @@ def sample_tree(
     return Samples(*(x.reshape(lanes, problems, group, *x.shape[1:]) for x in out))
 
 
-def _rows_bucket(rows: int, most: int) -> int:
+def for_sampling(params: Any, config: DecoderConfig) -> tuple[Any, DecoderConfig]:
+    """Params and config as `prefill` and `decode_chunk` are given them."""
+    if config.slice_as_integers and config.scan_layers:
+        # Outside the jitted functions: inside, the compiler would see through it.
+        params = params | {"layers": as_integers(params["layers"])}
+    return params, config.replace(remat=False)
+
+
+def rows_bucket(rows: int, most: int) -> int:
     """Slots of a lane: `most` halved as often as the rows still fit."""
     while (most + 1) // 2 >= rows and most > 1:
         most = (most + 1) // 2
@@ -262,7 +267,14 @@ def _arrange(rows, shared, flying, new, slot_of, last_tokens, keys, group, limit
     return rows, placed
 
 
-def _check(config, system_tokens, problem_tokens, max_new_tokens, temperature) -> None:
+def check_lengths(
+    config: DecoderConfig,
+    system_tokens: Sequence[Sequence[int]],
+    problem_tokens: Sequence[Sequence[Sequence[int]]],
+    max_new_tokens: int,
+    temperature: float,
+) -> None:
+    """Raises ValueError if `sample_tree` could not take these arguments."""
     if temperature < 0:
         raise ValueError(f"temperature={temperature}: give 0 for the most likely token, or a positive number")
     if max_new_tokens < 1:

@@ -1,0 +1,240 @@
+"""A look before a run: one problem, one answer, and what will be compiled. Nothing is trained or written."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+from espl_jax import sharding
+from espl_jax.assemble import Parts, assemble, first_population, stream_key
+from espl_jax.data.order import Cursor, next_batch
+from espl_jax.metrics import table
+from espl_jax.models import lora, transformer
+from espl_jax.rollout import collect_rollouts, conversation, encode_tree, train_batch
+from espl_jax.sampling import decode, generate
+from espl_jax.sampling.buckets import bucket, pad_right
+from espl_jax.text.chat import encode_conversation, render
+from espl_jax.train import choose_prompts
+from espl_jax.train_step import TrainState, init_train_state, policy_gradient_step, whole_params
+from espl_jax.types import Problem, Rollouts, SystemPrompt, TrainBatch
+
+LONGEST_ANSWER = 256
+"""New tokens of the answer shown, at most: enough to see what the model does, on any machine."""
+
+Say = Callable[[str], None]
+
+
+def dry_run(config: Any, console: Console | None = None) -> None:
+    """Shows what the first iteration would begin with, and the memory that its programs need.
+
+    Args:
+      config: a ConfigDict that `check_config` has passed.
+      console: where to show it; standard output by default.
+
+    Raises:
+      ValueError: as a run would, also where prompt and answer could outgrow the model.
+    """
+    console = console or Console()
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    parts = assemble(config)
+    rng = np.random.default_rng([config.seed, 1])
+    prompts = choose_prompts(first_population(config), parts, config, rng)
+    problems, _ = next_batch(parts.splits["train"], Cursor(config.seed), config.batch_size)
+    show_problem(parts, prompts[0], problems[0], say)
+    show_answer(parts, prompts[0], problems[0], config, say)
+    show_programs(parts, prompts, problems, config, say)
+
+
+def show_problem(parts: Parts, prompt: SystemPrompt, problem: Problem, say: Say) -> None:
+    """The text of one conversation, and its tokens by level of the prefix tree."""
+    tokenizer, kwargs = parts.reference.tokenizer, parts.sampling["chat_template_kwargs"]
+    messages = conversation(prompt, problem, parts.environment)
+    system, rest = encode_conversation(tokenizer, messages, **kwargs)
+    say(f"Problem {problem.id} under prompt {prompt.id}, as the model gets it:\n")
+    say(render(tokenizer, messages, **kwargs))
+    say(f"\n--- system level: {len(system)} tokens, run once for each prompt")
+    say(_pieces(tokenizer, system))
+    say(f"--- problem level: {len(rest)} tokens, run once for each prompt and problem")
+    say(_pieces(tokenizer, rest))
+
+
+def _pieces(tokenizer: Any, tokens: Sequence[int]) -> str:
+    return "  ".join(f"{token} {tokenizer.decode([token])!r}" for token in tokens)
+
+
+def show_answer(parts: Parts, prompt: SystemPrompt, problem: Problem, c: Any, say: Say) -> None:
+    """One answer, sampled and graded as in a run."""
+    rollouts = collect_rollouts(
+        parts.reference,
+        [prompt],
+        [problem],
+        parts.environment,
+        key=stream_key(c.seed, "train", 1),
+        group_size=1,
+        max_new_tokens=min(c.sampling.max_new_tokens, LONGEST_ANSWER),
+        temperature=c.sampling.temperature,
+        **parts.sampling,
+    )
+    place = (0, 0, 0)
+    tokens = rollouts.tokens[place][: rollouts.lengths[place]]
+    end = "cut off there" if rollouts.truncated[place] else "ended by itself"
+    say(f"--- the model's turn: {len(tokens)} tokens, {end}")
+    say(_pieces(parts.reference.tokenizer, tokens.tolist()))
+    say(f"\nReply as graded: {rollouts.replies[0][0][0]!r}")
+    verdict = "right" if rollouts.success[place] else "wrong"
+    say(
+        f"Answer read: {rollouts.answers[0][0][0]!r}, correct answer: {problem.answer!r}, "
+        f"{verdict}, reward {rollouts.rewards[place]:g}\n"
+    )
+
+
+def show_programs(
+    parts: Parts, prompts: Sequence[SystemPrompt], problems: Sequence[Problem], c: Any, say: Say
+) -> None:
+    """Shapes and memory of the programs of the first iteration, compiled for the devices at hand."""
+    state, model = abstract_train_state(parts, c), parts.reference
+    say(f"Params: {_size(_bytes(model.params))} as {model.config.param_dtype}.")
+    if state is not None:
+        what = f"adapters of rank {c.lora.rank}" if parts.lora else "all weights"
+        sizes = _size(_bytes(state.trainable)), _size(_bytes(state.opt_state))
+        say(f"Trained: {what}, {sizes[0]} as float32, and an optimizer state of {sizes[1]}.")
+    rows = [["program", "shape", "arguments", "temporaries", "outputs"]]
+    for name, shape, compiled in programs(parts, state, prompts, problems, c, say):
+        memory = compiled.memory_analysis()
+        sizes = (memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.output_size_in_bytes)
+        rows.append([name, shape, *map(_size, sizes)])
+    say("\nMemory of one device; what a program is given and what it returns may be the same memory:\n")
+    say(table(rows))
+
+
+def programs(
+    parts: Parts,
+    state: TrainState | None,
+    prompts: Sequence[SystemPrompt],
+    problems: Sequence[Problem],
+    c: Any,
+    say: Say,
+) -> Iterator[tuple[str, str, Any]]:
+    """Name, shape and compiled form of prefill, of the largest decode chunk, and of a full update."""
+    m, b, n = len(prompts), len(problems), c.group_size * c.num_prompts // len(prompts)
+    tokenizer, most = parts.reference.tokenizer, c.sampling.max_new_tokens
+    tree = encode_tree(
+        tokenizer, prompts, problems, parts.environment, parts.sampling["chat_template_kwargs"]
+    )
+    generate.check_lengths(parts.reference.config, *tree, most, c.sampling.temperature)
+    params = parts.reference.params if state is None else whole_params(state.trainable, parts.frozen)
+    params, config = generate.for_sampling(params, parts.reference.config)
+
+    flat = [tokens for slot in tree[1] for tokens in slot]
+    longest = max(map(len, flat)) - 1
+    systems = pad_right(tree[0])
+    nodes = pad_right([tokens[:-1] for tokens in flat], bucket(longest))
+    lowered = decode.prefill.lower(params, config, *systems, *nodes)
+    prefill = lowered.compile()
+    width, problem_width = systems[0].shape[1], nodes[0].shape[1]
+    yield "prefill", f"{m} x {width} + {m * b} x {problem_width} tokens", prefill
+
+    slots, steps = min(b * n, parts.sampling["max_rows"] or b * n), min(generate.CHUNK, most)
+    rows = sorted({m * generate.rows_bucket(count, slots) for count in range(1, slots + 1)})
+    capacities = sorted({bucket(longest + drawn + steps) for drawn in range(0, most, steps)})
+    say(f"Decode chunks of {steps} steps: {_listed(rows)} rows, {_listed(capacities)} columns.")
+    system, shared = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        lowered.out_info,
+        prefill.output_shardings,
+    )
+    integers = jax.ShapeDtypeStruct((rows[-1],), jnp.int32)
+    keys = jax.ShapeDtypeStruct((rows[-1], 2), jnp.uint32)
+    admit = functools.partial(decode.admit, capacity=capacities[-1])
+    largest = jax.eval_shape(admit, shared, integers, integers, integers, keys)
+    chunk = decode.decode_chunk.lower(
+        params,
+        config,
+        system,
+        sharding.place_rows(largest, parts.mesh),
+        jnp.asarray([tokenizer.eos_token_id], jnp.int32),
+        jnp.float32(1.0),
+        steps=steps,
+        greedy=c.sampling.temperature == 0,
+    )
+    yield "decode chunk, largest", f"{rows[-1]} rows x {capacities[-1]} columns", chunk.compile()
+
+    if state is None:
+        return
+    batch = full_batch(tree, prompts, problems, n, c)
+    step = policy_gradient_step.lower(
+        state,
+        parts.frozen,
+        parts.reference.params if c.loss.kl_coef else None,
+        parts.place_batch(batch),
+        parts.reference.config,
+        parts.optimizer,
+        temperature=c.sampling.temperature,
+        kl_coef=c.loss.kl_coef,
+        loss=c.loss.kind,
+        microbatch_rows=c.loss.microbatch_rows,
+    )
+    shape = " x ".join(map(str, batch.inputs.shape)) + " new tokens"
+    yield "policy-gradient step", shape, step.compile()
+
+
+def abstract_train_state(parts: Parts, c: Any) -> TrainState | None:
+    """Shapes of the train state, with the shardings that its arrays would have."""
+    if not parts.trains:
+        return None
+    config = parts.reference.config
+    if parts.lora:
+        declared = lora.abstract_adapters(config, c.lora.rank, tuple(c.lora.targets))
+    else:
+        declared = transformer.abstract(config)
+    trainable = jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.shape, jnp.float32), declared)
+    trainable = sharding.place(trainable, declared, parts.mesh)
+    state = jax.eval_shape(functools.partial(init_train_state, optimizer=parts.optimizer), trainable)
+    # Adam's averages lie where the weights do.
+    opt_state = optax.tree.map_params(parts.optimizer, lambda _, like: like, state.opt_state, trainable)
+    return TrainState(state.step, trainable, opt_state)
+
+
+def full_batch(
+    tree: Any, prompts: Sequence[SystemPrompt], problems: Sequence[Problem], group_size: int, c: Any
+) -> TrainBatch:
+    """Shapes of an update in which every group is mixed and every rollout as long as it may be."""
+    shape, most = (len(prompts), len(problems), group_size), c.sampling.max_new_tokens
+    flags, numbers = np.zeros(shape, bool), np.zeros(shape, np.float32)
+    columns = np.zeros((*shape, most), np.float32)
+    rollouts = Rollouts(
+        prompts=tuple(prompts),
+        problems=tuple(problems),
+        system_tokens=tree[0],
+        problem_tokens=tree[1],
+        tokens=columns.astype(np.int32),
+        lengths=np.full(shape, most, np.int32),
+        logprobs=columns,
+        untruncated_logprobs=columns,
+        truncated=flags,
+        replies=(),
+        answers=(),
+        rewards=numbers,
+        success=flags,
+    )
+    batch = train_batch(rollouts, numbers + 1, max(1, c.loss.microbatch_rows // group_size))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))

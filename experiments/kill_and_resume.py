@@ -1,0 +1,189 @@
+"""Kills a run with SIGKILL at random instants, resumes it, and compares it with one that nothing interrupted.
+
+    python experiments/kill_and_resume.py --kills=10 --seed=0 --out=runs/kill_and_resume
+
+The run is the quickstart made small: SmolLM2, four iterations. It first goes through twice undisturbed,
+without and with compiled programs in the cache, then in further folders with kills, each time resumed by the
+same command. A run that ends before its kill is followed by another one, until all kills have hit. Everything
+that a run leaves must be the same bit for bit: arrays of the last checkpoint, population, logs and results;
+only the metrics' key `time` may differ. The exit code is 1 if anything does. About 15 minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = (
+    "num_iterations=4",
+    "batch_size=4",
+    "num_prompts=2",
+    "group_size=3",
+    "data.validation=addition:digits=2,count=20",
+    "data.test=addition:digits=2,count=20",
+    "reflection.max_new_tokens=24",
+    "evaluation.every=2",
+)
+FILES = (
+    "population.json",
+    "results.json",
+    "rollouts.jsonl",
+    "reflections.jsonl",
+    "lineage.jsonl",
+    "evaluations.jsonl",
+)
+
+
+def start(out: Path, name: str) -> subprocess.Popen:
+    """Starts or resumes the run `name`; what it says is added to `<name>.log`."""
+    settings = [f"--config.{setting}" for setting in (*SETTINGS, f"compilation_cache={out / 'xla'}")]
+    command = [
+        sys.executable,
+        "-m",
+        "espl_jax.main",
+        "--config=configs/quickstart.py",
+        f"--workdir={out / name}",
+    ]
+    with open(out / f"{name}.log", "ab") as log:
+        return subprocess.Popen(
+            [*command, *settings], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def finish(process: subprocess.Popen, out: Path, name: str) -> None:
+    """Waits for the end of a run; raises RuntimeError with the end of its log if it failed."""
+    if process.wait():
+        tail = "\n".join(said(out, name)[-20:])
+        raise RuntimeError(f"{name} ended with exit code {process.returncode}:\n{tail}")
+
+
+def said(out: Path, name: str) -> list[str]:
+    """The lines of a run's log that are not blank."""
+    return [line for line in (out / f"{name}.log").read_text(errors="replace").splitlines() if line.strip()]
+
+
+def newest(workdir: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint and its COMMIT, or None."""
+    commits = sorted(workdir.glob("checkpoints/*/COMMIT"))
+    return (commits[-1].parent, json.loads(commits[-1].read_bytes())) if commits else None
+
+
+def kill_again_and_again(
+    out: Path, kills: int, seconds: float, seed: int
+) -> tuple[list[str], list[list[str]]]:
+    """Kills runs at instants drawn over `seconds` until `kills` have hit, and lets the last one end.
+
+    Returns:
+      (names of the runs, all of which ended; one row a kill).
+    """
+    rng = np.random.default_rng(seed)
+    names, rows = ["killed-1"], []
+    while True:
+        name = names[-1]
+        process = start(out, name)
+        if len(rows) == kills:
+            finish(process, out, name)
+            return names, rows
+        instant = rng.uniform(0, seconds)
+        try:
+            process.wait(timeout=instant)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        if process.wait() == -signal.SIGKILL:
+            saved = newest(out / name)
+            iteration = str(saved[1]["iteration"]) if saved else "none"
+            last = (said(out, name) or ["(nothing)"])[-1].strip()[:60]
+            rows.append([str(len(rows) + 1), name, f"{instant:.1f} s", iteration, last])
+            print(
+                f"kill {len(rows)}: {name} after {instant:.1f} s, checkpoint {iteration}, {last!r}",
+                flush=True,
+            )
+        else:
+            finish(process, out, name)
+            print(f"{name} ended before {instant:.1f} s; going on with another run", flush=True)
+            names.append(f"killed-{len(names) + 1}")
+
+
+def arrays(workdir: Path) -> dict[str, np.ndarray]:
+    """The arrays of the last checkpoint by name."""
+    import jax
+    from orbax.checkpoint import v1 as ocp
+
+    folder, commit = newest(workdir)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = {}
+    for name, described in commit["arrays"].items():
+        dtype, _, shape = described.partition("[")
+        shapes[name] = jax.ShapeDtypeStruct(json.loads(f"[{shape}"), dtype, sharding=device)
+    return {name: np.asarray(x) for name, x in ocp.load(folder / "arrays", shapes).items()}
+
+
+def metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl without the clock's numbers."""
+    records = map(json.loads, (workdir / "metrics.jsonl").read_bytes().splitlines())
+    return [{key: value for key, value in record.items() if key != "time"} for record in records]
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """What two finished runs do not have in common."""
+    found = [name for name in FILES if _content(one / name) != _content(other / name)]
+    if metrics(one) != metrics(other):
+        found.append("metrics.jsonl")
+    if newest(one)[1]["iteration"] != newest(other)[1]["iteration"]:
+        found.append("the last checkpoint's iteration")
+    mine, theirs = arrays(one), arrays(other)
+    found += [
+        f"array {name}"
+        for name in sorted(mine.keys() | theirs.keys())
+        if name not in mine or name not in theirs or mine[name].tobytes() != theirs[name].tobytes()
+    ]
+    return found
+
+
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
+
+
+def main() -> None:
+    """Runs everything; exits with 1 if any two runs differ."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=10, help="how many kills have to hit")
+    parser.add_argument("--seed", type=int, default=0, help="draws the instants")
+    parser.add_argument("--out", type=Path, default=Path("runs/kill_and_resume"), help="a new folder")
+    args = parser.parse_args()
+    out = args.out.expanduser().absolute()
+    if out.exists():
+        sys.exit(f"--out={out} is already there; remove it or name another folder")
+    out.mkdir(parents=True)
+
+    for name in ("cold", "warm"):
+        began = time.monotonic()
+        finish(start(out, name), out, name)
+        seconds = time.monotonic() - began
+        print(f"undisturbed, {name} compilation cache: {seconds:.0f} s", flush=True)
+    names, rows = kill_again_and_again(out, args.kills, seconds, args.seed)
+
+    # The runs are over: only now may this process have the device.
+    from espl_jax.metrics import table
+
+    print("\n" + table([["kill", "run", "after", "checkpoint", "said last"], *rows]) + "\n")
+    verdicts = {name: differences(out / "cold", out / name) for name in ("warm", *names)}
+    for name, found in verdicts.items():
+        print(f"cold and {name}: {'differ in ' + ', '.join(found) if found else 'the same bit for bit'}")
+    sys.exit(1 if any(verdicts.values()) else 0)
+
+
+if __name__ == "__main__":
+    main()

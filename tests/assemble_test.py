@@ -1,0 +1,186 @@
+"""From a configuration to the parts of a run."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from espl_jax import assemble as assembling
+from espl_jax.assemble import assemble, first_population, first_train_state, stream_key
+from espl_jax.environments.arithmetic import Arithmetic
+from espl_jax.environments.math import Math
+from espl_jax.evolution import population as populations
+from espl_jax.types import SystemPrompt
+from tests import fakes
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setattr(assembling, "load_pretrained", fakes.load_pretrained)
+    monkeypatch.setattr(assembling.sharding, "make_mesh", lambda sizes: None)
+
+
+@pytest.mark.parametrize(
+    ("mode", "trains", "evolves"),
+    [("espl", True, True), ("rl", True, False), ("evolution", False, True), ("reflection", False, True)],
+)
+def test_what_each_mode_has(mode, trains, evolves):
+    config = fakes.config(mode=mode)
+    parts = assemble(config)
+    assert (parts.trains, parts.evolves, parts.lora) == (trains, evolves, True)
+    state = first_train_state(config, parts)
+    assert (state is not None) == trains
+    assert (parts.policy(state) is parts.reference) == (not trains)
+    # Reflection alone is mutation alone.
+    assert parts.evolution["crossover_prob"] == (0.0 if mode == "reflection" else 0.5)
+
+
+def test_splits_share_no_problem():
+    splits = assemble(fakes.config()).splits
+    assert {name: len(split) for name, split in splits.items()} == {"train": 6, "validation": 2, "test": 2}
+    ids = [problem.id for split in splits.values() for problem in split.problems]
+    assert len(set(ids)) == 10
+
+
+def test_validation_is_held_out_of_train_where_there_is_none():
+    config = fakes.config(data__validation="", data__validation_count=2, data__test="")
+    splits = assemble(config).splits
+    whole = assemble(fakes.config()).splits["train"]
+    assert {name: len(split) for name, split in splits.items()} == {"train": 4, "validation": 2}
+    held = {problem.id for split in splits.values() for problem in split.problems}
+    assert held == {problem.id for problem in whole.problems}
+    other = assemble(
+        fakes.config(data__validation="", data__validation_count=2, data__test="", seed=3)
+    ).splits
+    assert other["validation"].problems != splits["validation"].problems
+
+
+def test_files_with_fields_of_their_own(tmp_path):
+    rows = [{"task": f"Say {i}.", "gold": str(i)} for i in range(4)]
+    file = tmp_path / "tasks.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = fakes.config(data__train=str(file), data__validation="", data__validation_count=1, data__test="")
+    with config.unlocked():
+        config.data.fields = {"text": "task", "answer": "gold"}
+    problems = [p for split in assemble(config).splits.values() for p in split.problems]
+    assert {(p.text, p.answer) for p in problems} == {(f"Say {i}.", str(i)) for i in range(4)}
+
+
+def test_the_same_problem_in_two_splits_is_refused(tmp_path):
+    file = tmp_path / "tasks.jsonl"
+    file.write_text('{"problem": "a", "answer": "1"}\n{"problem": "b", "answer": "2"}\n')
+    config = fakes.config(data__train=str(file), data__validation=str(file), data__test="")
+    with pytest.raises(ValueError, match="of validation .* has the same id as .* of train"):
+        assemble(config)
+
+
+def test_a_batch_larger_than_the_problems_is_refused_before_the_model_is_loaded(monkeypatch):
+    monkeypatch.setattr(assembling, "load_pretrained", None)
+    with pytest.raises(ValueError, match="batch_size=7: data.train has 6 problems"):
+        assemble(fakes.config(batch_size=7))
+
+
+def test_environments():
+    boxed = {"environment__answer_format": "boxed", "environment__instruction": "Box it."}
+    assert assemble(fakes.config(**boxed)).environment == Arithmetic("boxed", "Box it.")
+    assert assemble(fakes.config(environment__name="math")).environment == Math("boxed", None)
+
+
+def test_numerics_and_sampling_reach_their_places():
+    config = fakes.config(
+        model__dtype="bfloat16", model__scan_layers=False, lora__scale=2.0, sampling__max_rows=7
+    )
+    parts = assemble(config)
+    decoder = parts.reference.config
+    assert (decoder.dtype, decoder.scan_layers, decoder.remat, decoder.lora_scale) == (
+        "bfloat16",
+        False,
+        False,
+        2.0,
+    )
+    assert parts.sampling == {"chat_template_kwargs": {}, "max_rows": 7, "mesh": None}
+    assert assemble(fakes.config()).sampling["max_rows"] is None
+
+
+def test_fresh_adapters_change_nothing_and_share_the_base():
+    config = fakes.config(lora__targets=("query", "up"))
+    parts = assemble(config)
+    state = first_train_state(config, parts)
+    assert set(state.trainable["layers"]) == {"attention", "mlp"}
+    assert set(state.trainable["layers"]["mlp"]) == {"up"}
+    policy = parts.policy(state)
+    up, base = policy.params["layers"]["mlp"]["up"], parts.reference.params["layers"]["mlp"]["up"]
+    assert up["weight"] is base["weight"] and "lora_a" not in base
+    assert not up["lora_b"].any() and up["lora_a"].shape[-1] == 2
+    assert parts.frozen is parts.reference.params
+
+
+def test_full_fine_tuning_trains_a_float32_copy():
+    config = fakes.config(lora__rank=0, model__param_dtype="bfloat16")
+    parts = assemble(config)
+    state = first_train_state(config, parts)
+    assert parts.frozen is None
+    for trained, base in zip(
+        jax.tree.leaves(state.trainable), jax.tree.leaves(parts.reference.params), strict=True
+    ):
+        assert (trained.dtype, base.dtype) == (np.float32, jax.numpy.bfloat16)
+        assert np.array_equal(trained, base.astype(np.float32))
+    # A copy also where nothing has to be converted: the step gives its state's memory away.
+    parts = assemble(fakes.config(lora__rank=0))
+    state = first_train_state(fakes.config(lora__rank=0), parts)
+    pointers = [
+        {x.unsafe_buffer_pointer() for x in jax.tree.leaves(tree)}
+        for tree in (state.trainable, parts.reference.params)
+    ]
+    assert not pointers[0] & pointers[1]
+
+
+def test_adapters_depend_on_the_seed_alone():
+    def adapter(seed):
+        config = fakes.config(seed=seed)
+        return first_train_state(config, assemble(config)).trainable["layers"]["mlp"]["up"]["lora_a"]
+
+    assert np.array_equal(adapter(1), adapter(1)) and not np.array_equal(adapter(1), adapter(2))
+
+
+def test_streams_of_random_numbers_differ():
+    keys = [
+        stream_key(seed, stream, iteration)
+        for seed in (0, 1)
+        for stream in ("train", "validation", "test", "reflection")
+        for iteration in (1, 2)
+    ]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys)
+    assert jax.random.key_data(stream_key(0, "train", 1)).tolist() == jax.random.key_data(keys[0]).tolist()
+
+
+def test_the_first_population_is_the_root():
+    population = first_population(fakes.config(population__text="Add.", population__principles=("Twice.",)))
+    assert population == populations.start([SystemPrompt(text="Add.", principles=("Twice.",))], 100)
+
+
+def test_a_saved_population_keeps_ids_and_ratings(tmp_path):
+    saved = populations.start([SystemPrompt(text=f"{i}", mu=20.0 + i) for i in range(4)], 10)
+    saved = saved.with_ratings({"p3": (31.5, 2.25)})
+    file = tmp_path / "population.json"
+    file.write_text(json.dumps(saved.to_json()))
+    settings = {"population__start_from": str(file), "population__text": ""}
+    assert first_population(fakes.config(**settings, population__max_size=10)) == saved
+    # A smaller population keeps the newest, and still gives no id twice.
+    small = first_population(fakes.config(**settings, population__max_size=2))
+    assert [member.id for member in small.members] == ["p2", "p3"]
+    assert (small.max_size, small.created) == (2, 4)
+    added = small.add([SystemPrompt(text="new")], 1).population
+    assert [member.id for member in added.members] == ["p3", "p4"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "is not JSON"), ("[]", "has list, expected"), ('{"members": []}', r"has \['members'\], expected")],
+)
+def test_what_is_no_population_is_refused(content, message, tmp_path):
+    file = tmp_path / "population.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        first_population(fakes.config(population__start_from=str(file), population__text=""))

@@ -1,0 +1,149 @@
+"""Configurations that cannot run are refused with the field, its value and the fix."""
+
+import subprocess
+import sys
+
+import pytest
+
+from configs import common, hmmt, quickstart
+from espl_jax import check_config as checked
+from espl_jax.check_config import check_config
+from espl_jax.models import lora
+from espl_jax.rl import advantages, losses
+
+
+def valid(**changes):
+    config = quickstart.get_config()
+    with config.unlocked():
+        config.update_from_flattened_dict(
+            {field.replace("__", "."): value for field, value in changes.items()}
+        )
+    return config
+
+
+def refusal(**changes):
+    with pytest.raises(ValueError) as raised:
+        check_config(valid(**changes))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("mode", checked.MODES)
+def test_the_configs_that_come_along_are_fine(mode, tmp_path):
+    (tmp_path / "model.gguf").touch()
+    (tmp_path / "problems.jsonl").touch()
+    config = hmmt.get_config()
+    config.mode = mode
+    config.model.source = str(tmp_path / "model.gguf")
+    config.data.train = config.data.test = str(tmp_path / "problems.jsonl")
+    check_config(config)
+    check_config(valid(mode=mode))
+
+
+@pytest.mark.parametrize("field", sorted(checked._CHOICES))
+def test_an_unknown_choice_is_refused_with_the_known_ones(field):
+    message = refusal(**{field.replace(".", "__"): "nonsense"})
+    assert message == f"{field}='nonsense': choose one of {', '.join(checked._CHOICES[field])}"
+
+
+@pytest.mark.parametrize("field", sorted(checked._AT_LEAST))
+def test_a_number_too_small_is_refused(field):
+    least = checked._AT_LEAST[field]
+    message = refusal(**{field.replace(".", "__"): least - 1})
+    assert message in (
+        f"{field}={least - 1}: give at least {least}",
+        f"{field}={least - 1:.1f}: give at least {least}",
+    )
+
+
+def test_every_table_names_fields_that_exist():
+    fields = checked._flat(common.get_config())
+    assert set(checked._CHOICES) | set(checked._AT_LEAST) <= set(fields)
+
+
+def test_names_written_out_are_those_of_the_modules():
+    assert checked.BASELINES == advantages.BASELINES
+    assert checked.LOSSES == losses.KINDS
+    assert checked.LORA_TARGETS == lora.TARGETS
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.source": ""}, "model.source='': say which model"),
+        ({"model.source": "no/such.gguf"}, "model.source='no/such.gguf': there is no such file"),
+        ({"data.train": ""}, "data.train='': give a .jsonl file"),
+        ({"data.train": "no/such.jsonl"}, "data.train='no/such.jsonl': there is no such file"),
+        ({"data.validation": "none.jsonl"}, "data.validation='none.jsonl': there is no such file"),
+        ({"data.test": "none.jsonl"}, "data.test='none.jsonl': there is no such file"),
+        (
+            {"population.start_from": "p.json", "population.text": ""},
+            "population.start_from='p.json': there is no",
+        ),
+        (
+            {"population.start_from": "runs/a"},
+            "population.start_from='runs/a': a saved population brings its own",
+        ),
+        ({"sampling.top_p": 0.9}, "sampling.top_p=0.9: truncated sampling is not supported yet"),
+        ({"sampling.top_k": 5}, "sampling.top_k=5: truncated sampling is not supported yet"),
+        ({"sampling.temperature": 0.0}, "sampling.temperature=0.0: greedy rollouts cannot be trained on"),
+        ({"group_size": 1}, "group_size=1: a group of one has no advantage over itself"),
+        ({"group_size": 1, "num_prompts": 1, "mode": "rl"}, "group_size=1: a group of one"),
+        ({"optimizer.learning_rate": 0.0}, "optimizer.learning_rate=0.0: give a positive one"),
+        ({"lora.targets": ("query", "nose")}, "lora.targets=('query', 'nose'): ['nose'] cannot be adapted"),
+        ({"evolution.crossover_prob": 1.5}, "evolution.crossover_prob=1.5: a probability is between 0 and 1"),
+        ({"selection.temperature": 0.0}, "selection.temperature=0.0: give a positive one, or None"),
+        (
+            {"environment.answer_format": "expression"},
+            "environment.answer_format='expression': environment.name=",
+        ),
+        (
+            {"environment.name": "math"},
+            "environment.answer_format='last_number': environment.name=math reads one",
+        ),
+        # Quickstart has groups of 4, batches of 8 and 3 prompts.
+        ({"loss.microbatch_rows": 3}, "loss.microbatch_rows=3: give 0, a divisor of the 4 rollouts"),
+        ({"loss.microbatch_rows": 6}, "loss.microbatch_rows=6: give 0, a divisor of the 4 rollouts"),
+        ({"loss.microbatch_rows": 12}, "loss.microbatch_rows=12: give 0, a divisor of the 4 rollouts"),
+        (
+            {"loss.microbatch_rows": 8, "mode": "rl"},
+            "loss.microbatch_rows=8: give 0, a divisor of the 12 rollouts",
+        ),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else None,
+)
+def test_impossible_combinations(changes, message):
+    assert refusal(**{field.replace(".", "__"): value for field, value in changes.items()}).startswith(
+        message
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss.microbatch_rows": 2},
+        {"loss.microbatch_rows": 8},
+        {"loss.microbatch_rows": 32},
+        {"loss.microbatch_rows": 3, "mode": "rl"},
+        {"loss.microbatch_rows": 24, "mode": "rl"},
+        {"group_size": 1, "mode": "rl"},
+        {"sampling.temperature": 0.0, "mode": "evolution"},
+        {"optimizer.learning_rate": 0.0, "mode": "reflection"},
+        {"selection.temperature": 0.5},
+        {"evolution.max_principles": None},
+    ],
+    ids=str,
+)
+def test_what_only_looks_impossible_is_allowed(changes):
+    check_config(valid(**{field.replace(".", "__"): value for field, value in changes.items()}))
+
+
+def test_a_home_folder_is_understood(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jsonl").touch()
+    check_config(valid(data__train="~/a.jsonl"))
+
+
+def test_checking_costs_no_import_of_jax():
+    code = "import sys, espl_jax.check_config; sys.exit(' '.join({'jax', 'flax'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.strip() == ""

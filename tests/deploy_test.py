@@ -1,0 +1,143 @@
+"""Which prompt is deployed, and the two-by-two test of it."""
+
+import dataclasses
+import io
+import json
+import types
+
+import pytest
+from rich.console import Console
+
+from espl_jax import deploy
+from espl_jax.data.problems import ProblemSet
+from espl_jax.deploy import deployed, held_out, two_by_two
+from espl_jax.evaluate import summarize
+from espl_jax.evolution import population as populations
+from espl_jax.metrics import Progress
+from espl_jax.rollout import collect_rollouts
+from espl_jax.types import SystemPrompt
+from tests import fakes
+
+POPULATION = populations.start(
+    [SystemPrompt(text=text) for text in ("root", "second", "third")], 10
+).with_ratings({"p0": (25.0, 3.0), "p1": (28.0, 2.0)})
+
+
+def parts(trains=True, evolves=True, test=True):
+    splits = {"validation": ProblemSet(fakes.PROBLEMS[:1], "a")}
+    if test:
+        splits["test"] = ProblemSet(fakes.PROBLEMS[1:3], "b")
+    return types.SimpleNamespace(
+        reference=fakes.model(),
+        splits=splits,
+        environment=fakes.Letters(),
+        trains=trains,
+        evolves=evolves,
+        sampling={},
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "evolves", "expected"),
+    [
+        # p2 was never rated, so that nothing is known of it; mu - 2 sigma is 19 for p0 and 24 for p1.
+        ("espl", True, "p1"),
+        ("evolution", True, "p1"),
+        # Only the root was played.
+        ("rl", False, "p0"),
+        # Nobody is rated, and the newest has taken the place of the others.
+        ("reflection", True, "p2"),
+    ],
+)
+def test_deployed(mode, evolves, expected):
+    assert deployed(POPULATION, parts(evolves=evolves), fakes.config(mode=mode)).id == expected
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A work directory that keeps what it is given."""
+    written = types.SimpleNamespace(path=tmp_path, logs=[], files={})
+    written.append = lambda log, record: written.logs.append((log, record))
+    written.write_json = lambda name, value: written.files.update({name: json.loads(json.dumps(value))})
+    return written
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """What was asked of the sampler; replies are real."""
+    calls = []
+
+    def listen(model, prompts, problems, environment, **settings):
+        calls.append(
+            (model, [prompt.id for prompt in prompts], [problem.id for problem in problems], settings)
+        )
+        return collect_rollouts(model, prompts, problems, environment, **settings)
+
+    monkeypatch.setattr(deploy, "collect_rollouts", listen)
+    return calls
+
+
+def test_held_out_is_the_accuracy_on_validation(folder, sampled):
+    config = fakes.config()
+    value = held_out(parts(), fakes.model(), POPULATION.members[1], config, 4, folder)
+    ((_, prompts, problems, settings),) = sampled
+    assert (prompts, problems) == (["p1"], ["q0"])
+    assert (settings["group_size"], settings["max_new_tokens"], settings["temperature"]) == (3, 6, 1.0)
+    assert [log for log, _ in folder.logs] == ["evaluations"] * 3
+    records = [record for _, record in folder.logs]
+    assert {(r["iteration"], r["split"], r["weights"]) for r in records} == {(4, "validation", "current")}
+    assert value == pytest.approx(sum(r["success"] for r in records) / 3)
+
+
+def test_two_by_two(folder, sampled):
+    config, shown = fakes.config(mode="espl"), io.StringIO()
+    model = fakes.model()
+    louder = {"final_norm": {"scale": 2 * model.params["final_norm"]["scale"]}}
+    trained = dataclasses.replace(model, params=model.params | louder)
+    progress = Progress(2, lambda *_: None, done=2, console=Console(file=shown, width=200))
+    first = populations.start([SystemPrompt(text="root")], 10)
+    results = two_by_two(parts(), trained, first, POPULATION, config, folder, progress)
+
+    # Both weights, both prompts, the test problems, and the same random numbers.
+    assert [(call[0] is trained, call[1], call[2]) for call in sampled] == [
+        (False, ["p0", "p1"], ["q1", "q2"]),
+        (True, ["p0", "p1"], ["q1", "q2"]),
+    ]
+    assert (sampled[0][3]["key"] == sampled[1][3]["key"]).all()
+    assert results["deployed"]["id"] == "p1"
+    assert {weights: list(cells) for weights, cells in results["test"].items()} == {
+        "initial": ["root", "deployed"],
+        "trained": ["root", "deployed"],
+    }
+    for weights, model in (("initial", parts().reference), ("trained", trained)):
+        settings = {
+            name: sampled[0][3][name] for name in ("key", "group_size", "max_new_tokens", "temperature")
+        }
+        prompts = [first.members[0], POPULATION.members[1]]
+        expected = summarize(
+            collect_rollouts(model, prompts, fakes.PROBLEMS[1:3], fakes.Letters(), **settings)
+        )
+        assert [dataclasses.asdict(each) for each in expected] == list(results["test"][weights].values())
+    assert folder.files["results.json"] == json.loads(json.dumps(results))
+    text = shown.getvalue()
+    assert "deployed prompt (p1)" in text and "Best prompt: p1, rating 28.00 ± 2.00" in text
+    before, after = results["test"]["initial"]["root"], results["test"]["trained"]["deployed"]
+    assert f"Held-out accuracy: {100 * before['accuracy']:.1f}%" in text
+    assert f"{100 * after['accuracy']:.1f}%" in text.split("before,")[1]
+
+
+def test_the_root_alone_where_it_is_the_best(folder, sampled):
+    progress = Progress(2, lambda *_: None, done=2, console=Console(file=io.StringIO()))
+    first = populations.start([SystemPrompt(text="root")], 10)
+    some = parts(trains=False, evolves=True)
+    results = two_by_two(some, some.reference, first, first, fakes.config(mode="evolution"), folder, progress)
+    assert [call[1] for call in sampled] == [["p0"]]
+    assert {weights: list(cells) for weights, cells in results["test"].items()} == {"initial": ["root"]}
+
+
+def test_without_test_problems_nothing_is_sampled(folder, sampled):
+    progress = Progress(2, lambda *_: None, done=2, console=Console(file=io.StringIO()))
+    some = parts(test=False)
+    results = two_by_two(some, some.reference, POPULATION, POPULATION, fakes.config(), folder, progress)
+    assert sampled == [] and results["test"] == {} and results["deployed"]["id"] == "p1"
+    assert list(folder.files) == ["results.json"]

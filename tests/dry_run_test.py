@@ -1,0 +1,129 @@
+"""What a run would begin with, shown without training or writing anything."""
+
+import io
+import re
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from espl_jax import assemble as assembling
+from espl_jax import dry_run as dry
+from espl_jax import train as loop
+from espl_jax.assemble import assemble, first_train_state
+from espl_jax.data.order import Cursor, next_batch
+from espl_jax.dry_run import abstract_train_state, dry_run
+from espl_jax.rollout import conversation
+from espl_jax.sampling import decode
+from espl_jax.text.chat import encode_conversation, render
+from tests import fakes
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setattr(assembling, "load_pretrained", fakes.load_pretrained)
+    monkeypatch.setattr(assembling, "Arithmetic", fakes.Letters)
+    monkeypatch.setattr(assembling.sharding, "make_mesh", lambda sizes: None)
+
+
+def shown(config):
+    text = io.StringIO()
+    dry_run(config, Console(file=text, width=300))
+    return text.getvalue()
+
+
+def test_shows_the_problem_the_answer_and_the_programs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = fakes.config()
+    text = shown(config)
+    parts = assemble(config)
+    (problem, *_), _ = next_batch(parts.splits["train"], Cursor(config.seed), 2)
+    prompt = assembling.first_population(config).members[0]
+    messages = conversation(prompt, problem, parts.environment)
+    assert f"Problem {problem.id} under prompt p0" in text
+    assert render(fakes.tokenizer(), messages) in text
+
+    # Every token of the conversation is there, in its level.
+    levels = encode_conversation(fakes.tokenizer(), messages)
+    pieces = re.findall(r"^--- (.*?): (\d+) tokens.*\n(.*)$", text, re.MULTILINE)
+    assert [name for name, _, _ in pieces] == ["system level", "problem level", "the model's turn"]
+    for (_, count, listed), tokens in zip(pieces[:2], levels, strict=True):
+        assert int(count) == len(tokens)
+        assert listed == "  ".join(f"{t} {fakes.tokenizer().decode([t])!r}" for t in tokens)
+    assert re.search(r"^Reply as graded: '", text, re.MULTILINE)
+    answer = rf"^Answer read: '\d+', correct answer: '{problem.answer}', (right|wrong), reward"
+    assert re.search(answer, text, re.MULTILINE)
+
+    table = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    sizes = {name.strip(): [cell.strip() for cell in row] for name, *row in table}
+    assert sizes["prefill"][0] == "2 x 64 + 4 x 64 tokens"
+    assert sizes["decode chunk, largest"][0] == "12 rows x 64 columns"
+    assert sizes["policy-gradient step"][0] == "2 x 2 x 3 x 16 new tokens"
+    assert all(re.fullmatch(r"\d+\.\d+ [MG]iB", size) for row in list(sizes.values())[1:] for size in row[1:])
+    assert "Decode chunks of 6 steps: 2, 4, 6, 12 rows, 64 columns." in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shapes_are_those_that_the_run_compiles(monkeypatch, tmp_path):
+    """Every decode chunk, and the step, of a real run is among the shapes announced."""
+    config = fakes.config(num_iterations=1, sampling__max_new_tokens=40, evaluation__every=0, data__test="")
+    text = shown(config)
+    rows, columns = (
+        set(map(int, numbers.split(", ")))
+        for numbers in re.search(r"Decode chunks of 32 steps: (.*) rows, (.*) columns", text).groups()
+    )
+    chunk, step, seen = decode.decode_chunk, loop.policy_gradient_step, []
+
+    def listen(params, config, system, batch, *args, **kwargs):
+        seen.append((batch.token.shape[0], batch.cache.key.shape[3]))
+        return chunk(params, config, system, batch, *args, **kwargs)
+
+    def listen_to_step(state, frozen, reference, batch, *args, **kwargs):
+        seen.append(batch.inputs.shape)
+        return step(state, frozen, reference, batch, *args, **kwargs)
+
+    monkeypatch.setattr(decode, "decode_chunk", listen)
+    monkeypatch.setattr(loop, "policy_gradient_step", listen_to_step)
+    monkeypatch.setattr(loop, "local_reflector", lambda model, **settings: fakes.scripted_replies)
+    loop.train(config, tmp_path, Console(file=io.StringIO()))
+    *chunks, batch = seen
+    assert len(chunks) >= 2 and {n for n, _ in chunks} <= rows and {n for _, n in chunks} <= columns
+    assert chunks[0] == (max(rows), min(columns))
+    assert " x ".join(map(str, batch)) + " new tokens" in text
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_abstract_state_is_that_of_the_run(rank):
+    config = fakes.config(lora__rank=rank)
+    parts = assemble(config)
+    abstract, real = abstract_train_state(parts, config), first_train_state(config, parts)
+    assert jax.tree.structure(abstract) == jax.tree.structure(real)
+    for shape, array in zip(jax.tree.leaves(abstract), jax.tree.leaves(real), strict=True):
+        assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
+
+
+def test_without_training_there_is_no_step():
+    text = shown(fakes.config(mode="reflection"))
+    assert "policy-gradient step" not in text and "Trained:" not in text
+    # One prompt takes the places of both.
+    assert "1 x 64 + 2 x 64 tokens" in text and "12 rows x 64 columns" in text
+
+
+def test_a_long_answer_is_cut(monkeypatch):
+    monkeypatch.setattr(dry, "LONGEST_ANSWER", 4)
+    text = shown(fakes.config(mode="evolution", sampling__max_new_tokens=6))
+    assert re.search(r"the model's turn: [1-4] tokens", text)
+
+
+def test_an_answer_that_could_outgrow_the_model_is_refused():
+    with pytest.raises(ValueError, match=r"max_new_tokens=5000 exceed the model's max_positions=4096"):
+        shown(fakes.config(sampling__max_new_tokens=5000))
+
+
+def test_memory_grows_with_the_batch():
+    def numbers(text):
+        return [float(n) for n in re.findall(r"([\d.]+) MiB", text.split("| prefill")[1])]
+
+    few, many = (numbers(shown(fakes.config(mode="evolution", group_size=n))) for n in (3, 12))
+    assert np.all(np.array(many[3:6]) >= np.array(few[3:6])) and many != few

@@ -1,0 +1,85 @@
+"""The command line: what cannot run is refused in a sentence, before anything is loaded."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+def run(*args, config="configs/quickstart.py", **environment):
+    command = [sys.executable, "-m", "espl_jax.main", f"--config={config}", *args]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
+    )
+
+
+@pytest.fixture(scope="session")
+def no_jax(tmp_path_factory):
+    """A PYTHONPATH under which importing jax fails, to show that the refusal comes before it."""
+    folder = tmp_path_factory.mktemp("no_jax")
+    (folder / "jax.py").write_text("raise ImportError('jax was imported')\n")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--config.learning_rate=1"], "config.learning_rate: there is no such field"),
+        (["--config.optimizer.lr=1"], "config.optimizer.lr: there is no such field"),
+        (["--config.optimiser.learning_rate=1"], "config.optimiser.learning_rate: there is no such field"),
+        (["--config.mode.rl=1"], "config.mode.rl: there is no such field"),
+        (["--config.batch_size=many"], "flag --config.batch_size=many: invalid literal"),
+        (["--config.batch_size=0"], "batch_size=0: give at least 1"),
+        (["--config.mode=both"], "mode='both': choose one of espl, rl, evolution, reflection"),
+        (["--config.sampling.top_p=0.9"], "sampling.top_p=0.9: truncated sampling"),
+        (["--config.data.train=none.jsonl"], "data.train='none.jsonl': there is no such file"),
+        (["quickly"], "not understood: quickly"),
+        (["--wrokdir=x"], "Unknown command line flag 'wrokdir'"),
+        ([], "--workdir is missing"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_refused_before_anything_is_loaded(args, message, no_jax, tmp_path):
+    workdir = tmp_path / "run"
+    given = [*args, f"--workdir={workdir}"] if args else []
+    done = run(*given, PYTHONPATH=no_jax)
+    assert done.returncode == 1 and message in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 3
+    assert not workdir.exists()
+
+
+def test_a_config_file_that_is_not_there(no_jax):
+    for args in ([], ["--config.batch_size=4"]):
+        done = run(*args, config="configs/none.py", PYTHONPATH=no_jax)
+        assert done.returncode == 1 and "configs/none.py" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_what_only_loading_finds_out_is_said_without_a_traceback(tmp_path):
+    args = [
+        "--config.batch_size=9",
+        "--config.data.train=addition:digits=1,count=8",
+        f"--workdir={tmp_path / 'run'}",
+    ]
+    args += ["--config.model.source=smollm2", "--config.mesh.fsdp=1", "--config.mesh.data=-1"]
+    done = run(*args)
+    assert done.returncode == 1 and "batch_size=9: data.train has 8 problems" in done.stderr
+    assert "Traceback" not in done.stderr and "--verbosity=1" in done.stderr
+    assert "Traceback" in run(*args, "--verbosity=1").stderr
+
+
+def test_fields_without_a_default_can_be_set(no_jax):
+    """None on the command line's side is a placeholder with a type; the wrong type is refused."""
+    fields = {
+        "selection.temperature": "0.5",
+        "evolution.max_principles": "3",
+        "environment.instruction": "Add.",
+    }
+    args = [f"--config.{field}={value}" for field, value in fields.items()]
+    done = run(*args, PYTHONPATH=no_jax)
+    assert done.stderr.startswith("--workdir is missing"), done.stderr
+    wrong = run("--config.evolution.max_principles=few", PYTHONPATH=no_jax)
+    assert "flag --config.evolution.max_principles=few" in wrong.stderr

@@ -1,0 +1,103 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from espl_jax.models import lora
+from tests import tiny
+
+CONFIG = tiny.CONFIG.replace(tied_head=False, lora_scale=0.5)
+TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 10)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny.params(CONFIG)
+
+
+def names(tree):
+    """Adapted weights by name."""
+    return {path[-2].key for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def test_fresh_adapters_change_nothing(params):
+    adapters = lora.init(jax.random.key(0), CONFIG, 3)
+    assert names(adapters) == set(lora.TARGETS) - {"head"}
+    np.testing.assert_array_equal(
+        tiny.logits(lora.attach(params, adapters), CONFIG, TOKENS), tiny.logits(params, CONFIG, TOKENS)
+    )
+    for path, x in jax.tree_util.tree_leaves_with_path(adapters):
+        assert x.dtype == jnp.float32
+        assert bool(x.any()) == (path[-1].key == "lora_a")
+    assert np.abs(adapters["layers"]["mlp"]["down"]["lora_a"]).max() <= CONFIG.mlp_dim**-0.5
+
+
+@pytest.mark.parametrize("targets", [("query",), ("down", "head"), lora.TARGETS])
+def test_merged_equals_attached(params, targets):
+    adapters = tiny.adapters(CONFIG, targets=targets)
+    assert names(adapters) == set(targets)
+    attached = lora.attach(params, adapters)
+    merged = lora.merge(attached, CONFIG)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    plain, expected = tiny.logits(params, CONFIG, TOKENS), tiny.logits(attached, CONFIG, TOKENS)
+    np.testing.assert_allclose(tiny.logits(merged, CONFIG, TOKENS), expected, atol=1e-5)
+    assert np.abs(plain - expected).max() > 0.01
+    untouched = "key" if "key" not in targets else "final"
+    if untouched == "key":
+        weight = "layers", "attention", "key", "weight"
+        kept, original = merged, params
+        for name in weight:
+            kept, original = kept[name], original[name]
+        assert kept is original
+
+
+def test_shapes():
+    declared = lora.abstract_adapters(CONFIG, 3, lora.TARGETS)
+    attention, mlp = declared["layers"]["attention"], declared["layers"]["mlp"]
+    shapes = {
+        ("query", "lora_a"): (2, 16, 3),
+        ("query", "lora_b"): (2, 3, 4, 6),
+        ("key", "lora_b"): (2, 3, 2, 6),
+        ("out", "lora_a"): (2, 4, 6, 3),
+        ("out", "lora_b"): (2, 3, 16),
+        ("down", "lora_a"): (2, 20, 3),
+        ("down", "lora_b"): (2, 3, 16),
+    }
+    for (name, leaf), shape in shapes.items():
+        assert (attention | mlp)[name][leaf].shape == shape
+    assert attention["query"]["lora_b"].axes == ("layers", "lora", "heads", "head")
+    assert declared["head"]["lora_a"].shape == (16, 3)
+    assert declared["head"]["lora_b"].shape == (3, 61)
+
+
+def test_detach_is_the_inverse_of_attach(params):
+    adapters = tiny.adapters(CONFIG, targets=lora.TARGETS)
+    base, back = lora.detach(lora.attach(params, adapters))
+    for ours, original in ((base, params), (back, adapters)):
+        assert jax.tree.structure(ours) == jax.tree.structure(original)
+        # The same buffers: the reference policy costs no memory.
+        assert all(a is b for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(original), strict=True))
+    assert lora.detach(params) == (params, {})
+    assert "lora_a" not in params["head"]
+
+
+def test_the_gradient_is_of_the_adapters_alone(params):
+    adapters = tiny.adapters(CONFIG)
+    loss = jax.jit(lambda a, p: jnp.square(tiny.logits(lora.attach(p, a), CONFIG, TOKENS)).mean())
+    grads = jax.grad(loss)(adapters, params)
+    assert jax.tree.structure(grads) == jax.tree.structure(adapters)
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(
+    ("config", "rank", "targets", "message"),
+    [
+        (tiny.CONFIG, 2, ("query", "head"), "ties its head to the embedding"),
+        (CONFIG, 2, ("query", "gates"), r"targets=\('query', 'gates'\)"),
+        (CONFIG, 2, (), r"targets=\(\): choose some of"),
+        (CONFIG, 0, ("query",), "rank=0"),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused(config, rank, targets, message):
+    with pytest.raises(ValueError, match=message):
+        lora.init(jax.random.key(0), config, rank, targets)

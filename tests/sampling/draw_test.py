@@ -1,0 +1,123 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from espl_jax.sampling import draw
+
+VOCAB = 300  # three blocks, the last of them not full
+LOGITS = np.random.default_rng(0).normal(size=VOCAB).astype(np.float32) * 2
+COUNT = 20_000
+
+draw_many = jax.jit(draw.draw)
+
+
+@pytest.fixture(scope="module")
+def uniform():
+    """By rows and positions, as the sampler makes them."""
+    keys = draw.row_keys(jax.random.key(0, impl="threefry2x32"), np.arange(100)[:, None], np.arange(50))
+    keys = jnp.repeat(keys.reshape(-1, 2), 4, axis=0)
+    return draw.uniforms(keys, jnp.tile(jnp.arange(4), 5000))
+
+
+def test_uniforms_are_uniform(uniform):
+    assert uniform.shape == (COUNT,)
+    assert 0 <= float(uniform.min())
+    assert float(uniform.max()) < 1
+    assert stats.kstest(np.asarray(uniform), "uniform").pvalue > 1e-3
+    by_position = np.asarray(uniform).reshape(-1, 4)
+    assert np.abs(np.corrcoef(by_position.T) - np.eye(4)).max() < 0.05
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_frequencies(uniform, temperature):
+    tokens, logprobs = draw_many(jnp.tile(LOGITS, (COUNT, 1)), uniform, temperature)
+    exact = np.asarray(jax.nn.log_softmax(jnp.asarray(LOGITS) / temperature))
+    np.testing.assert_allclose(logprobs, exact[tokens], atol=1e-5)
+    observed, expected = np.bincount(tokens, minlength=VOCAB), np.exp(exact.astype(np.float64)) * COUNT
+    rare = expected < 5
+    observed = np.append(observed[~rare], observed[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    assert stats.chisquare(observed, expected * COUNT / expected.sum()).pvalue > 1e-3
+
+
+def test_inverse_of_the_distribution_function():
+    uniform = np.linspace(0, 1, 4001, dtype=np.float32)[:-1]
+    tokens, _ = draw_many(jnp.tile(LOGITS, (4000, 1)), jnp.asarray(uniform), 1.0)
+    cumulative = np.cumsum(np.exp(np.asarray(jax.nn.log_softmax(jnp.asarray(LOGITS))), dtype=np.float64))
+    below = np.append(0, cumulative)[np.asarray(tokens)]
+    assert (below - 1e-6 <= uniform).all()
+    assert (uniform <= cumulative[np.asarray(tokens)] + 1e-6).all()
+
+
+LARGEST = np.nextafter(np.float32(1), np.float32(0))
+
+
+@settings(max_examples=100)
+@given(
+    likely=st.sets(st.integers(0, VOCAB - 1), min_size=1, max_size=6),
+    seed=st.integers(0, 1000),
+    temperature=st.sampled_from([0.3, 1.0, 2.0]),
+)
+def test_impossible_tokens_are_never_drawn(likely, seed, temperature):
+    """Not even where the uniform lies on a boundary of the distribution, or as near to one as it can."""
+    logits = np.full(VOCAB, -np.inf, np.float32)
+    order = sorted(likely)
+    logits[order] = np.random.default_rng(seed).normal(size=len(order))
+    exact = np.exp(np.asarray(jax.nn.log_softmax(jnp.asarray(logits) / temperature)))
+    edges = np.cumsum(exact[order])[:-1].astype(np.float32)
+    edges = np.clip(np.concatenate([edges, np.nextafter(edges, 0), np.nextafter(edges, 1)]), 0, LARGEST)
+    uniform = np.concatenate([[0, LARGEST], edges, np.full(16 - len(edges), 0.5)]).astype(np.float32)
+    tokens, logprobs = draw_many(jnp.tile(logits, (18, 1)), jnp.asarray(uniform), temperature)
+    assert set(np.asarray(tokens).tolist()) <= likely
+    assert tokens[0] == order[0]
+    assert tokens[1] == order[-1]
+    assert np.isfinite(logprobs).all()
+
+
+def test_impossible_tokens_in_a_large_vocabulary():
+    """Sums of many numbers, each rounded: every boundary between two possible tokens is tried."""
+    vocab, rng = 40_000, np.random.default_rng(1)
+    logits = np.where(rng.random(vocab) < 0.02, rng.normal(size=vocab) * 3, -np.inf).astype(np.float32)
+    possible = np.isfinite(logits)
+    cumulative = np.cumsum(np.exp(np.asarray(jax.nn.log_softmax(jnp.asarray(logits))), dtype=np.float64))
+    edges = cumulative[possible][:-1].astype(np.float32)
+    edges = np.unique(np.clip(edges[:, None] * (1 + np.arange(-2, 3) * 2.0**-24), 0, LARGEST))
+    rows = 400
+    edges = np.append(edges, np.full(-len(edges) % rows, 0.5)).astype(np.float32)
+    tiled = jnp.tile(logits, (rows, 1))
+    tokens = np.concatenate([draw_many(tiled, jnp.asarray(u), 1.0)[0] for u in edges.reshape(-1, rows)])
+    assert possible[tokens].all()
+
+
+def test_greedy():
+    logits = jnp.asarray(np.stack([LOGITS, LOGITS[::-1]]))
+    tokens, logprobs = draw.greedy(logits)
+    best = LOGITS.argmax()
+    assert tokens.tolist() == [best, VOCAB - 1 - best]
+    np.testing.assert_allclose(logprobs, jax.nn.log_softmax(logits).max(axis=-1), atol=1e-6)
+
+
+class TestRowKeys:
+    KEY = jax.random.key(3, impl="threefry2x32")
+
+    def test_words_are_folded_in_one_after_the_other(self):
+        keys = draw.row_keys(self.KEY, np.uint32(5), np.array([[7], [8]]), np.arange(3))
+        assert keys.shape == (2, 3, 2)
+        expected = self.KEY
+        for word in (5, 8, 2):
+            expected = jax.random.fold_in(expected, word)
+        np.testing.assert_array_equal(keys[1, 2], jax.random.key_data(expected))
+
+    def test_neither_company_nor_order_matters(self):
+        whole = np.asarray(draw.row_keys(self.KEY, np.arange(4)[:, None], np.arange(5)))
+        part = np.asarray(draw.row_keys(self.KEY, np.array([[3], [1]]), np.array([4, 0])))
+        np.testing.assert_array_equal(part, whole[[3, 1]][:, [4, 0]])
+        assert len({tuple(k) for k in whole.reshape(-1, 2)}) == 20
+
+    def test_hashes_of_32_bits(self):
+        keys = draw.row_keys(self.KEY, np.array([0, 2**31, 2**32 - 1], np.uint32))
+        assert len({tuple(k) for k in np.asarray(keys)}) == 3

@@ -1,0 +1,220 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from espl_jax.sampling import draw
+from espl_jax.sampling.generate import generate, rows_bucket, sample_tree
+from tests import tiny
+
+KEY = jax.random.key(0, impl="threefry2x32")
+# Ragged at both shared levels; one lane without a system prompt, one problem of a single token.
+SYSTEMS = [[5, 6, 7, 8], []]
+PROBLEMS = [[[9, 10], [11]], [[12, 13, 14], [15, 16]]]
+GROUP = 4
+NEW = 40
+STOPS = (3, 33)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny.params()
+
+
+def keys_of(seed=0, group=GROUP):
+    m, b, n = np.ogrid[:2, :2, :group]
+    return draw.row_keys(jax.random.key(seed, impl="threefry2x32"), m, b, n)
+
+
+def sample(params, config=tiny.CONFIG, **changes):
+    settings = {"max_new_tokens": NEW, "temperature": 1.0, "stop_ids": STOPS} | changes
+    return sample_tree(params, config, SYSTEMS, PROBLEMS, keys_of(), **settings)
+
+
+@pytest.fixture(scope="module")
+def samples(params):
+    return sample(params)
+
+
+def sequences(samples):
+    """Every row's prompt and new tokens: (index, prompt, tokens)."""
+    for m, b, n in np.ndindex(samples.lengths.shape):
+        yield (m, b, n), SYSTEMS[m] + PROBLEMS[m][b], samples.tokens[m, b, n, : samples.lengths[m, b, n]]
+
+
+def rescored(params, config, samples, temperature):
+    """Logprobs [M, B, N, T] of the tokens drawn, from plain sequences without caches."""
+    width = max(len(s) + max(map(len, p)) for s, p in zip(SYSTEMS, PROBLEMS, strict=True)) + NEW
+    rows = [np.append(prompt, tokens) for _, prompt, tokens in sequences(samples)]
+    tokens = np.stack([np.pad(row, (0, width - len(row))) for row in rows]).astype(np.int32)
+    scores = np.asarray(tiny.token_logprobs(params, config, tokens, temperature))
+    out = np.zeros(samples.logprobs.shape, np.float32)
+    for row, (index, prompt, tokens) in zip(scores, sequences(samples), strict=True):
+        out[index][: len(tokens)] = row[len(prompt) - 1 :][: len(tokens)]
+    return out
+
+
+class TestEnds:
+    def test_stops_and_limits(self, samples):
+        assert samples.tokens.shape == (2, 2, GROUP, NEW)
+        ended = ~samples.truncated
+        assert ended.any()
+        assert samples.truncated.any()
+        for index, _, tokens in sequences(samples):
+            assert not set(tokens[:-1].tolist()) & set(STOPS)
+            assert (tokens[-1] in STOPS) == ended[index]
+            assert ended[index] or len(tokens) == NEW
+            past = slice(len(tokens), None)
+            for x in (samples.tokens, samples.logprobs, samples.untruncated_logprobs):
+                assert not x[index][past].any()
+            assert (samples.logprobs[index][: len(tokens)] < 0).all()
+        np.testing.assert_array_equal(samples.logprobs, samples.untruncated_logprobs)
+
+    def test_limits_of_rows(self, params, samples):
+        limits = np.array([[[0, 1, 7, NEW]], [[3, 0, 0, 32]]])
+        cut = sample(params, max_new_tokens=limits)
+        limits = np.broadcast_to(limits, samples.lengths.shape)
+        lengths = np.minimum(samples.lengths, limits)
+        np.testing.assert_array_equal(cut.lengths, lengths)
+        kept = np.arange(NEW) < lengths[..., None]
+        np.testing.assert_array_equal(cut.tokens, np.where(kept, samples.tokens, 0))
+        np.testing.assert_allclose(cut.logprobs, np.where(kept, samples.logprobs, 0), atol=1e-5)
+        stopped = np.isin(
+            np.take_along_axis(cut.tokens, np.maximum(lengths - 1, 0)[..., None], -1)[..., 0], STOPS
+        )
+        np.testing.assert_array_equal(cut.truncated, (lengths > 0) & ~stopped)
+
+    def test_without_stop_ids_every_row_runs_to_its_limit(self, params):
+        long = sample(params, stop_ids=(), max_new_tokens=5)
+        assert (long.lengths == 5).all()
+        assert long.truncated.all()
+
+
+class TestLogprobs:
+    """Sampled over caches, scored without."""
+
+    @pytest.mark.parametrize(
+        ("changes", "temperature", "tolerance"),
+        [
+            ({}, 1.0, 1e-5),
+            ({"tied_head": False, "scan_layers": False}, 0.7, 1e-5),
+            ({"dtype": "bfloat16"}, 0.7, 0.02),
+            ({"matmul_precision": "bfloat16"}, 1.0, 0.02),
+        ],
+    )
+    def test_sampler_and_trainer_agree(self, changes, temperature, tolerance):
+        config = tiny.CONFIG.replace(**changes)
+        params = tiny.params(config)
+        drawn = sample(params, config, temperature=temperature)
+        mask = np.arange(NEW) < drawn.lengths[..., None]
+        gap = np.abs(rescored(params, config, drawn, temperature) - drawn.logprobs)[mask]
+        assert gap.mean() < tolerance
+
+    def test_adapters_are_applied(self, params):
+        attached = tiny.lora.attach(params, tiny.adapters())
+        drawn = sample(attached, max_new_tokens=8)
+        mask = np.arange(8) < drawn.lengths[..., None]
+        gap = np.abs(rescored(attached, tiny.CONFIG, drawn, 1.0) - drawn.logprobs)[mask]
+        assert gap.max() < 1e-4
+
+    def test_greedy_is_the_argmax_of_the_uncached_forward(self, params):
+        prompt = [1, 2, 3]
+        drawn = generate(
+            params, tiny.CONFIG, [prompt], key=KEY, group_size=1, max_new_tokens=100, temperature=0.0
+        )
+        tokens = drawn.tokens[0, 0]
+        scores = tiny.logits(params, tiny.CONFIG, np.append(prompt, tokens)[None])[0, len(prompt) - 1 : -1]
+        np.testing.assert_array_equal(tokens, scores.argmax(axis=-1))
+        expected = jax.nn.log_softmax(scores)[np.arange(100), tokens]
+        np.testing.assert_allclose(drawn.untruncated_logprobs[0, 0], expected, atol=1e-4)
+        assert not drawn.logprobs.any()
+
+
+class TestLayout:
+    """What is drawn depends on its keys, not on rows, chunks or capacities."""
+
+    @pytest.mark.parametrize(("max_rows", "chunk"), [(2, 4), (7, 13), (None, 13)])
+    def test_other_layouts_draw_the_same(self, params, samples, max_rows, chunk):
+        other = sample(params, max_rows=max_rows, chunk=chunk)
+        differing = 0
+        for index, prompt, tokens in sequences(samples):
+            if np.array_equal(samples.tokens[index], other.tokens[index]):
+                assert samples.lengths[index] == other.lengths[index]
+                assert samples.truncated[index] == other.truncated[index]
+                np.testing.assert_allclose(samples.logprobs[index], other.logprobs[index], atol=1e-4)
+                continue
+            differing += 1
+            first = int(np.argmax(samples.tokens[index] != other.tokens[index]))
+            scores = tiny.logits(params, tiny.CONFIG, np.append(prompt, tokens)[None])
+            edges = np.cumsum(jax.nn.softmax(scores[0, len(prompt) - 1 + first]), dtype=np.float64)
+            uniform = draw.uniforms(keys_of()[index][None], jnp.array([first]))
+            assert np.abs(edges - float(uniform[0])).min() < 1e-4
+        print(f"max_rows={max_rows} chunk={chunk}: {differing} of {samples.lengths.size} rows differ")
+        assert differing <= samples.lengths.size // 8
+
+    def test_a_row_alone_draws_what_it_draws_in_company(self, params, samples):
+        alone = sample_tree(
+            params,
+            tiny.CONFIG,
+            SYSTEMS[1:],
+            [PROBLEMS[1][:1]],
+            keys_of()[1:, :1, 2:3],
+            max_new_tokens=NEW,
+            temperature=1.0,
+            stop_ids=STOPS,
+        )
+        np.testing.assert_array_equal(alone.tokens[0, 0, 0], samples.tokens[1, 0, 2])
+
+    def test_rows_draw_differently(self, samples):
+        assert len({tuple(row) for row in samples.tokens.reshape(-1, NEW)}) == samples.lengths.size
+
+    def test_integers_in_place_of_bfloat16_weights(self):
+        config = tiny.CONFIG.replace(dtype="bfloat16", param_dtype="bfloat16")
+        params = tiny.params(config)
+        plain = sample(params, config, max_new_tokens=8)
+        seen = sample(params, config.replace(slice_as_integers=True), max_new_tokens=8)
+        for x, y in zip(plain, seen, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+    def test_slots_of_a_lane(self):
+        assert [rows_bucket(rows, 10) for rows in (10, 6, 5, 4, 3, 2, 1)] == [10, 10, 5, 5, 3, 2, 1]
+
+
+class TestGenerate:
+    SETTINGS = {"key": KEY, "group_size": 2, "max_new_tokens": 8}  # noqa: RUF012
+
+    def test_prompts_that_share_a_start(self, params):
+        """Flat prompts are one lane, and where their shared start is cut does not show."""
+        prompts = [[1, 2, 3, 4], [1, 2, 5], [1, 2, 3]]
+        flat = generate(params, tiny.CONFIG, prompts, **self.SETTINGS)
+        assert flat.tokens.shape == (3, 2, 8)
+        nested = generate(params, tiny.CONFIG, [prompts], **self.SETTINGS)
+        np.testing.assert_array_equal(nested.tokens[0], flat.tokens)
+        apart = generate(params, tiny.CONFIG, [[1, 2, 3, 4], [9, 2, 5], [1, 2, 3]], **self.SETTINGS)
+        np.testing.assert_array_equal(apart.tokens[[0, 2]], flat.tokens[[0, 2]])
+        assert (apart.tokens[1] != flat.tokens[1]).any()
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"top_p": 0.9}, "top_p=0.9, top_k=0: truncated sampling is not supported"),
+            ({"top_k": 5}, "top_p=1.0, top_k=5: truncated sampling is not supported"),
+            ({"temperature": -0.1}, "temperature=-0.1"),
+            ({"max_new_tokens": 0}, "max_new_tokens=0: give at least 1"),
+            ({"max_new_tokens": 254}, "a prompt of 3 tokens and max_new_tokens=254 exceed"),
+            ({"prompts": []}, "prompts: give at least one"),
+            ({"prompts": [[1], []]}, "prompts: give at least one"),
+            ({"prompts": [[[1], [2]], [[3]]]}, "equally many"),
+        ],
+    )
+    def test_what_makes_no_sense_is_refused(self, params, changes, message):
+        settings = self.SETTINGS | changes
+        prompts = settings.pop("prompts", [[1, 2, 3]])
+        with pytest.raises(ValueError, match=message):
+            generate(params, tiny.CONFIG, prompts, **settings)
+
+    def test_a_problem_of_no_tokens_is_refused(self, params):
+        with pytest.raises(ValueError, match="at least one token"):
+            sample_tree(
+                params, tiny.CONFIG, [[1]], [[[]]], keys_of()[:1, :1], max_new_tokens=2, temperature=1.0
+            )

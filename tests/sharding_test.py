@@ -1,0 +1,179 @@
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from espl_jax import sharding
+from espl_jax.models import lora, transformer
+from espl_jax.optimizer import make_optimizer
+from espl_jax.sampling import draw
+from espl_jax.sampling.generate import sample_tree
+from espl_jax.train_step import init_train_state, policy_gradient_step
+from tests import ragged_tree, tiny
+
+# Every logical axis divides, the vocabulary too.
+CONFIG = tiny.CONFIG.replace(vocab_size=64)
+SYSTEMS = [[5, 6, 7, 8], [9]]
+PROBLEMS = [[[9, 10], [11]], [[12, 13, 14], [15, 16]]]
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny.params(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def placed(params, mesh):
+    return sharding.place(params, transformer.abstract(CONFIG), mesh)
+
+
+class TestMesh:
+    @pytest.mark.parametrize(
+        ("sizes", "shape"),
+        [
+            (None, (1, 8, 1)),
+            ({"fsdp": -1}, (1, 8, 1)),
+            ({"data": 2, "fsdp": -1, "tensor": 2}, (2, 2, 2)),
+            ({"tensor": -1, "data": 4}, (4, 1, 2)),
+            ({"data": 8}, (8, 1, 1)),
+        ],
+    )
+    def test_sizes(self, sizes, shape):
+        mesh = sharding.make_mesh(sizes)
+        assert mesh.axis_names == ("data", "fsdp", "tensor")
+        assert tuple(mesh.shape.values()) == shape
+
+    @pytest.mark.parametrize(
+        ("sizes", "message"),
+        [
+            ({"model": 8}, r"mesh axes \['model'\] are unknown"),
+            ({"data": 3, "fsdp": -1}, "'data': 3.*does not hold the 8 devices"),
+            ({"data": 2}, "does not hold the 8 devices"),
+            ({"data": 16, "fsdp": -1}, "does not hold the 8 devices"),
+            ({"data": 0, "fsdp": 8}, "does not hold the 8 devices"),
+            ({"data": -1, "fsdp": -1}, "does not hold the 8 devices"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused(self, sizes, message):
+        with pytest.raises(ValueError, match=message):
+            sharding.make_mesh(sizes)
+
+    def test_one_device_needs_no_mesh(self, monkeypatch, params):
+        monkeypatch.setattr(jax, "device_count", lambda: 1)
+        assert sharding.make_mesh() is None
+        assert sharding.place(params, transformer.abstract(CONFIG), None) is params
+
+
+class TestPlacement:
+    def test_params(self, placed, params):
+        layers = placed["layers"]
+        specs = {
+            "embedding": (placed["embedding"]["weight"], P("tensor", "fsdp")),
+            "query": (layers["attention"]["query"]["weight"], P(None, "fsdp", "tensor", None)),
+            "key": (layers["attention"]["key"]["weight"], P(None, "fsdp", "tensor", None)),
+            "out": (layers["attention"]["out"]["weight"], P(None, "tensor", None, "fsdp")),
+            "down": (layers["mlp"]["down"]["weight"], P(None, "tensor", "fsdp")),
+        }
+        for name, (weight, spec) in specs.items():
+            assert weight.sharding.spec == spec, name
+            assert weight.addressable_shards[0].data.size == weight.size // 4, name
+        jax.tree.map(np.testing.assert_array_equal, placed, params)
+
+    def test_an_axis_that_does_not_divide_stays_whole(self, mesh):
+        assert sharding.named(mesh, ("vocab", "embed"), (61, 16)).spec == P(None, "fsdp")
+        assert sharding.named(mesh, ("rows", None), (6, 3)).spec == P(None, None)
+        assert sharding.named(mesh, ("rows", None), (8, 3)).spec == P(("data", "fsdp"), None)
+
+    def test_optimizer_state_lies_where_its_params_lie(self, placed):
+        state = init_train_state(placed, make_optimizer(1e-3))
+        momentum = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, dict))
+        (mu, _) = [x for x in momentum if isinstance(x, dict)]
+        jax.tree.map(lambda m, p: np.testing.assert_equal(m.sharding.spec, p.sharding.spec), mu, placed)
+
+
+def sample(params, mesh):
+    m, b, n = np.ogrid[:2, :2, :4]
+    keys = draw.row_keys(jax.random.key(0, impl="threefry2x32"), m, b, n)
+    return sample_tree(
+        params,
+        CONFIG,
+        SYSTEMS,
+        PROBLEMS,
+        keys,
+        max_new_tokens=12,
+        temperature=1.0,
+        stop_ids=(3,),
+        chunk=5,
+        mesh=mesh,
+    )
+
+
+def test_sampling_on_eight_devices(params, placed, mesh):
+    alone, spread = sample(params, None), sample(placed, mesh)
+    np.testing.assert_array_equal(spread.tokens, alone.tokens)
+    np.testing.assert_array_equal(spread.lengths, alone.lengths)
+    np.testing.assert_array_equal(spread.truncated, alone.truncated)
+    np.testing.assert_allclose(spread.logprobs, alone.logprobs, atol=1e-5)
+
+
+def test_rows_lie_on_all_devices(mesh):
+    cache = transformer.KVCache(*np.zeros((2, 2, 2, 8, 3, 6), np.float32), *np.zeros((2, 8), np.int32))
+    rows = sharding.place_rows(cache, mesh)
+    assert rows.key.sharding.spec == P(None, "tensor", ("data", "fsdp"), None, None)
+    assert rows.length.sharding.spec == P(("data", "fsdp"))
+    assert rows.key.addressable_shards[0].data.shape == (2, 1, 2, 3, 6)
+
+
+# Four problems, so that they divide over data and fsdp.
+BATCH = ragged_tree.random_batch(0, CONFIG.vocab_size, (2, 4, 2))
+
+
+@pytest.mark.parametrize("microbatch_rows", [0, 4])
+def test_a_step_on_eight_devices(params, placed, mesh, microbatch_rows):
+    """Full fine-tuning: the same loss, gradient and update, and everything stays where it was."""
+    optimizer = make_optimizer(1e-2, max_grad_norm=0.0)
+    batch = sharding.place_batch(BATCH, mesh)
+    assert batch.inputs.sharding.spec == P(None, ("data", "fsdp"), None, None)
+    assert batch.system_tokens.sharding.is_fully_replicated
+
+    def step(params, batch):
+        copy = jax.tree.map(lambda x: jax.device_put(np.array(x), x.sharding), params)
+        state = init_train_state(copy, optimizer)
+        return policy_gradient_step(
+            state, None, None, batch, CONFIG, optimizer, microbatch_rows=microbatch_rows
+        )
+
+    alone, expected = step(params, BATCH)
+    spread, metrics = step(placed, batch)
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(float(value), rel=1e-5), name
+    # After one step Adam's mean is a tenth of the gradient.
+    gradients = [state.opt_state[0].mu for state in (spread, alone)]
+    tiny.assert_trees_close(*gradients, 1e-5)
+    for path, x in jax.tree_util.tree_leaves_with_path(spread.trainable):
+        assert len(x.sharding.device_set) == 8, path
+    up = spread.trainable["layers"]["mlp"]["up"]["weight"]
+    assert up.addressable_shards[0].data.size == up.size // 4
+
+
+def test_adapters_on_eight_devices(params, placed, mesh):
+    optimizer = make_optimizer(1e-2)
+    declared = lora.abstract_adapters(CONFIG, 2)
+
+    def step(adapters, params, batch):
+        state = init_train_state(adapters, optimizer)
+        return policy_gradient_step(state, params, params, batch, CONFIG, optimizer, kl_coef=0.1)
+
+    fresh = tiny.adapters(CONFIG, rank=2)
+    spread = sharding.place(jax.tree.map(np.array, fresh), declared, mesh)
+    assert spread["layers"]["attention"]["query"]["lora_a"].sharding.spec == P(None, "fsdp", None)
+    assert spread["layers"]["attention"]["query"]["lora_b"].sharding.spec == P(None, None, "tensor", None)
+    _, metrics = step(spread, placed, sharding.place_batch(BATCH, mesh))
+    _, expected = step(fresh, params, BATCH)
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(float(value), rel=1e-5), name

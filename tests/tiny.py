@@ -1,0 +1,62 @@
+"""A decoder so small that programs compile in a second, and its functions jitted once for all tests."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from espl_jax.models import lora, transformer
+from espl_jax.models.config import DecoderConfig
+from espl_jax.rl.logprobs import token_logprobs
+
+# The head dimension is not D / N, and the vocabulary a prime, so that no two axes pass for one another.
+CONFIG = DecoderConfig(
+    vocab_size=61,
+    num_layers=2,
+    embed_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    mlp_dim=20,
+    rope_theta=500.0,
+    tied_head=True,
+    max_positions=256,
+)
+
+forward = jax.jit(transformer.forward, static_argnames="config")
+logits = jax.jit(transformer.logits, static_argnames="config")
+token_logprobs = jax.jit(token_logprobs, static_argnames="config")
+unembed = jax.jit(transformer.unembed, static_argnames="config")
+
+
+def params(config=CONFIG, seed=0):
+    """Random params whose norm scales differ from one too."""
+    rng = np.random.default_rng(seed)
+
+    def draw(weight):
+        mean, deviation = (0.0, weight.fan_in**-0.5) if weight.inputs else (1.0, 0.3)
+        return jnp.asarray(rng.normal(mean, deviation, weight.shape), weight.dtype)
+
+    return jax.tree.map(draw, transformer.abstract(config))
+
+
+def adapters(config=CONFIG, rank=3, seed=1, targets=lora.TARGETS[:7]):
+    """Adapters of which neither A nor B is zero."""
+    rng = np.random.default_rng(seed)
+    declared = lora.abstract_adapters(config, rank, targets)
+    return jax.tree.map(lambda weight: jnp.asarray(rng.normal(0, 0.3, weight.shape), weight.dtype), declared)
+
+
+def relative_error(ours, reference):
+    """Norm of the difference over the norm of the reference."""
+    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+    return np.linalg.norm(ours - reference) / np.linalg.norm(reference)
+
+
+def assert_trees_close(ours, reference, tolerance):
+    """Every leaf within a relative error."""
+    assert jax.tree.structure(ours) == jax.tree.structure(reference)
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(reference), strict=True
+    ):
+        error = relative_error(x, y)
+        assert error < tolerance, (jax.tree_util.keystr(path), error)

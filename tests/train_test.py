@@ -1,0 +1,319 @@
+"""The whole loop on a tiny model: what each mode changes, what is written, and exact resume."""
+
+import collections
+import functools
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+from rich.console import Console
+
+from espl_jax import assemble
+from espl_jax import train as loop
+from espl_jax.evolution import population as populations
+from espl_jax.optimizer import make_optimizer
+from espl_jax.train import train
+from espl_jax.types import Grade, SystemPrompt
+from tests import fakes
+
+LOGS = ("rollouts", "reflections", "lineage", "evaluations")
+
+
+# One optimizer for all runs: it is a static argument of the step, which is then compiled once.
+optimizer = functools.cache(make_optimizer)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    """The tiny model, an environment that it does not always fail in, and a reflector of sound advice."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(assemble, "load_pretrained", fakes.load_pretrained)
+        monkeypatch.setattr(assemble, "Arithmetic", fakes.Letters)
+        monkeypatch.setattr(assemble, "make_optimizer", optimizer)
+        monkeypatch.setattr(assemble.sharding, "make_mesh", lambda sizes: None)
+        monkeypatch.setattr(loop, "local_reflector", lambda model, **settings: fakes.scripted_replies)
+        yield
+
+
+make_mesh = assemble.sharding.make_mesh
+
+
+def run(path, **changes):
+    shown = io.StringIO()
+    results = train(fakes.config(**changes), path, Console(file=shown, width=200))
+    return results, shown.getvalue()
+
+
+def lines(path, log):
+    file = path / f"{log}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def arrays(path):
+    """The arrays of the newest checkpoint, as numpy, by name."""
+    newest = max((path / "checkpoints").iterdir())
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = {}
+    for name, described in json.loads((newest / "COMMIT").read_text())["arrays"].items():
+        dtype, _, shape = described.partition("[")
+        shapes[name] = jax.ShapeDtypeStruct(json.loads(f"[{shape}"), dtype, sharding=device)
+    if not shapes:
+        return {}
+    return {name: np.asarray(x) for name, x in ocp.load(newest / "arrays", shapes).items()}
+
+
+def outcome(path):
+    """All that a run leaves but the clock's numbers and its configuration."""
+    metrics = [{k: v for k, v in record.items() if k != "time"} for record in lines(path, "metrics")]
+    texts = {log: (path / f"{log}.jsonl").read_bytes() for log in LOGS if (path / f"{log}.jsonl").exists()}
+    texts |= {name: (path / name).read_bytes() for name in ("population.json", "results.json")}
+    return {"metrics": metrics, **texts, "arrays": {k: v.tobytes() for k, v in arrays(path).items()}}
+
+
+@pytest.mark.parametrize("mode", ["espl", "rl", "evolution", "reflection"])
+def test_modes(mode, tmp_path):
+    results, shown = run(tmp_path, mode=mode)
+    metrics, rollouts = lines(tmp_path, "metrics"), lines(tmp_path, "rollouts")
+    trains, evolves = mode in ("espl", "rl"), mode != "rl"
+
+    # Every mode spends the same N * M * B rollouts, each numbered once.
+    assert [record["iteration"] for record in metrics] == [1, 2]
+    places = collections.Counter((r["iteration"], r["slot"], r["problem"], r["sample"]) for r in rollouts)
+    assert len(places) == len(rollouts) == 2 * 12
+    assert collections.Counter(r["iteration"] for r in rollouts) == {1: 12, 2: 12}
+    slots = 1 if mode in ("rl", "reflection") else 2
+    assert {r["slot"] for r in rollouts} == set(range(slots))
+    for record in metrics:
+        drawn = [r for r in rollouts if r["iteration"] == record["iteration"]]
+        assert record["reward"] == pytest.approx(np.mean([r["reward"] for r in drawn]))
+        assert record["success"] == pytest.approx(np.mean([r["success"] for r in drawn]))
+        assert record["truncated"] == pytest.approx(np.mean([r["truncated"] for r in drawn]))
+        assert record["held_out"] is not None and record["time"]["total"] > 0
+
+    # Weights change in two of the modes, prompts in three.
+    saved = arrays(tmp_path)
+    if trains:
+        assert saved[".step"] == 2
+        assert all(np.any(x) for name, x in saved.items() if name.startswith(".trainable"))
+        assert metrics[0]["log_ratio_abs"] < 1e-4 and metrics[0]["grad_norm"] > 0
+    else:
+        assert saved == {} and "grad_norm" not in metrics[0]
+    population = json.loads((tmp_path / "population.json").read_text())
+    lineage = lines(tmp_path, "lineage")
+    assert [member["id"] for member in population["members"]] == ["p0"] + [child["id"] for child in lineage]
+    if evolves:
+        assert len(lineage) >= 2 and lines(tmp_path, "reflections")
+        assert metrics[0]["children"] == ["p1"] and lineage[0]["parents"] == ["p0"]
+        # The newest member always runs.
+        assert "p1" in {r["prompt"] for r in rollouts if r["iteration"] == 2}
+    else:
+        assert lineage == [] and lines(tmp_path, "reflections") == []
+        assert {r["prompt"] for r in rollouts} == {"p0"}
+    if mode == "reflection":
+        assert {child["operator"] for child in lineage} == {"mutation"}
+        assert {r["prompt"] for r in rollouts if r["iteration"] == 2} == {"p1"}
+        assert results["deployed"]["id"] == lineage[-1]["id"]
+
+    # The test is run for the weights that there are, and the prompts that there are.
+    assert list(results["test"]) == ["initial", "trained"] if trains else ["initial"]
+    assert all("root" in cells for cells in results["test"].values())
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
+    evaluations = lines(tmp_path, "evaluations")
+    assert collections.Counter(e["split"] for e in evaluations)["validation"] == 2 * 2 * 3
+    assert "Held-out accuracy:" in shown and f"Best prompt: {results['deployed']['id']}" in shown
+    assert "iteration 2/2" in shown and str(tmp_path) in shown
+
+
+def test_copies_of_a_prompt_are_one_player(tmp_path):
+    run(tmp_path, num_iterations=1, mode="evolution")
+    (record,) = lines(tmp_path, "metrics")
+    rewards = [r["reward"] for r in lines(tmp_path, "rollouts")]
+    assert record["tournament"] == {"prompts": ["p0"], "values": [pytest.approx(np.mean(rewards))]}
+    assert record["groups"] == 2
+
+
+def test_full_fine_tuning_leaves_the_reference_alone(tmp_path):
+    before = jax.device_get(fakes.model(remat=False, param_dtype="float32", dtype="float32").params)
+    settings = {
+        "lora__rank": 0,
+        "loss__kl_coef": 0.1,
+        "loss__microbatch_rows": 3,
+        "optimizer__learning_rate": 1e-3,
+    }
+    results, _ = run(tmp_path, **settings)
+    after = jax.device_get(fakes.model(remat=False, param_dtype="float32", dtype="float32").params)
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True))
+    saved = arrays(tmp_path)
+    trained = saved[".trainable['layers']['mlp']['up']['weight']"]
+    assert trained.shape == before["layers"]["mlp"]["up"]["weight"].shape
+    assert np.abs(trained - before["layers"]["mlp"]["up"]["weight"]).max() > 1e-5
+    first, second = lines(tmp_path, "metrics")
+    # The policy begins as the reference and leaves it.
+    assert abs(first["kl"]) < 1e-6 < second["kl"]
+    assert results["test"]["initial"]["root"] != results["test"]["trained"]["root"]
+
+
+@pytest.mark.parametrize("policy", ["reference", "current"])
+def test_who_reflects(policy, tmp_path, monkeypatch):
+    seen = []
+
+    def listen(model, **settings):
+        weights = model.params["layers"]["mlp"]["up"]
+        seen.append(jax.device_get(weights.get("lora_b")) if "lora_b" in weights else None)
+        return fakes.scripted_replies
+
+    monkeypatch.setattr(loop, "local_reflector", listen)
+    run(tmp_path, reflection__policy=policy, checkpoint_keep=5)
+    if policy == "reference":
+        assert seen == [None, None]
+        return
+    # The weights that made the rollouts: untouched in the first iteration, once updated in the second.
+    assert not seen[0].any() and seen[1].any()
+    (tmp_path / "checkpoints" / "00000002").rename(tmp_path / "later")
+    assert np.array_equal(seen[1], arrays(tmp_path)[".trainable['layers']['mlp']['up']['lora_b']"])
+
+
+def test_the_models_own_reflection_runs(tmp_path, monkeypatch):
+    from espl_jax.reflectors.local import local_reflector
+
+    monkeypatch.setattr(loop, "local_reflector", local_reflector)
+    run(tmp_path, mode="reflection", num_iterations=1, evaluation__every=0, reflection__opening=True)
+    transcripts = lines(tmp_path, "reflections")
+    # Noise is no summary to learn from, but asked and answered it was.
+    stages = collections.Counter(t["stage"] for t in transcripts)
+    assert stages["summary"] == 12 and stages["critique"] == 2
+    assert all(t["reply"].startswith("Summary: The attempt") for t in transcripts if t["stage"] == "summary")
+    assert len({t["reply"] for t in transcripts}) == len(transcripts)
+
+
+@pytest.fixture(scope="module")
+def straight(tiny, tmp_path_factory):
+    """A run of four iterations that nothing interrupts."""
+    path = tmp_path_factory.mktemp("straight")
+    run(path, num_iterations=4)
+    return path, outcome(path)
+
+
+def test_a_longer_run_is_a_short_one_resumed(straight, tmp_path):
+    run(tmp_path, num_iterations=2)
+    _, shown = run(tmp_path, num_iterations=4)
+    assert "resumed after iteration 2" in shown
+    assert outcome(tmp_path) == straight[1]
+
+
+def test_a_run_that_fell_over_repeats_what_was_not_saved(straight, tmp_path, monkeypatch):
+    step = loop.policy_gradient_step
+    calls = collections.Counter()
+
+    def fails_the_third_time(*args, **kwargs):
+        calls["step"] += 1
+        if calls["step"] == 3:
+            raise RuntimeError("the power is gone")
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "policy_gradient_step", fails_the_third_time)
+    with pytest.raises(RuntimeError, match="the power is gone"):
+        run(tmp_path, num_iterations=4, checkpoint_every=2)
+    # What the third iteration had written is undone before it is written again.
+    run(tmp_path, num_iterations=4, checkpoint_every=2)
+    assert calls["step"] == 5
+    assert outcome(tmp_path) == straight[1]
+
+
+def test_resume_on_eight_devices(tmp_path, monkeypatch):
+    monkeypatch.setattr(assemble.sharding, "make_mesh", make_mesh)
+    for path, counts in (("whole", [2]), ("parts", [1, 2])):
+        for count in counts:
+            run(tmp_path / path, num_iterations=count, evaluation__every=0, mode="rl")
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+
+
+def test_a_finished_run_does_not_train_again(straight, monkeypatch):
+    path, before = straight
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(loop, "iterate", refuse)
+    results, _ = run(path, num_iterations=4)
+    assert outcome(path) == before
+    assert results["deployed"]["id"] == json.loads(before["results.json"])["deployed"]["id"]
+
+
+def test_another_configuration_is_refused(straight):
+    path, before = straight
+    with pytest.raises(ValueError, match=r"optimizer.learning_rate: 0.01 there, 0.5 now"):
+        run(path, num_iterations=4, optimizer__learning_rate=0.5)
+    assert outcome(path) == before
+
+
+def test_start_from_a_population(straight, tmp_path):
+    path, _ = straight
+    saved = populations.from_json(json.loads((path / "population.json").read_text()))
+    settings = {"population__start_from": str(path / "population.json"), "population__text": ""}
+    run(tmp_path, mode="evolution", num_iterations=1, **settings)
+    first = {r["prompt"] for r in lines(tmp_path, "rollouts")}
+    assert first <= {member.id for member in saved.members} and saved.members[-1].id in first
+    born = lines(tmp_path, "lineage")[0]["id"]
+    assert born == f"p{saved.created}"
+
+
+def test_rl_plays_the_root_alone(straight, tmp_path):
+    path, _ = straight
+    settings = {"population__start_from": str(path / "population.json"), "population__text": ""}
+    results, _ = run(tmp_path, mode="rl", num_iterations=1, **settings)
+    assert {r["prompt"] for r in lines(tmp_path, "rollouts")} == {"p0"}
+    assert results["deployed"]["id"] == "p0"
+    assert json.loads((tmp_path / "population.json").read_text()) == json.loads(
+        (path / "population.json").read_text()
+    )
+
+
+def test_a_step_without_mixed_groups_is_skipped_and_counted(tmp_path, monkeypatch):
+    class Hopeless(fakes.Letters):
+        def grade(self, problems, replies):
+            return [Grade(0.0, False)] * len(replies)
+
+    monkeypatch.setattr(assemble, "Arithmetic", Hopeless)
+    run(tmp_path)
+    first, second = lines(tmp_path, "metrics")
+    assert (first["skipped_updates"], second["skipped_updates"]) == (1, 2)
+    assert first["mixed_groups"] == 0 and "grad_norm" not in first
+    assert first["no_child"] == {"mutation": "no_mixed_problem"}
+    assert arrays(tmp_path)[".step"] == 0
+    assert lines(tmp_path, "reflections") == []
+
+
+def test_a_nan_stops_the_run_by_name(tmp_path, monkeypatch):
+    class Undefined(fakes.Letters):
+        def grade(self, problems, replies):
+            return [Grade(float("nan"), False)] * len(replies)
+
+    monkeypatch.setattr(assemble, "Arithmetic", Undefined)
+    with pytest.raises(ValueError, match="nan"):
+        run(tmp_path)
+
+
+def test_profile_of_one_iteration(tmp_path):
+    run(tmp_path, mode="evolution", profile_iteration=2, evaluation__every=0)
+    traces = list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert len(traces) == 1 and traces[0].stat().st_size > 0
+
+
+def test_without_a_test_set_there_is_no_test(tmp_path):
+    results, shown = run(tmp_path, mode="evolution", num_iterations=1, data__test="", evaluation__every=0)
+    assert results["test"] == {} and "Best prompt" in shown
+    assert lines(tmp_path, "evaluations") == []
+
+
+def test_principles_of_the_root(tmp_path):
+    settings = {"population__text": "", "population__principles": ("Be brief.",), "evaluation__every": 0}
+    run(tmp_path, mode="reflection", num_iterations=1, **settings)
+    root = json.loads((tmp_path / "population.json").read_text())["members"][0]
+    assert (
+        populations.start([SystemPrompt(principles=("Be brief.",))], 5).members[0].render() == "G0. Be brief."
+    )
+    assert root["principles"] == ["Be brief."] and root["text"] == ""
