@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     c.model.scan_layers = True  # one program for all layers, or one for each
     c.model.slice_as_integers = False  # how scanned bfloat16 weights are read while sampling; True for CPUs
     c.model.remat = True  # recompute layers in the backward pass instead of storing their activations
-    c.model.chat_template_kwargs = ConfigDict()  # passed to the chat template, e.g. enable_thinking
+    c.model.chat_template_kwargs = "{}"  # JSON, passed to the chat template: {"enable_thinking": false}
 
     c.lora = ConfigDict()
     c.lora.rank = 32  # of the adapters; 0 trains all weights
@@ -35,17 +35,21 @@ def get_config() -> ConfigDict:
     c.data.validation = ""  # likewise; empty holds out validation_count problems of train
     c.data.test = ""  # likewise; empty means that there is no test
     c.data.validation_count = 10  # problems held out of train where data.validation is empty
-    c.data.fields = ConfigDict()  # names of text, answer and id in the files, where they are unusual
+    c.data.fields = ConfigDict()
+    c.data.fields.text = ""  # name of the statement in the files; empty finds problem or question
+    c.data.fields.answer = ""  # name of the answer; empty finds answer
+    c.data.fields.id = ""  # name of the id; empty finds id, or hashes the statement
 
     c.environment = ConfigDict()
     c.environment.name = "math"  # math (math-verify) or arithmetic (a number)
     c.environment.answer_format = "boxed"  # boxed; math also: expression; arithmetic also: last_number
     c.environment.instruction = placeholder(str)  # after each problem; None asks for a box if one is needed
+    c.environment.show_thinking = False  # let grader and reflection see thinking blocks too
 
     c.population = ConfigDict()
     c.population.text = ""  # prose of the root prompt
     c.population.principles = ()  # principles of the root prompt; empty for the math tasks of the paper
-    c.population.start_from = ""  # a population.json to start from instead
+    c.population.start_from = ""  # a population.json, or first prompts of your own in a .jsonl, instead
     c.population.max_size = 100  # members alive; the oldest leave first
 
     c.num_prompts = 3  # M, system prompts side by side in one iteration
@@ -71,7 +75,7 @@ def get_config() -> ConfigDict:
     c.evolution.crossover_prob = 0.2  # chance of a crossover in an iteration
     c.evolution.max_edits = 2  # K_ops, edits that one critique may propose
     c.evolution.max_words = 32  # of one principle
-    c.evolution.max_principles = placeholder(int)  # of one prompt; None for no limit
+    c.evolution.max_principles = 32  # of one prompt; those beyond are left out
     c.evolution.tie_margin = 0.01  # mean rewards this close tie, and win nothing in a crossover
 
     c.reflection = ConfigDict()
@@ -102,9 +106,9 @@ def get_config() -> ConfigDict:
     c.evaluation.temperature = 0.7  # of evaluation
 
     c.mesh = ConfigDict()
-    c.mesh.data = 1  # devices along each axis; one of them may be -1 and takes the rest
-    c.mesh.fsdp = -1
-    c.mesh.tensor = 1
+    c.mesh.data = 1  # devices that share rows; one of the three may be -1 and takes the rest
+    c.mesh.fsdp = -1  # devices that share rows and weights
+    c.mesh.tensor = 1  # devices that share heads
 
     c.checkpoint_every = 1  # iterations between checkpoints
     c.checkpoint_keep = 2  # checkpoints kept

@@ -1,8 +1,8 @@
-r"""HMMT February 2023 and 2024 to 2025, the paper's settings on a TPU VM.
+r"""HMMT of February 2023, 2024 and 2025 to November 2025, the paper's settings on a TPU VM.
 
     python -m espl_jax.main --config=configs/hmmt.py --workdir=runs/hmmt \
         --config.model.source=/path/to/model.gguf \
-        --config.data.train=hmmt_feb_2023_2024.jsonl --config.data.test=hmmt_feb_2025.jsonl
+        --config.data.train=hmmt_feb_2023_to_2025.jsonl --config.data.test=hmmt_nov_2025.jsonl
 
 The problem texts are licensed CC BY-NC-SA and not shipped: give files of your own, one problem a line with
 `problem` and `answer`. The paper reports 39.3% before training, 50.0% with weights alone (GRPO), 48.6% with
@@ -13,7 +13,7 @@ from configs import common
 
 
 def get_config():
-    """The paper's: M 3, B 10, N 5, K 10, LoRA rank 32, Adam at 4e-5; the other fields are the defaults."""
+    """The paper's settings, said again where configs/common.py has them already."""
     c = common.get_config()
     c.num_iterations = 30
     c.model.source = ""

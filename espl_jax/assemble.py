@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from espl_jax.environments.base import Environment
 from espl_jax.environments.math import Math
 from espl_jax.evolution import population as populations
 from espl_jax.models import lora
+from espl_jax.models.transformer import abstract
 from espl_jax.optimizer import make_optimizer
 from espl_jax.pretrained import Pretrained, load_pretrained
 from espl_jax.rollout import stable_hash
@@ -88,7 +90,7 @@ def assemble(config: Any) -> Parts:
         evolves=c.mode != "rl",
         lora=bool(c.lora.rank),
         sampling={
-            "chat_template_kwargs": dict(c.model.chat_template_kwargs),
+            "chat_template_kwargs": json.loads(c.model.chat_template_kwargs),
             "max_rows": c.sampling.max_rows or None,
             "mesh": mesh,
         },
@@ -107,7 +109,7 @@ def stream_key(seed: int, stream: str, iteration: int) -> jax.Array:
 
 
 def _splits(c: Any) -> dict[str, ProblemSet]:
-    fields = dict(c.data.fields) or None
+    fields = {field: name for field, name in c.data.fields.items() if name} or None
     splits = {"train": data.load(c.data.train, "train", fields=fields)}
     if c.data.validation:
         splits["validation"] = data.load(c.data.validation, "validation", fields=fields)
@@ -124,34 +126,67 @@ def _splits(c: Any) -> dict[str, ProblemSet]:
     return splits
 
 
+def abstract_train_state(config: Any, parts: Parts) -> TrainState | None:
+    """Shapes of the train state, with the shardings of its arrays where there is a mesh."""
+    if not parts.trains:
+        return None
+    decoder = parts.reference.config
+    if parts.lora:
+        declared = lora.abstract_adapters(decoder, config.lora.rank, tuple(config.lora.targets))
+    else:
+        declared = abstract(decoder)
+    trainable = jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.shape, jnp.float32), declared)
+    trainable = sharding.place(trainable, declared, parts.mesh)
+    state = jax.eval_shape(functools.partial(init_train_state, optimizer=parts.optimizer), trainable)
+    # Adam's averages lie where the weights do, its counters everywhere.
+    opt_state = optax.tree.map_params(
+        parts.optimizer,
+        lambda _, like: like,
+        state.opt_state,
+        trainable,
+        transform_non_params=lambda x: sharding.replicate(x, parts.mesh),
+    )
+    return TrainState(sharding.replicate(state.step, parts.mesh), trainable, opt_state)
+
+
 def first_train_state(config: Any, parts: Parts) -> TrainState | None:
     """The train state before the first update: fresh adapters, or a float32 copy of the params."""
     if not parts.trains:
         return None
     model = parts.reference
-    if not parts.lora:
-        params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), model.params)
-        return init_train_state(params, parts.optimizer)
-    key = stream_key(config.seed, "adapters", 0)
-    adapters = lora.init(key, model.config, config.lora.rank, tuple(config.lora.targets))
-    declared = lora.abstract_adapters(model.config, config.lora.rank, tuple(config.lora.targets))
-    return init_train_state(sharding.place(adapters, declared, parts.mesh), parts.optimizer)
+    if parts.lora:
+        key = stream_key(config.seed, "adapters", 0)
+        trainable = lora.init(key, model.config, config.lora.rank, tuple(config.lora.targets))
+    else:
+        trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), model.params)
+    state = init_train_state(trainable, parts.optimizer)
+    if parts.mesh is None:
+        return state
+    like = abstract_train_state(config, parts)
+    return jax.tree.map(lambda x, shape: jax.device_put(x, shape.sharding), state, like)
 
 
 def first_population(config: Any) -> populations.Population:
-    """The root prompt, or the population of an earlier run.
+    """The root prompt, the user's own first prompts, or the population of an earlier run.
 
     Raises:
-      FileNotFoundError, ValueError: if `population.start_from` is no saved population.
+      ValueError: if `population.start_from` holds neither.
     """
     c = config.population
     if not c.start_from:
         return populations.start([SystemPrompt(text=c.text, principles=tuple(c.principles))], c.max_size)
-    path = Path(c.start_from).expanduser()
+    text = Path(c.start_from).expanduser().read_text(encoding="utf-8")
     try:
-        saved = populations.from_json(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
+        if not c.start_from.endswith(".jsonl"):
+            saved = populations.from_json(json.loads(text))
+            return dataclasses.replace(saved, members=saved.members[-c.max_size :], max_size=c.max_size)
+        given = [json.loads(line) for line in text.splitlines() if line.strip()]
+        if unknown := {name for prompt in given for name in prompt} - {"text", "principles"}:
+            raise ValueError(f"unknown fields {sorted(unknown)}; a prompt has text, principles or both")
+        roots = [SystemPrompt(each.get("text", ""), tuple(each.get("principles", ()))) for each in given]
+        return populations.start(roots, c.max_size)
+    except (ValueError, AttributeError) as error:
         raise ValueError(
-            f"population.start_from={c.start_from!r} is not JSON ({error}); give a population.json"
+            f"population.start_from={c.start_from!r}: {error}; give the population.json of a run, or "
+            'a .jsonl file with one prompt a line, {"text": ..., "principles": [...]}'
         ) from None
-    return dataclasses.replace(saved, members=saved.members[-c.max_size :], max_size=c.max_size)

@@ -6,6 +6,7 @@ which takes longer than all the checks.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,33 @@ def _check_together(c: Any) -> None:
             c.population.start_from,
             "a saved population brings its own prompts; leave population.text and .principles empty",
         )
+    if c.seed < 0:
+        refuse("seed", c.seed, "give 0 or more")
+    if c.lora.rank and not c.lora.targets:
+        refuse("lora.targets", tuple(c.lora.targets), "name some, or give lora.rank=0 to train all weights")
+    if c.evolution.max_principles < max(1, len(c.population.principles)):
+        refuse(
+            "evolution.max_principles",
+            c.evolution.max_principles,
+            "give room for a principle more than the root's",
+        )
+    for name in ("b1", "b2"):
+        if not 0 <= c.optimizer[name] < 1:
+            refuse(f"optimizer.{name}", c.optimizer[name], "a decay is at least 0 and below 1")
+    for split in ("validation", "test"):
+        if c.evaluation.temperature == 0 and c.evaluation[f"{split}_samples"] > 1:
+            refuse(
+                f"evaluation.{split}_samples",
+                c.evaluation[f"{split}_samples"],
+                "greedy samples are all the same; give 1, or an evaluation.temperature above 0",
+            )
+    try:
+        if not isinstance(json.loads(c.model.chat_template_kwargs), dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        refuse("model.chat_template_kwargs", c.model.chat_template_kwargs, f"{error}; give a JSON object")
+    if list(c.mesh.values()).count(-1) > 1:
+        refuse("mesh", dict(c.mesh), "only one axis can take the rest")
     size, batch = c.loss.microbatch_rows, c.batch_size
     if size and (group % size if size < group else size % group or batch % (size // group)):
         refuse(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from espl_jax.assemble import Parts, stream_key
@@ -25,17 +26,10 @@ def deployed(population: Population, parts: Parts, c: Any) -> SystemPrompt:
     return population.members[-1] if c.mode == "reflection" else population.best()
 
 
-def held_out(
-    parts: Parts, policy: Pretrained, prompt: SystemPrompt, c: Any, iteration: int, workdir: WorkDir
-) -> float:
-    """Accuracy of one prompt on the validation problems."""
-    return _evaluate(parts, policy, [prompt], "validation", c, iteration, workdir, "current")[0].accuracy
-
-
 def two_by_two(
     parts: Parts,
     policy: Pretrained,
-    first: Population,
+    root: SystemPrompt,
     population: Population,
     c: Any,
     workdir: WorkDir,
@@ -46,12 +40,12 @@ def two_by_two(
     Args:
       parts: of the run.
       policy: the model with the trained weights.
-      first: the population that the run began with; its oldest member is the root.
+      root: the oldest of the first prompts.
       population: the population now.
       c: the config.
       workdir, progress: of the run.
     """
-    root, best = first.members[0], deployed(population, parts, c)
+    best = deployed(population, parts, c)
     prompts = {"root": root} if best.id == root.id else {"root": root, "deployed": best}
     weights = {"initial": parts.reference} | ({"trained": policy} if parts.trains else {})
     results: dict[str, Any] = {"deployed": dataclasses.asdict(best), "test": {}}
@@ -59,9 +53,8 @@ def two_by_two(
         rows = [["weights", *(f"{name} prompt ({prompt.id})" for name, prompt in prompts.items())]]
         for name, model in weights.items():
             with progress.phase(f"test, {name} weights"):
-                cells = _evaluate(
-                    parts, model, list(prompts.values()), "test", c, c.num_iterations, workdir, name
-                )
+                members = list(prompts.values())
+                cells = evaluate_on(parts, "test", model, name, members, c, c.num_iterations, workdir)
             rows.append([name, *map(str, cells)])
             results["test"][name] = dict(zip(prompts, map(dataclasses.asdict, cells), strict=True))
         problems, samples = len(parts.splits["test"]), c.evaluation.test_samples
@@ -71,7 +64,7 @@ def two_by_two(
             results["test"]["initial"]["root"],
             results["test"][list(weights)[-1]][list(prompts)[-1]],
         )
-        progress.say(f"\nHeld-out accuracy: {Evaluation(**before)} before, {Evaluation(**after)} after.")
+        progress.say(f"\nTest accuracy: {Evaluation(**before)} before, {Evaluation(**after)} after.")
     workdir.write_json("results.json", results)
     progress.say(f"Best prompt: {best.id}, rating {best.mu:.2f} ± {best.sigma:.2f}, made by {best.operator}")
     progress.say(
@@ -83,26 +76,27 @@ def two_by_two(
     return results
 
 
-def _evaluate(
+def evaluate_on(
     parts: Parts,
-    model: Pretrained,
-    prompts: list[SystemPrompt],
     split: str,
+    model: Pretrained,
+    weights: str,
+    prompts: Sequence[SystemPrompt],
     c: Any,
     iteration: int,
     workdir: WorkDir,
-    weights: str,
 ) -> list[Evaluation]:
-    e = c.evaluation
+    """Evaluates prompts on `validation` or `test`, and logs every rollout under the name of the weights."""
     rollouts = collect_rollouts(
         model,
         prompts,
         parts.splits[split].problems,
         parts.environment,
         key=stream_key(c.seed, split, iteration),
-        group_size=e.validation_samples if split == "validation" else e.test_samples,
+        group_size=c.evaluation[f"{split}_samples"],
         max_new_tokens=c.sampling.max_new_tokens,
-        temperature=e.temperature,
+        temperature=c.evaluation.temperature,
+        show_thinking=c.environment.show_thinking,
         **parts.sampling,
     )
     for record in records(rollouts):

@@ -9,20 +9,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from rich.console import Console
 
 from espl_jax import sharding
-from espl_jax.assemble import Parts, assemble, first_population, stream_key
+from espl_jax.assemble import Parts, abstract_train_state, assemble, first_population, stream_key
 from espl_jax.data.order import Cursor, next_batch
 from espl_jax.metrics import table
-from espl_jax.models import lora, transformer
 from espl_jax.rollout import collect_rollouts, conversation, encode_tree, train_batch
 from espl_jax.sampling import decode, generate
 from espl_jax.sampling.buckets import bucket, pad_right
 from espl_jax.text.chat import encode_conversation, render
 from espl_jax.train import choose_prompts
-from espl_jax.train_step import TrainState, init_train_state, policy_gradient_step, whole_params
+from espl_jax.train_step import TrainState, policy_gradient_step, whole_params
 from espl_jax.types import Problem, Rollouts, SystemPrompt, TrainBatch
 
 LONGEST_ANSWER = 256
@@ -80,6 +78,7 @@ def show_answer(parts: Parts, prompt: SystemPrompt, problem: Problem, c: Any, sa
         group_size=1,
         max_new_tokens=min(c.sampling.max_new_tokens, LONGEST_ANSWER),
         temperature=c.sampling.temperature,
+        show_thinking=c.environment.show_thinking,
         **parts.sampling,
     )
     place = (0, 0, 0)
@@ -99,7 +98,7 @@ def show_programs(
     parts: Parts, prompts: Sequence[SystemPrompt], problems: Sequence[Problem], c: Any, say: Say
 ) -> None:
     """Shapes and memory of the programs of the first iteration, compiled for the devices at hand."""
-    state, model = abstract_train_state(parts, c), parts.reference
+    state, model = abstract_train_state(c, parts), parts.reference
     say(f"Params: {_size(_bytes(model.params))} as {model.config.param_dtype}.")
     if state is not None:
         what = f"adapters of rank {c.lora.rank}" if parts.lora else "all weights"
@@ -183,23 +182,6 @@ def programs(
     )
     shape = " x ".join(map(str, batch.inputs.shape)) + " new tokens"
     yield "policy-gradient step", shape, step.compile()
-
-
-def abstract_train_state(parts: Parts, c: Any) -> TrainState | None:
-    """Shapes of the train state, with the shardings that its arrays would have."""
-    if not parts.trains:
-        return None
-    config = parts.reference.config
-    if parts.lora:
-        declared = lora.abstract_adapters(config, c.lora.rank, tuple(c.lora.targets))
-    else:
-        declared = transformer.abstract(config)
-    trainable = jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.shape, jnp.float32), declared)
-    trainable = sharding.place(trainable, declared, parts.mesh)
-    state = jax.eval_shape(functools.partial(init_train_state, optimizer=parts.optimizer), trainable)
-    # Adam's averages lie where the weights do.
-    opt_state = optax.tree.map_params(parts.optimizer, lambda _, like: like, state.opt_state, trainable)
-    return TrainState(state.step, trainable, opt_state)
 
 
 def full_batch(

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import numpy as np
 
 from espl_jax.metrics import interval
-from espl_jax.rollout import collect_rollouts
 from espl_jax.types import Rollouts
 
 
@@ -20,8 +18,9 @@ class Evaluation:
     Attributes:
       reward: mean over problems and samples.
       accuracy: share of successes, pass@1.
-      low, high: 95% interval of the accuracy over problems: Wilson's with one sample a problem; with several,
-        the normal one of the problems' means, since samples of one problem are not independent.
+      low, high: 95% interval of the accuracy over problems: Wilson's with one sample a problem, or where all
+        problems have the same mean; else the normal one of the problems' means, since samples of one problem
+        are not independent.
       pass_at: k -> unbiased pass@k, for k = 1, 2, 4, ... up to the samples a problem.
       num_problems, num_samples: how many problems, how many samples of each.
     """
@@ -61,21 +60,13 @@ def summarize(rollouts: Rollouts) -> list[Evaluation]:
     for rewards, success in zip(rollouts.rewards, rollouts.success, strict=True):
         counts = success.sum(axis=1)
         accuracy = float(success.mean())
-        if samples == 1:
-            low, high = interval(int(counts.sum()), problems)
+        deviation = float(np.std(success.mean(axis=1), ddof=1)) if problems > 1 else 0.0
+        if samples == 1 or deviation == 0:
+            low, high = interval(round(accuracy * problems), problems)
         else:
-            half = (
-                1.96 * float(np.std(success.mean(axis=1), ddof=1)) / math.sqrt(problems)
-                if problems > 1
-                else 1.0
-            )
+            half = 1.96 * deviation / math.sqrt(problems)
             low, high = max(0.0, accuracy - half), min(1.0, accuracy + half)
         pass_at = {str(k): float(np.mean([pass_at_k(int(c), samples, k) for c in counts])) for k in ks}
         reward = float(rewards.mean(dtype=np.float64))
         evaluations.append(Evaluation(reward, accuracy, low, high, pass_at, problems, samples))
     return evaluations
-
-
-def evaluate(model: Any, prompts: Any, problems: Any, environment: Any, **sampling: Any) -> list[Evaluation]:
-    """Samples every prompt on every problem and sums up; arguments as for `collect_rollouts`."""
-    return summarize(collect_rollouts(model, prompts, problems, environment, **sampling))

@@ -15,7 +15,7 @@ from espl_jax.sampling.buckets import bucket, pad_right
 from espl_jax.sampling.draw import row_keys
 from espl_jax.sampling.generate import sample_tree
 from espl_jax.text.chat import encode_conversation
-from espl_jax.text.thinking import strip_thinking
+from espl_jax.text.thinking import prompt_opens_thinking, strip_thinking
 from espl_jax.types import Conversation, Problem, Rollouts, SystemPrompt, TrainBatch
 
 
@@ -54,8 +54,19 @@ def encode_tree(
         ]
         for prompt in prompts
     ]
-    systems = tuple(tuple(slot[0][0]) for slot in encoded)
-    return systems, tuple(tuple(tuple(rest) for _, rest in slot) for slot in encoded)
+    # Without any special token before the problem, starts may differ within a slot: only what is common is
+    # shared.
+    shared = [min(_common_length(slot[0][0], system) for system, _ in slot) for slot in encoded]
+    systems = tuple(tuple(slot[0][0][:size]) for slot, size in zip(encoded, shared, strict=True))
+    return systems, tuple(
+        tuple((*system[size:], *rest) for system, rest in slot)
+        for slot, size in zip(encoded, shared, strict=True)
+    )
+
+
+def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    same = [x == y for x, y in zip(one, other, strict=False)]
+    return same.index(False) if False in same else len(same)
 
 
 def collect_rollouts(
@@ -70,10 +81,11 @@ def collect_rollouts(
     temperature: float = 1.0,
     stop_ids: Sequence[int] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    show_thinking: bool = False,
     max_rows: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Rollouts:
-    """Runs every prompt on every problem, `group_size` times (step 2 of the method), and grades the replies.
+    """Runs every prompt on every problem, `group_size` times, and grades the replies.
 
     Args:
       model: `.params` (adapters attached or not), `.config`, `.tokenizer`.
@@ -87,6 +99,7 @@ def collect_rollouts(
       temperature: 0 for greedy.
       stop_ids: tokens that end a reply; the tokenizer's end of sequence by default.
       chat_template_kwargs: passed to the chat template.
+      show_thinking: let grader and reflection see thinking blocks too.
       max_rows: most rollouts of one prompt in flight at once.
       mesh: shard rows over its data axes.
 
@@ -110,6 +123,7 @@ def collect_rollouts(
         mesh=mesh,
     )
     shape = samples.lengths.shape
+    opened = prompt_opens_thinking(tokenizer.decode(problem_tokens[0][0][-8:]))
     texts = tokenizer.batch_decode(
         [
             tokens[:n]
@@ -119,9 +133,10 @@ def collect_rollouts(
         ],
         skip_special_tokens=True,
     )
-    replies = [strip_thinking(text) for text in texts]
+    if not show_thinking:
+        texts = [strip_thinking(text, opened) for text in texts]
     asked = [problems[b] for _, b, _ in np.ndindex(*shape)]
-    grades = environment.grade(asked, replies)
+    grades = environment.grade(asked, texts)
     return Rollouts(
         prompts=tuple(prompts),
         problems=tuple(problems),
@@ -132,7 +147,7 @@ def collect_rollouts(
         logprobs=samples.logprobs,
         untruncated_logprobs=samples.untruncated_logprobs,
         truncated=samples.truncated,
-        replies=_nested(replies, shape),
+        replies=_nested(texts, shape),
         answers=_nested([grade.answer for grade in grades], shape),
         rewards=np.array([grade.reward for grade in grades], np.float32).reshape(shape),
         success=np.array([grade.success for grade in grades], bool).reshape(shape),
@@ -166,7 +181,9 @@ def prompt_numbers(rollouts: Rollouts) -> np.ndarray:
     return np.array([ids.index(prompt.id) for prompt in rollouts.prompts], np.int32)
 
 
-def train_batch(rollouts: Rollouts, advantages: np.ndarray, groups_multiple: int = 1) -> TrainBatch | None:
+def train_batch(
+    rollouts: Rollouts, advantages: np.ndarray, groups_multiple: int = 1, every_group: bool = False
+) -> TrainBatch | None:
     """The tree of one policy-gradient step, padded to few static shapes.
 
     Groups without a gradient are left out: in each slot the others move up, and P is the largest number that
@@ -176,19 +193,19 @@ def train_batch(rollouts: Rollouts, advantages: np.ndarray, groups_multiple: int
       rollouts: the iteration's.
       advantages: float32 [M, B, N].
       groups_multiple: P is a multiple of it.
+      every_group: keep groups without an advantage too, for losses that have a gradient there (KL).
 
     Returns:
       The batch, or None if no group has a gradient.
     """
     slots, problems, group = advantages.shape
-    useful = [np.flatnonzero(np.any(advantages[i] != 0, axis=1)) for i in range(slots)]
+    useful = [np.flatnonzero(np.any(advantages[i] != 0, axis=1) | every_group) for i in range(slots)]
     if not any(len(chosen) for chosen in useful):
         return None
     count = problems
     while (count + 1) // 2 >= max(map(len, useful)) and count > 1:
         count = (count + 1) // 2
     count = -(-count // groups_multiple) * groups_multiple
-    width = bucket(int(rollouts.lengths.max()), smallest=16)
 
     # Places without a group hold the slot's first problem, under an empty mask.
     pick = np.zeros((slots, count), np.int64)
@@ -196,6 +213,7 @@ def train_batch(rollouts: Rollouts, advantages: np.ndarray, groups_multiple: int
     for i, chosen in enumerate(useful):
         pick[i, : len(chosen)], filled[i, : len(chosen)] = chosen, True
     lane = np.arange(slots)[:, None]
+    width = bucket(int((rollouts.lengths[lane, pick] * filled[:, :, None]).max()), smallest=16)
     flat = [rollouts.problem_tokens[i][b] for i in range(slots) for b in pick[i]]
     system_tokens, system_lengths = pad_right(rollouts.system_tokens)
     longest = max(len(tokens) for slot in rollouts.problem_tokens for tokens in slot)

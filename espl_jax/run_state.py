@@ -62,6 +62,8 @@ class WorkDir:
         logs: Sequence[str] = LOGS,
         keep: int = 2,
     ):
+        if "://" in os.fspath(path):
+            raise ValueError(f"workdir {path}: only folders of this machine can be written yet; name one")
         if keep < 1:
             raise ValueError(f"keep is {keep}: a run needs at least 1 checkpoint to resume from")
         self.path = Path(path).expanduser().absolute()  # orbax refuses relative paths

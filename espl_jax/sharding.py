@@ -75,7 +75,9 @@ def place(tree: Any, declared: Any, mesh: Mesh | None) -> Any:
 
 def replicate(tree: Any, mesh: Mesh | None) -> Any:
     """Puts a whole copy of every array on each device; the identity without a mesh."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    if mesh is None:
+        return tree
+    return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, PartitionSpec())), tree)
 
 
 def place_rows(tree: Any, mesh: Mesh | None) -> Any:

@@ -12,18 +12,25 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from espl_jax.assemble import Parts, assemble, first_population, first_train_state, stream_key
+from espl_jax.assemble import (
+    Parts,
+    abstract_train_state,
+    assemble,
+    first_population,
+    first_train_state,
+    stream_key,
+)
 from espl_jax.data.order import Cursor, next_batch
-from espl_jax.deploy import deployed, held_out, two_by_two
+from espl_jax.deploy import deployed, evaluate_on, two_by_two
 from espl_jax.evolution.evolve import count_drops, evolve
-from espl_jax.evolution.population import Population, from_json
+from espl_jax.evolution.population import Population, from_json, prompt_from_json
 from espl_jax.evolution.ratings import rate
 from espl_jax.evolution.selection import select
 from espl_jax.metrics import Progress
 from espl_jax.pretrained import Pretrained
 from espl_jax.reflectors.local import local_reflector
 from espl_jax.rl.advantages import advantages
-from espl_jax.rollout import collect_rollouts, means, prompt_numbers, records, train_batch
+from espl_jax.rollout import collect_rollouts, means, prompt_numbers, records, stable_hash, train_batch
 from espl_jax.run_state import WorkDir
 from espl_jax.train_step import TrainState, policy_gradient_step
 from espl_jax.types import Reflect, Rollouts, SystemPrompt
@@ -44,6 +51,7 @@ class Run:
 
     Attributes:
       iteration: iterations done.
+      root: the oldest of the first prompts.
       train_state: trainable weights and optimizer state; None where only prompts change.
       population: the prompts with their ratings.
       cursor: which problems come next.
@@ -51,6 +59,7 @@ class Run:
     """
 
     iteration: int
+    root: SystemPrompt
     train_state: TrainState | None
     population: Population
     cursor: Cursor
@@ -68,12 +77,11 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
     Returns:
       What `results.json` holds: the test by weights and prompt, and the prompt to deploy.
     """
-    parts = assemble(config)
-    first = Run(0, first_train_state(config, parts), first_population(config), Cursor(config.seed))
     with WorkDir(
         workdir, config.to_dict(), may_change=MAY_CHANGE, logs=LOGS, keep=config.checkpoint_keep
     ) as folder:
-        run = restore(folder, first)
+        parts = assemble(config)
+        run = restore(folder, config, parts)
         with Progress(config.num_iterations, folder.append, done=run.iteration, console=console) as progress:
             if run.iteration:
                 progress.say(f"resumed after iteration {run.iteration}")
@@ -83,13 +91,13 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
                 if iteration % config.checkpoint_every == 0 or iteration == config.num_iterations:
                     save(folder, run)
             policy = parts.policy(run.train_state)
-            return two_by_two(parts, policy, first.population, run.population, config, folder, progress)
+            return two_by_two(parts, policy, run.root, run.population, config, folder, progress)
 
 
 def iterate(run: Run, parts: Parts, c: Any, workdir: WorkDir, progress: Progress) -> Run:
     """One iteration: rollouts, and the two branches that learn from them, weights and prompts."""
     iteration = run.iteration + 1
-    rng = np.random.default_rng([c.seed, iteration])
+    rng = np.random.default_rng([c.seed, stable_hash("selection"), iteration])
     policy = parts.policy(run.train_state)
 
     prompts = choose_prompts(run.population, parts, c, rng)
@@ -104,12 +112,12 @@ def iterate(run: Run, parts: Parts, c: Any, workdir: WorkDir, progress: Progress
             group_size=c.num_prompts * c.group_size // len(prompts),
             max_new_tokens=c.sampling.max_new_tokens,
             temperature=c.sampling.temperature,
+            show_thinking=c.environment.show_thinking,
             **parts.sampling,
         )
     ids, values = list(rollouts.slots()), rollouts.score_matrix().mean(axis=1)
 
-    # Reflection by the current weights comes before the update, which gives their memory away; any other
-    # reflection goes on while the device updates.
+    # Reflection by the current weights comes before the update, which gives their memory away.
     train_state, learned, population, offspring = run.train_state, {}, run.population, {}
     if c.reflection.policy == "reference":
         train_state, learned = update(run.train_state, rollouts, parts, c, progress)
@@ -147,17 +155,19 @@ def iterate(run: Run, parts: Parts, c: Any, workdir: WorkDir, progress: Progress
         workdir.append("lineage", dataclasses.asdict(child))
     if c.evaluation.every and iteration % c.evaluation.every == 0:
         with progress.phase("evaluation"):
-            record["held_out"] = held_out(parts, parts.policy(train_state), best, c, iteration, workdir)
+            model = parts.policy(train_state)
+            (validation,) = evaluate_on(parts, "validation", model, "current", [best], c, iteration, workdir)
+            record |= {"validation": dataclasses.asdict(validation), "held_out": validation.accuracy}
     progress.report(iteration, record)
-    return Run(iteration, train_state, population, cursor, skipped)
+    return Run(iteration, run.root, train_state, population, cursor, skipped)
 
 
 def choose_prompts(
     population: Population, parts: Parts, c: Any, rng: np.random.Generator
 ) -> tuple[SystemPrompt, ...]:
-    """Step 1: the M prompts of an iteration; the root alone in `rl`, the newest alone in `reflection`."""
+    """The M prompts of an iteration; the root alone in `rl`, the newest alone in `reflection`."""
     if not parts.evolves:
-        return (population.members[0],)
+        return population.members[:1]
     if c.mode == "reflection":
         return population.newest(1)
     s = c.selection
@@ -167,15 +177,16 @@ def choose_prompts(
 def update(
     state: TrainState | None, rollouts: Rollouts, parts: Parts, c: Any, progress: Progress
 ) -> tuple[TrainState | None, dict[str, Any]]:
-    """Steps 3 and 4: advantages and one policy-gradient step; no metrics where there was nothing to learn."""
+    """Advantages and one policy-gradient step; no metrics where there was nothing to learn."""
     if state is None:
         return None, {}
     with progress.phase("update"):
         gains = np.asarray(advantages(rollouts.rewards, c.loss.baseline, prompt_numbers(rollouts)))
-        batch = train_batch(rollouts, gains, max(1, c.loss.microbatch_rows // rollouts.rewards.shape[2]))
+        multiple = max(1, c.loss.microbatch_rows // rollouts.rewards.shape[2])
+        batch = train_batch(rollouts, gains, multiple, every_group=c.loss.kl_coef > 0)
         if batch is None:
             return state, {}
-        return policy_gradient_step(
+        step = policy_gradient_step(
             state,
             parts.frozen,
             parts.reference.params if c.loss.kl_coef else None,
@@ -187,6 +198,8 @@ def update(
             loss=c.loss.kind,
             microbatch_rows=c.loss.microbatch_rows,
         )
+        # Reflection on the same devices would wait for it anyway, and its time belongs here.
+        return jax.block_until_ready(step)
 
 
 def make_reflect(model: Pretrained, parts: Parts, c: Any, iteration: int) -> Reflect:
@@ -204,20 +217,33 @@ def make_reflect(model: Pretrained, parts: Parts, c: Any, iteration: int) -> Ref
 def save(workdir: WorkDir, run: Run) -> None:
     """Makes a checkpoint of everything that a later iteration depends on."""
     population = run.population.to_json()
-    state = {"population": population, "cursor": dataclasses.asdict(run.cursor), "skipped": run.skipped}
+    state = {
+        "root": dataclasses.asdict(run.root),
+        "population": population,
+        "cursor": dataclasses.asdict(run.cursor),
+        "skipped": run.skipped,
+    }
     workdir.save(run.iteration, run.train_state, state)
     workdir.write_json("population.json", population)
 
 
-def restore(workdir: WorkDir, first: Run) -> Run:
-    """The run as of the newest checkpoint, or `first`."""
-    saved = workdir.restore(first.train_state)
+def restore(workdir: WorkDir, config: Any, parts: Parts) -> Run:
+    """The run as of the newest checkpoint, or its beginning."""
+    saved = workdir.restore(abstract_train_state(config, parts))
     if saved is None:
-        return first
+        population = first_population(config)
+        state = first_train_state(config, parts)
+        return Run(0, population.members[0], state, population, Cursor(config.seed))
     iteration, train_state, state = saved
     workdir.write_json("population.json", state["population"])
-    population = from_json(state["population"])
-    return Run(iteration, train_state, population, Cursor(**state["cursor"]), state["skipped"])
+    return Run(
+        iteration,
+        prompt_from_json(state["root"]),
+        train_state,
+        from_json(state["population"]),
+        Cursor(**state["cursor"]),
+        state["skipped"],
+    )
 
 
 @contextlib.contextmanager

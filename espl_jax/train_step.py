@@ -72,11 +72,12 @@ def gradients(
       temperature: of sampling; logits are divided by it here too.
       kl_coef: weight of KL(policy || reference), summed over a rollout's tokens.
       loss: a kind of `policy_gradient_loss`.
-      microbatch_rows: rollouts at a time; 0 for all at once. It has to divide a group, or be a whole
-        number of groups that divides a prompt's problems, or of prompts that divides the prompts.
+      microbatch_rows: at most so many rollouts at a time; 0 for all at once. It has to divide a group, or be
+        a whole number of groups that divides a prompt's problems, or of prompts that divides the prompts.
 
     Returns:
-      (gradients like `trainable`, metrics: `loss`, `kl`, `entropy`, `ratio`, `log_ratio_abs` per token).
+      (gradients like `trainable`, metrics: `loss`, and per token `entropy`, `ratio`, `log_ratio_abs` and,
+      with a coefficient, `kl`).
     """
     prompts, problems, group, _ = batch.inputs.shape
     rows = prompts * problems * group
@@ -178,7 +179,7 @@ def policy_gradient_step(
     loss: str = "importance_sampling",
     microbatch_rows: int = 0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One on-policy update (step 4 of the method). `state` is donated; see `gradients` for the arguments.
+    """One on-policy update. `state` is donated; see `gradients` for the other arguments.
 
     Returns:
       (state, metrics): those of `gradients`, and `grad_norm` before clipping.

@@ -69,7 +69,9 @@ def finish(process: subprocess.Popen, out: Path, name: str) -> None:
 
 def said(out: Path, name: str) -> list[str]:
     """The lines of a run's log that are not blank."""
-    return [line for line in (out / f"{name}.log").read_text(errors="replace").splitlines() if line.strip()]
+    log = out / f"{name}.log"
+    text = log.read_text(errors="replace") if log.exists() else ""
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def newest(workdir: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -90,6 +92,7 @@ def kill_again_and_again(
     names, rows = ["killed-1"], []
     while True:
         name = names[-1]
+        said_before = len(said(out, name))
         process = start(out, name)
         if len(rows) == kills:
             finish(process, out, name)
@@ -102,7 +105,7 @@ def kill_again_and_again(
         if process.wait() == -signal.SIGKILL:
             saved = newest(out / name)
             iteration = str(saved[1]["iteration"]) if saved else "none"
-            last = (said(out, name) or ["(nothing)"])[-1].strip()[:60]
+            last = (said(out, name)[said_before:] or ["(nothing yet)"])[-1].strip()[:60]
             rows.append([str(len(rows) + 1), name, f"{instant:.1f} s", iteration, last])
             print(
                 f"kill {len(rows)}: {name} after {instant:.1f} s, checkpoint {iteration}, {last!r}",

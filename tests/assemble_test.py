@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from espl_jax import assemble as assembling
-from espl_jax.assemble import assemble, first_population, first_train_state, stream_key
+from espl_jax.assemble import abstract_train_state, assemble, first_population, first_train_state, stream_key
 from espl_jax.environments.arithmetic import Arithmetic
 from espl_jax.environments.math import Math
 from espl_jax.evolution import population as populations
@@ -60,9 +60,9 @@ def test_files_with_fields_of_their_own(tmp_path):
     rows = [{"task": f"Say {i}.", "gold": str(i)} for i in range(4)]
     file = tmp_path / "tasks.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = fakes.config(data__train=str(file), data__validation="", data__validation_count=1, data__test="")
-    with config.unlocked():
-        config.data.fields = {"text": "task", "answer": "gold"}
+    names = {"data__fields__text": "task", "data__fields__answer": "gold"}
+    splits = {"data__train": str(file), "data__validation": "", "data__validation_count": 1, "data__test": ""}
+    config = fakes.config(**names, **splits)
     problems = [p for split in assemble(config).splits.values() for p in split.problems]
     assert {(p.text, p.answer) for p in problems} == {(f"Say {i}.", str(i)) for i in range(4)}
 
@@ -71,13 +71,13 @@ def test_the_same_problem_in_two_splits_is_refused(tmp_path):
     file = tmp_path / "tasks.jsonl"
     file.write_text('{"problem": "a", "answer": "1"}\n{"problem": "b", "answer": "2"}\n')
     config = fakes.config(data__train=str(file), data__validation=str(file), data__test="")
-    with pytest.raises(ValueError, match="of validation .* has the same id as .* of train"):
+    with pytest.raises(ValueError, match=r"of validation .* has the same id as .* of train"):
         assemble(config)
 
 
 def test_a_batch_larger_than_the_problems_is_refused_before_the_model_is_loaded(monkeypatch):
     monkeypatch.setattr(assembling, "load_pretrained", None)
-    with pytest.raises(ValueError, match="batch_size=7: data.train has 6 problems"):
+    with pytest.raises(ValueError, match=r"batch_size=7: data.train has 6 problems"):
         assemble(fakes.config(batch_size=7))
 
 
@@ -99,7 +99,7 @@ def test_numerics_and_sampling_reach_their_places():
         False,
         2.0,
     )
-    assert parts.sampling == {"chat_template_kwargs": {}, "max_rows": 7, "mesh": None}
+    assert parts.sampling == {"chat_template_kwargs": {"thinking": False}, "max_rows": 7, "mesh": None}
     assert assemble(fakes.config()).sampling["max_rows"] is None
 
 
@@ -134,6 +134,16 @@ def test_full_fine_tuning_trains_a_float32_copy():
         for tree in (state.trainable, parts.reference.params)
     ]
     assert not pointers[0] & pointers[1]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_abstract_state_is_that_of_the_run(rank):
+    config = fakes.config(lora__rank=rank)
+    parts = assemble(config)
+    abstract, real = abstract_train_state(config, parts), first_train_state(config, parts)
+    assert jax.tree.structure(abstract) == jax.tree.structure(real)
+    for shape, array in zip(jax.tree.leaves(abstract), jax.tree.leaves(real), strict=True):
+        assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
 
 
 def test_adapters_depend_on_the_seed_alone():
@@ -175,12 +185,32 @@ def test_a_saved_population_keeps_ids_and_ratings(tmp_path):
     assert [member.id for member in added.members] == ["p3", "p4"]
 
 
+def test_first_prompts_of_the_users_own(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(
+        '{"text": "Add."}\n\n{"principles": ["Twice."]}\n{"text": "Sum.", "principles": ["Once."]}\n'
+    )
+    population = first_population(fakes.config(population__start_from=str(file), population__text=""))
+    assert [(member.id, member.render()) for member in population.members] == [
+        ("p0", "Add."),
+        ("p1", "G0. Twice."),
+        ("p2", "Sum.\n\nG0. Once."),
+    ]
+    assert {member.mu for member in population.members} == {25.0}
+
+
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [("{", "is not JSON"), ("[]", "has list, expected"), ('{"members": []}', r"has \['members'\], expected")],
+    ("name", "content", "message"),
+    [
+        ("a.json", "{", "Expecting"),
+        ("a.json", "[]", "has list, expected"),
+        ("a.json", '{"members": []}', r"has \['members'\], expected"),
+        ("a.jsonl", '{"text": "a", "rules": []}', r"unknown fields \['rules'\]"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "a"}', "roots 0 and 1 are the same prompt"),
+        ("a.jsonl", "", "needs at least one"),
+    ],
 )
-def test_what_is_no_population_is_refused(content, message, tmp_path):
-    file = tmp_path / "population.json"
-    file.write_text(content)
-    with pytest.raises(ValueError, match=message):
-        first_population(fakes.config(population__start_from=str(file), population__text=""))
+def test_what_is_no_population_is_refused_by_name(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"population\.start_from='.*{name}': .*{message}.*; give"):
+        first_population(fakes.config(population__start_from=str(tmp_path / name), population__text=""))

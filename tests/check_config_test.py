@@ -100,6 +100,27 @@ def test_names_written_out_are_those_of_the_modules():
             {"environment.name": "math"},
             "environment.answer_format='last_number': environment.name=math reads one",
         ),
+        (
+            {"population.start_from": "p.jsonl", "population.text": ""},
+            "population.start_from='p.jsonl': there is",
+        ),
+        ({"seed": -1}, "seed=-1: give 0 or more"),
+        ({"lora.targets": ()}, "lora.targets=(): name some"),
+        ({"evolution.max_principles": 0}, "evolution.max_principles=0: give room"),
+        ({"population.principles": ("a",) * 5}, "evolution.max_principles=4: give room"),
+        ({"optimizer.b1": 1.0}, "optimizer.b1=1.0: a decay is at least 0 and below 1"),
+        ({"optimizer.b2": -0.1}, "optimizer.b2=-0.1: a decay is at least 0 and below 1"),
+        ({"evaluation.test_samples": 2}, "evaluation.test_samples=2: greedy samples are all the same"),
+        (
+            {"evaluation.validation_samples": 2},
+            "evaluation.validation_samples=2: greedy samples are all the same",
+        ),
+        (
+            {"model.chat_template_kwargs": "[]"},
+            "model.chat_template_kwargs='[]': not an object; give a JSON object",
+        ),
+        ({"model.chat_template_kwargs": "no"}, "model.chat_template_kwargs='no': Expecting value"),
+        ({"mesh.data": -1}, "mesh={'data': -1, 'fsdp': -1, 'tensor': 1}: only one axis can take the rest"),
         # Quickstart has groups of 4, batches of 8 and 3 prompts.
         ({"loss.microbatch_rows": 3}, "loss.microbatch_rows=3: give 0, a divisor of the 4 rollouts"),
         ({"loss.microbatch_rows": 6}, "loss.microbatch_rows=6: give 0, a divisor of the 4 rollouts"),
@@ -129,7 +150,9 @@ def test_impossible_combinations(changes, message):
         {"sampling.temperature": 0.0, "mode": "evolution"},
         {"optimizer.learning_rate": 0.0, "mode": "reflection"},
         {"selection.temperature": 0.5},
-        {"evolution.max_principles": None},
+        {"evolution.max_principles": 1},
+        {"evaluation.temperature": 0.5, "evaluation.test_samples": 4},
+        {"model.chat_template_kwargs": '{"enable_thinking": false}'},
     ],
     ids=str,
 )

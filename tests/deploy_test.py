@@ -10,7 +10,7 @@ from rich.console import Console
 
 from espl_jax import deploy
 from espl_jax.data.problems import ProblemSet
-from espl_jax.deploy import deployed, held_out, two_by_two
+from espl_jax.deploy import deployed, evaluate_on, two_by_two
 from espl_jax.evaluate import summarize
 from espl_jax.evolution import population as populations
 from espl_jax.metrics import Progress
@@ -77,16 +77,20 @@ def sampled(monkeypatch):
     return calls
 
 
-def test_held_out_is_the_accuracy_on_validation(folder, sampled):
-    config = fakes.config()
-    value = held_out(parts(), fakes.model(), POPULATION.members[1], config, 4, folder)
-    ((_, prompts, problems, settings),) = sampled
-    assert (prompts, problems) == (["p1"], ["q0"])
-    assert (settings["group_size"], settings["max_new_tokens"], settings["temperature"]) == (3, 6, 1.0)
-    assert [log for log, _ in folder.logs] == ["evaluations"] * 3
+def test_evaluation_is_logged_rollout_by_rollout(folder, sampled):
+    config, prompts = fakes.config(evaluation__validation_samples=2), POPULATION.members[1:]
+    evaluations = evaluate_on(parts(), "validation", fakes.model(), "current", prompts, config, 4, folder)
+    ((_, asked, problems, settings),) = sampled
+    assert (asked, problems) == (["p1", "p2"], ["q0"])
+    assert (settings["group_size"], settings["max_new_tokens"], settings["temperature"]) == (2, 6, 1.0)
+    assert [log for log, _ in folder.logs] == ["evaluations"] * 4
     records = [record for _, record in folder.logs]
     assert {(r["iteration"], r["split"], r["weights"]) for r in records} == {(4, "validation", "current")}
-    assert value == pytest.approx(sum(r["success"] for r in records) / 3)
+    for evaluation, prompt in zip(evaluations, ("p1", "p2"), strict=True):
+        mine = [r["success"] for r in records if r["prompt"] == prompt]
+        assert (
+            evaluation.accuracy == pytest.approx(sum(mine) / 2) and evaluation.num_samples == len(mine) == 2
+        )
 
 
 def test_two_by_two(folder, sampled):
@@ -96,7 +100,7 @@ def test_two_by_two(folder, sampled):
     trained = dataclasses.replace(model, params=model.params | louder)
     progress = Progress(2, lambda *_: None, done=2, console=Console(file=shown, width=200))
     first = populations.start([SystemPrompt(text="root")], 10)
-    results = two_by_two(parts(), trained, first, POPULATION, config, folder, progress)
+    results = two_by_two(parts(), trained, first.members[0], POPULATION, config, folder, progress)
 
     # Both weights, both prompts, the test problems, and the same random numbers.
     assert [(call[0] is trained, call[1], call[2]) for call in sampled] == [
@@ -122,7 +126,7 @@ def test_two_by_two(folder, sampled):
     text = shown.getvalue()
     assert "deployed prompt (p1)" in text and "Best prompt: p1, rating 28.00 ± 2.00" in text
     before, after = results["test"]["initial"]["root"], results["test"]["trained"]["deployed"]
-    assert f"Held-out accuracy: {100 * before['accuracy']:.1f}%" in text
+    assert f"Test accuracy: {100 * before['accuracy']:.1f}%" in text
     assert f"{100 * after['accuracy']:.1f}%" in text.split("before,")[1]
 
 
@@ -130,7 +134,9 @@ def test_the_root_alone_where_it_is_the_best(folder, sampled):
     progress = Progress(2, lambda *_: None, done=2, console=Console(file=io.StringIO()))
     first = populations.start([SystemPrompt(text="root")], 10)
     some = parts(trains=False, evolves=True)
-    results = two_by_two(some, some.reference, first, first, fakes.config(mode="evolution"), folder, progress)
+    results = two_by_two(
+        some, some.reference, first.members[0], first, fakes.config(mode="evolution"), folder, progress
+    )
     assert [call[1] for call in sampled] == [["p0"]]
     assert {weights: list(cells) for weights, cells in results["test"].items()} == {"initial": ["root"]}
 
@@ -138,6 +144,8 @@ def test_the_root_alone_where_it_is_the_best(folder, sampled):
 def test_without_test_problems_nothing_is_sampled(folder, sampled):
     progress = Progress(2, lambda *_: None, done=2, console=Console(file=io.StringIO()))
     some = parts(test=False)
-    results = two_by_two(some, some.reference, POPULATION, POPULATION, fakes.config(), folder, progress)
+    results = two_by_two(
+        some, some.reference, POPULATION.members[0], POPULATION, fakes.config(), folder, progress
+    )
     assert sampled == [] and results["test"] == {} and results["deployed"]["id"] == "p1"
     assert list(folder.files) == ["results.json"]

@@ -3,7 +3,6 @@
 import io
 import re
 
-import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -11,9 +10,9 @@ from rich.console import Console
 from espl_jax import assemble as assembling
 from espl_jax import dry_run as dry
 from espl_jax import train as loop
-from espl_jax.assemble import assemble, first_train_state
+from espl_jax.assemble import assemble
 from espl_jax.data.order import Cursor, next_batch
-from espl_jax.dry_run import abstract_train_state, dry_run
+from espl_jax.dry_run import dry_run
 from espl_jax.rollout import conversation
 from espl_jax.sampling import decode
 from espl_jax.text.chat import encode_conversation, render
@@ -91,16 +90,6 @@ def test_shapes_are_those_that_the_run_compiles(monkeypatch, tmp_path):
     assert len(chunks) >= 2 and {n for n, _ in chunks} <= rows and {n for _, n in chunks} <= columns
     assert chunks[0] == (max(rows), min(columns))
     assert " x ".join(map(str, batch)) + " new tokens" in text
-
-
-@pytest.mark.parametrize("rank", [0, 2])
-def test_the_abstract_state_is_that_of_the_run(rank):
-    config = fakes.config(lora__rank=rank)
-    parts = assemble(config)
-    abstract, real = abstract_train_state(parts, config), first_train_state(config, parts)
-    assert jax.tree.structure(abstract) == jax.tree.structure(real)
-    for shape, array in zip(jax.tree.leaves(abstract), jax.tree.leaves(real), strict=True):
-        assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
 
 
 def test_without_training_there_is_no_step():

@@ -223,6 +223,7 @@ def test_a_run_that_fell_over_repeats_what_was_not_saved(straight, tmp_path, mon
     assert outcome(tmp_path) == straight[1]
 
 
+@pytest.mark.slow
 def test_resume_on_eight_devices(tmp_path, monkeypatch):
     monkeypatch.setattr(assemble.sharding, "make_mesh", make_mesh)
     for path, counts in (("whole", [2]), ("parts", [1, 2])):

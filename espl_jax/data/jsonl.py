@@ -24,7 +24,8 @@ def read_jsonl(path: str | Path, fields: Mapping[str, str] | None = None) -> Pro
     Args:
       path: the file.
       fields: names for some of `text`, `answer` and `id` in this file, where they are not the usual ones
-        (`problem` or `question`, `answer`, `id`). A file without ids gets them from a hash of the text.
+        (`problem` or `question`, `answer`, `id`). A file without ids gets them from a hash of the text; an id
+        that is only a number gets the file's name before it, since other files count from 1 too.
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -49,7 +50,7 @@ def read_jsonl(path: str | Path, fields: Mapping[str, str] | None = None) -> Pro
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        problem = _problem(line, where, candidates, id_required="id" in (fields or {}))
+        problem = _problem(line, where, path.stem, candidates, id_required="id" in (fields or {}))
         if problem.id in problems:
             same = "text" if problem.text == problems[problem.id].text else "id"
             raise ValueError(
@@ -61,7 +62,9 @@ def read_jsonl(path: str | Path, fields: Mapping[str, str] | None = None) -> Pro
     return ProblemSet(tuple(problems.values()), path.name)
 
 
-def _problem(line: str, where: str, candidates: Mapping[str, tuple[str, ...]], id_required: bool) -> Problem:
+def _problem(
+    line: str, where: str, file: str, candidates: Mapping[str, tuple[str, ...]], id_required: bool
+) -> Problem:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -87,6 +90,8 @@ def _problem(line: str, where: str, candidates: Mapping[str, tuple[str, ...]], i
     if not answer:
         raise ValueError(f"{where}: nothing follows {GSM8K_MARK} in the answer; correct the data")
     identity = values["id"] or hashlib.sha256(values["text"].encode()).hexdigest()[:12]
+    if values["id"] and identity.isdigit():
+        identity = f"{file}-{identity}"
     return Problem(id=identity, text=values["text"], answer=answer)
 
 

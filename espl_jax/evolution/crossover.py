@@ -50,7 +50,7 @@ def crossover(
     *,
     max_words: int = 32,
     max_principles: int | None = None,
-    win_margin: float = 0.01,
+    tie_margin: float = 0.01,
     crossover_sigma: float = 1.0,
     opening: bool = True,
 ) -> Offspring:
@@ -67,7 +67,7 @@ def crossover(
       reflect: conversations in, replies out.
       max_words: of each new principle; longer ones are cut.
       max_principles: new principles beyond so many in all are left out; None for no limit.
-      win_margin: a problem is won by more than so much mean reward.
+      tie_margin: mean rewards this close tie for the first place, and win no problem.
       crossover_sigma: Delta sigma, what the child's uncertainty grows by.
       opening: write the beginning of the reply for the model.
 
@@ -86,8 +86,8 @@ def crossover(
     if len(parents) < 2:
         return record.offspring(None, "one_prompt")
     scores = rollouts.score_matrix()
-    won = dict(zip(ids, problems_won(scores, win_margin), strict=True))
-    best_id = ranking(ids, scores.mean(axis=1))[0][0]
+    won = dict(zip(ids, problems_won(scores, tie_margin), strict=True))
+    best_id = ranking(ids, scores.mean(axis=1), tie_margin)[0][0]
     best = parents[ids.index(best_id)]
     others = [parent for parent in parents if won[parent.id] and parent is not best]
     if not won[best_id] or not others:

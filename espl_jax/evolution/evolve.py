@@ -28,7 +28,7 @@ def evolve(
     max_edits: int = 2,
     **limits: Any,
 ) -> dict[str, Offspring]:
-    """Steps 6 and 7 of the method: perhaps a crossover, then a mutation of the iteration's best prompt.
+    """Perhaps a crossover, then a mutation of the iteration's best prompt (Zhang et al. 2026, section 3).
 
     Args:
       population: with the ratings after the iteration's game.
@@ -50,7 +50,7 @@ def evolve(
     offspring = {}
     if rng.random() < crossover_prob and len(parents) > 1:
         offspring["crossover"] = crossover(
-            parents, rollouts, reflect, win_margin=tie_margin, crossover_sigma=crossover_sigma, **limits
+            parents, rollouts, reflect, tie_margin=tie_margin, crossover_sigma=crossover_sigma, **limits
         )
     offspring["mutation"] = mutate(
         population.get(best),

@@ -149,13 +149,15 @@ def start(roots: Sequence[SystemPrompt], max_size: int) -> Population:
 def from_json(saved: dict[str, Any]) -> Population:
     """The population that `Population.to_json` saved. Raises ValueError naming a field missing or unknown."""
     _check_fields("population", saved, {"max_size", "created", "rated", "members"})
-    fields = {field.name for field in dataclasses.fields(SystemPrompt)}
-    members = []
-    for i, member in enumerate(saved["members"]):
-        _check_fields(f"members[{i}]", member, fields)
-        tuples = {name: tuple(member[name]) for name in ("principles", "parents", "edits")}
-        members.append(SystemPrompt(**{**member, **tuples}))
-    return Population(tuple(members), saved["max_size"], saved["created"], frozenset(saved["rated"]))
+    members = tuple(prompt_from_json(member, f"members[{i}]") for i, member in enumerate(saved["members"]))
+    return Population(members, saved["max_size"], saved["created"], frozenset(saved["rated"]))
+
+
+def prompt_from_json(saved: dict[str, Any], where: str = "the prompt") -> SystemPrompt:
+    """The system prompt whose fields were saved, tuples as lists. Raises ValueError as `from_json` does."""
+    _check_fields(where, saved, {field.name for field in dataclasses.fields(SystemPrompt)})
+    tuples = {name: tuple(saved[name]) for name in ("principles", "parents", "edits")}
+    return SystemPrompt(**{**saved, **tuples})
 
 
 def _living(ids: frozenset[str], members: Iterable[SystemPrompt]) -> frozenset[str]:

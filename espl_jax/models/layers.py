@@ -19,7 +19,9 @@ Linear = dict[str, jax.Array]
 """`weight`, and beside it `lora_a`, `lora_b` when an adapter is attached."""
 
 
-def einsum(spec: str, x: jax.Array, linear: Linear, config: DecoderConfig) -> jax.Array:
+def einsum(
+    spec: str, x: jax.Array, linear: Linear, config: DecoderConfig, out_dtype: str | None = None
+) -> jax.Array:
     """Multiplies activations with a weight: the one door through which every linear weight is used.
 
     With an adapter (Hu et al. 2021, arXiv 2106.09685) the result is `x W + scale * (x A) B`, and the sum
@@ -30,11 +32,12 @@ def einsum(spec: str, x: jax.Array, linear: Linear, config: DecoderConfig) -> ja
       x: activations.
       linear: `weight`, optionally `lora_a` [contracted dims of the weight..., r], `lora_b` [r, others...].
       config: numerics and `lora_scale`.
+      out_dtype: of the result, where rounding it to `config.dtype` would lose too much.
 
     Returns:
-      The product in float32 when `matmul_precision` is `bfloat16`, else in `config.dtype`.
+      The product in float32 when `matmul_precision` is `bfloat16`, else in `out_dtype` or `config.dtype`.
     """
-    out = product(spec, x, linear["weight"], config)
+    out = product(spec, x, linear["weight"], config, out_dtype)
     if "lora_a" in linear:
         inputs, result = spec.split("->")
         left, right = inputs.split(",")
@@ -42,18 +45,23 @@ def einsum(spec: str, x: jax.Array, linear: Linear, config: DecoderConfig) -> ja
         kept = "".join(c for c in right if c not in left)
         batch = "".join(c for c in left if c not in contracted)
         low = product(f"{left},{contracted}r->{batch}r", x, linear["lora_a"], config)
-        out = out + config.lora_scale * product(f"{batch}r,r{kept}->{result}", low, linear["lora_b"], config)
+        out = out + config.lora_scale * product(
+            f"{batch}r,r{kept}->{result}", low, linear["lora_b"], config, out_dtype
+        )
     return out
 
 
-def product(spec: str, x: jax.Array, weight: jax.Array, config: DecoderConfig) -> jax.Array:
+def product(
+    spec: str, x: jax.Array, weight: jax.Array, config: DecoderConfig, out_dtype: str | None = None
+) -> jax.Array:
     """`einsum` without adapters: casts and multiplies as `config` says."""
     if weight.dtype == jnp.uint16:
         weight = jax.lax.bitcast_convert_type(weight, jnp.bfloat16)
     if config.matmul_precision == "bfloat16":
         return _bfloat16_product(spec, x, weight)
     precision = jax.lax.Precision.HIGHEST if config.matmul_precision == "highest" else None
-    return jnp.einsum(spec, x.astype(config.dtype), weight.astype(config.dtype), precision=precision)
+    operands = x.astype(config.dtype), weight.astype(config.dtype)
+    return jnp.einsum(spec, *operands, precision=precision, preferred_element_type=out_dtype)
 
 
 def as_integers(weights: Any) -> Any:

@@ -219,8 +219,8 @@ def head(params: Params) -> layers.Linear:
 def unembed(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
     """Hidden states after the final norm to logits. [..., D] -> float32 [..., V]."""
     flat = hidden.reshape(-1, hidden.shape[-1])
-    out = layers.einsum("td,vd->tv", flat, head(params), config)
-    return out.astype(jnp.float32).reshape(*hidden.shape[:-1], -1)
+    out = layers.einsum("td,vd->tv", flat, head(params), config, "float32")
+    return out.reshape(*hidden.shape[:-1], -1)
 
 
 def logits(params: Params, config: DecoderConfig, tokens: jax.Array) -> jax.Array:

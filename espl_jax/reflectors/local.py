@@ -14,7 +14,7 @@ from espl_jax.sampling.buckets import bucket
 from espl_jax.sampling.draw import row_keys
 from espl_jax.sampling.generate import sample_tree
 from espl_jax.text.chat import cut_middle, encode, encode_conversation, render
-from espl_jax.text.thinking import strip_thinking
+from espl_jax.text.thinking import prompt_opens_thinking, strip_thinking
 from espl_jax.types import Conversation, Reflect
 
 CUT_MARK = "\n[... cut ...]\n"
@@ -102,7 +102,8 @@ def local_reflector(
             for i, text in zip(members, tokenizer.batch_decode(drawn, skip_special_tokens=True), strict=True):
                 last = conversations[i][-1]
                 opening = last["content"] if last["role"] == "assistant" else ""
-                replies[i] = strip_thinking(opening + text)
+                opened = not opening and prompt_opens_thinking(tokenizer.decode(rests[i][-8:]))
+                replies[i] = strip_thinking(opening + text, opened)
         return replies
 
     return reflect

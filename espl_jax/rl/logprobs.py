@@ -142,6 +142,6 @@ def _chunk_scores(params: Params, config: DecoderConfig, flat: jax.Array, first:
     linear["weight"] = jax.lax.dynamic_slice_in_dim(linear["weight"], start, size, axis=0)
     if "lora_b" in linear:
         linear["lora_b"] = jax.lax.dynamic_slice_in_dim(linear["lora_b"], start, size, axis=1)
-    scores = layers.einsum("td,vd->tv", flat, linear, config).astype(jnp.float32) / temperature
+    scores = layers.einsum("td,vd->tv", flat, linear, config, "float32") / temperature
     columns = start + jnp.arange(size)
     return scores, columns, columns >= first

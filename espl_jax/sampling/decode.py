@@ -224,9 +224,13 @@ def decode_chunk(
 def _fold(cache: KVCache, staging: tuple[jax.Array, jax.Array], count: jax.Array) -> KVCache:
     """Moves the staging buffer behind each row's filled columns; only `count` of them become valid."""
 
-    def one(row: jax.Array, new: jax.Array, length: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(row, new, length, axis=2)
+    def put_row(row: jax.Array, columns: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        where = (0, 0, row, cache.length[row], 0)
+        return tuple(
+            jax.lax.dynamic_update_slice(old, jax.lax.dynamic_slice_in_dim(new, row, 1, axis=2), where)
+            for old, new in zip(columns, staging, strict=True)
+        )
 
-    fold = jax.vmap(one, in_axes=(2, 2, 0), out_axes=2)
-    key, value = (fold(*x, cache.length) for x in ((cache.key, staging[0]), (cache.value, staging[1])))
+    # Row by row and in place: one scatter for all rows would copy the caches.
+    key, value = jax.lax.fori_loop(0, count.shape[0], put_row, (cache.key, cache.value))
     return KVCache(key, value, cache.start, cache.length + count)

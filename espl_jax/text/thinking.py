@@ -8,13 +8,23 @@ OPEN, CLOSE = "<think>", "</think>"
 _BLOCK = re.compile(f"{OPEN}.*?{CLOSE}", re.DOTALL)
 
 
-def strip_thinking(text: str) -> str:
+def prompt_opens_thinking(prompt: str) -> bool:
+    """Whether a rendered prompt ends inside a thinking block, which the reply then begins in."""
+    return prompt.rstrip().endswith(OPEN)
+
+
+def strip_thinking(text: str, opened: bool = False) -> str:
     """The text without its thinking: what graders and reflection are given.
 
     Left out are `<think>...</think>` blocks; everything up to a `</think>` that nothing opened (the template
     wrote the opening tag into the prompt); and everything after a `<think>` that is never closed. Text
     without either tag is returned as it stands, otherwise the white space around the rest is trimmed.
+
+    Args:
+      text: what the model wrote.
+      opened: the prompt ended inside a thinking block.
     """
+    text = OPEN + text if opened else text
     if OPEN not in text and CLOSE not in text:
         return text
     # Searching only up to the last closing tag keeps the search linear, however many tags are left open.

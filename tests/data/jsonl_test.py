@@ -20,7 +20,7 @@ def test_usual_fields_are_found(tmp_path):
         {"id": "b", "question": "two\u2028lines", "answer": "x = 3\n#### 1,234 "},
     )
     one, two = read_jsonl(path).problems
-    assert (one.id, one.text, one.answer) == ("7", "one", "12")
+    assert (one.id, one.text, one.answer) == ("some-7", "one", "12")
     assert (two.id, two.text, two.answer) == ("b", "two\u2028lines", "1,234")
 
 

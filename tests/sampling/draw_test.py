@@ -25,7 +25,7 @@ def uniform():
 
 def test_uniforms_are_uniform(uniform):
     assert uniform.shape == (COUNT,)
-    assert 0 <= float(uniform.min())
+    assert float(uniform.min()) >= 0
     assert float(uniform.max()) < 1
     assert stats.kstest(np.asarray(uniform), "uniform").pvalue > 1e-3
     by_position = np.asarray(uniform).reshape(-1, 4)
