@@ -119,6 +119,7 @@ def kill_again_and_again(
 
 def arrays(workdir: Path) -> dict[str, np.ndarray]:
     """The arrays of the last checkpoint by name."""
+    # Not before the runs are over: a TPU serves one process.
     import jax
     from orbax.checkpoint import v1 as ocp
 
@@ -178,10 +179,10 @@ def main() -> None:
         print(f"undisturbed, {name} compilation cache: {seconds:.0f} s", flush=True)
     names, rows = kill_again_and_again(out, args.kills, seconds, args.seed)
 
-    # The runs are over: only now may this process have the device.
-    from espl_jax.metrics import table
-
-    print("\n" + table([["kill", "run", "after", "checkpoint", "said last"], *rows]) + "\n")
+    print()
+    for kill, run, instant, checkpoint, last in [("kill", "run", "after", "checkpoint", "said last"), *rows]:
+        print(f"{kill:>4}  {run:10}  {instant:>8}  {checkpoint:>10}  {last}")
+    print()
     verdicts = {name: differences(out / "cold", out / name) for name in ("warm", *names)}
     for name, found in verdicts.items():
         print(f"cold and {name}: {'differ in ' + ', '.join(found) if found else 'the same bit for bit'}")

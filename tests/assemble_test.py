@@ -89,16 +89,15 @@ def test_environments():
 
 def test_numerics_and_sampling_reach_their_places():
     config = fakes.config(
-        model__dtype="bfloat16", model__scan_layers=False, lora__scale=2.0, sampling__max_rows=7
+        model__dtype="bfloat16",
+        model__scan_layers=False,
+        model__chat_template_kwargs='{"thinking": false}',
+        lora__scale=2.0,
+        sampling__max_rows=7,
     )
     parts = assemble(config)
     decoder = parts.reference.config
-    assert (decoder.dtype, decoder.scan_layers, decoder.remat, decoder.lora_scale) == (
-        "bfloat16",
-        False,
-        False,
-        2.0,
-    )
+    assert (decoder.dtype, decoder.scan_layers, decoder.lora_scale) == ("bfloat16", False, 2.0)
     assert parts.sampling == {"chat_template_kwargs": {"thinking": False}, "max_rows": 7, "mesh": None}
     assert assemble(fakes.config()).sampling["max_rows"] is None
 

@@ -71,6 +71,14 @@ def test_what_only_loading_finds_out_is_said_without_a_traceback(tmp_path):
     assert "Traceback" in run(*args, "--verbosity=1").stderr
 
 
+@pytest.mark.slow
+def test_dry_run_of_the_quickstart(tmp_path):
+    done = run("--dry_run", "--config.mesh.data=-1", "--config.mesh.fsdp=1", XLA_FLAGS="")
+    assert done.returncode == 0, done.stderr
+    assert "<|im_start|>user\nWhat is" in done.stdout and "--- problem level: " in done.stdout
+    assert "| policy-gradient step " in done.stdout
+
+
 def test_fields_without_a_default_can_be_set(no_jax):
     """None on the command line's side is a placeholder with a type; the wrong type is refused."""
     fields = {

@@ -146,6 +146,9 @@ def test_the_grader_sees_no_thinking():
     result = collect_rollouts(thinking, PROMPTS[:1], PROBLEMS[:1], Listening(), **SETTINGS)
     assert seen == ["4", "6", ""]
     assert result.replies == ((("4", "6", ""),),)
+    seen.clear()
+    collect_rollouts(thinking, PROMPTS[:1], PROBLEMS[:1], Listening(), **SETTINGS, show_thinking=True)
+    assert seen == texts
 
 
 def test_records_hold_every_rollout_once(rollouts):

@@ -123,7 +123,7 @@ def test_modes(mode, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
     evaluations = lines(tmp_path, "evaluations")
     assert collections.Counter(e["split"] for e in evaluations)["validation"] == 2 * 2 * 3
-    assert "Held-out accuracy:" in shown and f"Best prompt: {results['deployed']['id']}" in shown
+    assert "Test accuracy:" in shown and f"Best prompt: {results['deployed']['id']}" in shown
     assert "iteration 2/2" in shown and str(tmp_path) in shown
 
 
@@ -260,6 +260,17 @@ def test_start_from_a_population(straight, tmp_path):
     assert first <= {member.id for member in saved.members} and saved.members[-1].id in first
     born = lines(tmp_path, "lineage")[0]["id"]
     assert born == f"p{saved.created}"
+
+
+def test_a_resumed_run_does_not_read_its_first_population_again(straight, tmp_path):
+    file = tmp_path / "population.json"
+    file.write_bytes((straight[0] / "population.json").read_bytes())
+    settings = {"population__start_from": str(file), "population__text": "", "mode": "evolution"}
+    run(tmp_path / "whole", **settings)
+    run(tmp_path / "parts", num_iterations=1, **settings)
+    file.unlink()
+    run(tmp_path / "parts", **settings)
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
 
 
 def test_rl_plays_the_root_alone(straight, tmp_path):
