@@ -11,7 +11,7 @@ from configs import common
 def get_config():
     """Small everything: one chunk of decoding, one microbatch."""
     c = common.get_config()
-    c.num_iterations = 8
+    c.num_iterations = 11
 
     c.model.source = "smollm2"
     c.model.dtype = "float32"
@@ -35,7 +35,7 @@ def get_config():
     c.reflection.max_new_tokens = 48
     c.reflection.opening = True
     c.optimizer.learning_rate = 1e-3
-    c.evaluation.every = 4
+    c.evaluation.every = 5
     c.evaluation.temperature = 0.0
     c.evaluation.test_samples = 1
     return c
