@@ -41,6 +41,7 @@ class Parts:
       lora: whether adapters are trained, and not all params.
       sampling: keyword arguments that every sampling of the run shares.
       evolution: keyword arguments of `evolve`.
+      loss: keyword arguments of `policy_gradient_step`.
     """
 
     reference: Pretrained
@@ -53,6 +54,7 @@ class Parts:
     lora: bool
     sampling: dict[str, Any]
     evolution: dict[str, Any]
+    loss: dict[str, Any]
 
     @property
     def frozen(self) -> Any:
@@ -65,9 +67,11 @@ class Parts:
             return self.reference
         return dataclasses.replace(self.reference, params=whole_params(state.trainable, self.frozen))
 
-    def place_batch(self, batch: TrainBatch) -> TrainBatch:
-        """Puts a batch on the mesh."""
-        return sharding.place_batch(batch, self.mesh)
+    def step_arguments(self, state: TrainState, batch: TrainBatch) -> tuple[Any, ...]:
+        """What `policy_gradient_step` is called with, beside `loss`; the batch is put on the mesh."""
+        reference = self.reference.params if self.loss["kl_coef"] else None
+        batch = sharding.place_batch(batch, self.mesh)
+        return state, self.frozen, reference, batch, self.reference.config, self.optimizer
 
 
 def assemble(config: Any) -> Parts:
@@ -98,6 +102,12 @@ def assemble(config: Any) -> Parts:
             **c.evolution,
             "opening": c.reflection.opening,
             "crossover_prob": 0.0 if c.mode == "reflection" else c.evolution.crossover_prob,
+        },
+        loss={
+            "temperature": c.sampling.temperature,
+            "kl_coef": c.loss.kl_coef,
+            "loss": c.loss.kind,
+            "microbatch_rows": c.loss.microbatch_rows,
         },
     )
 

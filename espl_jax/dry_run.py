@@ -168,18 +168,7 @@ def programs(
     if state is None:
         return
     batch = full_batch(tree, prompts, problems, n, c)
-    step = policy_gradient_step.lower(
-        state,
-        parts.frozen,
-        parts.reference.params if c.loss.kl_coef else None,
-        parts.place_batch(batch),
-        parts.reference.config,
-        parts.optimizer,
-        temperature=c.sampling.temperature,
-        kl_coef=c.loss.kl_coef,
-        loss=c.loss.kind,
-        microbatch_rows=c.loss.microbatch_rows,
-    )
+    step = policy_gradient_step.lower(*parts.step_arguments(state, batch), **parts.loss)
     shape = " x ".join(map(str, batch.inputs.shape)) + " new tokens"
     yield "policy-gradient step", shape, step.compile()
 

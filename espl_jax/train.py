@@ -186,18 +186,7 @@ def update(
         batch = train_batch(rollouts, gains, multiple, every_group=c.loss.kl_coef > 0)
         if batch is None:
             return state, {}
-        step = policy_gradient_step(
-            state,
-            parts.frozen,
-            parts.reference.params if c.loss.kl_coef else None,
-            parts.place_batch(batch),
-            parts.reference.config,
-            parts.optimizer,
-            temperature=c.sampling.temperature,
-            kl_coef=c.loss.kl_coef,
-            loss=c.loss.kind,
-            microbatch_rows=c.loss.microbatch_rows,
-        )
+        step = policy_gradient_step(*parts.step_arguments(state, batch), **parts.loss)
         # Reflection on the same devices would wait for it anyway, and its time belongs here.
         return jax.block_until_ready(step)
 
