@@ -5,8 +5,7 @@
 #   make lint          ruff                     make clean        remove .venv and caches; runs/ stays
 #
 # Variables: PYTHON=python3.12   WORKDIR=runs/mine   ARGS="--config.seed=1"
-# torch serves the tests alone. PyPI's wheel for Linux brings CUDA; the smaller CPU build:
-#   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# torch serves the tests alone; TORCH= names another build of it, and pip options if it needs any.
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help

@@ -17,7 +17,6 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "chex>=0.1.90",
-        "etils>=1.12",
         "flax>=0.12",
         "jinja2>=3.1.6",
         "gguf>=0.17",
