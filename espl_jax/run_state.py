@@ -30,7 +30,7 @@ from orbax.checkpoint import v1 as ocp
 
 from espl_jax import durable
 
-LOGS = ("metrics", "rollouts", "reflections")
+LOGS = ("metrics", "rollouts", "reflections", "lineage", "evaluations")
 
 
 class WorkDir:

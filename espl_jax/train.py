@@ -35,7 +35,6 @@ from espl_jax.run_state import WorkDir
 from espl_jax.train_step import TrainState, policy_gradient_step
 from espl_jax.types import Reflect, Rollouts, SystemPrompt
 
-LOGS = ("metrics", "rollouts", "reflections", "lineage", "evaluations")
 MAY_CHANGE = (
     "num_iterations",
     "checkpoint_every",
@@ -77,9 +76,7 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
     Returns:
       What `results.json` holds: the test by weights and prompt, and the prompt to deploy.
     """
-    with WorkDir(
-        workdir, config.to_dict(), may_change=MAY_CHANGE, logs=LOGS, keep=config.checkpoint_keep
-    ) as folder:
+    with WorkDir(workdir, config.to_dict(), may_change=MAY_CHANGE, keep=config.checkpoint_keep) as folder:
         parts = assemble(config)
         run = restore(folder, config, parts)
         with Progress(config.num_iterations, folder.append, done=run.iteration, console=console) as progress:
