@@ -19,6 +19,17 @@ hypothesis.settings.register_profile("reproducible", deadline=None, derandomize=
 hypothesis.settings.load_profile("reproducible")
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("espl_jax")
+    group.addoption("--family-seed", type=int, default=0, help="draws the tiny models of every family")
+    group.addoption("--family-draws", type=int, default=5, help="how many models are drawn of each family")
+
+
+def pytest_report_header(config):
+    seed, draws = config.getoption("family_seed"), config.getoption("family_draws")
+    return f"families: {draws} models of each, --family-seed={seed}"
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real problems beside the repository, or where ESPL_SHARED says; skips without it."""

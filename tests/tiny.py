@@ -6,6 +6,7 @@ import numpy as np
 
 from espl_jax.models import lora, transformer
 from espl_jax.models.config import DecoderConfig
+from espl_jax.models.rope import Rope
 from espl_jax.rl.logprobs import token_logprobs
 
 # The head dimension is not D / N, and the vocabulary a prime, so that no two axes pass for one another.
@@ -17,7 +18,7 @@ CONFIG = DecoderConfig(
     num_kv_heads=2,
     head_dim=6,
     mlp_dim=20,
-    rope_theta=500.0,
+    rope=Rope(theta=500.0),
     tied_head=True,
     max_positions=256,
 )
@@ -33,7 +34,7 @@ def params(config=CONFIG, seed=0):
     rng = np.random.default_rng(seed)
 
     def draw(weight):
-        mean, deviation = (0.0, weight.fan_in**-0.5) if weight.inputs else (1.0, 0.3)
+        mean, deviation = (0.0, weight.fan_in**-0.5) if weight.inputs else (weight.fill, 0.3)
         return jnp.asarray(rng.normal(mean, deviation, weight.shape), weight.dtype)
 
     return jax.tree.map(draw, transformer.abstract(config))

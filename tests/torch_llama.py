@@ -27,7 +27,7 @@ def build(config):
         num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope.theta},
         rms_norm_eps=config.norm_eps,
         tie_word_embeddings=config.tied_head,
         max_position_embeddings=config.max_positions,

@@ -46,23 +46,39 @@ class KVCache:
 
 
 class Source(NamedTuple):
-    """What queries may look at, in one layer: key and value [K, A, C, H], filled: bool [A, C]."""
+    """What queries may look at, in one layer.
+
+    Attributes:
+      key, value: [K, A, C, H], keys rotated.
+      filled: bool [A, C].
+      start: int32 [A], position of column 0.
+    """
 
     key: jax.Array
     value: jax.Array
     filled: jax.Array
+    start: jax.Array
 
 
 def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, ancestors: Sequence[Source], config: DecoderConfig
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    ancestors: Sequence[Source],
+    config: DecoderConfig,
+    start: jax.Array,
+    window: jax.Array | int = 0,
 ) -> jax.Array:
-    """Attends to all ancestors in full and, causally, to the level itself, under one softmax.
+    """Attends to the ancestors and, causally, to the level itself, under one softmax.
 
     Args:
       query: [R, T, N, H], rotated.
       key, value: [R, T, K, H], the level's own, rotated.
       ancestors: outermost first.
       config: head counts and precision.
+      start: int32 [R], position of the level's first tokens.
+      window: how many tokens a query sees, itself included; the plain 0 for all before it. A traced number
+        must be positive.
 
     Returns:
       [R, T, N, H]. Right padding needs no mask here: causality hides it from every real token.
@@ -75,9 +91,11 @@ def attend(
     def block(queries: jax.Array, first: jax.Array | int) -> jax.Array:
         """Queries [K, R, t, G, H] that begin at column `first` of the level."""
         size = queries.shape[2]
-        seen = (first + jnp.arange(size))[:, None] >= jnp.arange(steps)  # [t, T]
-        causal = jnp.repeat(seen, groups, axis=0)[None]  # [1, t*G, T]
-        masked = [(s.key, s.value, s.filled[:, None, :]) for s in ancestors] + [(*own, causal)]
+        columns = first + jnp.arange(size)
+        back = columns[:, None] - jnp.arange(steps)  # [t, T], how far each query looks back
+        seen = (back >= 0) & _within(back, window)
+        masked = [(s.key, s.value, _visible(s, start, columns, groups, window)) for s in ancestors]
+        masked.append((*own, jnp.repeat(seen, groups, axis=0)[None]))  # [1, t*G, T]
         return _attend_all(queries.reshape(kv, rows, size * groups, head), masked, config).reshape(
             queries.shape
         )
@@ -94,11 +112,29 @@ def attend(
     return out.transpose(1, 2, 0, 3, 4).reshape(rows, steps, config.num_heads, head)
 
 
+def _within(back: jax.Array, window: jax.Array | int) -> jax.Array | bool:
+    """Whether a token so far back is inside of the window; all are where there is none."""
+    return True if isinstance(window, int) and not window else back < window
+
+
+def _visible(
+    source: Source, start: jax.Array, columns: jax.Array, groups: int, window: jax.Array | int
+) -> jax.Array:
+    """Which columns of an ancestor are seen: bool [A, 1, C], or with a window [A, (R/A)*t*G, C]."""
+    filled = source.filled[:, None, :]
+    if isinstance(window, int) and not window:
+        return filled
+    nodes, capacity = source.filled.shape
+    positions = (start[:, None] + columns).reshape(nodes, -1, 1)  # [A, (R/A)*t, 1]
+    back = positions - (source.start[:, None] + jnp.arange(capacity))[:, None, :]
+    return filled & jnp.repeat(_within(back, window), groups, axis=1)
+
+
 def _attend_all(query: jax.Array, sources: list[tuple[jax.Array, ...]], config: DecoderConfig) -> jax.Array:
     """One softmax over several sources without joining them. query [K, R, Q, H] -> [K, R, Q, H]."""
     kv, rows, count, head = query.shape
     precision = jax.lax.Precision.HIGHEST if config.matmul_precision == "highest" else None
-    query = query * head**-0.5
+    query = query * (config.query_scale or head**-0.5)
 
     scores = []
     for key, _, mask in sources:

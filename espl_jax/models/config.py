@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from espl_jax.models.rope import Rope
+
 MATMUL_PRECISIONS = ("default", "highest", "bfloat16")
+ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Architecture (from the checkpoint) and numerics (ours to choose).
+
+    Families of models differ by these values alone; nothing below asks for a family by its name.
 
     Attributes:
       vocab_size: V.
@@ -20,10 +25,21 @@ class DecoderConfig:
       num_kv_heads: K key/value heads; G = N / K queries share one.
       head_dim: H.
       mlp_dim: F.
-      rope_theta: base of the rotary frequencies.
+      rope: rotary positions.
+      local_rope: those of layers with a window; None where they are the same.
+      windows: for each layer how many tokens a token sees, itself included, 0 for all before it; empty where
+        no layer has a window.
       norm_eps: epsilon of RMSNorm.
+      norm_offset: added to every scale of RMSNorm (Gemma stores scales less one).
+      qk_norm: RMSNorm over H of each query and key head, before its rotation (Qwen3, Gemma 3).
+      post_norms: RMSNorm of what attention and MLP return, before it joins the residual stream (Gemma).
+      qkv_bias, out_bias, mlp_bias: whether these linear layers have biases (Qwen2: the first).
+      query_scale: factor of the attention scores; 0 for H ** -0.5.
+      embed_scale: factor of the embeddings (Gemma: D ** 0.5).
+      activation: of the MLP's gate, `silu` or `gelu_tanh`.
       tied_head: whether the output head is the embedding.
       max_positions: longest sequence the model was made for, in tokens.
+      family: whose names and layout checkpoints carry, on the way in and out.
       dtype: KV cache and operands of products, `float32` or `bfloat16`. The residual stream is float32 in
         both: rounded in every layer, it would set sampler and trainer 0.03 nats a token apart.
       param_dtype: how weights are stored.
@@ -43,10 +59,22 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     mlp_dim: int
-    rope_theta: float = 10_000.0
+    rope: Rope = dataclasses.field(default_factory=Rope)
+    local_rope: Rope | None = None
+    windows: tuple[int, ...] = ()
     norm_eps: float = 1e-5
+    norm_offset: float = 0.0
+    qk_norm: bool = False
+    post_norms: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    query_scale: float = 0.0
+    embed_scale: float = 1.0
+    activation: str = "silu"
     tied_head: bool = False
     max_positions: int = 2048
+    family: str = "llama"
     dtype: str = "float32"
     param_dtype: str = "float32"
     matmul_precision: str = "default"
@@ -61,51 +89,27 @@ class DecoderConfig:
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
                 "every key/value head must serve the same number of query heads"
             )
-        if self.matmul_precision not in MATMUL_PRECISIONS:
+        if self.windows and (len(self.windows) != self.num_layers or min(self.windows) < 0):
             raise ValueError(
-                f"matmul_precision={self.matmul_precision!r} is unknown; choose one of {MATMUL_PRECISIONS}"
+                f"windows={self.windows}: give one for each of the {self.num_layers} layers, 0 where a layer "
+                "sees everything, or none at all"
             )
-        for field in ("dtype", "param_dtype"):
-            if getattr(self, field) not in ("float32", "bfloat16"):
-                raise ValueError(f"{field}={getattr(self, field)!r} is unknown; choose float32 or bfloat16")
+        choices = {
+            "matmul_precision": MATMUL_PRECISIONS,
+            "activation": ACTIVATIONS,
+            "dtype": ("float32", "bfloat16"),
+            "param_dtype": ("float32", "bfloat16"),
+        }
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field}={getattr(self, field)!r} is unknown; choose one of {allowed}")
 
     def replace(self, **changes: Any) -> DecoderConfig:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
 
-def from_hf_config(hf: dict[str, Any], **numerics: Any) -> DecoderConfig:
-    """The decoder that a Hugging Face `config.json` of the Llama family describes.
-
-    Args:
-      hf: the parsed file (keys as in transformers' LlamaConfig, old or new spelling of the RoPE settings).
-      **numerics: DecoderConfig fields of our own (`dtype`, `matmul_precision`, ...).
-
-    Raises:
-      ValueError: for another family, or for a feature that this decoder does not compute.
-    """
-    if hf.get("model_type") != "llama":
-        raise ValueError(f"model_type={hf.get('model_type')!r} is not supported; supported: llama")
-    rope = hf.get("rope_parameters") or {}
-    scaling = hf.get("rope_scaling") or rope
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    refused = {"rope_type": (kind, "default"), "hidden_act": (hf.get("hidden_act", "silu"), "silu")}
-    refused |= {name: (bool(hf.get(name, False)), False) for name in ("attention_bias", "mlp_bias")}
-    for field, (value, supported) in refused.items():
-        if value != supported:
-            raise ValueError(f"{field}={value!r} is not supported for llama; only {supported!r} is")
-    heads = hf["num_attention_heads"]
-    return DecoderConfig(
-        vocab_size=hf["vocab_size"],
-        num_layers=hf["num_hidden_layers"],
-        embed_dim=hf["hidden_size"],
-        num_heads=heads,
-        num_kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        mlp_dim=hf["intermediate_size"],
-        rope_theta=rope.get("rope_theta", hf.get("rope_theta", 10_000.0)),
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        tied_head=hf.get("tie_word_embeddings", False),
-        max_positions=hf.get("max_position_embeddings", 2048),
-        **numerics,
-    )
+def config_from_dict(fields: dict[str, Any]) -> DecoderConfig:
+    """The inverse of `dataclasses.asdict`, also after a passage through JSON."""
+    ropes = {name: Rope(**fields[name]) for name in ("rope", "local_rope") if fields.get(name)}
+    return DecoderConfig(**{**fields, **ropes, "windows": tuple(fields.get("windows", ()))})

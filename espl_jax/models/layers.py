@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from espl_jax.models.config import DecoderConfig
 
 Linear = dict[str, jax.Array]
-"""`weight`, and beside it `lora_a`, `lora_b` when an adapter is attached."""
+"""`weight`, beside it a `bias` if it has one, and `lora_a`, `lora_b` when an adapter is attached."""
+
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
 def einsum(
@@ -30,7 +32,8 @@ def einsum(
     Args:
       spec: einsum subscripts `x,weight->out`; `r` is taken by the adapter's rank.
       x: activations.
-      linear: `weight`, optionally `lora_a` [contracted dims of the weight..., r], `lora_b` [r, others...].
+      linear: `weight`, optionally `lora_a` [contracted dims of the weight..., r], `lora_b` [r, others...],
+        and `bias` [the result's last dims...].
       config: numerics and `lora_scale`.
       out_dtype: of the result, where rounding it to `config.dtype` would lose too much.
 
@@ -48,13 +51,15 @@ def einsum(
         out = out + config.lora_scale * product(
             f"{batch}r,r{kept}->{result}", low, linear["lora_b"], config, out_dtype
         )
+    if "bias" in linear:
+        out = out + linear["bias"].astype(out.dtype)
     return out
 
 
 def product(
     spec: str, x: jax.Array, weight: jax.Array, config: DecoderConfig, out_dtype: str | None = None
 ) -> jax.Array:
-    """`einsum` without adapters: casts and multiplies as `config` says."""
+    """`einsum` without adapters and biases: casts and multiplies as `config` says."""
     if weight.dtype == jnp.uint16:
         weight = jax.lax.bitcast_convert_type(weight, jnp.bfloat16)
     if config.matmul_precision == "bfloat16":
@@ -123,33 +128,23 @@ _bfloat16_product.defvjp(_bfloat16_product_forward, _bfloat16_product_backward)
 
 
 def rms_norm(x: jax.Array, norm: dict[str, jax.Array], config: DecoderConfig) -> jax.Array:
-    """Root-mean-square normalization (Zhang and Sennrich 2019), computed in float32. [T, D] -> [T, D]."""
+    """Root-mean-square normalization (Zhang and Sennrich 2019, arXiv 1910.07467), computed in float32.
+
+    [..., D] -> [..., D] in `config.dtype`.
+    """
     x = x.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_eps)
-    return (x * norm["scale"].astype(jnp.float32)).astype(config.dtype)
-
-
-def rope_angles(positions: jax.Array, config: DecoderConfig) -> jax.Array:
-    """Rotary angles (Su et al. 2021), half-split convention. int32 [T] -> float32 [T, H / 2]."""
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    return positions[:, None].astype(jnp.float32) / config.rope_theta**exponents
-
-
-def rope(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotates heads by their positions. x [T, heads, H], angles [T, H / 2] -> [T, heads, H]."""
-    cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    return (x * (norm["scale"].astype(jnp.float32) + config.norm_offset)).astype(config.dtype)
 
 
 def gated_mlp(x: jax.Array, weights: dict[str, Any], config: DecoderConfig) -> jax.Array:
-    """SwiGLU feed-forward (Shazeer 2020). [T, D] -> [T, D]."""
+    """Gated feed-forward (Shazeer 2020, arXiv 2002.05202). [T, D] -> [T, D]."""
+    activate = _ACTIVATIONS[config.activation]
     gate = einsum("td,df->tf", x, weights["gate"], config)
     up = einsum("td,df->tf", x, weights["up"], config)
-    return einsum("tf,fd->td", jax.nn.silu(gate) * up, weights["down"], config)
+    return einsum("tf,fd->td", activate(gate) * up, weights["down"], config)
 
 
-def embed(tokens: jax.Array, embedding: Linear) -> jax.Array:
+def embed(tokens: jax.Array, embedding: Linear, config: DecoderConfig) -> jax.Array:
     """Looks tokens up: the residual stream's beginning. int32 [T] -> float32 [T, D]."""
-    return embedding["weight"][tokens].astype(jnp.float32)
+    return embedding["weight"][tokens].astype(jnp.float32) * config.embed_scale

@@ -120,7 +120,8 @@ def merge(params: Params, config: DecoderConfig) -> Params:
 
     def walk(declared: Params, node: Params) -> Params:
         if "lora_a" in node:
-            return {"weight": fold(declared["weight"], node)}
+            kept = {name: leaf for name, leaf in node.items() if name not in _LEAVES}
+            return kept | {"weight": fold(declared["weight"], node)}
         return {k: walk(declared[k], v) if isinstance(v, dict) else v for k, v in node.items()}
 
     return walk(abstract(config), params)

@@ -11,14 +11,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from espl_jax.models import layers
+from espl_jax.models import layers, rope
 from espl_jax.models.attention import KVCache, Source, attend
 from espl_jax.models.config import DecoderConfig
 
@@ -31,15 +31,17 @@ class Weight:
 
     Attributes:
       axes: a logical name for each dimension; `layers` first for the stacked weights of all layers.
-      inputs: the axes that a product contracts; empty for norm scales.
+      inputs: the axes that a product contracts; empty for norm scales and biases.
       shape: a size for each axis.
       dtype: storage dtype.
+      fill: what a norm scale or a bias begins with.
     """
 
     axes: tuple[str, ...]
     inputs: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: str
+    fill: float = 0.0
 
     @property
     def fan_in(self) -> int:
@@ -61,42 +63,59 @@ def abstract(config: DecoderConfig) -> Params:
         "vocab": config.vocab_size,
     }
 
-    def weight(axes: str, inputs: str = "") -> Weight:
+    def declare(axes: str, inputs: str = "", fill: float = 0.0) -> Weight:
         names = tuple(axes.split())
-        return Weight(names, tuple(inputs.split()), tuple(sizes[a] for a in names), config.param_dtype)
+        shape = tuple(sizes[axis] for axis in names)
+        return Weight(names, tuple(inputs.split()), shape, config.param_dtype, fill)
 
-    params = {
-        "embedding": {"weight": weight("vocab embed", inputs="embed")},
-        "layers": {
-            "attention_norm": {"scale": weight("layers embed")},
-            "attention": {
-                "query": {"weight": weight("layers embed heads head", inputs="embed")},
-                "key": {"weight": weight("layers embed kv_heads head", inputs="embed")},
-                "value": {"weight": weight("layers embed kv_heads head", inputs="embed")},
-                "out": {"weight": weight("layers heads head embed", inputs="heads head")},
-            },
-            "mlp_norm": {"scale": weight("layers embed")},
-            "mlp": {
-                "gate": {"weight": weight("layers embed mlp", inputs="embed")},
-                "up": {"weight": weight("layers embed mlp", inputs="embed")},
-                "down": {"weight": weight("layers mlp embed", inputs="mlp")},
-            },
+    def linear(inputs: str, outputs: str, bias: bool) -> Params:
+        layer = {"weight": declare(f"layers {inputs} {outputs}", inputs)}
+        return layer | ({"bias": declare(f"layers {outputs}")} if bias else {})
+
+    def norm(axes: str) -> Params:
+        return {"scale": declare(axes, fill=1.0 - config.norm_offset)}
+
+    attention = {
+        "query": linear("embed", "heads head", config.qkv_bias),
+        "key": linear("embed", "kv_heads head", config.qkv_bias),
+        "value": linear("embed", "kv_heads head", config.qkv_bias),
+        "out": linear("heads head", "embed", config.out_bias),
+    }
+    if config.qk_norm:
+        attention |= {"query_norm": norm("layers head"), "key_norm": norm("layers head")}
+    layer = {
+        "attention_norm": norm("layers embed"),
+        "attention": attention,
+        "mlp_norm": norm("layers embed"),
+        "mlp": {
+            "gate": linear("embed", "mlp", config.mlp_bias),
+            "up": linear("embed", "mlp", config.mlp_bias),
+            "down": linear("mlp", "embed", config.mlp_bias),
         },
-        "final_norm": {"scale": weight("embed")},
+    }
+    if config.post_norms:
+        layer |= {"post_attention_norm": norm("layers embed"), "post_mlp_norm": norm("layers embed")}
+    params = {
+        "embedding": {"weight": declare("vocab embed", "embed")},
+        "layers": layer,
+        "final_norm": norm("embed"),
     }
     if not config.tied_head:
-        params["head"] = {"weight": weight("vocab embed", inputs="embed")}
+        params["head"] = {"weight": declare("vocab embed", "embed")}
     return params
 
 
 def init(key: jax.Array, config: DecoderConfig) -> Params:
-    """Random params: norms at one, the rest normal with deviation 1 / sqrt(fan in). Consumes `key`."""
+    """Random params: norms at one, biases at zero, the rest normal with deviation 1 / sqrt(fan in).
+
+    Consumes `key`.
+    """
     leaves, tree = jax.tree.flatten(abstract(config))
     keys = jax.random.split(key, len(leaves))
 
     def draw(weight: Weight, key: jax.Array) -> jax.Array:
         if not weight.inputs:
-            return jnp.ones(weight.shape, weight.dtype)
+            return jnp.full(weight.shape, weight.fill, weight.dtype)
         return (weight.fan_in**-0.5 * jax.random.normal(key, weight.shape)).astype(weight.dtype)
 
     return jax.tree.unflatten(tree, [draw(w, k) for w, k in zip(leaves, keys, strict=True)])
@@ -150,31 +169,25 @@ def forward(
 
     shapes = tuple(level.shape for level in levels)
     positions = [start[:, None] + jnp.arange(x.shape[1]) for start, x in zip(starts, levels, strict=True)]
-    angles = layers.rope_angles(jnp.concatenate([p.reshape(-1) for p in positions]), config)
-    x = layers.embed(jnp.concatenate([level.reshape(-1) for level in levels]), params["embedding"])
+    positions = jnp.concatenate([p.reshape(-1) for p in positions])
+    x = layers.embed(jnp.concatenate([level.reshape(-1) for level in levels]), params["embedding"], config)
 
+    ropes = (config.rope,) if config.local_rope is None else (config.rope, config.local_rope)
     layer = functools.partial(
         _layer,
         config=config,
-        angles=angles,
+        rotations=[rope.tables(positions, each, config.head_dim) for each in ropes],
         shapes=shapes,
+        starts=starts,
+        above_starts=tuple(cache.start for cache in ancestors),
         filled=tuple(jnp.arange(cache.key.shape[3]) < cache.length[:, None] for cache in ancestors),
         own_filled=tuple(
             jnp.arange(level.shape[1]) < length[:, None]
             for level, length in zip(levels, lengths, strict=True)
         ),
     )
-    if config.remat:
-        layer = jax.checkpoint(layer)
     above = tuple((cache.key, cache.value) for cache in ancestors)
-    if config.scan_layers:
-        x, written = jax.lax.scan(lambda x, xs: layer(x, *xs), x, (params["layers"], above))
-    else:
-        written = []
-        for i in range(config.num_layers):
-            x, new = layer(x, *jax.tree.map(lambda leaf, i=i: leaf[i], (params["layers"], above)))
-            written.append(new)
-        written = jax.tree.map(lambda *leaves: jnp.stack(leaves), *written)
+    x, written = _run_layers(layer, config, x, (params["layers"], above))
 
     x = layers.rms_norm(x, params["final_norm"], config)
     hidden = tuple(_split(x, shapes))
@@ -182,27 +195,73 @@ def forward(
     return (hidden[0], caches[0]) if single else (hidden, caches)
 
 
-def _layer(x, weights, above, *, config, angles, shapes, filled, own_filled):
-    """One decoder layer on the flattened tokens of all levels. Returns x and each level's (key, value)."""
-    y = layers.rms_norm(x, weights["attention_norm"], config)
-    query = layers.einsum("td,dnh->tnh", y, weights["attention"]["query"], config)
-    key = layers.einsum("td,dkh->tkh", y, weights["attention"]["key"], config)
-    value = layers.einsum("td,dkh->tkh", y, weights["attention"]["value"], config).astype(config.dtype)
-    query = layers.rope(query, angles).astype(config.dtype)
-    key = layers.rope(key, angles).astype(config.dtype)
+def _run_layers(layer: Callable[..., Any], config: DecoderConfig, x: jax.Array, stacked: Any) -> Any:
+    """Runs all layers, each with its slice of `stacked`: (x, what the layers returned, stacked)."""
+    windows = config.windows or (0,) * config.num_layers
 
-    sources = [Source(k, v, mask) for (k, v), mask in zip(above, filled, strict=True)]
+    def checkpointed(window: int | None) -> Callable[..., Any]:
+        """The layer with a window known to the compiler, or given with each layer's slice."""
+        known = layer if window is None else functools.partial(layer, window=window)
+        return jax.checkpoint(known) if config.remat else known
+
+    if config.scan_layers:
+        if len(set(windows)) == 1:
+            body = checkpointed(windows[0])
+            return jax.lax.scan(lambda x, xs: body(x, *xs), x, stacked)
+        body = checkpointed(None)
+        return jax.lax.scan(
+            lambda x, xs: body(x, *xs[0], window=xs[1]), x, (stacked, jnp.array(windows, jnp.int32))
+        )
+    written = []
+    for i, window in enumerate(windows):
+        x, new = checkpointed(window)(x, *jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
+        written.append(new)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *written)
+
+
+def _layer(x, weights, above, *, window, config, rotations, shapes, starts, above_starts, filled, own_filled):
+    """One decoder layer on the flattened tokens of all levels. Returns x and each level's (key, value).
+
+    `window` is the number of tokens that a token sees, 0 for all: a plain number, or a traced one where
+    scanned layers differ.
+    """
+    y = layers.rms_norm(x, weights["attention_norm"], config)
+    weights_in = weights["attention"]
+    query = layers.einsum("td,dnh->tnh", y, weights_in["query"], config)
+    key = layers.einsum("td,dkh->tkh", y, weights_in["key"], config)
+    value = layers.einsum("td,dkh->tkh", y, weights_in["value"], config).astype(config.dtype)
+    if config.qk_norm:
+        query = layers.rms_norm(query, weights_in["query_norm"], config)
+        key = layers.rms_norm(key, weights_in["key_norm"], config)
+    cos, sin = _rotation(rotations, window)
+    query = rope.rotate(query, cos, sin).astype(config.dtype)
+    key = rope.rotate(key, cos, sin).astype(config.dtype)
+
+    if isinstance(window, jax.Array):
+        window = jnp.where(window == 0, jnp.iinfo(jnp.int32).max, window)
+    sources = [Source(k, v, *rest) for (k, v), *rest in zip(above, filled, above_starts, strict=True)]
     mixed, written = [], []
     levels = (_split(part, shapes) for part in (query, key, value))
-    for q, k, v, mask in zip(*levels, own_filled, strict=True):
-        mixed.append(attend(q, k, v, sources, config).reshape(-1, *query.shape[1:]))
+    for q, k, v, mask, start in zip(*levels, own_filled, starts, strict=True):
+        mixed.append(attend(q, k, v, sources, config, start, window).reshape(-1, *query.shape[1:]))
         written.append((k.transpose(2, 0, 1, 3), v.transpose(2, 0, 1, 3)))
-        sources.append(Source(*written[-1], mask))
+        sources.append(Source(*written[-1], mask, start))
 
-    out = layers.einsum("tnh,nhd->td", jnp.concatenate(mixed), weights["attention"]["out"], config)
-    x = x + out
+    out = layers.einsum("tnh,nhd->td", jnp.concatenate(mixed), weights_in["out"], config)
+    x = x + (layers.rms_norm(out, weights["post_attention_norm"], config) if config.post_norms else out)
     y = layers.rms_norm(x, weights["mlp_norm"], config)
-    return x + layers.gated_mlp(y, weights["mlp"], config), tuple(written)
+    out = layers.gated_mlp(y, weights["mlp"], config)
+    x = x + (layers.rms_norm(out, weights["post_mlp_norm"], config) if config.post_norms else out)
+    return x, tuple(written)
+
+
+def _rotation(rotations: Sequence[Any], window: jax.Array | int) -> Any:
+    """The cosines and sines of a layer: the second ones belong to layers with a window."""
+    if len(rotations) == 1:
+        return rotations[0]
+    if isinstance(window, int):
+        return rotations[1 if window else 0]
+    return jax.tree.map(lambda full, local: jnp.where(window == 0, full, local), *rotations)
 
 
 def _split(x: jax.Array, shapes: Sequence[tuple[int, int]]) -> list[jax.Array]:

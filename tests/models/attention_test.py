@@ -15,35 +15,43 @@ def normal(seed, *shape):
 
 
 def inputs():
-    """A level of six nodes under ancestors of two and three, the shared caches only partly filled."""
+    """A level of six nodes under ancestors of two and six, the caches only partly filled, and its starts."""
     level = (
         normal(0, ROWS, STEPS, HEADS, HEAD),
         normal(1, ROWS, STEPS, KV, HEAD),
         normal(2, ROWS, STEPS, KV, HEAD),
     )
     ancestors = []
+    end = np.array([3, 0])
     for i, (nodes, capacity, lengths) in enumerate([(2, 5, [5, 2]), (6, 4, [0, 1, 4, 2, 3, 0])]):
         filled = np.arange(capacity) < np.array(lengths)[:, None]
+        start = np.repeat(end, nodes // len(end))
+        end = start + lengths
         # What is not filled holds numbers that would show.
         key, value = (
             jnp.where(filled[None, :, :, None], normal(seed, KV, nodes, capacity, HEAD), 50.0)
             for seed in (3 + 2 * i, 4 + 2 * i)
         )
-        ancestors.append(Source(key, value, jnp.asarray(filled)))
-    return level, ancestors
+        ancestors.append(Source(key, value, jnp.asarray(filled), jnp.asarray(start)))
+    return level, ancestors, jnp.asarray(end)
 
 
-def one_by_one(level, ancestors):
+def one_by_one(level, ancestors, start, window=0):
     """Softmax attention written out for one query and one head at a time."""
     query, key, value = (np.asarray(x, np.float64) for x in level)
     out = np.zeros_like(query)
     for row, step, head in np.ndindex(ROWS, STEPS, HEADS):
         shared = head // (HEADS // KV)
-        keys, values = [key[row, : step + 1, shared]], [value[row, : step + 1, shared]]
+        position = int(start[row]) + step
+        first = position - window + 1 if window else 0
+        own = max(0, first - int(start[row]))
+        keys, values = [key[row, own : step + 1, shared]], [value[row, own : step + 1, shared]]
         for source in ancestors:
             node = row // (ROWS // source.filled.shape[0])
-            keys.append(np.asarray(source.key)[shared, node][np.asarray(source.filled)[node]])
-            values.append(np.asarray(source.value)[shared, node][np.asarray(source.filled)[node]])
+            columns = np.arange(source.filled.shape[1])
+            seen = np.asarray(source.filled)[node] & (int(source.start[node]) + columns >= first)
+            keys.append(np.asarray(source.key)[shared, node][seen])
+            values.append(np.asarray(source.value)[shared, node][seen])
         scores = np.concatenate(keys) @ query[row, step, head] / np.sqrt(HEAD)
         weights = np.exp(scores - scores.max())
         out[row, step, head] = weights @ np.concatenate(values) / weights.sum()
@@ -51,21 +59,32 @@ def one_by_one(level, ancestors):
 
 
 @pytest.mark.parametrize("block", [512, 9, 4])
-def test_against_one_query_at_a_time(monkeypatch, block):
+@pytest.mark.parametrize("window", [0, 1, 3, 7, 100])
+def test_against_one_query_at_a_time(monkeypatch, block, window):
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
-    level, ancestors = inputs()
-    np.testing.assert_allclose(
-        attend(*level, ancestors, tiny.CONFIG), one_by_one(level, ancestors), atol=1e-5
-    )
-    np.testing.assert_allclose(attend(*level, [], tiny.CONFIG), one_by_one(level, []), atol=1e-5)
+    level, ancestors, start = inputs()
+    for above in (ancestors, []):
+        expected = one_by_one(level, above, start, window)
+        for given in (window, jnp.int32(window or 1000)):  # known to the compiler, or traced
+            ours = attend(*level, above, tiny.CONFIG, start, given)
+            np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
-def test_gradients_of_blocks(monkeypatch):
-    level, ancestors = inputs()
+def test_scores_can_have_another_factor():
+    level, ancestors, start = inputs()
+    query, *rest = level
+    scaled = attend(*level, ancestors, tiny.CONFIG.replace(query_scale=0.3), start)
+    expected = one_by_one((query * 0.3 * np.sqrt(HEAD), *rest), ancestors, start)
+    np.testing.assert_allclose(scaled, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_gradients_of_blocks(monkeypatch, window):
+    level, ancestors, start = inputs()
 
     def loss(level, arrays):
-        sources = [Source(k, v, a.filled) for (k, v), a in zip(arrays, ancestors, strict=True)]
-        return jnp.sin(attend(*level, sources, tiny.CONFIG)).sum()
+        sources = [Source(k, v, *a[2:]) for (k, v), a in zip(arrays, ancestors, strict=True)]
+        return jnp.sin(attend(*level, sources, tiny.CONFIG, start, window)).sum()
 
     arrays = [(a.key, a.value) for a in ancestors]
     expected = jax.jit(jax.grad(loss, argnums=(0, 1)))(level, arrays)
@@ -80,9 +99,9 @@ def test_gradients_of_blocks(monkeypatch):
 
 
 def test_scores_beyond_the_range_of_exp():
-    level, ancestors = inputs()
+    level, ancestors, start = inputs()
     query, key, value = level
     large = query * 1000, key, value
     np.testing.assert_allclose(
-        attend(*large, ancestors, tiny.CONFIG), one_by_one(large, ancestors), atol=1e-4
+        attend(*large, ancestors, tiny.CONFIG, start), one_by_one(large, ancestors, start), atol=1e-4
     )

@@ -2,8 +2,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from espl_jax.models import layers
 from tests import tiny
@@ -138,29 +136,37 @@ def test_rms_norm_by_hand():
     np.testing.assert_allclose(out, [[3 / root, 8 / root], [0, 0]], rtol=1e-6)
 
 
-class TestRope:
-    def test_angles_by_hand(self):
-        angles = layers.rope_angles(jnp.array([0, 2]), tiny.CONFIG.replace(head_dim=4, rope_theta=100.0))
-        np.testing.assert_allclose(angles, [[0, 0], [2, 0.2]], rtol=1e-6)
+def test_what_is_added_to_norm_scales():
+    config = tiny.CONFIG.replace(norm_eps=0.0, norm_offset=1.0)
+    out = layers.rms_norm(jnp.array([[3.0, 4.0]]), {"scale": jnp.array([0.0, 2.0])}, config)
+    np.testing.assert_allclose(out, [[3 / np.sqrt(12.5), 12 / np.sqrt(12.5)]], rtol=1e-6)
 
-    def test_halves_rotate_together(self):
-        x = jnp.array([[[1.0, 2.0, 3.0, 4.0]]])
-        out = layers.rope(x, jnp.array([[np.pi / 2, 0.0]]))
-        np.testing.assert_allclose(out, [[[-3.0, 2.0, 1.0, 4.0]]], atol=1e-6)
 
-    @settings(max_examples=20)
-    @given(st.integers(0, 200), st.integers(0, 200), st.integers(0, 50))
-    def test_scores_depend_on_the_distance_alone(self, i, j, shift):
-        q, k = (
-            jnp.asarray(np.random.default_rng(seed).normal(size=(1, 1, 6)), jnp.float32) for seed in (0, 1)
-        )
+def test_norms_are_of_the_last_axis():
+    x = jnp.array([[[3.0, 4.0], [1.0, 1.0]]])
+    out = layers.rms_norm(x, {"scale": jnp.ones(2)}, tiny.CONFIG.replace(norm_eps=0.0))
+    np.testing.assert_allclose(out, [[[3 / np.sqrt(12.5), 4 / np.sqrt(12.5)], [1, 1]]], rtol=1e-6)
 
-        def score(i, j):
-            angles = layers.rope_angles(jnp.array([i, j]), tiny.CONFIG)
-            return float((layers.rope(q, angles[:1]) * layers.rope(k, angles[1:])).sum())
 
-        assert score(i, j) == pytest.approx(score(i + shift, j + shift), abs=1e-4)
-        assert score(i, i) == pytest.approx(float((q * k).sum()), abs=1e-4)
+@pytest.mark.parametrize("precision", ["default", "bfloat16"])
+def test_a_bias_joins_the_product_and_the_adapter(precision):
+    linear = {
+        "weight": jnp.array([[1.0], [2.0]]),
+        "bias": jnp.array([0.5]),
+        "lora_a": jnp.array([[1.0], [0.0]]),
+        "lora_b": jnp.array([[2.0]]),
+    }
+    config = tiny.CONFIG.replace(lora_scale=4.0, matmul_precision=precision)
+    np.testing.assert_array_equal(
+        layers.einsum("td,df->tf", jnp.array([[3.0, 1.0]]), linear, config), [[29.5]]
+    )
+
+
+def test_embeddings_are_scaled():
+    table = {"weight": jnp.array([[1.0, 2.0], [3.0, 4.0]], jnp.bfloat16)}
+    out = layers.embed(jnp.array([1, 0]), table, tiny.CONFIG.replace(embed_scale=0.5))
+    assert out.dtype == jnp.float32
+    np.testing.assert_array_equal(out, [[1.5, 2.0], [0.5, 1.0]])
 
 
 def test_gated_mlp_by_hand():
@@ -169,3 +175,10 @@ def test_gated_mlp_by_hand():
     out = layers.gated_mlp(jnp.array([[1.0, 3.0]]), weights, tiny.CONFIG)
     hidden = 3.0 / (1 + np.exp(-1.0))
     np.testing.assert_allclose(out, [[2 * hidden, -hidden]], rtol=1e-6)
+
+
+def test_the_gate_can_be_another_function():
+    weights = {name: {"weight": jnp.array([[1.0]])} for name in ("gate", "up", "down")}
+    out = layers.gated_mlp(jnp.array([[2.0]]), weights, tiny.CONFIG.replace(activation="gelu_tanh"))
+    gate = 0.5 * 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (2 + 0.044715 * 8)))
+    np.testing.assert_allclose(out, [[2 * gate]], rtol=1e-5)

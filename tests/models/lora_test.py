@@ -101,3 +101,15 @@ def test_the_gradient_is_of_the_adapters_alone(params):
 def test_what_cannot_be_adapted_is_refused(config, rank, targets, message):
     with pytest.raises(ValueError, match=message):
         lora.init(jax.random.key(0), config, rank, targets)
+
+
+def test_biases_stay_beside_adapters():
+    config = tiny.CONFIG.replace(qkv_bias=True, mlp_bias=True, lora_scale=0.5)
+    params = tiny.params(config)
+    attached = lora.attach(params, tiny.adapters(config))
+    base, _ = lora.detach(attached)
+    assert jax.tree.structure(base) == jax.tree.structure(params)
+    merged = lora.merge(attached, config)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    expected = tiny.logits(attached, config, TOKENS)
+    np.testing.assert_allclose(tiny.logits(merged, config, TOKENS), expected, atol=1e-5)

@@ -1,0 +1,114 @@
+"""Rotary position embeddings, and the ways in which checkpoints stretch them over longer contexts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SCALINGS = ("none", "linear", "llama3", "yarn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """How positions turn into angles.
+
+    Attributes:
+      theta: base of the frequencies.
+      scaling: `none`; `linear`, all frequencies divided by `factor`; `llama3`, only the slow ones; `yarn`,
+        frequency by frequency, between what turns `beta_fast` times in the original context and what turns
+        `beta_slow` times.
+      factor: how much longer contexts became.
+      original_positions: length of the contexts that the model was first trained on (`llama3`, `yarn`).
+      low_freq_factor, high_freq_factor: turns in the original context below which a frequency is divided, and
+        above which it stays (`llama3`).
+      beta_fast, beta_slow: turns above which a frequency stays, and below which it is divided (`yarn`).
+      truncate: whether those two limits are widened to whole frequencies (`yarn`).
+      attention_factor: what cosines and sines are multiplied with (`yarn`).
+    """
+
+    theta: float = 10_000.0
+    scaling: str = "none"
+    factor: float = 1.0
+    original_positions: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+    def __post_init__(self):
+        if self.scaling not in SCALINGS:
+            raise ValueError(f"rope scaling={self.scaling!r} is unknown; choose one of {SCALINGS}")
+        if self.scaling in ("llama3", "yarn") and self.original_positions < 1:
+            raise ValueError(
+                f"rope scaling={self.scaling!r} needs original_positions, the length of the contexts that "
+                f"the model was first trained on; it is {self.original_positions}"
+            )
+
+
+def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """Radians per position of each pair of dimensions, fastest first. float32 [H / 2]."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    plain = np.float32(1.0) / np.float32(rope.theta) ** exponents
+    match rope.scaling:
+        case "linear":
+            return plain / np.float32(rope.factor)
+        case "llama3":
+            return _llama3(plain, rope)
+        case "yarn":
+            return _yarn(plain, rope)
+    return plain
+
+
+def _llama3(plain: np.ndarray, rope: Rope) -> np.ndarray:
+    """Divides what turns less than `low_freq_factor` times in the original context (Llama 3.1, Dubey et al.
+    2024, arXiv 2407.21783, as released); in between, the share of both grows linearly with the turns."""
+    turns = rope.original_positions * plain / (2 * math.pi)
+    kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    kept = np.clip(kept, 0.0, 1.0)
+    return (kept * plain + (1 - kept) * plain / rope.factor).astype(np.float32)
+
+
+def _yarn(plain: np.ndarray, rope: Rope) -> np.ndarray:
+    """NTK by parts (YaRN, Peng et al. 2023, arXiv 2309.00071, section 3.2), with its ramp over the index of
+    the frequency, as its released code and transformers have it."""
+    half = len(plain)
+
+    def index(turns: float) -> float:
+        """The (fractional) index of the frequency that turns so often in the original context."""
+        return half * math.log(rope.original_positions / (turns * 2 * math.pi)) / math.log(rope.theta)
+
+    first, last = index(rope.beta_fast), index(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * half - 1)
+    width = last - first or 0.001
+    divided = np.clip((np.arange(half, dtype=np.float32) - first) / width, 0.0, 1.0)
+    return (divided * plain / rope.factor + (1 - divided) * plain).astype(np.float32)
+
+
+def tables(positions: jax.Array, rope: Rope, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of every position. int32 [T] -> two of float32 [T, H / 2]."""
+    angles = positions[:, None].astype(jnp.float32) * frequencies(rope, head_dim)
+    return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates heads by their positions (Su et al. 2021, arXiv 2104.09864), half-split convention.
+
+    Args:
+      x: [T, heads, H].
+      cos, sin: float32 [T, H / 2], from `tables`.
+
+    Returns:
+      [T, heads, H] in x's dtype.
+    """
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

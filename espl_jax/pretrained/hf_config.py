@@ -1,0 +1,251 @@
+"""Between Hugging Face's `config.json` and DecoderConfig, both ways.
+
+transformers' own configuration classes read the file: they know every family's defaults and the older
+spellings. What they say is then put in our terms, or refused where our decoder does not compute it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from espl_jax.models.config import DecoderConfig
+from espl_jax.models.rope import Rope
+
+_CLASSES: dict[str, tuple[str, type[PreTrainedConfig], str]] = {
+    "llama": ("llama", LlamaConfig, "LlamaForCausalLM"),
+    "mistral": ("mistral", MistralConfig, "MistralForCausalLM"),
+    "qwen2": ("qwen2", Qwen2Config, "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", Qwen3Config, "Qwen3ForCausalLM"),
+    "gemma3_text": ("gemma3", Gemma3TextConfig, "Gemma3ForCausalLM"),
+}
+"""model_type -> (family, who reads its config.json, the class that transformers builds from it)."""
+
+SUPPORTED = (*_CLASSES, "gemma3")
+"""Values of `model_type` that can be read; of `gemma3`, which sees images too, the text half is."""
+
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+_NUMERICS = (
+    "dtype",
+    "param_dtype",
+    "matmul_precision",
+    "scan_layers",
+    "slice_as_integers",
+    "remat",
+    "lora_scale",
+)
+
+
+def from_hf_config(hf: dict[str, Any], **numerics: Any) -> DecoderConfig:
+    """The decoder that a parsed `config.json` describes.
+
+    Args:
+      hf: the file as a dict.
+      **numerics: DecoderConfig fields of our own (`dtype`, `matmul_precision`, ...).
+
+    Raises:
+      ValueError: for another family, or for a feature that this decoder does not compute.
+    """
+    model_type = hf.get("model_type")
+    if model_type == "gemma3":
+        hf = {"tie_word_embeddings": hf.get("tie_word_embeddings", True), **hf.get("text_config", {})}
+        model_type = "gemma3_text"
+    if model_type not in _CLASSES:
+        raise ValueError(f"model_type={model_type!r} is not supported; supported: {', '.join(SUPPORTED)}")
+    family, config_class, _ = _CLASSES[model_type]
+    try:
+        c = config_class.from_dict(hf)
+    except (StrictDataclassError, KeyError, TypeError) as error:
+        raise ValueError(f"config.json of a {model_type} cannot be read: {error}") from error
+    act = c.hidden_activation if family == "gemma3" else c.hidden_act
+    refused = {
+        "hidden_act": (act, _ACTIVATIONS.get(act) and act, " or ".join(_ACTIVATIONS)),
+        **{
+            name: (getattr(c, name, None) or None, None, "none")
+            for name in ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention")
+        },
+    }
+    for field, (value, computed, supported) in refused.items():
+        if value != computed:
+            raise ValueError(f"{field}={value!r} is not supported for {model_type}; supported: {supported}")
+
+    ropes = c.rope_parameters if family == "gemma3" else {"full_attention": c.rope_parameters}
+    local = ropes.get("sliding_attention")
+    rope = _rope(ropes["full_attention"], c.max_position_embeddings)
+    stretched = int(rope.factor * rope.original_positions) if rope.scaling == "yarn" else 0
+    bias = getattr(c, "attention_bias", False)
+    return DecoderConfig(
+        family=family,
+        vocab_size=c.vocab_size,
+        num_layers=c.num_hidden_layers,
+        embed_dim=c.hidden_size,
+        num_heads=c.num_attention_heads,
+        num_kv_heads=c.num_key_value_heads,
+        head_dim=getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
+        mlp_dim=c.intermediate_size,
+        rope=rope,
+        local_rope=local and _rope(local, c.max_position_embeddings),
+        windows=_windows(c),
+        norm_eps=c.rms_norm_eps,
+        norm_offset=1.0 if family == "gemma3" else 0.0,
+        qk_norm=family in ("qwen3", "gemma3"),
+        post_norms=family == "gemma3",
+        qkv_bias=bias or family == "qwen2",
+        out_bias=bias,
+        mlp_bias=getattr(c, "mlp_bias", False),
+        query_scale=c.query_pre_attn_scalar**-0.5 if family == "gemma3" else 0.0,
+        embed_scale=c.hidden_size**0.5 if family == "gemma3" else 1.0,
+        activation=_ACTIVATIONS[act],
+        tied_head=c.tie_word_embeddings,
+        max_positions=max(c.max_position_embeddings, stretched),
+        **numerics,
+    )
+
+
+def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
+    """The `config.json` of a decoder: what `from_hf_config` and transformers read it back from.
+
+    RoPE is written in today's spelling and, for older readers, in the one before.
+
+    Raises:
+      ValueError: if the family's configuration has no words for some value of the decoder.
+    """
+    model_type, architecture = next(
+        (name, architecture)
+        for name, (family, _, architecture) in _CLASSES.items()
+        if family == config.family
+    )
+    gemma = config.family == "gemma3"
+    rope = _rope_parameters(config.rope)
+    fields: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.embed_dim,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.mlp_dim,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_activation" if gemma else "hidden_act": next(
+            theirs for theirs, ours in _ACTIVATIONS.items() if ours == config.activation
+        ),
+        "tie_word_embeddings": config.tied_head,
+        "max_position_embeddings": config.max_positions,
+    }
+    if config.family in ("llama", "qwen3", "gemma3"):
+        fields["attention_bias"] = config.qkv_bias
+    if config.family == "llama":
+        fields["mlp_bias"] = config.mlp_bias
+    if config.family == "mistral":
+        fields["sliding_window"] = max(config.windows, default=0) or None
+    if config.family in ("qwen2", "qwen3", "gemma3"):
+        windows = config.windows or (0,) * config.num_layers
+        fields["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
+        fields["sliding_window"] = max(windows) or None
+        if not gemma:
+            fields["use_sliding_window"] = any(windows)
+            fields["max_window_layers"] = next((i for i, w in enumerate(windows) if w), config.num_layers)
+    if gemma:
+        local = _rope_parameters(config.local_rope or config.rope)
+        fields["query_pre_attn_scalar"] = round((config.query_scale or config.head_dim**-0.5) ** -2)
+        fields["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+        fields["rope_local_base_freq"] = local["rope_theta"]
+    else:
+        fields["rope_parameters"] = rope
+
+    numerics = {name: getattr(config, name) for name in _NUMERICS}
+    read_back = from_hf_config({"model_type": model_type, **fields}, **numerics)
+    for field in dataclasses.fields(config):
+        wanted, got = getattr(config, field.name), getattr(read_back, field.name)
+        if not _same(wanted, got, config):
+            raise ValueError(
+                f"{field.name}={wanted!r}: a {model_type} config.json has no words for it (it reads back as "
+                f"{got!r}); the decoder is not of the family {config.family!r}"
+            )
+    older = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        **fields,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else older,
+    }
+
+
+def _windows(c: PreTrainedConfig) -> tuple[int, ...]:
+    window = getattr(c, "sliding_window", None)
+    if not window:
+        return ()
+    kinds = getattr(c, "layer_types", None) or ["sliding_attention"] * c.num_hidden_layers
+    windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+    return windows if any(windows) else ()
+
+
+def _rope(p: dict[str, Any], max_positions: int) -> Rope:
+    kind = p.get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise ValueError(f"rope_type={kind!r} is not supported; supported: default, linear, llama3, yarn")
+    if (share := p.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ValueError(f"partial_rotary_factor={share!r} is not supported; only 1.0 is")
+    if kind == "default":
+        return Rope(theta=float(p["rope_theta"]))
+    fields: dict[str, Any] = {"theta": float(p["rope_theta"]), "scaling": kind}
+    if kind in ("llama3", "yarn"):
+        fields["original_positions"] = p.get("original_max_position_embeddings") or max_positions
+    if kind == "llama3":
+        fields |= {name: float(p[name]) for name in ("low_freq_factor", "high_freq_factor")}
+    factor = p.get("factor") or max_positions / fields["original_positions"]
+    if kind == "yarn":
+        fields |= {name: float(p[name]) for name in ("beta_fast", "beta_slow") if p.get(name)}
+        fields |= {"truncate": p.get("truncate", True), "attention_factor": _yarn_attention(p, factor)}
+    return Rope(factor=float(factor), **fields)
+
+
+def _yarn_attention(p: dict[str, Any], factor: float) -> float:
+    """What YaRN multiplies cosines and sines with, given or by its section 3.4 (and DeepSeek's extension)."""
+
+    def grown(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if p.get("attention_factor") is not None:
+        return float(p["attention_factor"])
+    if p.get("mscale") and p.get("mscale_all_dim"):
+        return grown(p["mscale"]) / grown(p["mscale_all_dim"])
+    return grown(1.0)
+
+
+def _rope_parameters(rope: Rope) -> dict[str, Any]:
+    parameters: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": "default"}
+    if rope.scaling == "none":
+        return parameters
+    parameters |= {"rope_type": rope.scaling, "factor": rope.factor}
+    if rope.scaling in ("llama3", "yarn"):
+        parameters["original_max_position_embeddings"] = rope.original_positions
+    if rope.scaling == "llama3":
+        parameters |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    if rope.scaling == "yarn":
+        names = ("beta_fast", "beta_slow", "truncate", "attention_factor")
+        parameters |= {name: getattr(rope, name) for name in names}
+    return parameters
+
+
+def _same(wanted: Any, got: Any, config: DecoderConfig) -> bool:
+    """Equality but for spellings of one thing: no local RoPE is the global one, scale 0 is H ** -0.5."""
+    if isinstance(wanted, float) and isinstance(got, float):
+        plain = config.head_dim**-0.5
+        return wanted == got or math.isclose(wanted or plain, got or plain, rel_tol=1e-6)
+    if isinstance(wanted, Rope | None) and isinstance(got, Rope | None):
+        return (wanted or config.rope) == (got or config.rope)
+    return wanted == got

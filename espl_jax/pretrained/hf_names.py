@@ -1,0 +1,53 @@
+"""What Hugging Face checkpoints of the supported families call our weights."""
+
+from __future__ import annotations
+
+import jax
+
+from espl_jax.models.config import DecoderConfig
+from espl_jax.models.transformer import Params, abstract
+
+_MODULES = {
+    "embedding": "model.embed_tokens",
+    "final_norm": "model.norm",
+    "head": "lm_head",
+    "layers/attention_norm": "input_layernorm",
+    "layers/attention/query": "self_attn.q_proj",
+    "layers/attention/key": "self_attn.k_proj",
+    "layers/attention/value": "self_attn.v_proj",
+    "layers/attention/out": "self_attn.o_proj",
+    "layers/attention/query_norm": "self_attn.q_norm",
+    "layers/attention/key_norm": "self_attn.k_norm",
+    "layers/mlp_norm": "post_attention_layernorm",
+    "layers/mlp/gate": "mlp.gate_proj",
+    "layers/mlp/up": "mlp.up_proj",
+    "layers/mlp/down": "mlp.down_proj",
+}
+
+# What others call the norm before the MLP is here the norm after attention.
+_WITH_POST_NORMS = {
+    "layers/post_attention_norm": "post_attention_layernorm",
+    "layers/mlp_norm": "pre_feedforward_layernorm",
+    "layers/post_mlp_norm": "post_feedforward_layernorm",
+}
+
+
+def module(path: str, config: DecoderConfig) -> str:
+    """The module at a path of the params (`layers/mlp/up`), with {} for the number of the layer."""
+    name = (_MODULES | (_WITH_POST_NORMS if config.post_norms else {}))[path]
+    return f"model.layers.{{}}.{name}" if path.startswith("layers/") else name
+
+
+def names(config: DecoderConfig) -> dict[str, str]:
+    """Path of each weight (`layers/mlp/up/weight`) -> its name, with {} for the number of the layer."""
+    named = {}
+    for path in by_path(abstract(config)):
+        parent, _, leaf = path.rpartition("/")
+        named[path] = f"{module(parent, config)}.{'bias' if leaf == 'bias' else 'weight'}"
+    return named
+
+
+def by_path(tree: Params) -> dict[str, object]:
+    """The leaves of a tree of params, or of anything shaped like one, by their paths joined with `/`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(key.key for key in path): leaf for path, leaf in leaves}

@@ -1,0 +1,138 @@
+"""Random tiny models of every family: transformers' own, and the same weights as our params."""
+
+import jax
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from espl_jax.models.transformer import abstract
+from espl_jax.pretrained import hf_names, layout
+from espl_jax.pretrained.hf_config import from_hf_config
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
+
+VOCABULARY, LENGTH = 97, 40
+"""A prime, so that it passes for no other axis; and how long the sequences of the tests can get."""
+
+
+def draw_hf_config(family, seed):
+    """A tiny configuration of transformers, everything about it that the family leaves open drawn."""
+    rng = np.random.default_rng([FAMILIES.index(family), seed])
+
+    def chance(p=0.5):
+        return bool(rng.random() < p)
+
+    kv_heads = int(rng.integers(1, 4))
+    heads = kv_heads * int(rng.integers(1, 4))
+    layers = int(rng.integers(2, 5))
+    head_dim = 2 * int(rng.integers(2, 7))
+    # The width is a multiple of the heads, as transformers wants it, but heads * head_dim only for qwen2.
+    width = heads * (head_dim if family == "qwen2" else int(rng.integers(3, 9)))
+    theta = float(rng.choice([50.0, 500.0, 10_000.0]))
+    window = int(rng.integers(2, 12))
+    fields = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": width,
+        "intermediate_size": int(rng.integers(5, 50)),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "rms_norm_eps": float(rng.choice([1e-6, 1e-5, 1e-2])),
+        "tie_word_embeddings": chance(),
+        "max_position_embeddings": 64,
+        "rope_parameters": {"rope_theta": theta, **_draw_scaling(rng)},
+        "pad_token_id": None,  # torch drops the gradient of a padding token's embedding
+    }
+    kinds = ["sliding_attention" if chance() else "full_attention" for _ in range(layers)]
+    if family != "qwen2":
+        fields["head_dim"] = head_dim
+    if family == "llama":
+        fields |= {"attention_bias": chance(0.3), "mlp_bias": chance(0.3)}
+        return transformers.LlamaConfig(**fields)
+    if family == "mistral":
+        return transformers.MistralConfig(**fields, sliding_window=window if chance(0.8) else None)
+    if family == "gemma3":
+        scaled = fields.pop("rope_parameters")
+        local = {"rope_theta": 3 * theta, "rope_type": "default"}
+        return transformers.Gemma3TextConfig(
+            **fields,
+            rope_parameters={"full_attention": scaled, "sliding_attention": local},
+            layer_types=["sliding_attention", *kinds[1:-1], "full_attention"],
+            sliding_window=window,
+            query_pre_attn_scalar=int(rng.integers(4, 40)),
+        )
+    fields |= {"use_sliding_window": chance(), "sliding_window": window, "layer_types": None}
+    if fields["use_sliding_window"]:
+        fields["layer_types"] = kinds
+    if family == "qwen2":
+        return transformers.Qwen2Config(**fields)
+    return transformers.Qwen3Config(**fields, attention_bias=chance(0.3))
+
+
+def _draw_scaling(rng):
+    kind = str(rng.choice(["default", "linear", "llama3", "yarn"]))
+    scaling = {"rope_type": kind}
+    if kind != "default":
+        scaling["factor"] = float(rng.choice([1.5, 4.0, 8.0]))
+    if kind in ("llama3", "yarn"):
+        scaling["original_max_position_embeddings"] = int(rng.integers(8, 40))
+    if kind == "llama3":
+        scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if kind == "yarn" and rng.random() < 0.5:
+        scaling |= {"beta_fast": 4.0, "beta_slow": 0.5, "truncate": False, "attention_factor": 1.3}
+    return scaling
+
+
+def torch_model(hf_config, seed):
+    """transformers' model in float32 with every weight drawn, norms and biases too."""
+    model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager").float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        if weight.ndim > 1:
+            weight.data = noise * weight.shape[-1] ** -0.5
+        else:
+            weight.data = 0.3 * noise + (0 if name.endswith("bias") else weight.data)
+    return model
+
+
+def our_config(hf_config, **numerics):
+    """What we read from the configuration as it is saved."""
+    return from_hf_config(hf_config.to_dict(), **numerics)
+
+
+def our_params(model, config):
+    """The model's weights as our params."""
+    state = {name: weight.detach().numpy() for name, weight in model.named_parameters()}
+    names, declared = hf_names.names(config), abstract(config)
+    assert {name.format(i) for name in names.values() for i in range(config.num_layers)} == set(state)
+
+    def read(path, weight):
+        name = names["/".join(key.key for key in path)]
+        if "{}" not in name:
+            return np.array(layout.from_file(weight, state[name]))
+        layers = range(config.num_layers)
+        return np.stack([layout.from_file(weight, state[name.format(i)]) for i in layers])
+
+    return jax.tree_util.tree_map_with_path(read, declared)
+
+
+def by_hf_names(tree, config):
+    """Params, or their gradients, by the names and in the layouts of transformers."""
+    declared, named = hf_names.by_path(abstract(config)), {}
+    leaves = hf_names.by_path(tree)
+    for path, name in hf_names.names(config).items():
+        leaf = np.asarray(leaves[path])
+        if "{}" in name:
+            for i, layer in enumerate(leaf):
+                named[name.format(i)] = layout.to_file(declared[path], layer)
+        else:
+            named[name] = layout.to_file(declared[path], leaf)
+    return named
+
+
+def torch_logits(model, tokens):
+    """[B, T] -> [B, T, V], a torch tensor."""
+    ids = torch.as_tensor(np.asarray(tokens), dtype=torch.long)
+    return model(input_ids=ids, use_cache=False).logits

@@ -1,0 +1,95 @@
+"""Every family against transformers and torch, on randomly drawn tiny models, in float32.
+
+`pytest tests/models/families_test.py --family-seed=7 --family-draws=20` draws other ones.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from espl_jax.models.attention import KVCache
+from tests import families, ragged_tree, tiny
+
+SHAPE, WIDTHS = (2, 3, 2), (15, 11, 13)  # of the trees, longer than any window
+
+
+def pytest_generate_tests(metafunc):
+    seed, draws = (metafunc.config.getoption(f"family_{name}") for name in ("seed", "draws"))
+    cases = [(family, seed + i) for family in families.FAMILIES for i in range(draws)]
+    metafunc.parametrize("case", cases, ids=[f"{family}-{seed}" for family, seed in cases], scope="module")
+
+
+@pytest.fixture(scope="module")
+def case_parts(case):
+    family, seed = case
+    hf_config = families.draw_hf_config(family, seed)
+    model = families.torch_model(hf_config, seed)
+    config = families.our_config(hf_config, scan_layers=bool(seed % 2), remat=bool(seed % 3))
+    return model, config, families.our_params(model, config), seed
+
+
+@pytest.fixture
+def close(record_property):
+    """Asserts that logits are within 1e-4 of the largest one, and keeps how near they were."""
+
+    def check(ours, expected, name):
+        expected = np.asarray(expected)
+        error = float(np.abs(np.asarray(ours) - expected).max() / np.abs(expected).max())
+        record_property(name, error)
+        assert error < 1e-4
+
+    return check
+
+
+def test_flat_tree_and_cached_logits(case_parts, close):
+    model, config, params, seed = case_parts
+    batch = ragged_tree.random_batch(seed, config.vocab_size, SHAPE, WIDTHS)
+    flat = ragged_tree.flatten(batch)
+    tokens = np.pad(flat.tokens, ((0, 0), (0, families.LENGTH - flat.tokens.shape[1])))
+    with torch.no_grad():
+        expected = families.torch_logits(model, tokens).numpy()
+    close(tiny.logits(params, config, tokens), expected, "flat")
+
+    # The tree, as the policy gradient runs it.
+    levels = tuple(
+        x.reshape(-1, x.shape[-1]) for x in (batch.system_tokens, batch.problem_tokens, batch.inputs)
+    )
+    new = batch.mask.sum(-1)
+    lengths = tuple(x.reshape(-1) for x in (batch.system_lengths, batch.problem_lengths, new))
+    hidden, caches = tiny.forward(params, config, levels, lengths)
+    real = np.arange(levels[2].shape[1]) < lengths[2][:, None]
+    wanted = ragged_tree.pick(expected, batch)
+    close(np.asarray(tiny.unembed(params, config, hidden[2]))[real], wanted[real], "tree")
+
+    # Token by token over the caches, as sampling runs it.
+    rows, steps = levels[2].shape
+    shape = (config.num_layers, config.num_kv_heads, rows, steps, config.head_dim)
+    key, value = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    decoded = np.zeros(wanted.shape, np.float32)
+    for t in range(steps):
+        own = KVCache(key, value, caches[2].start, np.full(rows, t, np.int32))
+        h, fresh = tiny.forward(params, config, levels[2][:, t : t + 1], ancestors=(*caches[:2], own))
+        decoded[:, t] = tiny.unembed(params, config, h[:, 0])
+        key[:, :, :, t], value[:, :, :, t] = fresh.key[:, :, :, 0], fresh.value[:, :, :, 0]
+    close(decoded[real], wanted[real], "decode")
+
+
+def test_gradients_of_token_logprobs(case_parts, record_property):
+    model, config, params, seed = case_parts
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, config.vocab_size, (2, families.LENGTH)).astype(np.int32)
+
+    scores = torch.log_softmax(families.torch_logits(model, tokens[:, :-1]), -1)
+    model.zero_grad()
+    scores.gather(-1, torch.tensor(tokens[:, 1:, None], dtype=torch.long)).sum().backward()
+    expected = {name: weight.grad.numpy() for name, weight in model.named_parameters()}
+
+    grads = jax.jit(jax.grad(lambda params: jnp.sum(tiny.token_logprobs(params, config, tokens))))(params)
+    ours = families.by_hf_names(grads, config)
+    assert set(ours) == set(expected)
+    errors = {name: tiny.relative_error(ours[name], expected[name]) for name in expected}
+    worst = max(errors, key=errors.get)
+    record_property("gradient", errors[worst])
+    assert errors[worst] < 1e-3, worst

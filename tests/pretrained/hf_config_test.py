@@ -1,0 +1,135 @@
+import json
+
+import pytest
+
+from espl_jax.models.rope import Rope
+from espl_jax.pretrained.hf_config import from_hf_config, to_hf_config
+from tests import families, tiny
+
+HF = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "num_hidden_layers": 3,
+    "hidden_size": 24,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "intermediate_size": 40,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "rope_theta": 7000.0,
+}
+
+
+def test_fields_of_a_llama():
+    config = from_hf_config(HF, dtype="bfloat16")
+    assert (config.vocab_size, config.num_layers, config.embed_dim, config.mlp_dim) == (100, 3, 24, 40)
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (6, 2, 4)
+    assert (config.rope, config.norm_eps, config.max_positions) == (Rope(7000.0), 1e-5, 512)
+    assert config.tied_head
+    assert config.dtype == "bfloat16"
+
+
+def test_other_spellings_and_defaults():
+    new = {**HF, "rope_parameters": {"rope_type": "default", "rope_theta": 9000.0}, "head_dim": 16}
+    del new["rope_theta"], new["num_key_value_heads"]
+    config = from_hf_config(new)
+    assert (config.rope.theta, config.head_dim, config.num_kv_heads) == (9000.0, 16, 6)
+
+
+def test_llama_3_1_as_published():
+    scaling = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    }
+    config = from_hf_config(HF | {"rope_theta": 500000.0, "rope_scaling": scaling})
+    assert config.rope == Rope(500000.0, "llama3", 8.0, 8192, 1.0, 4.0)
+
+
+def test_yarn_as_qwen_2_5_asks_for_it():
+    scaling = {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}
+    config = from_hf_config(
+        HF | {"model_type": "qwen2", "rope_scaling": scaling, "max_position_embeddings": 32768}
+    )
+    assert (config.rope.scaling, config.rope.factor, config.rope.original_positions) == ("yarn", 4.0, 32768)
+    assert config.rope.attention_factor == pytest.approx(1.1386294, abs=1e-6)  # 0.1 ln 4 + 1
+    assert config.max_positions == 4 * 32768
+    assert config.qkv_bias and not config.out_bias
+
+
+def test_windows():
+    assert from_hf_config(HF | {"model_type": "mistral", "sliding_window": 5}).windows == (5, 5, 5)
+    assert from_hf_config(HF | {"model_type": "mistral", "sliding_window": None}).windows == ()
+    qwen = HF | {"model_type": "qwen2", "sliding_window": 5, "max_window_layers": 2}
+    assert from_hf_config(qwen).windows == ()  # only where use_sliding_window says so
+    assert from_hf_config(qwen | {"use_sliding_window": True}).windows == (0, 0, 5)
+
+
+def test_gemma_3_4b_as_published():
+    """The text half of a model that sees images too, most of it left to the defaults of the family."""
+    config = from_hf_config(
+        {
+            "model_type": "gemma3",
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "text_config": {
+                "hidden_size": 2560,
+                "intermediate_size": 10240,
+                "model_type": "gemma3_text",
+                "num_hidden_layers": 34,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+                "sliding_window": 1024,
+            },
+            "vision_config": {"hidden_size": 1152},
+        }
+    )
+    assert config.windows[:7] == (1024,) * 5 + (0, 1024)
+    assert config.rope == Rope(1e6, "linear", 8.0)
+    assert config.local_rope == Rope(1e4)
+    assert (config.vocab_size, config.num_heads, config.num_kv_heads, config.head_dim) == (262208, 8, 4, 256)
+    assert (config.embed_scale, config.query_scale, config.norm_offset) == (2560**0.5, 1 / 16, 1.0)
+    assert config.tied_head and config.qk_norm and config.post_norms and config.activation == "gelu_tanh"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gemma"}, "model_type='gemma' is not supported; supported: llama, mistral"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"model_type": "gemma3_text", "final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        (
+            {"model_type": "gemma3_text", "use_bidirectional_attention": True},
+            "use_bidirectional_attention=True",
+        ),
+        ({"hidden_size": "wide"}, "config.json of a llama cannot be read"),
+    ],
+)
+def test_what_is_not_computed_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        from_hf_config(HF | change)
+
+
+class TestTheWayBack:
+    @pytest.mark.parametrize("family", families.FAMILIES)
+    @pytest.mark.parametrize("seed", range(20))
+    def test_what_is_written_reads_back(self, family, seed):
+        config = from_hf_config(families.draw_hf_config(family, seed).to_dict(), dtype="bfloat16")
+        written = json.loads(json.dumps(to_hf_config(config)))
+        assert from_hf_config(written, dtype="bfloat16") == config
+
+    @pytest.mark.parametrize("family", families.FAMILIES)
+    def test_the_older_spelling_alone_reads_back_too(self, family):
+        for seed in range(20):
+            config = from_hf_config(families.draw_hf_config(family, seed).to_dict())
+            written = to_hf_config(config)
+            del written["rope_parameters"]
+            assert from_hf_config(written) == config
+
+    def test_what_a_family_has_no_words_for(self):
+        with pytest.raises(ValueError, match=r"qk_norm=True: a llama config\.json has no words"):
+            to_hf_config(tiny.CONFIG.replace(qk_norm=True))
+        with pytest.raises(ValueError, match=r"windows=\(3, 5\)"):
+            to_hf_config(tiny.CONFIG.replace(family="mistral", windows=(3, 5)))
