@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from espl_jax.models import lora, transformer
-from espl_jax.models.config import DecoderConfig
-from espl_jax.models.rope import Rope
+from espl_jax.models.config import DecoderConfig, Rope
 from espl_jax.rl.logprobs import token_logprobs
 
 # The head dimension is not D / N, and the vocabulary a prime, so that no two axes pass for one another.

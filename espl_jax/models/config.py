@@ -5,10 +5,48 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from espl_jax.models.rope import Rope
-
 MATMUL_PRECISIONS = ("default", "highest", "bfloat16")
 ACTIVATIONS = ("silu", "gelu_tanh")
+ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """How positions turn into angles.
+
+    Attributes:
+      theta: base of the frequencies.
+      scaling: `none`; `linear`, all frequencies divided by `factor`; `llama3`, only the slow ones; `yarn`,
+        frequency by frequency, between what turns `beta_fast` times in the original context and what turns
+        `beta_slow` times.
+      factor: how much longer contexts became.
+      original_positions: length of the contexts that the model was first trained on (`llama3`, `yarn`).
+      low_freq_factor, high_freq_factor: turns in the original context below which a frequency is divided, and
+        above which it stays (`llama3`).
+      beta_fast, beta_slow: turns above which a frequency stays, and below which it is divided (`yarn`).
+      truncate: whether those two limits are widened to whole frequencies (`yarn`).
+      attention_factor: what cosines and sines are multiplied with (`yarn`).
+    """
+
+    theta: float = 10_000.0
+    scaling: str = "none"
+    factor: float = 1.0
+    original_positions: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+    def __post_init__(self):
+        if self.scaling not in ROPE_SCALINGS:
+            raise ValueError(f"rope scaling={self.scaling!r} is unknown; choose one of {ROPE_SCALINGS}")
+        if self.scaling in ("llama3", "yarn") and self.original_positions < 1:
+            raise ValueError(
+                f"rope scaling={self.scaling!r} needs original_positions, the length of the contexts that "
+                f"the model was first trained on; it is {self.original_positions}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,38 +1,82 @@
 """Between Hugging Face's `config.json` and DecoderConfig, both ways.
 
-transformers' own configuration classes read the file: they know every family's defaults and the older
-spellings. What they say is then put in our terms, or refused where our decoder does not compute it.
+A file leaves out what its family takes for granted, and older ones spell RoPE and windows in other ways. What
+it says is put in our terms here, or refused where our decoder does not compute it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    Gemma3TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from espl_jax.models.config import DecoderConfig, Rope
 
-from espl_jax.models.config import DecoderConfig
-from espl_jax.models.rope import Rope
-
-_CLASSES: dict[str, tuple[str, type[PreTrainedConfig], str]] = {
-    "llama": ("llama", LlamaConfig, "LlamaForCausalLM"),
-    "mistral": ("mistral", MistralConfig, "MistralForCausalLM"),
-    "qwen2": ("qwen2", Qwen2Config, "Qwen2ForCausalLM"),
-    "qwen3": ("qwen3", Qwen3Config, "Qwen3ForCausalLM"),
-    "gemma3_text": ("gemma3", Gemma3TextConfig, "Gemma3ForCausalLM"),
+_FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": (
+        "llama",
+        "LlamaForCausalLM",
+        {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 2048},
+    ),
+    "mistral": (
+        "mistral",
+        "MistralForCausalLM",
+        {
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": False,
+            "max_position_embeddings": 131_072,
+            "sliding_window": 4096,
+        },
+    ),
+    "qwen2": (
+        "qwen2",
+        "Qwen2ForCausalLM",
+        {
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": False,
+            "max_position_embeddings": 32_768,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+        },
+    ),
+    "qwen3": (
+        "qwen3",
+        "Qwen3ForCausalLM",
+        {
+            "head_dim": 128,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": False,
+            "max_position_embeddings": 32_768,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+        },
+    ),
+    "gemma3_text": (
+        "gemma3",
+        "Gemma3ForCausalLM",
+        {
+            "vocab_size": 262_208,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 131_072,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 6,
+        },
+    ),
 }
-"""model_type -> (family, who reads its config.json, the class that transformers builds from it)."""
+"""model_type -> (family, the class that transformers builds, what a file may leave out)."""
 
-SUPPORTED = (*_CLASSES, "gemma3")
+SUPPORTED = (*_FAMILIES, "gemma3")
 """Values of `model_type` that can be read; of `gemma3`, which sees images too, the text half is."""
 
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -62,56 +106,64 @@ def from_hf_config(hf: dict[str, Any], **numerics: Any) -> DecoderConfig:
     if model_type == "gemma3":
         hf = {"tie_word_embeddings": hf.get("tie_word_embeddings", True), **hf.get("text_config", {})}
         model_type = "gemma3_text"
-    if model_type not in _CLASSES:
+    if model_type not in _FAMILIES:
         raise ValueError(f"model_type={model_type!r} is not supported; supported: {', '.join(SUPPORTED)}")
-    family, config_class, _ = _CLASSES[model_type]
-    try:
-        c = config_class.from_dict(hf)
-    except (StrictDataclassError, KeyError, TypeError) as error:
-        raise ValueError(f"config.json of a {model_type} cannot be read: {error}") from error
-    act = c.hidden_activation if family == "gemma3" else c.hidden_act
+    family, _, defaults = _FAMILIES[model_type]
+    c = _Fields(model_type, {**defaults, **hf})
+    gemma = family == "gemma3"
+    activation = c.get("hidden_activation" if gemma else "hidden_act") or "silu"
+    none = ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention")
     refused = {
-        "hidden_act": (act, _ACTIVATIONS.get(act) and act, " or ".join(_ACTIVATIONS)),
-        **{
-            name: (getattr(c, name, None) or None, None, "none")
-            for name in ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention")
-        },
+        "hidden_act": (activation, _ACTIVATIONS.get(activation) and activation, " or ".join(_ACTIVATIONS))
     }
+    refused |= {name: (c.get(name) or None, None, "none") for name in none}
     for field, (value, computed, supported) in refused.items():
         if value != computed:
             raise ValueError(f"{field}={value!r} is not supported for {model_type}; supported: {supported}")
 
-    ropes = c.rope_parameters if family == "gemma3" else {"full_attention": c.rope_parameters}
-    local = ropes.get("sliding_attention")
-    rope = _rope(ropes["full_attention"], c.max_position_embeddings)
+    width, heads = c["hidden_size"], c["num_attention_heads"]
+    rope, local_rope = _ropes(c, gemma)
     stretched = int(rope.factor * rope.original_positions) if rope.scaling == "yarn" else 0
-    bias = getattr(c, "attention_bias", False)
+    bias = bool(c.get("attention_bias"))
     return DecoderConfig(
         family=family,
-        vocab_size=c.vocab_size,
-        num_layers=c.num_hidden_layers,
-        embed_dim=c.hidden_size,
-        num_heads=c.num_attention_heads,
-        num_kv_heads=c.num_key_value_heads,
-        head_dim=getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
-        mlp_dim=c.intermediate_size,
+        vocab_size=c["vocab_size"],
+        num_layers=c["num_hidden_layers"],
+        embed_dim=width,
+        num_heads=heads,
+        num_kv_heads=c.get("num_key_value_heads") or heads,
+        head_dim=c.get("head_dim") or width // heads,
+        mlp_dim=c["intermediate_size"],
         rope=rope,
-        local_rope=local and _rope(local, c.max_position_embeddings),
-        windows=_windows(c),
-        norm_eps=c.rms_norm_eps,
-        norm_offset=1.0 if family == "gemma3" else 0.0,
+        local_rope=local_rope,
+        windows=_windows(c, family),
+        norm_eps=c["rms_norm_eps"],
+        norm_offset=1.0 if gemma else 0.0,
         qk_norm=family in ("qwen3", "gemma3"),
-        post_norms=family == "gemma3",
+        post_norms=gemma,
         qkv_bias=bias or family == "qwen2",
         out_bias=bias,
-        mlp_bias=getattr(c, "mlp_bias", False),
-        query_scale=c.query_pre_attn_scalar**-0.5 if family == "gemma3" else 0.0,
-        embed_scale=c.hidden_size**0.5 if family == "gemma3" else 1.0,
-        activation=_ACTIVATIONS[act],
-        tied_head=c.tie_word_embeddings,
-        max_positions=max(c.max_position_embeddings, stretched),
+        mlp_bias=bool(c.get("mlp_bias")),
+        query_scale=c["query_pre_attn_scalar"] ** -0.5 if gemma else 0.0,
+        embed_scale=width**0.5 if gemma else 1.0,
+        activation=_ACTIVATIONS[activation],
+        tied_head=c["tie_word_embeddings"],
+        max_positions=max(c["max_position_embeddings"], stretched),
         **numerics,
     )
+
+
+class _Fields:
+    """Fields of a file; a missing one that its family does not take for granted is named."""
+
+    def __init__(self, model_type: str, fields: Mapping[str, Any]):
+        self._model_type, self.get = model_type, fields.get
+
+    def __getitem__(self, name: str) -> Any:
+        value = self.get(name)
+        if value is None:
+            raise ValueError(f"config.json of a {self._model_type} has no {name}; it is not whole")
+        return value
 
 
 def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
@@ -124,7 +176,7 @@ def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
     """
     model_type, architecture = next(
         (name, architecture)
-        for name, (family, _, architecture) in _CLASSES.items()
+        for name, (family, architecture, _) in _FAMILIES.items()
         if family == config.family
     )
     gemma = config.family == "gemma3"
@@ -184,17 +236,37 @@ def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _windows(c: PreTrainedConfig) -> tuple[int, ...]:
-    window = getattr(c, "sliding_window", None)
-    if not window:
+def _windows(c: _Fields, family: str) -> tuple[int, ...]:
+    window, layers = c.get("sliding_window"), c["num_hidden_layers"]
+    if not window or (family.startswith("qwen") and not c.get("use_sliding_window")) or family == "llama":
         return ()
-    kinds = getattr(c, "layer_types", None) or ["sliding_attention"] * c.num_hidden_layers
-    windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
-    return windows if any(windows) else ()
+    if kinds := c.get("layer_types"):
+        local = [kind == "sliding_attention" for kind in kinds]
+    elif family == "gemma3":
+        local = [bool((i + 1) % c["sliding_window_pattern"]) for i in range(layers)]
+    else:
+        local = [i >= (c.get("max_window_layers") or 0) for i in range(layers)]
+    return tuple(window if each else 0 for each in local) if any(local) else ()
+
+
+def _ropes(c: _Fields, gemma: bool) -> tuple[Rope, Rope | None]:
+    """RoPE of the model and, for Gemma 3, of its layers with a window, from any of three spellings:
+    `rope_parameters` (by kind of layer for Gemma), or `rope_theta` with or without `rope_scaling`."""
+    positions = c["max_position_embeddings"]
+    given = c.get("rope_parameters") or {}
+    scaling = c.get("rope_scaling") or {}
+    if not gemma:
+        return _rope({"rope_theta": c.get("rope_theta") or 10_000.0, **scaling, **given}, positions), None
+    full = {"rope_theta": c.get("rope_theta") or 1e6, **scaling, **(given.get("full_attention") or {})}
+    local = {
+        "rope_theta": c.get("rope_local_base_freq") or 10_000.0,
+        **(given.get("sliding_attention") or {}),
+    }
+    return _rope(full, positions), _rope(local, positions)
 
 
 def _rope(p: dict[str, Any], max_positions: int) -> Rope:
-    kind = p.get("rope_type", "default")
+    kind = p.get("rope_type") or p.get("type") or "default"
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise ValueError(f"rope_type={kind!r} is not supported; supported: default, linear, llama3, yarn")
     if (share := p.get("partial_rotary_factor", 1.0)) != 1.0:

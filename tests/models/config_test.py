@@ -3,8 +3,7 @@ import json
 
 import pytest
 
-from espl_jax.models.config import config_from_dict
-from espl_jax.models.rope import Rope
+from espl_jax.models.config import Rope, config_from_dict
 from tests import tiny
 
 

@@ -3,14 +3,25 @@
 `pytest tests/models/families_test.py --family-seed=7 --family-draws=20` draws other ones.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
+from espl_jax.models import transformer
 from espl_jax.models.attention import KVCache
+from espl_jax.models.transformer import forward
+from espl_jax.rl.logprobs import target_logprobs
 from tests import families, ragged_tree, tiny
+
+QUICKLY = {"xla_backend_optimization_level": 0}  # compiling is nearly all that these tests do
+run, logits, unembed = (
+    jax.jit(f, static_argnames="config", compiler_options=QUICKLY)
+    for f in (forward, transformer.logits, transformer.unembed)
+)
 
 SHAPE, WIDTHS = (2, 3, 2), (15, 11, 13)  # of the trees, longer than any window
 
@@ -28,6 +39,12 @@ def case_parts(case):
     model = families.torch_model(hf_config, seed)
     config = families.our_config(hf_config, scan_layers=bool(seed % 2), remat=bool(seed % 3))
     return model, config, families.our_params(model, config), seed
+
+
+def levels_of(batch):
+    levels = (batch.system_tokens, batch.problem_tokens, batch.inputs)
+    lengths = (batch.system_lengths, batch.problem_lengths, batch.mask.sum(-1))
+    return tuple(x.reshape(-1, x.shape[-1]) for x in levels), tuple(x.reshape(-1) for x in lengths)
 
 
 @pytest.fixture
@@ -50,18 +67,14 @@ def test_flat_tree_and_cached_logits(case_parts, close):
     tokens = np.pad(flat.tokens, ((0, 0), (0, families.LENGTH - flat.tokens.shape[1])))
     with torch.no_grad():
         expected = families.torch_logits(model, tokens).numpy()
-    close(tiny.logits(params, config, tokens), expected, "flat")
+    close(logits(params, config, tokens), expected, "flat")
 
     # The tree, as the policy gradient runs it.
-    levels = tuple(
-        x.reshape(-1, x.shape[-1]) for x in (batch.system_tokens, batch.problem_tokens, batch.inputs)
-    )
-    new = batch.mask.sum(-1)
-    lengths = tuple(x.reshape(-1) for x in (batch.system_lengths, batch.problem_lengths, new))
-    hidden, caches = tiny.forward(params, config, levels, lengths)
+    levels, lengths = levels_of(batch)
+    hidden, caches = run(params, config, levels, lengths)
     real = np.arange(levels[2].shape[1]) < lengths[2][:, None]
     wanted = ragged_tree.pick(expected, batch)
-    close(np.asarray(tiny.unembed(params, config, hidden[2]))[real], wanted[real], "tree")
+    close(np.asarray(unembed(params, config, hidden[2]))[real], wanted[real], "tree")
 
     # Token by token over the caches, as sampling runs it.
     rows, steps = levels[2].shape
@@ -70,26 +83,35 @@ def test_flat_tree_and_cached_logits(case_parts, close):
     decoded = np.zeros(wanted.shape, np.float32)
     for t in range(steps):
         own = KVCache(key, value, caches[2].start, np.full(rows, t, np.int32))
-        h, fresh = tiny.forward(params, config, levels[2][:, t : t + 1], ancestors=(*caches[:2], own))
-        decoded[:, t] = tiny.unembed(params, config, h[:, 0])
+        h, fresh = run(params, config, levels[2][:, t : t + 1], ancestors=(*caches[:2], own))
+        decoded[:, t] = unembed(params, config, h[:, 0])
         key[:, :, :, t], value[:, :, :, t] = fresh.key[:, :, :, 0], fresh.value[:, :, :, 0]
     close(decoded[real], wanted[real], "decode")
 
 
 def test_gradients_of_token_logprobs(case_parts, record_property):
+    """Of the summed logprobs of a tree's rollouts, in every weight; torch has them as plain sequences."""
     model, config, params, seed = case_parts
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, config.vocab_size, (2, families.LENGTH)).astype(np.int32)
+    batch = ragged_tree.random_batch(seed, config.vocab_size, SHAPE, WIDTHS)
+    levels, lengths = levels_of(batch)
+    targets, mask = (x.reshape(levels[2].shape) for x in (batch.targets, batch.mask))
 
-    scores = torch.log_softmax(families.torch_logits(model, tokens[:, :-1]), -1)
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    @jax.grad
+    def ours(params):
+        hidden, _ = forward(params, config, levels, lengths)
+        return jnp.where(mask, target_logprobs(params, config, hidden[2], targets).logprobs, 0.0).sum()
+
+    flat = ragged_tree.flatten(batch)
+    rows, steps = np.nonzero(mask)
+    scores = torch.log_softmax(families.torch_logits(model, flat.tokens), -1)[rows, flat.starts[rows] + steps]
     model.zero_grad()
-    scores.gather(-1, torch.tensor(tokens[:, 1:, None], dtype=torch.long)).sum().backward()
+    scores.gather(-1, torch.tensor(targets[mask][:, None], dtype=torch.long)).sum().backward()
     expected = {name: weight.grad.numpy() for name, weight in model.named_parameters()}
 
-    grads = jax.jit(jax.grad(lambda params: jnp.sum(tiny.token_logprobs(params, config, tokens))))(params)
-    ours = families.by_hf_names(grads, config)
-    assert set(ours) == set(expected)
-    errors = {name: tiny.relative_error(ours[name], expected[name]) for name in expected}
+    grads = families.by_hf_names(ours(params), config)
+    assert set(grads) == set(expected)
+    errors = {name: tiny.relative_error(grads[name], expected[name]) for name in expected}
     worst = max(errors, key=errors.get)
     record_property("gradient", errors[worst])
     assert errors[worst] < 1e-3, worst

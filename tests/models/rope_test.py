@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from espl_jax.models import rope
-from espl_jax.models.rope import Rope
+from espl_jax.models.config import Rope
 
 
 class TestFrequencies:

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from espl_jax.models.rope import Rope
+from espl_jax.models.config import Rope
 from espl_jax.pretrained.hf_config import from_hf_config, to_hf_config
 from tests import families, tiny
 
@@ -18,6 +18,13 @@ HF = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
     "rope_theta": 7000.0,
+}
+WIDE = {  # all that no family takes for granted
+    "vocab_size": 100,
+    "num_hidden_layers": 3,
+    "hidden_size": 64,
+    "num_attention_heads": 32,
+    "intermediate_size": 40,
 }
 
 
@@ -104,12 +111,21 @@ def test_gemma_3_4b_as_published():
             {"model_type": "gemma3_text", "use_bidirectional_attention": True},
             "use_bidirectional_attention=True",
         ),
-        ({"hidden_size": "wide"}, "config.json of a llama cannot be read"),
+        ({"hidden_size": None}, "config.json of a llama has no hidden_size"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
     ],
 )
 def test_what_is_not_computed_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         from_hf_config(HF | change)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_what_a_file_may_leave_out(family):
+    """transformers' own defaults are ours."""
+    theirs = type(families.draw_hf_config(family, 0))(**{} if family == "gemma3" else WIDE)
+    bare = {"model_type": theirs.model_type} | ({} if family == "gemma3" else WIDE)
+    assert from_hf_config(bare) == from_hf_config(theirs.to_dict())
 
 
 class TestTheWayBack:

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 
 from espl_jax.models import lora
+from espl_jax.models.config import Rope
 from espl_jax.sampling import draw
 from espl_jax.sampling.generate import generate, rows_bucket, sample_tree
 from tests import tiny
 
+WINDOWED = tiny.CONFIG.replace(windows=(7, 0), local_rope=Rope(theta=50.0), qk_norm=True, post_norms=True)
 KEY = jax.random.key(0, impl="threefry2x32")
 # Ragged at both shared levels; one lane without a system prompt, one problem of a single token.
 SYSTEMS = [[5, 6, 7, 8], []]
@@ -116,13 +118,12 @@ class TestLogprobs:
         gap = np.abs(rescored(attached, tiny.CONFIG, drawn, 1.0) - drawn.logprobs)
         assert gap.max() < 1e-4
 
-    def test_greedy_is_the_argmax_of_the_uncached_forward(self, params):
-        prompt = [1, 2, 3]
-        drawn = generate(
-            params, tiny.CONFIG, [prompt], key=KEY, group_size=1, max_new_tokens=100, temperature=0.0
-        )
+    @pytest.mark.parametrize("config", [tiny.CONFIG, WINDOWED], ids=["plain", "windowed"])
+    def test_greedy_is_the_argmax_of_the_uncached_forward(self, config):
+        prompt, params = [1, 2, 3], tiny.params(config)
+        drawn = generate(params, config, [prompt], key=KEY, group_size=1, max_new_tokens=100, temperature=0.0)
         tokens = drawn.tokens[0, 0]
-        scores = tiny.logits(params, tiny.CONFIG, np.append(prompt, tokens)[None])[0, len(prompt) - 1 : -1]
+        scores = tiny.logits(params, config, np.append(prompt, tokens)[None])[0, len(prompt) - 1 : -1]
         np.testing.assert_array_equal(tokens, scores.argmax(axis=-1))
         expected = jax.nn.log_softmax(scores)[np.arange(100), tokens]
         np.testing.assert_allclose(drawn.untruncated_logprobs[0, 0], expected, atol=1e-4)
