@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     c.num_iterations = 30  # policy-gradient steps, and generations of prompts
 
     c.model = ConfigDict()
-    c.model.source = "smollm2"  # smollm2, or the path of a .gguf file
+    c.model.source = "smollm2"  # smollm2, a .gguf file, a folder of safetensors, or org/name on the hub
     c.model.dtype = "bfloat16"  # KV cache and operands of products: float32 or bfloat16
     c.model.param_dtype = "bfloat16"  # how frozen weights are stored; trained ones are float32 always
     c.model.matmul_precision = "default"  # default (as dtype), highest, bfloat16 (operands; fast on CPU)

@@ -19,6 +19,7 @@ from espl_jax.environments.base import Environment
 from espl_jax.environments.math import Math
 from espl_jax.evolution import population as populations
 from espl_jax.models import lora
+from espl_jax.models.config import DecoderConfig
 from espl_jax.models.transformer import abstract
 from espl_jax.optimizer import make_optimizer
 from espl_jax.pretrained import Pretrained, load_pretrained
@@ -79,18 +80,15 @@ def assemble(config: Any) -> Parts:
     c = config
     mesh = sharding.make_mesh(dict(c.mesh))
     splits = _splits(c)
-    names = ("param_dtype", "matmul_precision", "scan_layers", "slice_as_integers", "remat")
-    numerics = {name: c.model[name] for name in names}
-    model = load_pretrained(c.model.source, c.model.dtype, mesh, lora_scale=c.lora.scale, **numerics)
-    environments = {"math": Math, "arithmetic": Arithmetic}
-    environment = environments[c.environment.name](c.environment.answer_format, c.environment.instruction)
+    model = load_reference(c, mesh)
+    environment = make_environment(c.environment.name, c.environment.answer_format, c.environment.instruction)
     return Parts(
         reference=model,
         splits=splits,
         environment=environment,
         optimizer=make_optimizer(**c.optimizer),
         mesh=mesh,
-        trains=c.mode in ("espl", "rl"),
+        trains=trains(c),
         evolves=c.mode != "rl",
         lora=bool(c.lora.rank),
         sampling={
@@ -110,6 +108,25 @@ def assemble(config: Any) -> Parts:
             "microbatch_rows": c.loss.microbatch_rows,
         },
     )
+
+
+def load_reference(config: Any, mesh: jax.sharding.Mesh | None) -> Pretrained:
+    """The model that a run begins with."""
+    names = ("param_dtype", "matmul_precision", "scan_layers", "slice_as_integers", "remat")
+    numerics = {name: config.model[name] for name in names}
+    return load_pretrained(
+        config.model.source, config.model.dtype, mesh, lora_scale=config.lora.scale, **numerics
+    )
+
+
+def trains(config: Any) -> bool:
+    """Whether the mode changes weights."""
+    return config.mode in ("espl", "rl")
+
+
+def make_environment(name: str, answer_format: str, instruction: str | None) -> Environment:
+    """The environment of that name, with what `check_config.ENVIRONMENTS` says that it reads."""
+    return {"math": Math, "arithmetic": Arithmetic}[name](answer_format, instruction)
 
 
 def stream_key(seed: int, stream: str, iteration: int) -> jax.Array:
@@ -136,17 +153,21 @@ def _splits(c: Any) -> dict[str, ProblemSet]:
     return splits
 
 
+def abstract_trainable(config: Any, decoder: DecoderConfig, mesh: jax.sharding.Mesh | None) -> Any:
+    """Shapes of what is trained: adapters, or with rank 0 all weights; float32, sharded over the mesh."""
+    if config.lora.rank:
+        declared = lora.abstract_adapters(decoder, config.lora.rank, tuple(config.lora.targets))
+    else:
+        declared = abstract(decoder)
+    shapes = jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.shape, jnp.float32), declared)
+    return sharding.place(shapes, declared, mesh)
+
+
 def abstract_train_state(config: Any, parts: Parts) -> TrainState | None:
     """Shapes of the train state, with the shardings of its arrays where there is a mesh."""
     if not parts.trains:
         return None
-    decoder = parts.reference.config
-    if parts.lora:
-        declared = lora.abstract_adapters(decoder, config.lora.rank, tuple(config.lora.targets))
-    else:
-        declared = abstract(decoder)
-    trainable = jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.shape, jnp.float32), declared)
-    trainable = sharding.place(trainable, declared, parts.mesh)
+    trainable = abstract_trainable(config, parts.reference.config, parts.mesh)
     state = jax.eval_shape(functools.partial(init_train_state, optimizer=parts.optimizer), trainable)
     # Adam's averages lie where the weights do, its counters everywhere.
     opt_state = optax.tree.map_params(

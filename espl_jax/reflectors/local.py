@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from espl_jax.rollout import Model, stable_hash
+from espl_jax.rollout import Model, stable_hash, stop_ids_of
 from espl_jax.sampling.buckets import bucket
 from espl_jax.sampling.draw import row_keys
 from espl_jax.sampling.generate import sample_tree
@@ -44,7 +44,7 @@ def local_reflector(
       max_new_tokens: of each reply, the opening not counted.
       temperature: 0 for greedy.
       max_input_tokens: of each conversation; what the model's context leaves beside the reply by default.
-      stop_ids: tokens that end a reply; the tokenizer's end of sequence by default.
+      stop_ids: tokens that end a reply; the model's own by default.
       chat_template_kwargs: passed to the chat template.
       max_rows: most replies in flight at once.
       mesh: shard rows over its data axes.
@@ -79,7 +79,7 @@ def local_reflector(
             row_keys(key, *words.T[:, None, :, None]),
             max_new_tokens=limits[None, :, None],
             temperature=temperature,
-            stop_ids=[tokenizer.eos_token_id] if stop_ids is None else stop_ids,
+            stop_ids=stop_ids_of(model) if stop_ids is None else stop_ids,
             max_rows=max_rows,
             mesh=mesh,
         )

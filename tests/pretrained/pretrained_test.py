@@ -100,10 +100,13 @@ class TestLoadPretrained:
         assert weight.addressable_shards[0].data.size == weight.size // 8
         jax.tree.map(np.testing.assert_array_equal, alone.params, spread.params)
 
-    @pytest.mark.parametrize("source", ["HuggingFaceTB/SmolLM2-135M", "some/folder", "smollm"])
+    @pytest.mark.parametrize("source", ["smollm", "no/such/folder", "./folder", "weights.bin"])
     def test_other_sources_are_refused(self, source):
-        with pytest.raises(ValueError, match=f"source='{source}' is neither"):
+        with pytest.raises(FileNotFoundError, match=f"source='{source}' is no folder here and no name"):
             load_pretrained(source)
+
+    def test_stop_ids(self, tiny):
+        assert load_pretrained(tiny).stop_ids == (0,)
 
     def test_unknown_numerics_are_refused(self, tiny):
         with pytest.raises(ValueError, match="dtype='float64' is unknown"):
@@ -165,7 +168,7 @@ def test_weights_are_those_that_transformers_reads():
         scales = model.params["layers"]
         np.testing.assert_array_equal(scales["attention_norm"]["scale"][i], theirs("input_layernorm"))
         np.testing.assert_array_equal(scales["mlp_norm"]["scale"][i], theirs("post_attention_layernorm"))
-    assert model.config.rope_theta == hf.rope_parameters["rope_theta"]
+    assert model.config.rope.theta == hf.rope_parameters["rope_theta"]
     assert model.config.norm_eps == pytest.approx(hf.rms_norm_eps, rel=1e-6)
     assert model.config.max_positions == hf.max_position_embeddings
     assert model.config.tied_head == hf.tie_word_embeddings

@@ -1,0 +1,184 @@
+"""A folder as transformers' save_pretrained writes it: `config.json`, safetensors, tokenizer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from espl_jax.models.config import DecoderConfig
+from espl_jax.models.transformer import Params, Weight, abstract
+from espl_jax.pretrained import hf_names
+from espl_jax.pretrained.hf_config import from_hf_config
+from espl_jax.pretrained.layout import file_shape
+from espl_jax.pretrained.safetensors_files import DTYPES, StoredTensor, open_checkpoint
+from espl_jax.pretrained.stream import load_weight
+
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Files of which a folder with a tokenizer has at least one."""
+
+
+def read_config(folder: Path, **numerics: Any) -> DecoderConfig:
+    """The decoder that a folder's `config.json` describes.
+
+    Args:
+      folder: a model's.
+      **numerics: DecoderConfig fields of our own.
+
+    Raises:
+      FileNotFoundError: if there is no config.json.
+      ValueError: if it is damaged, of an architecture that is not supported, or of a quantized model.
+    """
+    fields = _read_json(folder / "config.json")
+    text_fields = fields.get("text_config") or {}
+    quantization = fields.get("quantization_config") or text_fields.get("quantization_config")
+    if quantization:
+        raise ValueError(
+            f"{folder}: quantization_config.quant_method={quantization.get('quant_method')!r} is not "
+            "supported, quantized safetensors are not read; take the model as it was before, or as .gguf"
+        )
+    try:
+        return from_hf_config(fields, **numerics)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def read_params(folder: Path, config: DecoderConfig, mesh: Mesh | None) -> Params:
+    """The folder's weights on their devices, in the config's `param_dtype`, streamed shard by shard.
+
+    Raises:
+      FileNotFoundError: if files are missing.
+      ValueError: if a file is truncated or damaged, or its tensors are not those of the config.
+    """
+    stored = decoder_tensors(folder, config)
+
+    def load(path: tuple[Any, ...], weight: Weight) -> jax.Array:
+        return load_weight(weight, stored["/".join(key.key for key in path)], mesh)
+
+    return jax.tree_util.tree_map_with_path(load, abstract(config))
+
+
+def decoder_tensors(folder: Path, config: DecoderConfig) -> dict[str, list[StoredTensor]]:
+    """Which tensors of a folder make each weight, by its path in the params: one, or one for each layer.
+
+    Checks, before anything is read, that all are there, of the right shape and of a dtype that is read, and
+    that nothing is left over that could change what the model computes.
+
+    Raises:
+      FileNotFoundError: if files are missing.
+      ValueError: naming the tensors that are missing, not expected, or of another shape or dtype.
+    """
+    tensors = _known_names(open_checkpoint(folder), config)
+    names = hf_names.names(config)
+    declared = hf_names.by_path(abstract(config))
+    wanted = {
+        path: [name.format(layer) for layer in range(config.num_layers if "{}" in name else 1)]
+        for path, name in names.items()
+    }
+    every = {name for group in wanted.values() for name in group}
+    if missing := sorted(every - set(tensors)):
+        raise ValueError(
+            f"{folder}: {_listed(missing)} missing; config.json may be of another model, or the download "
+            "incomplete"
+        )
+    if unexpected := sorted(set(tensors) - every):
+        raise ValueError(
+            f"{folder}: {_listed(unexpected)} not expected of a {config.family} decoder; the model computes "
+            "something that is not supported"
+        )
+    for path, group in wanted.items():
+        shape = file_shape(declared[path])
+        for name in group:
+            stored = tensors[name]
+            if stored.shape != shape:
+                raise ValueError(
+                    f"{stored.path}: {name} has shape {list(stored.shape)}, but by config.json it is "
+                    f"{list(shape)}; the two are not of one model"
+                )
+            if stored.dtype not in DTYPES:
+                raise ValueError(
+                    f"{stored.path}: {name} is stored as {stored.dtype}, and only {', '.join(DTYPES)} are "
+                    "read; take the model as it was before it was quantized"
+                )
+    return {path: [tensors[name] for name in group] for path, group in wanted.items()}
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, with its chat template if there is one. Runs no code of the folder.
+
+    Raises:
+      FileNotFoundError: if the folder has no tokenizer.
+      ValueError: if transformers cannot read it.
+    """
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer (none of {', '.join(VOCABULARIES)}); copy that of the model "
+            "which this one was made from"
+        )
+    try:
+        if (folder / "tokenizer.json").is_file():
+            # The file says all; AutoTokenizer would build what it thinks the family's tokenizer to be.
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        from transformers import AutoTokenizer  # imports torch where it finds it, in seconds
+
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the readers of damaged files raise whatever comes, a bare Exception too
+        said = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {said}); it is damaged, or "
+            "needs code of its own, which is never run: save it anew with a tokenizer.json"
+        ) from error
+
+
+def read_generation(folder: Path) -> dict[str, Any]:
+    """The folder's `generation_config.json`; without one, the ids of special tokens out of `config.json`.
+
+    Raises:
+      FileNotFoundError, ValueError: if the files are missing or damaged.
+    """
+    if (folder / "generation_config.json").is_file():
+        return _read_json(folder / "generation_config.json")
+    fields = _read_json(folder / "config.json")
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: fields[name] for name in ids if fields.get(name) is not None}
+
+
+def _known_names(tensors: Mapping[str, StoredTensor], config: DecoderConfig) -> dict[str, StoredTensor]:
+    """The tensors by the names of a decoder of text alone, without what holds nothing to learn from."""
+    known = {}
+    for name, tensor in tensors.items():
+        if config.family == "gemma3":
+            # Models that see images hold the same decoder under a longer name.
+            if re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", name):
+                continue
+            name = re.sub(r"^(language_model\.model|model\.language_model)\.", "model.", name)
+            name = name.removeprefix("language_model.")
+        # Constants, and a second copy of the embedding.
+        if name.endswith(".rotary_emb.inv_freq") or (config.tied_head and name == "lm_head.weight"):
+            continue
+        known[name] = tensor
+    return known
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{len(names)} tensors ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}) are"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is not there; give a folder as transformers' save_pretrained writes it, whole"
+        )
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); download it again") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds no JSON object; download it again")
+    return fields

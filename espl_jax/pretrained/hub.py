@@ -1,0 +1,96 @@
+"""Models of the Hugging Face hub: the files that are needed, from its cache or over the network."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from espl_jax.pretrained.safetensors_files import INDEX, SINGLE, weight_files
+
+REPOSITORY = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
+"""How a source names a model of the hub: `org/name`, or `org/name@revision`."""
+
+_DESCRIPTION = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    INDEX,
+]
+
+
+def download(repository: str, revision: str | None = None, endpoint: str | None = None) -> Path:
+    """The folder of a model in the hub's cache, with its configuration, tokenizer and safetensors.
+
+    Files that are there already are not fetched again; a complete copy needs no network.
+
+    Args:
+      repository: `org/name`.
+      revision: branch, tag or commit; the main branch by default.
+      endpoint: address of the hub; by default HF_ENDPOINT's, or huggingface.co.
+
+    Raises:
+      FileNotFoundError: if the hub has no such repository or revision, or no safetensors in it.
+      PermissionError: if the repository is gated, or the access token is not accepted.
+      ConnectionError: if something is not in the cache and the hub cannot be reached.
+    """
+    where = f"{endpoint or constants.ENDPOINT}/{repository}"
+    named = repository if revision is None else f"{repository}@{revision}"
+    try:
+        folder = Path(
+            snapshot_download(repository, revision=revision, allow_patterns=_DESCRIPTION, endpoint=endpoint)
+        )
+        weights = weight_files(folder)
+        # The folder is named by its commit: both halves are of one version, whatever is pushed meanwhile.
+        snapshot_download(repository, revision=folder.name, allow_patterns=weights, endpoint=endpoint)
+    except GatedRepoError as error:
+        raise PermissionError(
+            f"{named} is gated: accept its terms at {where}, then log in with `hf auth login` or set HF_TOKEN"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"there is no repository {repository} at {where}, or it is private: correct the name, or log in "
+            "with `hf auth login` or set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(
+            f"{repository} has no revision {revision!r}: give a branch, tag or commit listed at {where}"
+        ) from error
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{repository!r} is not the name of a repository: {error}") from error
+    except (LocalEntryNotFoundError, HTTPError, ConnectionError) as error:
+        cause = (isinstance(error, LocalEntryNotFoundError) and error.__cause__) or error
+        said = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+        if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
+            raise PermissionError(
+                f"{where} refuses the access token ({said}): log in with `hf auth login`, or correct HF_TOKEN"
+            ) from error
+        raise ConnectionError(
+            f"{named} is not wholly in the cache {constants.HF_HUB_CACHE}, and {where} cannot be reached "
+            f"({said}): connect, unset HF_HUB_OFFLINE if it is set, or give a local folder"
+        ) from error
+    if weights == [SINGLE] and not (folder / SINGLE).is_file():
+        raise FileNotFoundError(
+            f"{folder}, the copy of {where}, has neither {SINGLE} nor {INDEX}: weights are read from "
+            "safetensors only (pickled files could run any code); choose a repository with safetensors, or "
+            "download a .gguf file and give its path"
+        )
+    return folder

@@ -1,0 +1,130 @@
+"""Safetensors checkpoints: what is in a folder's files, and each tensor as a view of its file.
+
+A file is the length of its header (8 bytes), the header, JSON of `{name: {dtype, shape, data_offsets}}`, and
+the tensors' bytes. Several files make one checkpoint where an index names them. Nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+DTYPES = {"BF16": jnp.bfloat16, "F16": np.float16, "F32": np.float32}
+"""Dtypes that are read, by their names in the files."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies.
+
+    Attributes:
+      path: its file.
+      dtype: as the file names it, such as BF16.
+      shape: as stored, row-major.
+      offset: of its first byte, from the beginning of the file.
+    """
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def view(self) -> np.ndarray:
+        """The tensor (of a dtype in `DTYPES`), read-only, mapped into memory for as long as it is held."""
+        return np.memmap(self.path, DTYPES[self.dtype], "r", self.offset, self.shape)
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files that hold a folder's weights: those of its index, or the single one without.
+
+    The files themselves need not be there yet.
+
+    Raises:
+      ValueError: for an index that cannot be read.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return [SINGLE]
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if not names or any(Path(name).name != name or Path(name).suffix != ".safetensors" for name in names):
+            raise ValueError(f"weight_map names {sorted(names)[:5]}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} does not say which .safetensors files beside it hold the weights "
+            f"({type(error).__name__}: {error}); download it again"
+        ) from error
+    return sorted(names)
+
+
+def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of a folder's safetensors files, by name. Reads the headers only.
+
+    Raises:
+      FileNotFoundError: if the folder has no safetensors, or misses a file that its index names.
+      ValueError: if the index or a file is truncated or damaged.
+    """
+    names = weight_files(folder)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing and names == [SINGLE]:
+        others = sorted(
+            path.name
+            for path in folder.glob("*")
+            if path.suffix in (".bin", ".pt", ".pth", ".safetensors", ".gguf")
+        )
+        raise FileNotFoundError(
+            f"{folder} has neither {SINGLE} nor {INDEX}, but {', '.join(others[:5]) or 'no weights at all'}; "
+            "weights are read from safetensors only (pickled files could run any code): convert them with "
+            "transformers' save_pretrained, or give the path of a .gguf file itself"
+        )
+    if missing:
+        raise FileNotFoundError(
+            f"{folder}: {INDEX} names {len(names)} files, of which {len(missing)} are not there, beginning "
+            f"with {', '.join(missing[:5])}; download the model again"
+        )
+    return {name: tensor for file in names for name, tensor in read_header(folder / file).items()}
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file, by name.
+
+    Raises:
+      ValueError: if it is not safetensors, or shorter than its header says, or otherwise damaged.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if 8 + length <= size else b""
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        tensors = {name: _stored(path, name, 8 + length, **entry) for name, entry in entries.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} ({size} bytes) is not a whole safetensors file: it is truncated, damaged or of another "
+            f"kind ({type(error).__name__}: {error}); download it again"
+        ) from error
+    end = max((8 + length + entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if end > size:
+        raise ValueError(
+            f"{path} is truncated: its header says {end} bytes and it has {size}; download it again"
+        )
+    return tensors
+
+
+def _stored(
+    path: Path, name: str, start: int, dtype: str, shape: list[int], data_offsets: Any
+) -> StoredTensor:
+    begin, end = data_offsets
+    if dtype in DTYPES and (begin < 0 or end - begin != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize):
+        raise ValueError(f"{name}: {dtype} {shape} does not fill the bytes from {begin} to {end}")
+    return StoredTensor(path, dtype, tuple(shape), start + begin)

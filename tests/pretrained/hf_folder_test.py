@@ -1,0 +1,319 @@
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from espl_jax.pretrained import Pretrained, hf_folder, load_pretrained
+from espl_jax.sharding import make_mesh
+from tests import fakes, families
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def llama():
+    """A tiny Llama of transformers, tied."""
+    hf_config = families.draw_hf_config("llama", 1)
+    hf_config.update({"tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False})
+    return families.torch_model(hf_config, 0)
+
+
+@pytest.fixture
+def folder(llama, tmp_path):
+    """It, as save_pretrained writes it, with a tokenizer."""
+    llama.save_pretrained(tmp_path)
+    fakes.tokenizer().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def rewrite(folder, change, name="model.safetensors"):
+    """Saves the tensors of a file anew after `change(tensors)`."""
+    tensors = load_file(folder / name)
+    change(tensors)
+    save_file(tensors, folder / name)
+
+
+def edit_json(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+class TestWeights:
+    @pytest.mark.parametrize("family", families.FAMILIES)
+    def test_every_family_as_transformers_saves_it(self, family, tmp_path):
+        hf_config = families.draw_hf_config(family, 3)
+        model = families.torch_model(hf_config, 0)
+        model.save_pretrained(tmp_path, max_shard_size="3KB")
+        assert len(list(tmp_path.glob("*.safetensors"))) > 1
+        config = hf_folder.read_config(tmp_path, matmul_precision="highest")
+        assert config == families.our_config(hf_config, matmul_precision="highest")
+        params = hf_folder.read_params(tmp_path, config, None)
+        jax.tree.map(np.testing.assert_array_equal, params, families.our_params(model, config))
+
+    @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+    @pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
+    def test_dtypes_of_files_and_of_params(self, folder, llama, stored, wanted):
+        def narrow(tensors):
+            tensors.update({name: x.astype(jnp.dtype(stored)) for name, x in tensors.items()})
+
+        rewrite(folder, narrow)
+        config = hf_folder.read_config(folder, param_dtype=wanted)
+        params = hf_folder.read_params(folder, config, None)
+        expected = families.our_params(llama, config)
+        for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+            assert ours.dtype == wanted
+            np.testing.assert_array_equal(ours, theirs.astype(jnp.dtype(stored)).astype(jnp.dtype(wanted)))
+
+    @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+    def test_the_text_half_of_a_gemma_that_sees(self, prefix, tmp_path):
+        hf_config = families.draw_hf_config("gemma3", 2)
+        model = families.torch_model(hf_config, 0)
+        model.save_pretrained(tmp_path)
+        config = hf_folder.read_config(tmp_path)
+        vision = prefix.removesuffix("language_model.model.").removesuffix("language_model.")
+
+        def lengthen(tensors):
+            for name in list(tensors):
+                longer = re.sub(r"^model\.", prefix, name)
+                if prefix.startswith("language_model."):
+                    longer = re.sub(r"^lm_head\.", "language_model.lm_head.", longer)
+                tensors[longer] = tensors.pop(name)
+            tensors[f"{vision}vision_tower.vision_model.post_layernorm.weight"] = np.ones(3, np.int8)
+            tensors[f"{vision}multi_modal_projector.mm_soft_emb_norm.weight"] = np.ones(3, np.float32)
+
+        rewrite(tmp_path, lengthen)
+        text = json.loads((tmp_path / "config.json").read_text())
+        whole = {"model_type": "gemma3", "text_config": text, "vision_config": {}}
+        whole["tie_word_embeddings"] = config.tied_head
+        (tmp_path / "config.json").write_text(json.dumps(whole))
+        assert hf_folder.read_config(tmp_path) == config
+        params = hf_folder.read_params(tmp_path, config, None)
+        jax.tree.map(np.testing.assert_array_equal, params, families.our_params(model, config))
+
+    def test_constants_and_the_second_copy_of_a_tied_embedding_are_ignored(self, folder, llama):
+        def add(tensors):
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+            tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)
+
+        rewrite(folder, add)
+        config = hf_folder.read_config(folder)
+        assert "head" not in hf_folder.read_params(folder, config, None)
+
+    def test_all_of_mistral_again_in_one_file_is_not_looked_at(self, folder):
+        (folder / "consolidated.safetensors").write_bytes(b"not read")
+        assert load_pretrained(folder).config.tied_head
+
+    def test_missing(self, folder):
+        gone = [
+            f"model.layers.{i}.mlp.{name}_proj.weight" for i in range(2) for name in ("down", "gate", "up")
+        ]
+        rewrite(folder, lambda tensors: [tensors.pop(name) for name in gone])
+        with pytest.raises(ValueError, match=r"6 tensors .* are missing") as caught:
+            load_pretrained(folder)
+        assert f"({', '.join(gone[:5])}, ...)" in str(caught.value)
+
+    def test_a_head_that_is_missing(self, folder):
+        edit_json(folder / "config.json", tie_word_embeddings=False)
+        with pytest.raises(ValueError, match=r"1 tensors \(lm_head\.weight\) are missing"):
+            load_pretrained(folder)
+
+    def test_unexpected(self, folder):
+        rewrite(folder, lambda t: t.update({"model.layers.0.self_attn.sinks": np.ones(3, np.float32)}))
+        message = r"1 tensors \(model\.layers\.0\.self_attn\.sinks\) are not expected of a llama decoder"
+        with pytest.raises(ValueError, match=message):
+            load_pretrained(folder)
+
+    def test_wrong_shape(self, folder):
+        rewrite(folder, lambda t: t.update({"model.norm.weight": np.ones(3, np.float32)}))
+        width = json.loads((folder / "config.json").read_text())["hidden_size"]
+        with pytest.raises(
+            ValueError, match=rf"model\.norm\.weight has shape \[3\], but .* it is \[{width}\]"
+        ):
+            load_pretrained(folder)
+
+    def test_dtypes_that_are_not_read(self, folder):
+        rewrite(folder, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].astype(np.int8)}))
+        with pytest.raises(ValueError, match=r"model\.norm\.weight is stored as I8, and only BF16, F16, F32"):
+            load_pretrained(folder)
+
+    @pytest.mark.parametrize("kept", [0, 4, 100, -1, -2000])
+    def test_truncated(self, folder, kept):
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:kept])
+        with pytest.raises(ValueError, match=r"model\.safetensors .*truncated.*download it again"):
+            load_pretrained(folder)
+
+    @pytest.mark.parametrize(
+        "header",
+        [b"[]", b"{", b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', b"\xff"],
+    )
+    def test_damaged_headers(self, folder, header):
+        (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+        with pytest.raises(ValueError, match=r"model\.safetensors .* is not a whole safetensors file"):
+            load_pretrained(folder)
+
+    def test_a_file_that_the_index_names_is_missing(self, folder):
+        (folder / INDEX).write_text(
+            json.dumps({"weight_map": {"a": "one.safetensors", "b": "model.safetensors"}})
+        )
+        with pytest.raises(
+            FileNotFoundError, match=r"names 2 files, of which 1 .*one\.safetensors; download"
+        ):
+            load_pretrained(folder)
+
+    @pytest.mark.parametrize(
+        "index", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": "../b.safetensors"}}']
+    )
+    def test_damaged_index(self, folder, index):
+        (folder / INDEX).write_text(index)
+        with pytest.raises(ValueError, match=f"{INDEX} does not say which .safetensors files"):
+            load_pretrained(folder)
+
+    def test_pickled_weights_are_refused(self, folder):
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+        with pytest.raises(
+            FileNotFoundError, match=r"but pytorch_model\.bin; .*pickled files could run any code"
+        ):
+            load_pretrained(folder)
+
+
+class TestConfig:
+    def test_unsupported_architecture(self, folder):
+        edit_json(folder / "config.json", model_type="mamba")
+        with pytest.raises(
+            ValueError, match=f"{folder}: model_type='mamba' is not supported; supported: llama"
+        ):
+            load_pretrained(folder)
+
+    @pytest.mark.parametrize("inside", [False, True])
+    def test_quantized(self, folder, inside):
+        fields = {"quantization_config": {"quant_method": "fp8"}}
+        edit_json(folder / "config.json", **({"text_config": fields} if inside else fields))
+        with pytest.raises(ValueError, match=r"quant_method='fp8' is not supported.*as it was before"):
+            load_pretrained(folder)
+
+    def test_no_config(self, folder):
+        (folder / "config.json").unlink()
+        with pytest.raises(FileNotFoundError, match=r"config\.json is not there"):
+            load_pretrained(folder)
+        (folder / "config.json").write_text("{")
+        with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+            load_pretrained(folder)
+
+
+class TestTokenizer:
+    MESSAGES = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Café? 12+3"})
+
+    @pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+    def test_tokens_and_template(self, folder, place):
+        if place == "tokenizer_config.json":
+            template = (folder / "chat_template.jinja").read_text()
+            (folder / "chat_template.jinja").unlink()
+            edit_json(folder / "tokenizer_config.json", chat_template=template)
+        ours, theirs = hf_folder.read_tokenizer(folder), fakes.tokenizer()
+        asked = {"add_generation_prompt": True, "return_dict": False}
+        assert ours.apply_chat_template(self.MESSAGES, **asked) == theirs.apply_chat_template(
+            self.MESSAGES, **asked
+        )
+        assert (ours.eos_token_id, ours.pad_token_id) == (theirs.eos_token_id, theirs.pad_token_id)
+
+    def test_a_model_without_a_template_loads(self, folder):
+        (folder / "chat_template.jinja").unlink()
+        model = load_pretrained(folder)
+        assert model.tokenizer.chat_template is None
+        assert model.tokenizer.decode(model.tokenizer.encode("Café")) == "Café"
+
+    def test_sentencepiece(self, folder):
+        import io
+
+        import sentencepiece
+
+        file = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["the cat sat on the mat 0123456789"] * 9),
+            model_writer=file,
+            vocab_size=50,
+            model_type="bpe",
+            minloglevel=2,
+        )
+        for path in folder.glob("tokenizer*"):
+            path.unlink()
+        (folder / "tokenizer.model").write_bytes(file.getvalue())
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+        text = "the mat sat on 12"
+        reference = sentencepiece.SentencePieceProcessor(model_proto=file.getvalue())
+        tokenizer = hf_folder.read_tokenizer(folder)
+        assert tokenizer.encode(text, add_special_tokens=False) == reference.encode(text)
+        assert tokenizer.decode(reference.encode(text)) == text
+
+    def test_none_or_damaged(self, folder):
+        (folder / "tokenizer.json").write_text("{}")
+        with pytest.raises(ValueError, match=f"{folder}: its tokenizer cannot be read"):
+            load_pretrained(folder)
+        (folder / "tokenizer.json").unlink()
+        with pytest.raises(FileNotFoundError, match=r"has no tokenizer \(none of tokenizer\.json"):
+            load_pretrained(folder)
+
+    def test_code_in_the_folder_is_not_run(self, folder):
+        (folder / "own.py").write_text("raise SystemExit('ran')")
+        edit_json(
+            folder / "tokenizer_config.json",
+            auto_map={"AutoTokenizer": ["own.T", "own.T"]},
+            tokenizer_class="T",
+        )
+        edit_json(folder / "config.json", auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"})
+        assert load_pretrained(folder).tokenizer.encode("a") == fakes.tokenizer().encode("a")
+        (folder / "tokenizer.json").unlink()
+        (folder / "vocab.json").write_text("{}")
+        with pytest.raises(ValueError, match=r"custom code.*, which is never run: save it anew"):
+            load_pretrained(folder)
+
+
+class TestStopIds:
+    @pytest.mark.parametrize(
+        ("generation", "config", "expected"),
+        [
+            ({"eos_token_id": [3, 5]}, {}, (3, 5, 257)),
+            ({"eos_token_id": 3, "temperature": 0.6}, {"eos_token_id": 4}, (3, 257)),
+            ({}, {"eos_token_id": 4}, (257,)),
+            (None, {"eos_token_id": [4, 5]}, (4, 5, 257)),
+            (None, {"eos_token_id": None}, (257,)),
+        ],
+    )
+    def test_all_that_the_folder_names(self, folder, generation, config, expected):
+        assert fakes.tokenizer().eos_token_id == 257
+        edit_json(folder / "config.json", **config)
+        path = folder / "generation_config.json"
+        path.unlink(missing_ok=True)
+        if generation is not None:
+            path.write_text(json.dumps(generation))
+        model = load_pretrained(folder)
+        assert model.stop_ids == expected
+        if generation is not None:
+            assert model.generation == generation
+
+    def test_without_any(self):
+        params, config = {}, fakes.CONFIG
+        assert Pretrained(params, config, fakes.tokenizer()).stop_ids == (257,)
+
+
+def test_a_mesh_gives_the_same_model(folder):
+    alone, spread = load_pretrained(folder), load_pretrained(folder, mesh=make_mesh())
+    jax.tree.map(np.testing.assert_array_equal, alone.params, spread.params)
+    assert spread.params["embedding"]["weight"].sharding.mesh.size == 8
+
+
+def test_loading_needs_no_torch(folder):
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from espl_jax.pretrained import load_pretrained\n"
+        "model = load_pretrained(sys.argv[1])\n"
+        "assert model.tokenizer.decode(model.tokenizer.encode('Café')) == 'Café'\n"
+    )
+    subprocess.run([sys.executable, "-c", code, folder], check=True, cwd=Path(__file__).parents[2])
