@@ -15,24 +15,31 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from espl_jax.models.config import DecoderConfig
-from espl_jax.pretrained.gguf import Params, config_from_gguf, open_gguf, params_from_gguf
+from espl_jax.models.config import DecoderConfig, config_from_dict
+from espl_jax.pretrained.gguf import Params, params_from_gguf
+from espl_jax.pretrained.gguf_config import config_from_gguf
+from espl_jax.pretrained.gguf_file import open_gguf
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of every file's name: raise it when the params tree or the stored fields change."""
 
 Unpacked = tuple[Params, DecoderConfig, dict[str, Any]]
 
 
-def unpack(path: str | os.PathLike[str]) -> Unpacked:
-    """Reads a GGUF file: float32 numpy params, config, and metadata (which holds the tokenizer)."""
+def unpack(path: str | os.PathLike[str], **numerics: Any) -> Unpacked:
+    """Reads a GGUF file: numpy params, config, and metadata (which holds the tokenizer).
+
+    Args:
+      path: of the file.
+      **numerics: DecoderConfig fields of our own; params are in `param_dtype`, float32 by default.
+    """
     file = open_gguf(path)
-    config = config_from_gguf(file)
+    config = config_from_gguf(file, **numerics)
     return params_from_gguf(file, config), config, dict(file.metadata)
 
 
 def unpack_cached(path: str | os.PathLike[str]) -> Unpacked:
-    """`unpack`, kept in the cache folder under the hash of the file's content.
+    """`unpack` in float32, kept in the cache folder under the hash of the file's content.
 
     The folder is `~/.cache/espl_jax`, or what the environment variable ESPL_JAX_CACHE says. A file appears
     there whole or not at all; one that cannot be read is made anew. A folder that cannot be written is no
@@ -71,7 +78,7 @@ def _read(entry: Path) -> Unpacked:
             for parent in parents:
                 node = node.setdefault(parent, {})
             node[last] = file.get_tensor(name)
-    return params, DecoderConfig(**json.loads(fields["config"])), json.loads(fields["gguf"])
+    return params, config_from_dict(json.loads(fields["config"])), json.loads(fields["gguf"])
 
 
 def _write(entry: Path, unpacked: Unpacked) -> None:

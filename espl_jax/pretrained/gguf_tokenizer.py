@@ -1,17 +1,25 @@
-"""The tokenizer that a GGUF file's metadata describes: byte-level BPE, as transformers would run it."""
+"""The tokenizer that a GGUF file's metadata describes, as transformers would run it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from gguf import TokenType
+from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-CONTROL, USER_DEFINED = 3, 4
-"""Values of `tokenizer.ggml.token_type` for tokens that are matched whole, before any merging."""
+from espl_jax.pretrained.gguf_bpe import byte_level_bpe
+from espl_jax.pretrained.gguf_sentencepiece import SPACE, sentencepiece_bpe
 
-PRE_TOKENIZERS = ("smollm",)
+MODELS = ("gpt2", "llama")
+"""Values of `tokenizer.ggml.model`: byte-level BPE, and SentencePiece BPE."""
+
+BEGINS_WITH_BOS = {"llama-bpe", "llama3", "llama-v3", "tekken"}
+"""Values of `tokenizer.ggml.pre` that mean add_bos_token where the file does not say (SentencePiece too)."""
+
+END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>")
+"""Control tokens that end a turn, although many files name only another one as `eos`."""
 
 
 def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
@@ -21,38 +29,30 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> PreTrainedTokenizerF
       metadata: the file's fields by their GGUF names (`GGUFFile.metadata`).
 
     Returns:
-      A tokenizer with the file's special tokens, `bos`, `eos`, `unk`, `pad` and chat template. It adds no
-      special token by itself: the chat template writes those that a conversation needs.
+      A tokenizer with the file's special tokens, `bos`, `eos`, `unk`, `pad` and chat template. It begins and
+      ends texts with `bos` and `eos` where the file says so, unless called with `add_special_tokens=False`,
+      as for what a chat template rendered.
 
     Raises:
       ValueError: for another kind of tokenizer, or a missing field.
     """
-
-    def field(name: str) -> Any:
-        key = f"tokenizer.ggml.{name}"
-        if key not in metadata:
-            raise ValueError(f"the field {key} is missing: the file has no usable tokenizer; convert it anew")
-        return metadata[key]
-
-    for name, supported in (("model", ("gpt2",)), ("pre", PRE_TOKENIZERS)):
-        if (value := field(name)) not in supported:
-            raise ValueError(
-                f"tokenizer.ggml.{name}={value!r} is not supported; supported: {', '.join(supported)}"
-            )
-    tokens = field("tokens")
-    merges = [tuple(merge.split(" ")) for merge in field("merges")]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    # "smollm": digits are split singly first, then words as in GPT-2, then bytes become printable characters.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    model = _field(metadata, "model")
+    if model not in MODELS:
+        raise ValueError(f"tokenizer.ggml.model={model!r} is not supported; supported: {', '.join(MODELS)}")
+    if model == "gpt2":
+        tokens, tokenizer, normalized = _byte_level(metadata)
+    else:
+        tokens, tokenizer, normalized = _sentencepiece(metadata)
+    # Matched whole, before any merging.
     tokenizer.add_tokens(
         [
-            AddedToken(token, special=kind == CONTROL, normalized=False)
-            for token, kind in zip(tokens, field("token_type"), strict=True)
-            if kind in (CONTROL, USER_DEFINED)
+            AddedToken(
+                token,
+                special=kind == TokenType.CONTROL,
+                normalized=normalized and kind == TokenType.USER_DEFINED,
+            )
+            for token, kind in zip(tokens, _field(metadata, "token_type"), strict=True)
+            if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
         ]
     )
     special = {
@@ -60,9 +60,55 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> PreTrainedTokenizerF
         for role, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
         if f"tokenizer.ggml.{name}_token_id" in metadata
     }
+    begins = model == "llama" or metadata.get("tokenizer.ggml.pre") in BEGINS_WITH_BOS
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
+        add_bos_token=metadata.get("tokenizer.ggml.add_bos_token", begins),
+        add_eos_token=metadata.get("tokenizer.ggml.add_eos_token", False),
         **special,
     )
+
+
+def stop_ids_from_metadata(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """The tokens that end an answer: `eos`, then the ends of a turn or message, each once.
+
+    Those that the file names (`eos_token_id`, `eot_token_id`, `eom_token_id`), and control tokens known to be
+    such. What `eos_token_id` of a generation config lists.
+    """
+    named = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    kinds = _field(metadata, "token_type")
+    controls = {
+        token: i for i, token in enumerate(_field(metadata, "tokens")) if kinds[i] == TokenType.CONTROL
+    }
+    known = [controls.get(token) for token in END_OF_TURN]
+    return tuple(dict.fromkeys(i for i in named + known if i is not None))
+
+
+def _field(metadata: Mapping[str, Any], name: str) -> Any:
+    key = f"tokenizer.ggml.{name}"
+    if key not in metadata:
+        raise ValueError(f"the field {key} is missing: the file has no usable tokenizer; convert it anew")
+    return metadata[key]
+
+
+def _byte_level(metadata: Mapping[str, Any]) -> tuple[list[str], Tokenizer, bool]:
+    tokens = _field(metadata, "tokens")
+    return tokens, byte_level_bpe(tokens, _field(metadata, "merges"), _field(metadata, "pre")), False
+
+
+def _sentencepiece(metadata: Mapping[str, Any]) -> tuple[list[str], Tokenizer, bool]:
+    """(tokens as they are to be spelled, tokenizer, whether user-defined ones match in normalized text).
+
+    They do in SentencePiece; files spell them with plain spaces all the same. But where every stretch of
+    text gets a space in front, normalizing would put one into the token too.
+    """
+    kinds = _field(metadata, "token_type")
+    space_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    tokens = [
+        token.replace(" ", SPACE) if kind == TokenType.USER_DEFINED and not space_prefix else token
+        for token, kind in zip(_field(metadata, "tokens"), kinds, strict=True)
+    ]
+    tokenizer = sentencepiece_bpe(tokens, _field(metadata, "scores"), kinds, space_prefix)
+    return tokens, tokenizer, not space_prefix

@@ -1,7 +1,7 @@
 import gguf
 import pytest
 
-from tests.pretrained.tiny_gguf import D, F, K, L, N
+from tests.pretrained.tiny_gguf import D, F, K, L, N, write_field
 
 
 @pytest.fixture
@@ -23,8 +23,7 @@ def write_gguf(tmp_path):
         } | dict(fields)
         for name, value in values.items():
             if value is not None:
-                add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
-                add(f"{architecture}.{name}", value)
+                write_field(writer, f"{architecture}.{name}", value)
         alphabet = [chr(i) for i in range(ord("a"), ord("a") + 26)]
         tokens = ["<|end|>", "<|user|>", *alphabet, "ab", "abc", "1", "2", "Ġ"]
         writer.add_tokenizer_model("gpt2")

@@ -1,10 +1,13 @@
+import jax
 import numpy as np
 import pytest
 
 from espl_jax.models import transformer
-from espl_jax.models.config import DecoderConfig
-from espl_jax.pretrained.gguf import config_from_gguf, open_gguf, params_from_gguf
-from tests.pretrained.tiny_gguf import D, F, H, K, L, N, V, tiny_tensors
+from espl_jax.models.config import DecoderConfig, Rope
+from espl_jax.pretrained.gguf import params_from_gguf
+from espl_jax.pretrained.gguf_config import config_from_gguf
+from espl_jax.pretrained.gguf_file import open_gguf
+from tests.pretrained.tiny_gguf import D, F, H, K, L, N, V, llama3_divisors, tiny_tensors
 
 
 def read(path, **numerics):
@@ -33,7 +36,7 @@ def test_config(write_gguf, tensors):
         num_kv_heads=K,
         head_dim=H,
         mlp_dim=F,
-        rope_theta=5000.0,
+        rope=Rope(theta=5000.0),
         norm_eps=1e-5,
         tied_head=False,
         max_positions=128,
@@ -47,7 +50,7 @@ def test_defaults_of_the_format(write_gguf, tensors):
         for name in ("attn_k", "attn_v"):
             tensors[f"blk.{i}.{name}.weight"] = np.zeros((N * H, D), np.float32)
     config = read(write_gguf(tensors, {"attention.head_count_kv": None, "rope.freq_base": None}))[1]
-    assert (config.num_kv_heads, config.rope_theta) == (N, 10_000.0)
+    assert (config.num_kv_heads, config.rope) == (N, Rope(theta=10_000.0))
 
 
 def test_every_weight_lands_in_its_place(write_gguf, tensors):
@@ -104,13 +107,14 @@ def test_quantized_weights_are_unpacked(write_gguf, tensors):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rope.scaling.type": "yarn"}, "llama.rope.scaling.type='yarn' is not supported"),
+        ({"rope.scaling.type": "longrope"}, "rope.scaling.type='longrope' is not supported; supported: none"),
+        ({"rope.scaling.type": "yarn"}, "the field llama.rope.scaling.original_context_length is missing"),
         ({"expert_count": 8}, "llama.expert_count=8 is not supported"),
         ({"rope.dimension_count": 4}, "llama.rope.dimension_count=4 is not supported; only 8"),
         ({"block_count": None}, "the field llama.block_count is missing"),
         ({"block_count": 3}, "9 tensors are missing, beginning with blk.2.attn_k.weight"),
         ({"block_count": 1}, "does not use: blk.1.attn_k.weight"),
-        ({"feed_forward_length": 32}, r"blk.0.ffn_gate.weight has shape \[64, 32\], but .* \[32, 32\]"),
+        ({"feed_forward_length": 32}, r"blk.0.ffn_down.weight has shape \[32, 64\], but .* \[32, 32\]"),
     ],
 )
 def test_unusable_metadata_is_refused(write_gguf, tensors, fields, message):
@@ -119,24 +123,56 @@ def test_unusable_metadata_is_refused(write_gguf, tensors, fields, message):
 
 
 def test_other_architectures_and_features_are_refused(write_gguf, tensors):
-    with pytest.raises(ValueError, match="architecture='gemma' is not supported; supported: llama"):
+    with pytest.raises(ValueError, match="architecture='gemma' is not supported; supported: llama, qwen2, q"):
         read(write_gguf(tensors, architecture="gemma"))
-    with pytest.raises(ValueError, match=r"does not use: blk\.0\.attn_q\.bias"):
+    with pytest.raises(ValueError, match=r"tensors are missing, beginning with blk\.0\.attn_k\.bias"):
         read(write_gguf(tensors | {"blk.0.attn_q.bias": np.zeros(N * H, np.float32)}))
+    with pytest.raises(ValueError, match=r"does not use: blk\.1\.attn_q_norm\.weight"):
+        read(write_gguf(tensors | {"blk.1.attn_q_norm.weight": np.zeros(H, np.float32)}))
+    with pytest.raises(ValueError, match=r"qwen2\.attention\.sliding_window=64 is not supported"):
+        read(write_gguf(tensors, {"attention.sliding_window": 64}, architecture="qwen2"))
     del tensors["token_embd.weight"]
     with pytest.raises(ValueError, match=r"token_embd\.weight is missing"):
         read(write_gguf(tensors))
 
 
-def test_broken_files_are_refused(write_gguf, tensors, tmp_path):
-    whole = write_gguf(tensors).read_bytes()
-    broken = tmp_path / "broken.gguf"
-    for size in (0, 3, 10, 100, 700, 2000, len(whole) // 2, len(whole) - 64):
-        broken.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=rf"broken\.gguf \({size} bytes\) cannot be read as GGUF"):
-            read(broken)
-    broken.write_bytes(b"PK" + whole[2:])
-    with pytest.raises(ValueError, match="GGUF magic invalid"):
-        read(broken)
-    with pytest.raises(FileNotFoundError, match=r"missing\.gguf is not a file"):
-        read(tmp_path / "missing.gguf")
+def test_a_window_as_long_as_the_context_is_none(write_gguf, tensors):
+    assert read(write_gguf(tensors, {"attention.sliding_window": 128}, architecture="qwen2"))[1].windows == ()
+
+
+def test_gemma3_27b_scales_queries_by_width_over_heads(write_gguf, tensors):
+    fields = {"block_count": 62, "embedding_length": 5376, "attention.head_count": 32}
+    path = write_gguf(tensors, fields | {"attention.key_length": 128}, architecture="gemma3")
+    assert config_from_gguf(open_gguf(path)).query_scale == pytest.approx(168**-0.5)
+    path = write_gguf(
+        tensors, fields | {"attention.key_length": 128, "block_count": 48}, architecture="gemma3"
+    )
+    assert config_from_gguf(open_gguf(path)).query_scale == pytest.approx(128**-0.5)
+
+
+def test_params_are_made_in_their_own_dtype(write_gguf, tensors):
+    path = write_gguf(tensors)
+    params, rounded = read(path)[0], read(path, param_dtype="bfloat16")[0]
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.astype(y.dtype), y), params, rounded)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(rounded)} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_scaling_is_recovered(write_gguf, tensors, factor):
+    wanted = {"rope_theta": 500_000.0, "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    fields = {"rope.freq_base": 500_000.0, "attention.key_length": 128}
+
+    def rope(divisors):
+        file = open_gguf(write_gguf(tensors | {"rope_freqs.weight": divisors}, fields))
+        return config_from_gguf(file).rope
+
+    expected = Rope(500_000.0, "llama3", factor, 8192, 1.0, 4.0)
+    assert rope(llama3_divisors(wanted, 128)) == expected
+    assert rope(np.ones(64, np.float32)) == Rope(500_000.0)
+    for other in (
+        llama3_divisors(wanted, 128, original=4096),
+        llama3_divisors(wanted | {"high_freq_factor": 8.0}, 128),
+        llama3_divisors(wanted, 64),
+    ):
+        with pytest.raises(ValueError, match=rf"not Llama 3's scaling .* factor {factor:g}\)"):
+            rope(other)

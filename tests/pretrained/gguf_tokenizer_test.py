@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from espl_jax.pretrained import smollm2
-from espl_jax.pretrained.gguf import open_gguf
-from espl_jax.pretrained.gguf_tokenizer import tokenizer_from_metadata
+from espl_jax.pretrained.gguf_file import open_gguf
+from espl_jax.pretrained.gguf_tokenizer import stop_ids_from_metadata, tokenizer_from_metadata
 
 STRINGS = [
     "",
@@ -177,8 +177,11 @@ def test_tiny(write_gguf):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.model='llama' is not supported; supported: gpt2"),
-        ({"tokenizer.ggml.pre": "qwen2"}, "tokenizer.ggml.pre='qwen2' is not supported; supported: smollm"),
+        (
+            {"tokenizer.ggml.model": "t5"},
+            "tokenizer.ggml.model='t5' is not supported; supported: gpt2, llama",
+        ),
+        ({"tokenizer.ggml.pre": "bloom"}, "tokenizer.ggml.pre='bloom' is not supported; supported: default"),
     ],
 )
 def test_other_tokenizers_are_refused(metadata, change, message):
@@ -186,3 +189,18 @@ def test_other_tokenizers_are_refused(metadata, change, message):
         tokenizer_from_metadata({**metadata, **change})
     with pytest.raises(ValueError, match=r"tokenizer\.ggml\.merges is missing"):
         tokenizer_from_metadata({k: v for k, v in metadata.items() if k != "tokenizer.ggml.merges"})
+
+
+def test_ends_of_turns_are_stop_ids():
+    metadata = {
+        "tokenizer.ggml.tokens": ["<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "</turn>", "a"],
+        "tokenizer.ggml.token_type": [3, 3, 1, 3, 1],
+        "tokenizer.ggml.eos_token_id": 0,
+    }
+    assert stop_ids_from_metadata(metadata) == (0, 1)  # <|im_end|> is no control token here
+    assert stop_ids_from_metadata(metadata | {"tokenizer.ggml.eot_token_id": 3}) == (0, 3, 1)
+    assert stop_ids_from_metadata(metadata | {"tokenizer.ggml.eos_token_id": 1}) == (1,)
+
+
+def test_smollm2_stops_at_the_end_of_a_message(metadata):
+    assert stop_ids_from_metadata(metadata) == (2,)

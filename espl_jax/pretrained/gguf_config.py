@@ -1,0 +1,182 @@
+"""The decoder that a GGUF file's metadata describes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from espl_jax.models.config import DecoderConfig
+from espl_jax.models.rope import Rope, frequencies
+from espl_jax.pretrained.gguf_file import GGUFFile
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
+"""Values of `general.architecture` that are read; `llama` is Mistral's too."""
+
+GEMMA3_LOCAL_THETA = 10_000.0
+GEMMA3_PATTERN = 6
+"""What files of Gemma 3 leave out: RoPE's base in layers with a window, and that every sixth has none."""
+
+LLAMA3_ORIGINAL_POSITIONS = 8192
+
+Field = Callable[..., Any]
+
+
+def config_from_gguf(file: GGUFFile, **numerics: Any) -> DecoderConfig:
+    """The decoder that the file's metadata describes.
+
+    Args:
+      file: an opened GGUF file.
+      **numerics: DecoderConfig fields of our own (`dtype`, `matmul_precision`, ...).
+
+    Raises:
+      ValueError: for an architecture or a feature that the decoder does not compute, or a missing field.
+    """
+    architecture = file.metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"{file.path}: general.architecture={architecture!r} is not supported; "
+            f"supported: {', '.join(ARCHITECTURES)}"
+        )
+    field = _fields(file, architecture)
+    embed_dim, num_layers = field("embedding_length"), field("block_count")
+    num_heads = field("attention.head_count")
+    head_dim = field("attention.key_length", embed_dim // num_heads)
+    refused = {
+        "attention.value_length": head_dim,
+        "rope.dimension_count": head_dim,
+        "expert_count": 0,
+        "attn_logit_softcapping": 0.0,
+        "final_logit_softcapping": 0.0,
+    }
+    for name, supported in refused.items():
+        if (value := field(name, supported)) != supported:
+            raise ValueError(
+                f"{file.path}: {architecture}.{name}={value!r} is not supported; only {supported!r} is"
+            )
+    if "token_embd.weight" not in file.tensors:
+        raise ValueError(f"{file.path}: the tensor token_embd.weight is missing; convert the model anew")
+
+    windows = _windows(file, field, architecture, num_layers)
+    rope = _rope(file, field, head_dim)
+    stretched = int(rope.factor * rope.original_positions) if rope.scaling == "yarn" else 0
+    family = "mistral" if architecture == "llama" and windows else architecture
+    theirs: dict[str, Any] = {"qk_norm": architecture == "qwen3"}
+    if architecture == "gemma3":
+        is_27b = (num_layers, embed_dim) == (62, 5376)
+        theirs = {
+            "qk_norm": True,
+            "post_norms": True,
+            "norm_offset": 1.0,
+            "activation": "gelu_tanh",
+            "embed_scale": math.sqrt(embed_dim),
+            "query_scale": (embed_dim / num_heads if is_27b else head_dim) ** -0.5,
+            "local_rope": Rope(theta=field("rope.freq_base_swa", GEMMA3_LOCAL_THETA)),
+        }
+    return DecoderConfig(
+        # The vocabulary may be padded beyond the tokenizer's, so the weight tells its size.
+        vocab_size=file.tensors["token_embd.weight"].shape[0],
+        num_layers=num_layers,
+        embed_dim=embed_dim,
+        num_heads=num_heads,
+        num_kv_heads=field("attention.head_count_kv", num_heads),
+        head_dim=head_dim,
+        mlp_dim=field("feed_forward_length"),
+        rope=rope,
+        windows=windows,
+        norm_eps=field("attention.layer_norm_rms_epsilon"),
+        # Nothing in the metadata tells of biases.
+        qkv_bias="blk.0.attn_q.bias" in file.tensors,
+        out_bias="blk.0.attn_output.bias" in file.tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
+        tied_head="output.weight" not in file.tensors,
+        max_positions=max(field("context_length"), stretched),
+        family=family,
+        **theirs,
+        **numerics,
+    )
+
+
+def _fields(file: GGUFFile, architecture: str) -> Field:
+    """Looks up `<architecture>.<name>`; without a default the field must be there."""
+
+    def field(name: str, default: Any = None) -> Any:
+        key = f"{architecture}.{name}"
+        if key not in file.metadata:
+            if default is None:
+                raise ValueError(f"{file.path}: the field {key} is missing; convert the model anew")
+            return default
+        value = file.metadata[key]
+        # Stored as float32: 1e-5 comes back as 9.999999747e-06.
+        return float(f"{value:.7g}") if isinstance(value, float) else value
+
+    return field
+
+
+def _windows(file: GGUFFile, field: Field, architecture: str, num_layers: int) -> tuple[int, ...]:
+    """Of each layer, how many tokens a token sees, 0 for all; () if it is all in every layer."""
+    window = field("attention.sliding_window", 0)
+    if architecture.startswith("qwen"):
+        # Qwen's windows begin at a layer that the file does not name.
+        if 0 < window < field("context_length"):
+            raise ValueError(
+                f"{file.path}: {architecture}.attention.sliding_window={window} is not supported, because "
+                "the file does not say in which layers; convert the model with use_sliding_window=false"
+            )
+        return ()
+    if not window:
+        return ()
+    # One in so many layers sees everything, the last of each run; 0: none does. Or a list over the layers.
+    pattern = field("attention.sliding_window_pattern", GEMMA3_PATTERN if architecture == "gemma3" else 0)
+    if not isinstance(pattern, list):
+        pattern = [pattern == 0 or layer % pattern < pattern - 1 for layer in range(num_layers)]
+    windows = tuple(window if local else 0 for local in pattern)
+    return windows if any(windows) else ()
+
+
+def _rope(file: GGUFFile, field: Field, head_dim: int) -> Rope:
+    theta = field("rope.freq_base", 10_000.0)
+    if "rope_freqs.weight" in file.tensors:
+        return _llama3_rope(file, theta, head_dim)
+    # Older files have the factor of linear scaling alone.
+    scaling = field("rope.scaling.type", "linear")
+    factor = field("rope.scaling.factor", field("rope.scale_linear", 1.0))
+    match scaling:
+        case "none":
+            return Rope(theta)
+        case "linear":
+            return Rope(theta, "linear", factor) if factor not in (0.0, 1.0) else Rope(theta)
+        case "yarn":
+            # Without one, that of YaRN's section 3.4, as transformers has it too.
+            attention_factor = 0.1 * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+            return Rope(
+                theta,
+                "yarn",
+                factor,
+                original_positions=field("rope.scaling.original_context_length"),
+                beta_fast=field("rope.scaling.yarn_beta_fast", 32.0),
+                beta_slow=field("rope.scaling.yarn_beta_slow", 1.0),
+                attention_factor=field(
+                    "rope.scaling.yarn_attn_factor", field("rope.scaling.attn_factor", attention_factor)
+                ),
+            )
+    raise ValueError(
+        f"{file.path}: rope.scaling.type={scaling!r} is not supported; supported: none, linear, yarn, and "
+        "Llama 3's by the tensor rope_freqs.weight"
+    )
+
+
+def _llama3_rope(file: GGUFFile, theta: float, head_dim: int) -> Rope:
+    """Llama 3's scaling, of which files hold the divisor of each frequency only."""
+    divisors = file.dequantize("rope_freqs.weight")
+    rope = Rope(theta, "llama3", float(divisors.max()), LLAMA3_ORIGINAL_POSITIONS)
+    expected = frequencies(Rope(theta), head_dim) / frequencies(rope, head_dim)
+    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-3):
+        raise ValueError(
+            f"{file.path}: rope_freqs.weight is not Llama 3's scaling (from {LLAMA3_ORIGINAL_POSITIONS} "
+            f"positions, low_freq_factor {rope.low_freq_factor}, high_freq_factor {rope.high_freq_factor}, "
+            f"factor {rope.factor:g}); load the model from its safetensors instead"
+        )
+    return rope if rope.factor > 1.0 else Rope(theta)
