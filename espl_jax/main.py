@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
+from espl_jax import command_line
 from espl_jax.check_config import check_config
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -43,13 +43,9 @@ def main(argv: list[str]) -> None:
     if not _WORKDIR.value and not _DRY_RUN.value:
         sys.exit("--workdir is missing: name a folder for checkpoints, logs and results")
 
-    import jax  # after the check, so that a wrong field costs no start-up
-
-    if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
-    try:
+    # jax is imported from here on, so that a wrong field costs no start-up.
+    command_line.use_compilation_cache(config.compilation_cache)
+    with command_line.without_traceback():
         if _DRY_RUN.value:
             from espl_jax.dry_run import dry_run
 
@@ -58,12 +54,6 @@ def main(argv: list[str]) -> None:
             from espl_jax.train import train
 
             train(config, _WORKDIR.value)
-    except (ValueError, RuntimeError, OSError) as error:
-        # Their messages say what to mend: data that does not fit, a folder in use, a full disk, a NaN. The
-        # same command repeats whatever happened, if the traceback is wanted after all.
-        if logging.level_debug():
-            raise
-        sys.exit(f"{type(error).__name__}: {error}\n(for the traceback add --verbosity=1)")
 
 
 if __name__ == "__main__":

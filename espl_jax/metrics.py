@@ -154,27 +154,36 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def interval(successes: int, n: int) -> tuple[float, float]:
+Z95 = statistics.NormalDist().inv_cdf(0.975)
+"""Standard errors on either side of a mean within which 95% of a normal distribution lie."""
+
+
+def interval(successes: float, n: float, z: float = Z95) -> tuple[float, float]:
     """The 95% confidence interval of a proportion (Wilson 1927), also right near 0 and 1 and for small n.
 
     Args:
       successes: how many of `n` independent trials succeeded.
+      n: trials; with `successes` it may be fractional, where trials are not independent and count for fewer.
+      z: standard errors on either side.
 
     Raises:
-      ValueError: n is not positive, or successes are not among 0 .. n.
+      ValueError: n is less than 1, or successes are not among 0 .. n.
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"successes={successes}, n={n}: an interval needs n >= 1 and 0 <= successes <= n")
-    z = statistics.NormalDist().inv_cdf(0.975)
     center = (successes + z**2 / 2) / (n + z**2)
     half_width = z / (n + z**2) * (successes * (n - successes) / n + z**2 / 4) ** 0.5
     return max(0.0, center - half_width), min(1.0, center + half_width)
 
 
+def percent(share: float, low: float, high: float) -> str:
+    """A share and its interval as text: `80.0% [49.0, 94.3]`."""
+    return f"{100 * share:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
+
+
 def proportion(successes: int, n: int) -> str:
     """A proportion and its 95% interval as text: `80.0% [49.0, 94.3]`."""
-    low, high = interval(successes, n)
-    return f"{100 * successes / n:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
+    return percent(successes / n, *interval(successes, n))
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

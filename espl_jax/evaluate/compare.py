@@ -1,0 +1,193 @@
+"""Samples and grades what a command line asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from espl_jax import durable, sharding
+from espl_jax.assemble import make_environment, stream_key
+from espl_jax.data.problems import ProblemSet
+from espl_jax.environments.base import Environment
+from espl_jax.evaluate.cells import Cell, make_cells, show
+from espl_jax.evaluate.request import Request, naming
+from espl_jax.metrics import duration
+from espl_jax.pretrained import load_pretrained
+from espl_jax.rollout import Model, collect_rollouts, records
+from espl_jax.run_state import plain
+from espl_jax.saved_run import read_run
+from espl_jax.types import Problem, Rollouts, SystemPrompt
+
+ON_CPU = {
+    "dtype": "float32",
+    "param_dtype": "bfloat16",
+    "matmul_precision": "bfloat16",
+    "slice_as_integers": True,
+}
+"""Numerics that are fast there; products are summed in float32."""
+
+ON_ACCELERATORS = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
+
+
+def compare(request: Request) -> list[Cell]:
+    """Evaluates every model under every prompt on every problem set, shows the results and writes the files.
+
+    A model is loaded once; its prompts are sampled side by side, so that what they share is run once.
+
+    Returns:
+      The cells, prompts within problem sets within models.
+
+    Raises:
+      ValueError: for problems that the environment cannot grade, and as loading and sampling do.
+    """
+    environment = make_environment(request.environment, request.answer_format, request.instruction)
+    for name, problem_set in request.problem_sets.items():
+        with naming("data", name):
+            check_gradable(environment, problem_set)
+    with naming("mesh", ",".join(f"{axis}={size}" for axis, size in request.mesh.items())):
+        mesh = sharding.make_mesh(request.mesh or None)
+    cells = []
+    for source in request.models:
+        cells += evaluate_model(source, request, environment, mesh)
+    print(show(cells))
+    print(f"\n{_footnote(request)}")
+    for path in request.out:
+        if path.suffix == ".json":
+            results = [dataclasses.asdict(cell) for cell in cells]
+            saved = plain({"settings": settings(request), "results": results}, path.name)
+            durable.replace(path, f"{json.dumps(saved, indent=2, ensure_ascii=False)}\n".encode())
+        tell(f"written: {path}")
+    return cells
+
+
+def check_gradable(environment: Environment, problem_set: ProblemSet) -> None:
+    """Raises ValueError unless every problem's own answer, put into a box, is graded as a success."""
+    problems = problem_set.problems
+    grades = environment.grade(problems, [rf"\boxed{{{problem.answer}}}" for problem in problems])
+    wrong = [problem for problem, grade in zip(problems, grades, strict=True) if not grade.success]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of {len(problems)} problems would be graded wrong when given their own answer, "
+            f"the first one {wrong[0].id} with answer {wrong[0].answer!r}; correct the data, or choose "
+            "another --environment or --answer_format"
+        )
+
+
+def evaluate_model(
+    source: str, request: Request, environment: Environment, mesh: jax.sharding.Mesh | None
+) -> list[Cell]:
+    """The cells of one model, which is loaded here and given up at the end."""
+    tell(f"{source}: loading")
+    model = load_model(source, mesh, request.numerics)
+    cells = []
+    for name, problem_set in request.problem_sets.items():
+        tell(
+            f"{source}, {name}: problems {len(problem_set)}, prompts {len(request.prompts)}, samples of each "
+            f"{request.sampling['group_size']}; the first batch takes longer, since it compiles"
+        )
+        batches = []
+        start, done = time.monotonic(), 0
+        for rollouts in sample_in_batches(
+            model,
+            tuple(request.prompts.values()),
+            problem_set.problems,
+            environment,
+            request.batch_size,
+            key=stream_key(request.seed, "evaluation", 0),
+            mesh=mesh,
+            **request.sampling,
+        ):
+            batches.append(rollouts)
+            done += len(rollouts.problems)
+            seconds = time.monotonic() - start
+            left = seconds / done * (len(problem_set) - done)
+            tell(
+                f"{source}, {name}: {done} of {len(problem_set)} problems, mean reward of these "
+                f"{rollouts.rewards.mean():.3f}, {duration(seconds)}, {duration(left)} left"
+            )
+            for path in request.out:
+                if path.suffix == ".jsonl":
+                    append(path, rollouts, source, tuple(request.prompts), name)
+        cells += make_cells(batches, source, tuple(request.prompts), name)
+    return cells
+
+
+def load_model(source: str, mesh: jax.sharding.Mesh | None, numerics: Mapping[str, str]) -> Model:
+    """Loads a model.
+
+    Args:
+      source: the work directory of a run, for its trained weights, or as for `load_pretrained`.
+      mesh: devices that share the params.
+      numerics: DecoderConfig fields; what is left out is what suits the devices.
+
+    Raises:
+      ValueError: if mesh or numerics are given for a run. Else as `read_run` and `load_pretrained`.
+    """
+    if (Path(source).expanduser() / "checkpoints").is_dir():
+        if mesh is not None or numerics:
+            raise ValueError(
+                f"--model={source}: the weights of a run are read onto one device, in the dtypes of the run; "
+                f"export it (python -m espl_jax.export --workdir={source} --out=...) and evaluate the folder"
+            )
+        return read_run(source).model
+    suitable = ON_CPU if jax.default_backend() == "cpu" else ON_ACCELERATORS
+    return load_pretrained(source, mesh=mesh, **{**suitable, **numerics})
+
+
+def sample_in_batches(
+    model: Model,
+    prompts: Sequence[SystemPrompt],
+    problems: Sequence[Problem],
+    environment: Environment,
+    batch_size: int,
+    **sampling: Any,
+) -> Iterator[Rollouts]:
+    """All prompts on all problems, side by side, at most `batch_size` problems at a time.
+
+    Args:
+      model, prompts, problems, environment: as for `collect_rollouts`.
+      batch_size: problems whose rollouts are held at once. What is drawn does not depend on it.
+      **sampling: further arguments of `collect_rollouts`.
+
+    Yields:
+      Rollouts [M, b, N], b being nearly the same in all, since every size is compiled.
+    """
+    for chosen in np.array_split(np.arange(len(problems)), -(-len(problems) // batch_size)):
+        yield collect_rollouts(model, prompts, [problems[i] for i in chosen], environment, **sampling)
+
+
+def append(path: Path, rollouts: Rollouts, model: str, prompts: Sequence[str], data: str) -> None:
+    """Adds one JSON line for each rollout to a file, with what model, prompt and data are called."""
+    lines = []
+    for record in records(rollouts):
+        named = {**record, "model": model, "prompt": prompts[record["slot"]], "data": data}
+        lines.append(json.dumps(plain(named, path.name), ensure_ascii=False))
+    with durable.disk_full_explained(path), open(path, "a", encoding="utf-8") as file:
+        file.write("".join(f"{line}\n" for line in lines))
+
+
+def settings(request: Request) -> dict[str, Any]:
+    """What decides the results beside model, prompt and data."""
+    names = ("environment", "answer_format", "instruction", "seed", "numerics")
+    return {name: getattr(request, name) for name in names} | request.sampling
+
+
+def tell(text: str) -> None:
+    """Shows progress, apart from the results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _footnote(request: Request) -> str:
+    sampling = request.sampling
+    return (
+        f"Samples a problem: {sampling['group_size']}, temperature: {sampling['temperature']:g}, new tokens: "
+        f"{sampling['max_new_tokens']} at most. In brackets: 95% intervals over problems."
+    )

@@ -1,0 +1,68 @@
+"""System prompts as a command line names them: the text itself, a text file, a member of a population."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from espl_jax.evolution import population as populations
+from espl_jax.types import SystemPrompt
+
+DEFAULT = "(the template's default)"
+
+
+def read_prompt(given: str) -> SystemPrompt:
+    """The system prompt that is meant.
+
+    Args:
+      given: the path of a `.txt` file; the path of a `population.json`, `#` and the id of a member; or else
+        the prompt's own text. Empty means no system turn: the chat template's default stands.
+
+    Returns:
+      The prompt; its id is made from its text, since random keys are, so that one text draws the same
+      rollouts however it was named.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: for a file that is not a population, or an id that is not in it.
+    """
+    path, _, member = given.rpartition("#")
+    if path.endswith(".json") and "\n" not in path:
+        prompt = _member(path, member)
+    elif given.endswith(".json") and "\n" not in given:
+        prompt = _member(given, "")
+    elif given.endswith(".txt") and "\n" not in given:
+        # Editors end a file with a newline.
+        prompt = SystemPrompt(_read(given).removesuffix("\n"))
+    else:
+        prompt = SystemPrompt(given)
+    text = prompt.render()
+    return SystemPrompt(text, id=hashlib.sha256(text.encode()).hexdigest()[:12])
+
+
+def label(given: str) -> str:
+    """What a table calls it: the path, or the beginning of the text."""
+    line = " ".join(given.split())
+    return (line if len(line) <= 40 else f"{line[:37]}...") or DEFAULT
+
+
+def _read(path: str) -> str:
+    if not Path(path).expanduser().is_file():
+        raise FileNotFoundError(f"there is no file {path}; correct the path")
+    return Path(path).expanduser().read_text(encoding="utf-8")
+
+
+def _member(path: str, member: str) -> SystemPrompt:
+    try:
+        population = populations.from_json(json.loads(_read(path)))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"not the population.json of a run ({error}); give one") from error
+    for prompt in population.members:
+        if prompt.id == member:
+            return prompt
+    ids = ", ".join(prompt.id for prompt in population.members)
+    raise ValueError(
+        f"{f'there is no member {member!r}' if member else 'no member is named'}; write {path}#ID with one "
+        f"of {ids}; the best by rating is {population.best().id}"
+    )

@@ -1,0 +1,162 @@
+"""What a command line asks for, read and checked before jax is imported."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from espl_jax import data
+from espl_jax.check_config import ENVIRONMENTS
+from espl_jax.data.problems import ProblemSet
+from espl_jax.evaluate.prompts import label, read_prompt
+from espl_jax.types import SystemPrompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Every model is evaluated under every prompt on every problem set.
+
+    Attributes:
+      models: where they come from.
+      prompts: what each is called -> the prompt.
+      problem_sets: what each is called -> the problems.
+      numerics: DecoderConfig fields that were given on the command line.
+      mesh: devices by axis.
+      environment, answer_format, instruction: what words the user turn and grades.
+      sampling: arguments of `collect_rollouts`, among them `group_size`, `temperature`, `max_new_tokens`.
+      seed: of the random keys.
+      batch_size: problems side by side.
+      out: files to write.
+    """
+
+    models: tuple[str, ...]
+    prompts: dict[str, SystemPrompt]
+    problem_sets: dict[str, ProblemSet]
+    numerics: dict[str, str]
+    mesh: dict[str, int]
+    environment: str
+    answer_format: str
+    instruction: str | None
+    sampling: dict[str, Any]
+    seed: int
+    batch_size: int
+    out: tuple[Path, ...]
+
+
+def read_request(f: Any) -> Request:
+    """Reads everything that the flags name but the models.
+
+    Args:
+      f: the values of the flags of `__main__`.
+
+    Raises:
+      ValueError: naming the flag, its value and the fix.
+    """
+    for flag, example in (("model", "smollm2"), ("data", "addition:digits=2,count=100")):
+        if not getattr(f, flag):
+            raise ValueError(f"--{flag} is missing; give at least one, e.g. --{flag}={example}")
+    formats = ENVIRONMENTS[f.environment]
+    if f.answer_format not in formats:
+        raise ValueError(
+            f"--answer_format={f.answer_format}: choose one of {', '.join(formats)}, which "
+            f"--environment={f.environment} reads"
+        )
+    if f.temperature == 0 and f.samples > 1:
+        raise ValueError(
+            f"--samples={f.samples}: greedy samples are all the same; give --samples=1, or a --temperature "
+            "above 0"
+        )
+    numerics = {name: getattr(f, name) for name in ("dtype", "param_dtype", "matmul_precision")}
+    return Request(
+        models=tuple(dict.fromkeys(f.model)),
+        prompts=_prompts(f.prompt),
+        problem_sets=_problem_sets(f.data, _fields(f.fields), f.limit),
+        numerics={name: value for name, value in numerics.items() if value},
+        mesh=_mesh(f.mesh),
+        environment=f.environment,
+        answer_format=f.answer_format,
+        instruction=f.instruction,
+        sampling={
+            "group_size": f.samples,
+            "temperature": f.temperature,
+            "max_new_tokens": f.max_new_tokens,
+            "max_rows": f.max_rows or None,
+            "chat_template_kwargs": _json_object("chat_template_kwargs", f.chat_template_kwargs),
+        },
+        seed=f.seed,
+        batch_size=f.batch_size,
+        out=_new_files(f.out),
+    )
+
+
+@contextlib.contextmanager
+def naming(flag: str, value: str) -> Iterator[None]:
+    """An error inside says which flag it is about."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--{flag}={value}: {error}") from error
+
+
+def _prompts(given: Sequence[str]) -> dict[str, SystemPrompt]:
+    prompts: dict[str, SystemPrompt] = {}
+    for each in given:
+        with naming("prompt", each):
+            prompt, name = read_prompt(each), label(each)
+            for other in prompts:
+                if prompts[other].id == prompt.id:
+                    raise ValueError(f"the same text as {other}; leave one of them out")
+        # Different texts may begin alike.
+        prompts[f"{name} ({prompt.id})" if name in prompts else name] = prompt
+    return prompts
+
+
+def _problem_sets(specs: Sequence[str], fields: dict[str, str], limit: int | None) -> dict[str, ProblemSet]:
+    sets = {}
+    for spec in specs:
+        with naming("data", spec):
+            whole = data.load(spec, "test", fields=fields)
+        sets[spec] = dataclasses.replace(whole, problems=whole.problems[:limit])
+    return sets
+
+
+def _fields(given: Sequence[str]) -> dict[str, str]:
+    return dict(_pair("fields", given, each, "text=task") for each in given)
+
+
+def _mesh(given: Sequence[str]) -> dict[str, int]:
+    pairs = [_pair("mesh", given, each, "data=1,fsdp=-1,tensor=2", r"-?\d+") for each in given]
+    return {axis: int(size) for axis, size in pairs}
+
+
+def _pair(flag: str, given: Sequence[str], pair: str, example: str, value: str = ".+") -> tuple[str, str]:
+    match = re.fullmatch(rf"(\w+)=({value})", pair)
+    if not match:
+        raise ValueError(f"--{flag}={','.join(given)}: {pair!r} is not understood; write it as in {example}")
+    return match[1], match[2]
+
+
+def _json_object(flag: str, given: str) -> dict[str, Any]:
+    with naming(flag, given):
+        value = json.loads(given)
+        if not isinstance(value, dict):
+            raise ValueError('give a JSON object, e.g. {"enable_thinking": false}')
+        return value
+
+
+def _new_files(given: Sequence[str]) -> tuple[Path, ...]:
+    for name in given:
+        path = Path(name).expanduser()
+        with naming("out", name):
+            if path.suffix not in (".json", ".jsonl"):
+                raise ValueError("give a name that ends with .json (results) or .jsonl (rollouts)")
+            if path.exists():
+                raise ValueError("this file is there already; name another one, or remove it")
+            if not path.parent.is_dir():
+                raise ValueError(f"there is no folder {path.parent}; make it, or name another one")
+    return tuple(Path(name).expanduser() for name in given)

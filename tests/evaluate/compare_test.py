@@ -1,0 +1,183 @@
+"""Sampling what a command line asks for, with a tiny model."""
+
+import dataclasses
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from espl_jax.data.problems import ProblemSet
+from espl_jax.environments.arithmetic import Arithmetic
+from espl_jax.environments.math import Math
+from espl_jax.evaluate import compare as comparing
+from espl_jax.evaluate import summarize
+from espl_jax.evaluate.compare import check_gradable, compare, load_model, sample_in_batches
+from espl_jax.evaluate.prompts import read_prompt
+from espl_jax.evaluate.request import Request
+from espl_jax.types import Problem
+from tests import fakes
+
+SAMPLING = {"group_size": 2, "temperature": 1.0, "max_new_tokens": 5}
+
+
+class Letters(fakes.Letters):
+    """Grades noise; a problem's own answer in a box is a success."""
+
+    def grade(self, problems, replies):
+        grades = super().grade(problems, replies)
+        return [
+            dataclasses.replace(grade, success=grade.success or reply.startswith(r"\boxed"))
+            for grade, reply in zip(grades, replies, strict=True)
+        ]
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """Sources of the models that were loaded, and how."""
+    calls = []
+
+    def load(source, **numerics):
+        calls.append((source, numerics))
+        return fakes.model()
+
+    monkeypatch.setattr(comparing, "load_pretrained", load)
+    monkeypatch.setattr(comparing, "make_environment", lambda *_: Letters())
+    monkeypatch.setattr(comparing.sharding, "make_mesh", lambda sizes: None)
+    return calls
+
+
+def request(*prompts, sets=None, batch_size=4, **changes):
+    fields = {
+        "models": ("tiny",),
+        "prompts": {each or "default": read_prompt(each) for each in prompts},
+        "problem_sets": sets or {"four": ProblemSet(fakes.PROBLEMS, "four")},
+        "numerics": {},
+        "mesh": {},
+        "environment": "arithmetic",
+        "answer_format": "boxed",
+        "instruction": None,
+        "sampling": SAMPLING,
+        "seed": 0,
+        "batch_size": batch_size,
+        "out": (),
+    }
+    return Request(**{**fields, **changes})
+
+
+def test_batches_draw_what_the_whole_draws():
+    prompts = fakes.PROMPTS[:2]
+    key = comparing.stream_key(0, "evaluation", 0)
+    arguments = (fakes.model(), prompts, fakes.PROBLEMS, Letters())
+    (whole,) = sample_in_batches(*arguments, 4, key=key, **SAMPLING)
+    parts = list(sample_in_batches(*arguments, 3, key=key, **SAMPLING))
+    assert [len(part.problems) for part in parts] == [2, 2]  # and not 3 and 1
+    assert (np.concatenate([part.tokens for part in parts], axis=1) == whole.tokens).all()
+
+
+def test_every_model_prompt_and_problem_set(loaded, tmp_path, capsys):
+    results, rollouts = tmp_path / "a.json", tmp_path / "b.jsonl"
+    sets = {"four": ProblemSet(fakes.PROBLEMS, "four"), "one": ProblemSet(fakes.PROBLEMS[:1], "one")}
+    asked = request(
+        "Add.", "", sets=sets, models=("x", "y"), numerics={"dtype": "bfloat16"}, out=(results, rollouts)
+    )
+    cells = compare(asked)
+    assert [(cell.model, cell.data, cell.prompt) for cell in cells] == [
+        (model, name, prompt) for model in "xy" for name in sets for prompt in ("Add.", "default")
+    ]
+    # Each model once; what was not given suits the CPU.
+    assert [source for source, _ in loaded] == ["x", "y"]
+    assert loaded[0][1] == {"mesh": None, **comparing.ON_CPU, "dtype": "bfloat16"}
+    # The same weights under two names: the same random numbers, hence the same figures.
+    assert [cell.evaluation for cell in cells[:4]] == [cell.evaluation for cell in cells[4:]]
+
+    saved = json.loads(results.read_text())
+    assert saved["settings"]["max_new_tokens"] == 5 and saved["settings"]["seed"] == 0
+    assert saved["results"] == json.loads(json.dumps([dataclasses.asdict(cell) for cell in cells]))
+    lines = [json.loads(line) for line in rollouts.read_text().splitlines()]
+    assert len(lines) == 2 * 2 * (4 + 1) * 2
+    mine = [
+        line for line in lines if (line["model"], line["data"], line["prompt"]) == ("x", "four", "default")
+    ]
+    assert np.mean([line["success"] for line in mine]) == cells[1].evaluation.accuracy
+    assert {line["problem"] for line in mine} == {problem.id for problem in fakes.PROBLEMS}
+
+    shown = capsys.readouterr()
+    assert shown.out.startswith("| model |  prompt | data | problems |")
+    assert "Samples a problem: 2, temperature: 1, new tokens: 5 at most." in shown.out
+    assert "y, one: 1 of 1 problems" in shown.err
+
+
+def test_a_prompt_draws_the_same_beside_others(loaded):
+    alone, together = compare(request("Add.")), compare(request("", "Add.", batch_size=2))
+    assert alone[0] == together[1]
+
+
+def test_seeds_and_prefixes():
+    """More samples, and fewer problems, keep what was drawn before."""
+    prompts = [read_prompt("Add.")]
+
+    def tokens(seed=0, samples=2, problems=4):
+        settings = {**SAMPLING, "group_size": samples, "key": comparing.stream_key(seed, "evaluation", 0)}
+        (drawn,) = sample_in_batches(
+            fakes.model(), prompts, fakes.PROBLEMS[:problems], Letters(), 4, **settings
+        )
+        return drawn.tokens
+
+    assert (tokens(samples=3)[:, :, :2] == tokens()).all()
+    assert (tokens(problems=2) == tokens()[:, :2]).all()
+    assert (tokens(seed=1) != tokens()).any()
+
+
+def test_figures_are_those_of_the_rollouts(loaded):
+    asked = request("Add.")
+    (whole,) = sample_in_batches(
+        fakes.model(),
+        list(asked.prompts.values()),
+        fakes.PROBLEMS,
+        Letters(),
+        4,
+        key=comparing.stream_key(0, "evaluation", 0),
+        **SAMPLING,
+    )
+    assert [cell.evaluation for cell in compare(asked)] == summarize(whole)
+
+
+@pytest.mark.parametrize("environment", [Math(), Math("expression"), Arithmetic(), Arithmetic("boxed")])
+def test_problems_that_can_be_graded(environment):
+    answers = ["4", "-1,234", "0.5"]
+    check_gradable(environment, ProblemSet(tuple(Problem(a, a, a) for a in answers), "x"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "answer", "complaint"),
+    [
+        (Math(), "{4", r"1 of 2 problems would be .* q1 with answer '\{4'"),
+        (Arithmetic(), "four", "problem q1: answer='four' holds no number"),
+    ],
+)
+def test_problems_that_cannot_be_graded_are_refused_before_a_model_is_loaded(
+    loaded, monkeypatch, environment, answer, complaint
+):
+    monkeypatch.setattr(comparing, "make_environment", lambda *_: environment)
+    bad = ProblemSet((Problem("q0", "a", "1"), Problem("q1", "b", answer)), "bad")
+    with pytest.raises(ValueError, match=f"--data=bad.jsonl: .*{complaint}"):
+        compare(request("", sets={"bad.jsonl": bad}))
+    assert loaded == []
+
+
+def test_the_weights_of_a_run(tmp_path, monkeypatch):
+    """A folder with checkpoints is a run; there is no choice of devices and dtypes for it yet."""
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setattr(comparing, "read_run", lambda path: types.SimpleNamespace(model=f"of {path}"))
+    assert load_model(str(tmp_path), None, {}) == f"of {tmp_path}"
+    with pytest.raises(ValueError, match=r"--model=.*export it \(python -m espl_jax.export --workdir="):
+        load_model(str(tmp_path), None, {"dtype": "float32"})
+
+
+def test_a_mesh_that_does_not_fit_is_refused(loaded, monkeypatch):
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"--mesh=.*tensor.*does not hold the 8 devices"):
+        compare(request("", mesh={"tensor": 3}))
+    assert jax.device_count() == 8
