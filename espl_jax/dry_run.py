@@ -15,7 +15,7 @@ from espl_jax import sharding
 from espl_jax.assemble import Parts, abstract_train_state, assemble, first_population, stream_key
 from espl_jax.data.order import Cursor, next_batch
 from espl_jax.metrics import table
-from espl_jax.rollout import collect_rollouts, conversation, encode_tree, train_batch
+from espl_jax.rollout import collect_rollouts, conversation, encode_tree, stop_ids_of, train_batch
 from espl_jax.sampling import decode, generate
 from espl_jax.sampling.buckets import bucket, pad_right
 from espl_jax.text.chat import encode_conversation, render
@@ -158,7 +158,7 @@ def programs(
         config,
         system,
         sharding.place_rows(largest, parts.mesh),
-        jnp.asarray([tokenizer.eos_token_id], jnp.int32),
+        jnp.asarray(stop_ids_of(parts.reference), jnp.int32),
         jnp.float32(1.0),
         steps=steps,
         greedy=c.sampling.temperature == 0,

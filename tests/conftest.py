@@ -30,6 +30,20 @@ def pytest_report_header(config):
     return f"families: {draws} models of each, --family-seed={seed}"
 
 
+def pytest_terminal_summary(terminalreporter):
+    """How near the drawn models of each family came to transformers."""
+    worst = {}
+    for report in terminalreporter.stats.get("passed", []):
+        if "families_test.py" in report.nodeid:
+            family = report.nodeid.partition("[")[2].partition("-")[0]
+            for name, error in report.user_properties:
+                errors = worst.setdefault(family, {})
+                errors[name] = max(error, errors.get(name, 0.0))
+    for family, errors in worst.items():
+        said = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+        terminalreporter.write_line(f"{family} against transformers, worst relative error: {said}")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real problems beside the repository, or where ESPL_SHARED says; skips without it."""

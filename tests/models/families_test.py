@@ -113,5 +113,5 @@ def test_gradients_of_token_logprobs(case_parts, record_property):
     assert set(grads) == set(expected)
     errors = {name: tiny.relative_error(grads[name], expected[name]) for name in expected}
     worst = max(errors, key=errors.get)
-    record_property("gradient", errors[worst])
+    record_property("gradient", float(errors[worst]))
     assert errors[worst] < 1e-3, worst
