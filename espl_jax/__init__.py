@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _HOME = {
     # Functions of arrays.
     "load_pretrained": "espl_jax.pretrained",
+    "save_pretrained": "espl_jax.pretrained.save",
     "forward": "espl_jax.models.transformer",
     "logits": "espl_jax.models.transformer",
     "generate": "espl_jax.sampling.generate",

@@ -1,4 +1,4 @@
-"""Which prompt to deploy, and how it does on problems that nothing was chosen on."""
+"""How the prompt to deploy does on problems that nothing was chosen on."""
 
 from __future__ import annotations
 
@@ -9,21 +9,12 @@ from typing import Any
 from espl_jax.assemble import Parts, stream_key
 from espl_jax.evaluate import Evaluation, summarize
 from espl_jax.evolution.population import Population
+from espl_jax.evolution.selection import deployed
 from espl_jax.metrics import Progress, table
 from espl_jax.pretrained import Pretrained
 from espl_jax.rollout import collect_rollouts, records
 from espl_jax.run_state import WorkDir
 from espl_jax.types import SystemPrompt
-
-
-def deployed(population: Population, parts: Parts, c: Any) -> SystemPrompt:
-    """The prompt to deploy: the best by ratings, never by the test.
-
-    In `rl` there is only the root; in `reflection` nobody is rated, and each prompt replaces the one before.
-    """
-    if not parts.evolves:
-        return population.members[0]
-    return population.members[-1] if c.mode == "reflection" else population.best()
 
 
 def two_by_two(
@@ -45,7 +36,7 @@ def two_by_two(
       c: the config.
       workdir, progress: of the run.
     """
-    best = deployed(population, parts, c)
+    best = deployed(population, c.mode)
     prompts = {"root": root} if best.id == root.id else {"root": root, "deployed": best}
     weights = {"initial": parts.reference} | ({"trained": policy} if parts.trains else {})
     results: dict[str, Any] = {"deployed": dataclasses.asdict(best), "test": {}}

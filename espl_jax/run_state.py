@@ -131,7 +131,7 @@ class WorkDir:
           arrays: any pytree of jax arrays, sharded or not; may be empty.
           state: plain JSON values; tuples come back as lists.
         """
-        newest = max(self._committed(), default=-1)
+        newest = max(_committed(self._checkpoints), default=-1)
         if iteration <= newest:
             raise ValueError(f"cannot save iteration {iteration}: {self.path} already has iteration {newest}")
         folder = self._folder(iteration)
@@ -172,36 +172,14 @@ class WorkDir:
         Raises:
           ValueError: the checkpoint is damaged, or its arrays have other names, shapes or dtypes.
         """
-        committed = self._committed()
-        if not committed:
-            return None
-        iteration = max(committed)
-        folder, commit = self._folder(iteration), committed.pop(iteration)
-        path = folder / "state.json"
-        text = path.read_bytes() if path.exists() else b""
-        if hashlib.sha256(text).hexdigest() != commit["state_sha256"]:
-            rest = f"resume from iteration {max(committed)}" if committed else "start from the beginning"
-            raise ValueError(
-                f"{path} is damaged: its hash is not the one in COMMIT. Remove {folder} to {rest}."
-            )
-        leaves, treedef = _named_leaves(abstract_arrays)
-        _check_arrays(folder, commit["arrays"], {name: _describe(leaf) for name, leaf in leaves.items()})
-        return iteration, treedef.unflatten(_load(folder / "arrays", leaves)), json.loads(text)
+        committed = _committed(self._checkpoints)
+        return _read_newest(self._checkpoints, committed, abstract_arrays) if committed else None
 
     def _folder(self, iteration: int) -> Path:
-        return self._checkpoints / f"{iteration:08d}"
-
-    def _committed(self) -> dict[int, dict[str, Any]]:
-        """What COMMIT says, by iteration. A marker cut short by a kill does not parse, and does not count."""
-        committed = {}
-        for folder in self._checkpoints.glob("[0-9]" * 8):
-            with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-                text = (folder / "COMMIT").read_text(encoding="ascii", errors="replace")
-                committed[int(folder.name)] = json.loads(text)
-        return committed
+        return _folder(self._checkpoints, iteration)
 
     def _recover(self) -> None:
-        committed = self._committed()
+        committed = _committed(self._checkpoints)
         lengths = committed[max(committed)]["logs"] if committed else {}
         for log in self._logs:
             durable.cut_back(self.path / f"{log}.jsonl", lengths.get(log, 0))
@@ -212,7 +190,7 @@ class WorkDir:
         self._remove_old()
 
     def _remove_old(self) -> None:
-        for iteration in sorted(self._committed())[: -self.keep]:
+        for iteration in sorted(_committed(self._checkpoints))[: -self.keep]:
             self._remove(self._folder(iteration))
 
     def _remove(self, folder: Path) -> None:
@@ -220,6 +198,31 @@ class WorkDir:
         (folder / "COMMIT").unlink(missing_ok=True)
         durable.sync_folder(folder)
         shutil.rmtree(folder)
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str], abstract_arrays: Any
+) -> tuple[int, Any, dict[str, Any]] | None:
+    """Reads the newest checkpoint of a directory without taking it: nothing is locked, cut back or written.
+
+    A run may go on in the directory meanwhile.
+
+    Args:
+      path: of the work directory.
+      abstract_arrays: as for `WorkDir.restore`, or a part of it: of what is left out nothing is read.
+
+    Returns, Raises:
+      As `WorkDir.restore`.
+    """
+    checkpoints = Path(path).expanduser().absolute() / "checkpoints"
+    while committed := _committed(checkpoints):
+        try:
+            return _read_newest(checkpoints, committed, abstract_arrays, partial=True)
+        except Exception:
+            # Gone while it was read, because the run has made newer ones? Then these can be read.
+            if max(_committed(checkpoints), default=-1) == max(committed):
+                raise
+    return None
 
 
 def plain(value: Any, where: str) -> Any:
@@ -278,6 +281,39 @@ def _fields(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return fields
 
 
+def _folder(checkpoints: Path, iteration: int) -> Path:
+    return checkpoints / f"{iteration:08d}"
+
+
+def _committed(checkpoints: Path) -> dict[int, dict[str, Any]]:
+    """What COMMIT says, by iteration. A marker cut short by a kill does not parse, and does not count."""
+    committed = {}
+    for folder in checkpoints.glob("[0-9]" * 8):
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            text = (folder / "COMMIT").read_text(encoding="ascii", errors="replace")
+            committed[int(folder.name)] = json.loads(text)
+    return committed
+
+
+def _read_newest(
+    checkpoints: Path, committed: dict[int, dict[str, Any]], abstract_arrays: Any, partial: bool = False
+) -> tuple[int, Any, dict[str, Any]]:
+    """The newest of the committed checkpoints, or those of its arrays that are asked for."""
+    iteration = max(committed)
+    folder, commit = _folder(checkpoints, iteration), committed[iteration]
+    path = folder / "state.json"
+    text = path.read_bytes() if path.exists() else b""
+    if hashlib.sha256(text).hexdigest() != commit["state_sha256"]:
+        older = max(committed.keys() - {iteration}, default=None)
+        rest = "start from the beginning" if older is None else f"resume from iteration {older}"
+        raise ValueError(f"{path} is damaged: its hash is not the one in COMMIT. Remove {folder} to {rest}.")
+    leaves, treedef = _named_leaves(abstract_arrays)
+    wanted = {name: _describe(leaf) for name, leaf in leaves.items()}
+    saved = {name: x for name, x in commit["arrays"].items() if name in wanted or not partial}
+    _check_arrays(folder, saved, wanted)
+    return iteration, treedef.unflatten(_load(folder / "arrays", leaves)), json.loads(text)
+
+
 def _named_leaves(tree: Any) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
     """Leaves by path. Saved flat, since orbax does not know every container that optimizers are made of."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
@@ -317,5 +353,8 @@ def _load(path: Path, leaves: dict[str, Any]) -> list[jax.Array]:
         )
         for name, leaf in leaves.items()
     }
-    arrays = ocp.load(path, abstract)
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True  # whether some may be left out has been decided above
+    with context:
+        arrays = ocp.load(path, abstract)
     return [jax.device_put(np.asarray(arrays[name])) if name in free else arrays[name] for name in leaves]

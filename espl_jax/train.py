@@ -21,11 +21,11 @@ from espl_jax.assemble import (
     stream_key,
 )
 from espl_jax.data.order import Cursor, next_batch
-from espl_jax.deploy import deployed, evaluate_on, two_by_two
+from espl_jax.deploy import evaluate_on, two_by_two
 from espl_jax.evolution.evolve import count_drops, evolve
 from espl_jax.evolution.population import Population, from_json, prompt_from_json
 from espl_jax.evolution.ratings import rate
-from espl_jax.evolution.selection import select
+from espl_jax.evolution.selection import deployed, select
 from espl_jax.metrics import Progress
 from espl_jax.pretrained import Pretrained
 from espl_jax.reflectors.local import local_reflector
@@ -130,7 +130,7 @@ def iterate(run: Run, parts: Parts, c: Any, workdir: WorkDir, progress: Progress
     children = [each.child for each in offspring.values() if each.child]
     population, accepted, rejected = population.add(children, iteration)
     skipped = run.skipped + int(parts.trains and not learned)
-    best = deployed(population, parts, c)
+    best = deployed(population, c.mode)
     record = {
         **means(rollouts),
         **{name: float(x) for name, x in jax.device_get(learned).items()},

@@ -1,4 +1,4 @@
-"""Which prompt is deployed, and the two-by-two test of it."""
+"""The two-by-two test of the deployed prompt."""
 
 import dataclasses
 import io
@@ -10,7 +10,7 @@ from rich.console import Console
 
 from espl_jax import deploy
 from espl_jax.data.problems import ProblemSet
-from espl_jax.deploy import deployed, evaluate_on, two_by_two
+from espl_jax.deploy import evaluate_on, two_by_two
 from espl_jax.evaluate import summarize
 from espl_jax.evolution import population as populations
 from espl_jax.metrics import Progress
@@ -23,7 +23,7 @@ POPULATION = populations.start(
 ).with_ratings({"p0": (25.0, 3.0), "p1": (28.0, 2.0)})
 
 
-def parts(trains=True, evolves=True, test=True):
+def parts(trains=True, test=True):
     splits = {"validation": ProblemSet(fakes.PROBLEMS[:1], "a")}
     if test:
         splits["test"] = ProblemSet(fakes.PROBLEMS[1:3], "b")
@@ -32,25 +32,8 @@ def parts(trains=True, evolves=True, test=True):
         splits=splits,
         environment=fakes.Letters(),
         trains=trains,
-        evolves=evolves,
         sampling={},
     )
-
-
-@pytest.mark.parametrize(
-    ("mode", "evolves", "expected"),
-    [
-        # p2 was never rated, so that nothing is known of it; mu - 2 sigma is 19 for p0 and 24 for p1.
-        ("espl", True, "p1"),
-        ("evolution", True, "p1"),
-        # Only the root was played.
-        ("rl", False, "p0"),
-        # Nobody is rated, and the newest has taken the place of the others.
-        ("reflection", True, "p2"),
-    ],
-)
-def test_deployed(mode, evolves, expected):
-    assert deployed(POPULATION, parts(evolves=evolves), fakes.config(mode=mode)).id == expected
 
 
 @pytest.fixture
@@ -133,7 +116,7 @@ def test_two_by_two(folder, sampled):
 def test_the_root_alone_where_it_is_the_best(folder, sampled):
     progress = Progress(2, lambda *_: None, done=2, console=Console(file=io.StringIO()))
     first = populations.start([SystemPrompt(text="root")], 10)
-    some = parts(trains=False, evolves=True)
+    some = parts(trains=False)
     results = two_by_two(
         some, some.reference, first.members[0], first, fakes.config(mode="evolution"), folder, progress
     )

@@ -11,11 +11,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "espl_jax"
 DEVICE = {"models", "sampling", "rl"}
 HOST = {"evolution", "environments", "data", "text"}
 LAYERS = [
-    {"types", "sharding", "durable"},
+    {"types", "sharding", "durable", "command_line"},
     DEVICE | HOST,
     {"pretrained", "optimizer", "train_step", "check_config"},
-    {"rollout", "reflectors", "evaluate", "run_state", "metrics", "report", "plan", "export"},
-    {"assemble", "deploy", "train", "dry_run"},
+    {"rollout", "reflectors", "run_state", "metrics", "report", "plan"},
+    {"assemble", "evaluate", "deploy", "train", "dry_run", "saved_run", "export"},
     {"main"},
 ]
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
@@ -23,16 +23,21 @@ SAME_LAYER = {
     # The one forward serves decoding and the policy gradient.
     ("sampling", "models"),
     ("rl", "models"),
-    # Reflection on device and evaluation sample as rollouts do; intervals are the same everywhere.
+    # Reflection on device samples as rollouts do.
     ("reflectors", "rollout"),
-    ("evaluate", "rollout"),
-    ("evaluate", "metrics"),
     # The loop in parts: what it is made of, what it ends with, and a look before it.
+    ("evaluate", "assemble"),
     ("deploy", "assemble"),
+    ("deploy", "evaluate"),
     ("train", "assemble"),
     ("train", "deploy"),
     ("dry_run", "assemble"),
     ("dry_run", "train"),
+    # A run read back, and handed to others.
+    ("saved_run", "assemble"),
+    ("export", "assemble"),
+    ("export", "saved_run"),
+    ("evaluate", "saved_run"),
 }
 
 ACCELERATOR = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
@@ -149,7 +154,7 @@ def test_checker_catches(module, source, complaint):
             "espl_jax.evolution.edits",
             "import json\nimport numpy as np\nfrom espl_jax.types import SystemPrompt",
         ),
-        ("espl_jax.train", "from espl_jax import rollout, evaluate\nfrom espl_jax.evolution import edits"),
+        ("espl_jax.train", "from espl_jax import rollout, metrics\nfrom espl_jax.evolution import edits"),
         ("espl_jax.metrics", "print('held out')"),
     ],
 )

@@ -1,4 +1,6 @@
-"""Which system prompts run in an iteration: drawn from the newest members (Zhang et al. 2026, equation 4)."""
+"""Which prompts run in an iteration, drawn from the newest members (Zhang et al. 2026, equation 4), and which
+one is deployed.
+"""
 
 from __future__ import annotations
 
@@ -89,3 +91,13 @@ def select(
         weakest = max(i for i, score in enumerate(scores) if score == scores.min())
         chosen[weakest] = newest
     return (*chosen, *[newest] * (count - len(chosen)))
+
+
+def deployed(population: Population, mode: str) -> SystemPrompt:
+    """The prompt to deploy: the best by ratings, never by the test.
+
+    In `rl` there is only the root; in `reflection` nobody is rated, and each prompt replaces the one before.
+    """
+    if mode == "rl":
+        return population.members[0]
+    return population.members[-1] if mode == "reflection" else population.best()

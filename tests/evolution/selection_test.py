@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 
 from espl_jax.evolution.population import start
-from espl_jax.evolution.selection import select, softmax, uniform
+from espl_jax.evolution.selection import deployed, select, softmax, uniform
 from espl_jax.types import SystemPrompt
 
 
@@ -122,3 +122,20 @@ def test_select_names_what_is_wrong(arguments, message):
     settings = {"count": 1, "strategy": "softmax", "rng": np.random.default_rng(9), **arguments}
     with pytest.raises(ValueError, match=message):
         select(population_of(1.0), **settings)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        # p2 was never rated, so that nothing is known of it; mu - 2 sigma is 19 for p0 and 24 for p1.
+        ("espl", "p1"),
+        ("evolution", "p1"),
+        # Only the root was played.
+        ("rl", "p0"),
+        # Nobody is rated, and the newest has taken the place of the others.
+        ("reflection", "p2"),
+    ],
+)
+def test_deployed(mode, expected):
+    population = population_of(25, 25, 25).with_ratings({"p0": (25.0, 3.0), "p1": (28.0, 2.0)})
+    assert deployed(population, mode).id == expected

@@ -1,7 +1,7 @@
 import pytest
 
 from espl_jax.pretrained import smollm2
-from espl_jax.pretrained.gguf import open_gguf
+from espl_jax.pretrained.gguf_file import open_gguf
 from espl_jax.pretrained.gguf_tokenizer import tokenizer_from_metadata
 
 

@@ -1,0 +1,115 @@
+"""A run leaves: weights, evolved system prompt and a model card, as a folder that others load."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from espl_jax.assemble import trains
+from espl_jax.export.model_card import hub_name, model_card
+from espl_jax.pretrained.new_folder import check_free
+from espl_jax.pretrained.peft import save_adapter
+from espl_jax.pretrained.save import save_pretrained
+from espl_jax.saved_run import SavedRun, read_run
+
+FORMATS = ("merged", "adapter")
+
+
+def export(
+    workdir: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    format: str = "merged",
+    prompt: str = "deployed",
+    dtype: str = "bfloat16",
+    base: str = "",
+    say: Callable[[str], None] = print,
+) -> None:
+    """Writes the newest checkpoint of a run, which may be going on, in a format that others load.
+
+    Args:
+      workdir: of the run; only read.
+      out: the folder to write; appears whole or not at all, must be new or empty.
+      format: `merged`, whole weights for transformers and the servers that read its folders; `adapter`, the
+        LoRA adapters alone, for PEFT.
+      prompt: `deployed`, `root`, or the id of a member of the population.
+      dtype: of merged weights, `float32` or `bfloat16`; adapters are float32.
+      base: what others call the model that the run began with; by default `model.source`.
+      say: shows a line of progress.
+
+    Raises:
+      FileExistsError: if `out` is not empty.
+      FileNotFoundError: if there is no run, no checkpoint yet, or its model is gone.
+      ValueError: for an unknown prompt or format, adapters of a run that has none, or damaged files.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r}: choose one of {', '.join(FORMATS)}")
+    check_free(out)
+    say(f"Reading {workdir}")
+    run = read_run(workdir)
+    chosen = run.prompt(prompt)
+    if format == "adapter" and run.adapters is None:
+        why = "trains all weights (lora.rank=0)" if trains(run.config) else "changes prompts alone"
+        raise ValueError(
+            f"format='adapter': a run of mode={run.config.mode} that {why} has no adapters; use format=merged"
+        )
+    base = base or hub_name(run.config.model.source)
+    say(f"Iteration {run.iteration} of {run.config.num_iterations}, prompt {chosen.id}; writing {out}")
+    card = model_card(
+        run.config.to_dict(),
+        chosen,
+        base=base,
+        iteration=run.iteration,
+        folder=Path(out).name,
+        adapter=format == "adapter",
+        results=_results(run),
+        metrics=_metrics(run),
+    )
+    model = run.model
+    if format == "adapter":
+        save_adapter(out, run.adapters, model.config, model.tokenizer, chosen, base=base, model_card=card)
+    else:
+        temperature = run.config.sampling.temperature
+        drawn = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+        generation = {
+            **model.generation,
+            "eos_token_id": list(model.stop_ids),
+            **(drawn if temperature else {"do_sample": False}),
+        }
+        save_pretrained(
+            out,
+            model.params,
+            model.config,
+            model.tokenizer,
+            chosen,
+            dtype=dtype,
+            generation=generation,
+            model_card=card,
+        )
+    size = sum(file.stat().st_size for file in Path(out).expanduser().iterdir())
+    say(f"Written to {out} ({size / 1e6:,.1f} MB): weights, tokenizer with chat template, prompt, README.md")
+    if format == "adapter":
+        say(
+            f"Serve it:  vllm serve {base} --enable-lora --lora-modules evolved={out}"
+            f" --chat-template {out}/chat_template.jinja"
+        )
+    else:
+        say(f"Serve it:  transformers serve {out}   or   vllm serve {out}")
+
+
+def _results(run: SavedRun) -> dict[str, Any] | None:
+    """What `results.json` says, if it is of this checkpoint: the test is made at the end of a run."""
+    path = run.path / "results.json"
+    if run.iteration < run.config.num_iterations or not path.is_file():
+        return None
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _metrics(run: SavedRun) -> dict[str, Any] | None:
+    """The checkpoint's line of `metrics.jsonl`; a run that goes on may have written more."""
+    path = run.path / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return json.loads(lines[run.iteration - 1]) if len(lines) >= run.iteration else None

@@ -1,0 +1,201 @@
+"""LoRA adapters in the format of Hugging Face's PEFT, out and in.
+
+A folder holds `adapter_config.json` and `adapter_model.safetensors`. PEFT's factor is `lora_alpha / r`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from espl_jax.models import lora
+from espl_jax.models.config import DecoderConfig
+from espl_jax.models.transformer import Params, Weight
+from espl_jax.pretrained.hf_names import by_path, module
+from espl_jax.pretrained.layout import file_shape, to_file
+from espl_jax.pretrained.new_folder import new_folder
+from espl_jax.pretrained.safetensors_files import DTYPES, StoredTensor, read_header
+from espl_jax.pretrained.shards import Tensor, write_file
+from espl_jax.pretrained.stream import load_weight
+from espl_jax.pretrained.text_files import write_text_files
+from espl_jax.types import SystemPrompt
+
+# What of PEFT's settings changes the product, beside r and lora_alpha, and the values that we compute.
+_COMPUTED: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "use_dora": (False,),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern", "modules_to_save"), (None, {}, [])),
+    **dict.fromkeys(("layers_to_transform", "layer_replication", "trainable_token_indices"), (None, [])),
+    **dict.fromkeys(("lora_bias", "alora_invocation_tokens", "target_parameters"), (None, False, [])),
+}
+
+
+def save_adapter(
+    folder: str | os.PathLike[str],
+    adapters: Params,
+    config: DecoderConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    system_prompt: SystemPrompt | str | None = None,
+    *,
+    base: str,
+    model_card: str | None = None,
+) -> None:
+    """Writes adapters, float32, as a folder that PEFT loads onto the base model.
+
+    Args:
+      folder: appears whole or not at all; must be new or empty.
+      adapters: subtree of the params as `lora.detach` gives it.
+      config: the decoder, with the `lora_scale` of the run.
+      tokenizer: written beside, for its chat template.
+      system_prompt: becomes the template's default system message, and `system_prompt.txt`.
+      base: name on the hub, or folder, of the model that the adapters belong to.
+      model_card: the text of README.md.
+
+    Raises:
+      FileExistsError: if the folder is not empty.
+      ValueError: if the adapters do not fit the decoder, or the tokenizer has no chat template for
+        the prompt.
+    """
+    declared = declare_like(adapters, config)
+    leaves, tensors = by_path(adapters), []
+    for path, weight in declared.items():
+        stacked = leaves[path] if weight.axes[0] == "layers" else [leaves[path]]
+        for name, leaf in zip(_names(path, weight, config), stacked, strict=True):
+            read = functools.partial(_in_file, weight, leaf)
+            tensors.append(Tensor(name, file_shape(weight), read))
+    rank = _rank(adapters)
+    alpha = config.lora_scale * rank
+    modules = {module(path.rpartition("/")[0], config).rpartition(".")[2] for path in declared}
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "inference_mode": True,
+    }
+    with new_folder(folder) as unfinished:
+        text = json.dumps(settings, indent=2) + "\n"
+        (unfinished / "adapter_config.json").write_text(text, encoding="utf-8")
+        write_file(unfinished / "adapter_model.safetensors", tensors, "float32")
+        write_text_files(unfinished, tokenizer, system_prompt, model_card)
+
+
+def load_adapter(folder: str | os.PathLike[str], config: DecoderConfig) -> tuple[Params, float]:
+    """Reads adapters that PEFT or `save_adapter` wrote.
+
+    Args:
+      folder: with adapter_config.json and adapter_model.safetensors.
+      config: the decoder that they belong to.
+
+    Returns:
+      (adapters, lora_scale): float32, for `lora.attach`; and for `config.replace(lora_scale=...)`.
+
+    Raises:
+      FileNotFoundError: if one of the two files is not there.
+      ValueError: naming what in them does not fit: a setting that we do not compute, a tensor missing,
+        unexpected or of another shape.
+    """
+    folder = Path(folder).expanduser()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is not there; name a folder that PEFT wrote")
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    for field, computed in _COMPUTED.items():
+        if (value := settings.get(field, computed[0])) not in computed:
+            raise ValueError(f"{folder}/adapter_config.json: {field}={value!r} is not supported")
+    rank = settings["r"]
+    scale = settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    return _read(folder / "adapter_model.safetensors", config, rank), scale
+
+
+def declare_like(adapters: Params, config: DecoderConfig) -> dict[str, Weight]:
+    """Declarations of these adapters by path (`layers/mlp/up/lora_a`).
+
+    Raises:
+      ValueError: if they are not adapters of this decoder, naming the first that does not fit.
+    """
+    leaves = by_path(adapters)
+    declared = by_path(lora.abstract_adapters(config, _rank(adapters), _targets(leaves)))
+    for path in sorted(leaves.keys() | declared.keys()):
+        ours = list(leaves[path].shape) if path in leaves else "(absent)"
+        wanted = list(declared[path].shape) if path in declared else "(absent)"
+        if ours != wanted:
+            raise ValueError(f"adapters: {path} is {ours}, but the decoder's config asks for {wanted}")
+    return declared
+
+
+def _in_file(weight: Weight, leaf: jax.Array) -> np.ndarray:
+    return to_file(weight, np.asarray(leaf, np.float32))
+
+
+def _rank(adapters: Params) -> int:
+    return next(leaf.shape[-1] for path, leaf in by_path(adapters).items() if path.endswith("lora_a"))
+
+
+def _targets(paths: Sequence[str]) -> tuple[str, ...]:
+    """Names out of `lora.TARGETS` that the paths of adapters lead through."""
+    parents = {path.split("/")[-2] for path in paths}
+    return tuple(target for target in lora.TARGETS if target in parents)
+
+
+def _names(path: str, weight: Weight, config: DecoderConfig) -> list[str]:
+    """PEFT's names of the tensors that one of our leaves is stacked from."""
+    parent, _, leaf = path.rpartition("/")
+    part = {"lora_a": "lora_A", "lora_b": "lora_B"}[leaf]
+    name = f"base_model.model.{module(parent, config)}.{part}.weight"
+    return [name.format(layer) for layer in range(config.num_layers)] if "{}" in name else [name]
+
+
+def _read(path: Path, config: DecoderConfig, rank: int) -> Params:
+    # Of an adapted head PEFT writes the base's weight too, as it was.
+    stored = {name: tensor for name, tensor in read_header(path).items() if ".base_layer." not in name}
+    every = lora.TARGETS[:7] if config.tied_head else lora.TARGETS
+    names = {
+        leaf: _names(leaf, weight, config)
+        for leaf, weight in by_path(lora.abstract_adapters(config, rank, every)).items()
+    }
+    targets = _targets([leaf for leaf in names if stored.keys() & names[leaf]])
+    if not targets:
+        raise ValueError(f"{path} has no adapter of this decoder, but {', '.join(sorted(stored)[:5])}")
+    tree = lora.abstract_adapters(config, rank, targets)
+    declared = by_path(tree)
+    wanted = {name: file_shape(weight) for leaf, weight in declared.items() for name in names[leaf]}
+    for kind, odd in (
+        ("missing", wanted.keys() - stored.keys()),
+        ("not of this decoder", stored.keys() - wanted.keys()),
+        ("of another dtype than float32, float16 or bfloat16", _of_other_dtypes(stored)),
+    ):
+        if odd:
+            raise ValueError(f"{path}: {len(odd)} tensors are {kind}, beginning with {sorted(odd)[0]}")
+    for name, shape in wanted.items():
+        if stored[name].shape != shape:
+            raise ValueError(
+                f"{path}: {name} is {list(stored[name].shape)}, but the decoder and r={rank} in "
+                f"adapter_config.json ask for {list(shape)}"
+            )
+    leaves = [
+        load_weight(weight, [stored[name] for name in names[leaf]], None) for leaf, weight in declared.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+def _of_other_dtypes(stored: dict[str, StoredTensor]) -> set[str]:
+    return {name for name, tensor in stored.items() if tensor.dtype not in DTYPES}

@@ -1,0 +1,112 @@
+"""Params as a folder that transformers, and the servers that read its format, load."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from espl_jax.models import lora
+from espl_jax.models.config import DecoderConfig
+from espl_jax.models.transformer import Params, Weight, abstract
+from espl_jax.pretrained.hf_config import to_hf_config
+from espl_jax.pretrained.hf_names import by_path, names
+from espl_jax.pretrained.layout import file_shape, to_file
+from espl_jax.pretrained.new_folder import new_folder
+from espl_jax.pretrained.peft import declare_like
+from espl_jax.pretrained.shards import DTYPES, Tensor, write_shards
+from espl_jax.pretrained.text_files import write_text_files
+from espl_jax.types import SystemPrompt
+
+
+def save_pretrained(
+    folder: str | os.PathLike[str],
+    params: Params,
+    config: DecoderConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    system_prompt: SystemPrompt | str | None = None,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: float = 5e9,
+    generation: dict[str, Any] | None = None,
+    model_card: str | None = None,
+) -> None:
+    """Writes a model as a folder in Hugging Face's format, adapters merged into the weights they adapt.
+
+    Weights are merged and written one tensor of one layer at a time, in float32, and rounded once.
+
+    Args:
+      folder: appears whole or not at all; must be new or empty.
+      params: with adapters attached or not; all leaves addressable by this process.
+      config: the decoder, with the `lora_scale` of the adapters.
+      tokenizer: written beside.
+      system_prompt: becomes the default system message of the chat template, and `system_prompt.txt`.
+      dtype: of the weights in the files, `float32` or `bfloat16`; by default that of `config.param_dtype`.
+      max_shard_bytes: most bytes of weights in one file.
+      generation: fields of generation_config.json beside the ids of special tokens.
+      model_card: the text of README.md.
+
+    Raises:
+      FileExistsError: if the folder is not empty.
+      ValueError: if the params are not those of the config, the config not of its family, the dtype
+        unknown, or the tokenizer without the chat template that a system prompt needs.
+      OSError: if the disk is full.
+    """
+    dtype = dtype or config.param_dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    # Older readers know the dtype as torch_dtype.
+    described = {**to_hf_config(config), **ids, "dtype": dtype, "torch_dtype": dtype}
+    generating = {**ids, "pad_token_id": pad, **(generation or {})}
+    tensors = _tensors(params, config)
+    with new_folder(folder) as unfinished:
+        for name, fields in {"config": described, "generation_config": generating}.items():
+            (unfinished / f"{name}.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        write_text_files(unfinished, tokenizer, system_prompt, model_card)
+        write_shards(unfinished, tensors, dtype, max_shard_bytes)
+
+
+def _tensors(params: Params, config: DecoderConfig) -> list[Tensor]:
+    """Every tensor of the checkpoint, layer by layer; each is read out of the params when it is written."""
+    base, adapters = lora.detach(params)
+    declared, leaves = by_path(abstract(config)), by_path(base)
+    for path in sorted(declared.keys() | leaves.keys()):
+        ours = list(leaves[path].shape) if path in leaves else "(absent)"
+        wanted = list(declared[path].shape) if path in declared else "(absent)"
+        if ours != wanted:
+            raise ValueError(f"params: {path} is {ours}, but the decoder's config asks for {wanted}")
+    if adapters:
+        declared |= declare_like(adapters, config)
+        leaves |= by_path(adapters)
+
+    tensors: dict[int, list[Tensor]] = {layer: [] for layer in range(-1, config.num_layers)}
+    for path, name in names(config).items():
+        for layer in range(config.num_layers) if "{}" in name else [-1]:
+            read = _reader(path, layer, leaves, declared, config.lora_scale)
+            tensors[layer].append(Tensor(name.format(layer), file_shape(declared[path]), read))
+    return [tensor for layer in tensors.values() for tensor in layer]
+
+
+def _reader(
+    path: str, layer: int, leaves: dict[str, Any], declared: dict[str, Weight], scale: float
+) -> Callable[[], np.ndarray]:
+    """What gives one layer of a weight (-1: of no layer) as it lies in the file, its adapter added."""
+
+    def in_file(path: str) -> np.ndarray:
+        leaf = leaves[path] if layer < 0 else leaves[path][layer]
+        return to_file(declared[path], np.asarray(leaf).astype(np.float32))
+
+    def read() -> np.ndarray:
+        weight = in_file(path)
+        module, _, leaf = path.rpartition("/")
+        if leaf == "weight" and f"{module}/lora_a" in leaves:
+            weight = weight + np.float32(scale) * (in_file(f"{module}/lora_b") @ in_file(f"{module}/lora_a"))
+        return weight
+
+    return read

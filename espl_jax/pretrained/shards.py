@@ -1,0 +1,88 @@
+"""Writing safetensors files one tensor at a time, so that no more than one is ever in memory twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from espl_jax.pretrained.safetensors_files import INDEX, SINGLE
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+"""Dtypes that can be written, and what the format calls them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor to write.
+
+    Attributes:
+      name: in the file.
+      shape: in the file.
+      read: gives its values as numpy, in any dtype; called once, when they are written.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    def size(self, dtype: str) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * jnp.dtype(dtype).itemsize
+
+
+def write_shards(folder: Path, tensors: Sequence[Tensor], dtype: str, max_shard_bytes: float) -> None:
+    """Writes `model.safetensors`, or numbered shards with their index, as transformers reads them.
+
+    Args:
+      folder: where to.
+      tensors: in the order in which they are written.
+      dtype: `float32` or `bfloat16`, of all of them.
+      max_shard_bytes: most bytes of tensors in one file; a larger tensor has a file of its own.
+    """
+    shards: list[list[Tensor]] = [[]]
+    room = max_shard_bytes
+    for tensor in tensors:
+        if shards[-1] and tensor.size(dtype) > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(tensor)
+        room -= tensor.size(dtype)
+    if len(shards) == 1:
+        write_file(folder / SINGLE, tensors, dtype)
+        return
+    places = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        write_file(folder / file, shard, dtype)
+        places |= {tensor.name: file for tensor in shard}
+    total = sum(tensor.size(dtype) for tensor in tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_file(path: Path, tensors: Sequence[Tensor], dtype: str) -> None:
+    """Writes one safetensors file: the header's length, the header, and the tensors' bytes in order."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.size(dtype)
+        header[tensor.name] = {
+            "dtype": DTYPES[dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # readers map the file, and want its numbers aligned
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            values = np.ascontiguousarray(tensor.read(), jnp.dtype(dtype))
+            if values.shape != tensor.shape:
+                raise ValueError(f"{tensor.name} is {list(values.shape)}, declared as {list(tensor.shape)}")
+            file.write(values.reshape(-1).view(np.uint8))

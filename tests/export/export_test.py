@@ -1,0 +1,179 @@
+"""A run leaves as a folder: whose weights, which prompt, what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from espl_jax import assemble
+from espl_jax import train as loop
+from espl_jax.export import export
+from espl_jax.models import lora
+from espl_jax.pretrained.peft import load_adapter
+from espl_jax.run_state import WorkDir
+from espl_jax.saved_run import read_run
+from espl_jax.text.chat import render
+from tests import fakes, families, tiny
+
+TOKENS = np.random.default_rng(0).integers(0, 259, (2, 24)).astype(np.int32)
+USER = {"role": "user", "content": "1 + 1?"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(assemble, "load_pretrained", fakes.load_pretrained)
+        monkeypatch.setattr(assemble, "Arithmetic", fakes.Letters)
+        monkeypatch.setattr(assemble.sharding, "make_mesh", lambda sizes: None)
+        monkeypatch.setattr(loop, "local_reflector", lambda model, **settings: fakes.scripted_replies)
+        yield
+
+
+@pytest.fixture(scope="module")
+def workdir(small, tmp_path_factory):
+    return fakes.workdir(tmp_path_factory.mktemp("runs") / "espl")
+
+
+def unasked(folder):
+    return render(AutoTokenizer.from_pretrained(folder), [USER])
+
+
+def under(text):
+    return render(fakes.tokenizer(), [{"role": "system", "content": text}, USER])
+
+
+def test_merged(workdir, tmp_path):
+    said = []
+    export(workdir, tmp_path / "out", dtype="float32", say=said.append)
+    run = read_run(workdir)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ours = np.asarray(tiny.logits(run.model.params, run.model.config, TOKENS))
+    theirs = families.torch_logits(model, TOKENS).detach().numpy()
+    assert np.abs(ours - theirs).max() < 1e-4 * np.abs(ours).max()
+    # p1 has the best rating.
+    assert unasked(tmp_path / "out") == under("Reply with the sum.")
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["temperature"] == 1.0 and generation["eos_token_id"] == [257]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "0.5" in card and "prompt p1" in card and "no test" in card
+    assert "prompt p1" in said[1] and f"transformers serve {tmp_path / 'out'}" in said[-1]
+
+
+def test_adapter(workdir, tmp_path):
+    said = []
+    export(workdir, tmp_path / "out", format="adapter", prompt="root", base="org/tiny", say=said.append)
+    run = read_run(workdir)
+    read, scale = load_adapter(tmp_path / "out", run.model.config)
+    assert scale == 1.0
+    for name in ("lora_a", "lora_b"):
+        ours = run.adapters["layers"]["mlp"]["up"][name]
+        np.testing.assert_array_equal(read["layers"]["mlp"]["up"][name], ours)
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "org/tiny"
+    assert "vllm serve org/tiny --enable-lora" in said[-1]
+    assert unasked(tmp_path / "out") == under("Reply.")
+
+
+def test_dtype_and_prompt(workdir, tmp_path):
+    export(workdir, tmp_path / "out", prompt="p2", say=lambda line: None)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert unasked(tmp_path / "out") == under("Think {{ twice }}.")
+    assert (tmp_path / "out" / "system_prompt.txt").read_text() == "Think {{ twice }}."
+
+
+def test_prompts_alone(tmp_path):
+    """No weights were trained: those of the model that the run began with."""
+    workdir = fakes.workdir(tmp_path / "run", mode="evolution")
+    export(workdir, tmp_path / "out", dtype="float32", say=lambda line: None)
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    reference = fakes.model(remat=False, param_dtype="float32", dtype="float32").params
+    embedding = reference["embedding"]["weight"]
+    np.testing.assert_array_equal(weights["model.embed_tokens.weight"], embedding)
+    assert unasked(tmp_path / "out") == under("Reply with the sum.")
+    with pytest.raises(ValueError, match="mode=evolution that changes prompts alone has no adapters"):
+        export(workdir, tmp_path / "adapter", format="adapter", say=lambda line: None)
+
+
+def test_all_weights(tmp_path):
+    workdir = fakes.workdir(tmp_path / "run", mode="rl", lora__rank=0)
+    export(workdir, tmp_path / "out", dtype="float32", say=lambda line: None)
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    embedding = fakes.model(remat=False, param_dtype="float32", dtype="float32").params["embedding"]["weight"]
+    np.testing.assert_array_equal(weights["model.embed_tokens.weight"], embedding + 0.5)
+    with pytest.raises(ValueError, match=r"trains all weights \(lora.rank=0\) has no adapters"):
+        export(workdir, tmp_path / "adapter", format="adapter", say=lambda line: None)
+
+
+def test_beside_the_run(workdir, tmp_path):
+    config = fakes.config().to_dict()
+    with WorkDir(workdir, config) as folder:
+        folder.append("metrics", {"iteration": 3, "reward": 0.9})
+        export(workdir, tmp_path / "out", say=lambda line: None)
+    # The figures are the checkpoint's, not those of what came after.
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| reward       | 0.5 |" in card and "0.9 |" not in card
+
+
+def test_a_test_that_was_of_fewer_iterations_is_not_shown(tmp_path):
+    workdir = fakes.workdir(tmp_path / "run", num_iterations=5)
+    (workdir / "results.json").write_text('{"deployed": {"id": "p1"}, "test": {"initial": {}}}')
+    export(workdir, tmp_path / "out", say=lambda line: None)
+    assert "there was no test yet" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_refusals(workdir, tmp_path):
+    with pytest.raises(ValueError, match="format='onnx': choose one of merged, adapter"):
+        export(workdir, tmp_path / "out", format="onnx")
+    with pytest.raises(ValueError, match="prompt='p9': give deployed, root, or one of p0, p1, p2"):
+        export(workdir, tmp_path / "out", prompt="p9", say=lambda line: None)
+    with pytest.raises(FileNotFoundError, match=r"has no config.json"):
+        export(tmp_path, tmp_path / "out", say=lambda line: None)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    with pytest.raises(FileExistsError, match="nothing is overwritten"):
+        export(workdir, tmp_path / "full", say=lambda line: None)
+
+
+def command(*args):
+    return subprocess.run(
+        [sys.executable, "-m", "espl_jax.export", *args],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).resolve().parents[2],
+        env=os.environ | {"JAX_PLATFORMS": ""},
+    )
+
+
+@pytest.mark.slow
+def test_the_command_says_what_is_wrong(tmp_path):
+    result = command(f"--workdir={tmp_path}", f"--out={tmp_path / 'out'}")
+    assert result.returncode == 1
+    assert "has no config.json: give the --workdir of a run" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_a_run_from_its_beginning(tmp_path):
+    with open(tmp_path / "log", "w") as log:
+        results = loop.train(fakes.config(), tmp_path / "run", Console(file=log, width=200))
+    export(tmp_path / "run", tmp_path / "out", dtype="float32", say=lambda line: None)
+    run = read_run(tmp_path / "run")
+    assert run.prompt().id == results["deployed"]["id"]
+    assert unasked(tmp_path / "out") == under(run.prompt().render())
+    base, adapters = lora.detach(run.model.params)
+    exported = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    node = base["layers"]["mlp"]["up"]["weight"][0]
+    update = adapters["layers"]["mlp"]["up"]
+    expected = node + update["lora_a"][0] @ update["lora_b"][0]
+    np.testing.assert_allclose(exported, expected.T, atol=1e-6)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| trained |" in card and "Training rollouts" in card

@@ -1,0 +1,125 @@
+"""Adapters in PEFT's format, tensor by tensor; `round_trip_test` has PEFT itself."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from transformers import AutoTokenizer
+
+from espl_jax.models import lora
+from espl_jax.pretrained.peft import load_adapter, save_adapter
+from espl_jax.text.chat import render
+from tests import fakes, tiny
+
+CONFIG = fakes.CONFIG.replace(lora_scale=0.5)
+
+
+def assert_same(ours, others):
+    assert jax.tree.structure(ours) == jax.tree.structure(others)
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(others), strict=True):
+        assert x.dtype == y.dtype == np.float32
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("targets", [("query",), ("gate", "out"), lora.TARGETS[:7]])
+def test_some_targets(targets, tmp_path):
+    adapters = tiny.adapters(CONFIG, targets=targets)
+    save_adapter(tmp_path / "out", adapters, CONFIG, fakes.tokenizer(), base="a/b")
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    theirs = {"query": "q_proj", "out": "o_proj", "gate": "gate_proj"}
+    assert set(settings["target_modules"]) >= {theirs[t] for t in targets if t in theirs}
+    assert len(settings["target_modules"]) == len(targets)
+    assert (settings["r"], settings["lora_alpha"]) == (3, 1.5)
+    assert settings["base_model_name_or_path"] == "a/b"
+    assert_same(load_adapter(tmp_path / "out", CONFIG)[0], adapters)
+
+
+def test_one_tensor_by_hand(tmp_path):
+    adapters = tiny.adapters(CONFIG)
+    save_adapter(tmp_path / "out", adapters, CONFIG, fakes.tokenizer(), base="a/b")
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    node = adapters["layers"]["attention"]["out"]
+    name = "base_model.model.model.layers.1.self_attn.o_proj.lora_"
+    # A takes the heads' outputs, head by head; B gives the residual stream.
+    np.testing.assert_array_equal(tensors[f"{name}A.weight"], node["lora_a"][1].reshape(4 * 8, 3).T)
+    np.testing.assert_array_equal(tensors[f"{name}B.weight"], node["lora_b"][1].T)
+    assert len(tensors) == 2 * 7 * 2
+
+
+def test_the_prompt_comes_with_it(tmp_path):
+    folder = tmp_path / "out"
+    save_adapter(folder, tiny.adapters(CONFIG), CONFIG, fakes.tokenizer(), "Add.", base="b", model_card="# A")
+    user = {"role": "user", "content": "1"}
+    rendered = render(AutoTokenizer.from_pretrained(folder), [user])
+    assert rendered == render(fakes.tokenizer(), [{"role": "system", "content": "Add."}, user])
+    assert (folder / "system_prompt.txt").read_text() == "Add."
+    assert (folder / "README.md").read_text() == "# A"
+
+
+class TestReading:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        save_adapter(tmp_path / "a", tiny.adapters(CONFIG), CONFIG, fakes.tokenizer(), base="a/b")
+        return tmp_path / "a"
+
+    def settings(self, folder, **changes):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    def tensors(self, folder, change):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors")
+
+    def test_rank_stabilized_scale(self, folder):
+        self.settings(folder, use_rslora=True, lora_alpha=6)
+        assert load_adapter(folder, CONFIG)[1] == pytest.approx(6 / 3**0.5)
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [("use_dora", True), ("bias", "all"), ("peft_type", "IA3"), ("rank_pattern", {"q_proj": 4})],
+    )
+    def test_settings_that_are_not_computed(self, folder, field, value):
+        self.settings(folder, **{field: value})
+        with pytest.raises(ValueError, match=f"adapter_config.json: {field}="):
+            load_adapter(folder, CONFIG)
+
+    NAME = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda t: t.pop(TestReading.NAME), f"1 tensors are missing, beginning with {NAME}"),
+            (lambda t: t.update(extra=np.ones(1)), "1 tensors are not of this decoder, beginning with extra"),
+            (
+                lambda t: t.update({TestReading.NAME: np.ones((3, 5), np.float32)}),
+                r"is \[3, 5\], .*\[3, 32\]",
+            ),
+            (
+                lambda t: t.update({TestReading.NAME: np.ones((3, 32), np.int8)}),
+                f"1 tensors are of another dtype .* {NAME}",
+            ),
+            (lambda t: [t.pop(name) for name in list(t)[1:]], "tensors are missing"),
+        ],
+    )
+    def test_tensors_that_do_not_fit(self, folder, change, message):
+        self.tensors(folder, change)
+        with pytest.raises(ValueError, match=message):
+            load_adapter(folder, CONFIG)
+
+    def test_of_another_model(self, folder):
+        with pytest.raises(ValueError, match="14 tensors are missing"):
+            load_adapter(folder, CONFIG.replace(num_layers=3))
+        self.tensors(folder, lambda t: (t.clear(), t.update(x=np.ones(1))))
+        with pytest.raises(ValueError, match="no adapter of this decoder, but x"):
+            load_adapter(folder, CONFIG)
+
+    def test_files_that_are_not_there(self, folder):
+        (folder / "adapter_model.safetensors").write_bytes(b"\x10")
+        with pytest.raises(ValueError, match="truncated"):
+            load_adapter(folder, CONFIG)
+        (folder / "adapter_config.json").unlink()
+        with pytest.raises(FileNotFoundError, match=r"adapter_config.json is not there"):
+            load_adapter(folder, CONFIG)

@@ -1,0 +1,194 @@
+"""What is in a folder of merged weights, and what is refused; `round_trip_test` has every family."""
+
+import copy
+import errno
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from espl_jax.models import lora
+from espl_jax.pretrained import save
+from espl_jax.pretrained.hf_config import from_hf_config
+from espl_jax.pretrained.save import save_pretrained
+from espl_jax.text.chat import render
+from espl_jax.types import SystemPrompt
+from tests import fakes, families, tiny
+
+CONFIG = fakes.CONFIG.replace(lora_scale=0.5)
+TOKENS = np.random.default_rng(0).integers(0, 97, (2, 24)).astype(np.int32)
+
+
+def adapted(config, targets=lora.TARGETS[:7]):
+    return lora.attach(tiny.params(config), tiny.adapters(config, targets=targets))
+
+
+def torch_logits(model):
+    with torch.no_grad():
+        return families.torch_logits(model, TOKENS).numpy()
+
+
+def worst(ours, reference):
+    """The largest difference, in parts of the largest logit."""
+    return np.abs(np.asarray(ours) - reference).max() / np.abs(reference).max()
+
+
+def test_what_is_in_the_folder(tmp_path):
+    prompt = SystemPrompt(text="Reply with\r\nthe sum.", principles=("Say {{ it }}.",))
+    generation = {"do_sample": True, "temperature": 0.7, "top_p": 1.0, "top_k": 0}
+    folder = tmp_path / "runs" / "out"
+    save_pretrained(
+        folder,
+        tiny.params(CONFIG),
+        CONFIG,
+        fakes.tokenizer(),
+        prompt,
+        generation=generation,
+        model_card="# M",
+    )
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "system_prompt.txt",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert [path.name for path in folder.parent.iterdir()] == ["out"]
+    assert (folder / "README.md").read_text() == "# M"
+    assert (folder / "system_prompt.txt").read_bytes().decode() == prompt.render()
+    user = {"role": "user", "content": "1 + 1?"}
+    asked = [{"role": "system", "content": prompt.render()}, user]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert render(tokenizer, [user]) == render(fakes.tokenizer(), asked)
+    assert tokenizer.encode("a <|im_end|>") == fakes.tokenizer().encode("a <|im_end|>")
+    # The tokenizer that was given is as it was.
+    assert fakes.tokenizer().chat_template == fakes.TEMPLATE
+
+    ids = fakes.tokenizer().convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    loaded = GenerationConfig.from_pretrained(folder)
+    assert [loaded.eos_token_id, loaded.pad_token_id] == ids
+    assert (loaded.do_sample, loaded.temperature, loaded.top_p, loaded.top_k) == (True, 0.7, 1.0, 0)
+    described = json.loads((folder / "config.json").read_text())
+    assert described["eos_token_id"] == ids[0]
+    assert described["dtype"] == described["torch_dtype"] == "float32"
+    assert from_hf_config(described, lora_scale=0.5).replace(windows=()) == CONFIG.replace(windows=())
+
+
+def test_without_a_system_prompt_the_template_is_the_models_own(tmp_path):
+    save_pretrained(tmp_path / "none", tiny.params(CONFIG), CONFIG, fakes.tokenizer())
+    save_pretrained(tmp_path / "empty", tiny.params(CONFIG), CONFIG, fakes.tokenizer(), SystemPrompt())
+    for name in ("none", "empty"):
+        assert AutoTokenizer.from_pretrained(tmp_path / name).chat_template == fakes.TEMPLATE
+    assert not (tmp_path / "none" / "system_prompt.txt").exists()
+    assert (tmp_path / "empty" / "system_prompt.txt").read_text() == ""
+
+
+def test_shards_hold_what_one_file_does(tmp_path):
+    params = adapted(CONFIG)
+    save_pretrained(tmp_path / "one", params, CONFIG, fakes.tokenizer())
+    save_pretrained(tmp_path / "many", params, CONFIG, fakes.tokenizer(), max_shard_bytes=20_000)
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert sum(x.nbytes for x in whole.values()) == index["metadata"]["total_size"]
+    sharded = {}
+    for file in files:
+        part = load_file(tmp_path / "many" / file)
+        # Only a tensor too large for any file may make one too large.
+        assert sum(x.nbytes for x in part.values()) <= 20_000 or len(part) == 1
+        assert {index["weight_map"][name] for name in part} == {file}
+        sharded |= part
+    assert sharded.keys() == whole.keys()
+    assert all(np.array_equal(sharded[name], whole[name]) for name in whole)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "many")
+    assert worst(tiny.logits(params, CONFIG, TOKENS), torch_logits(model)) < 1e-4
+
+
+def test_merging_rounds_once(tmp_path):
+    """bfloat16 weights and float32 adapters: their sum is rounded, not the adapters' product before it."""
+    config = CONFIG.replace(param_dtype="bfloat16")
+    params = adapted(config)
+    save_pretrained(tmp_path / "out", params, config, fakes.tokenizer())
+    save_pretrained(tmp_path / "exact", params, config, fakes.tokenizer(), dtype="float32")
+    exact = load_file(tmp_path / "exact" / "model.safetensors")
+    node = params["layers"]["attention"]["query"]
+    by_hand = np.asarray(node["weight"][1], np.float64) + 0.5 * np.einsum(
+        "dr,rnh->dnh", np.asarray(node["lora_a"][1], np.float64), np.asarray(node["lora_b"][1], np.float64)
+    )
+    name = "model.layers.1.self_attn.q_proj.weight"
+    np.testing.assert_allclose(exact[name], by_hand.reshape(32, 32).T, rtol=1e-5, atol=1e-6)
+    with safe_open(str(tmp_path / "out" / "model.safetensors"), framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            rounded = file.get_tensor(name)
+            assert rounded.dtype == torch.bfloat16
+            assert torch.equal(rounded, torch.tensor(exact[name]).bfloat16())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+class TestRefusals:
+    def test_a_folder_in_use(self, tmp_path):
+        (tmp_path / "notes.txt").write_text("mine")
+        with pytest.raises(FileExistsError, match="nothing is overwritten"):
+            save_pretrained(tmp_path, tiny.params(CONFIG), CONFIG, fakes.tokenizer())
+        with pytest.raises(FileExistsError, match="nothing is overwritten"):
+            save_pretrained(tmp_path / "notes.txt", tiny.params(CONFIG), CONFIG, fakes.tokenizer())
+        assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+    def test_an_empty_folder_is_free(self, tmp_path):
+        (tmp_path / "out").mkdir()
+        save_pretrained(tmp_path / "out", tiny.params(CONFIG), CONFIG, fakes.tokenizer())
+        assert (tmp_path / "out" / "config.json").exists()
+
+    @pytest.mark.parametrize(
+        ("error", "message"),
+        [(OSError(errno.ENOSPC, "No space left on device"), "the disk is full"), (KeyError("x"), "x")],
+    )
+    def test_after_an_error_there_is_nothing(self, error, message, tmp_path, monkeypatch):
+        def fail(*args):
+            raise error
+
+        monkeypatch.setattr(save, "write_shards", fail)
+        with pytest.raises(type(error), match=message):
+            save_pretrained(tmp_path / "out", tiny.params(CONFIG), CONFIG, fakes.tokenizer())
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda p: p.pop("final_norm"), r"final_norm/scale is \(absent\), but .* asks for \[32\]"),
+            (lambda p: p.update(head=p["embedding"]), r"head/weight is \[259, 32\], .* asks for \(absent\)"),
+            (lambda p: p["final_norm"].update(scale=jnp.ones(3)), r"final_norm/scale is \[3\]"),
+            (
+                lambda p: p["layers"]["mlp"]["up"].update(
+                    lora_a=jnp.ones((2, 9, 3)), lora_b=jnp.ones((2, 3, 64))
+                ),
+                r"mlp/up/lora_a is \[2, 9, 3\], .* asks for \[2, 32, 3\]",
+            ),
+        ],
+    )
+    def test_params_of_another_decoder(self, change, message, tmp_path):
+        params = tiny.params(CONFIG)
+        change(params)
+        with pytest.raises(ValueError, match=message):
+            save_pretrained(tmp_path / "out", params, CONFIG, fakes.tokenizer())
+        assert list(tmp_path.iterdir()) == []
+
+    def test_an_unknown_dtype(self, tmp_path):
+        with pytest.raises(ValueError, match="dtype='int8': choose one of float32, bfloat16"):
+            save_pretrained(tmp_path / "out", tiny.params(CONFIG), CONFIG, fakes.tokenizer(), dtype="int8")
+
+    def test_a_system_prompt_without_a_template(self, tmp_path):
+        tokenizer = copy.copy(fakes.tokenizer())
+        tokenizer.chat_template = None
+        with pytest.raises(ValueError, match="no chat_template"):
+            save_pretrained(tmp_path / "out", tiny.params(CONFIG), CONFIG, tokenizer, "Add.")
+        save_pretrained(tmp_path / "out", tiny.params(CONFIG), CONFIG, tokenizer)

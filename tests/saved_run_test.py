@@ -1,0 +1,129 @@
+"""A run read back out of its work directory, which stays as it is."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from espl_jax import assemble, run_state, saved_run
+from espl_jax import train as loop
+from espl_jax.models import lora
+from espl_jax.run_state import WorkDir
+from espl_jax.saved_run import read_run
+from tests import fakes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(assemble, "load_pretrained", fakes.load_pretrained)
+        monkeypatch.setattr(assemble.sharding, "make_mesh", lambda sizes: None)
+        yield
+
+
+def contents(path):
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def workdir(tiny, tmp_path_factory):
+    return fakes.workdir(tmp_path_factory.mktemp("runs") / "espl")
+
+
+def test_reads_what_training_would_resume_from(workdir):
+    config = fakes.config()
+    read = read_run(workdir)
+    with WorkDir(workdir, config.to_dict()) as folder:
+        parts = assemble.assemble(config)
+        resumed = loop.restore(folder, config, parts)
+    assert (read.iteration, read.root, read.population) == (2, resumed.root, resumed.population)
+    expected = parts.policy(resumed.train_state).params
+    assert jax.tree.all(jax.tree.map(np.array_equal, read.model.params, expected))
+    assert jax.tree.all(jax.tree.map(np.array_equal, read.adapters, resumed.train_state.trainable))
+    assert any(np.any(x) for x in jax.tree.leaves(lora.detach(read.model.params)[1]))
+    assert read.model.config.lora_scale == config.lora.scale
+
+
+def test_nothing_is_touched_and_no_lock_needed(workdir):
+    config = fakes.config().to_dict()
+    with WorkDir(workdir, config) as folder:  # as a run that is going on holds it
+        folder.append("metrics", {"iteration": 3})
+        (workdir / "checkpoints" / "00000003").mkdir()
+        before = contents(workdir)
+        assert read_run(workdir).iteration == 2
+        assert contents(workdir) == before and (workdir / "checkpoints" / "00000003").is_dir()
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read(workdir, tmp_path, monkeypatch):
+    load, seen = run_state._load, []
+
+    def replaced(path, leaves):
+        seen.append(path.parent.name)
+        if len(seen) == 1:  # the run has made a newer one, and removed this one
+            path.parent.rename(path.parent.parent / "00000007")
+        return load(path, leaves)
+
+    monkeypatch.setattr(run_state, "_load", replaced)
+    copy = tmp_path / "run"
+    for name, content in contents(workdir).items():
+        file = copy / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    assert read_run(copy).iteration == 7
+    assert seen == ["00000002", "00000007"]
+
+
+def test_problems_are_not_needed(tmp_path):
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps({"problem": f"{i} + 1?", "answer": "1"}) + "\n" for i in range(6)))
+    workdir = fakes.workdir(tmp_path / "run", mode="rl", data__train=str(data))
+    data.unlink()
+    assert read_run(workdir).iteration == 2
+
+
+def test_all_weights(tmp_path):
+    read = read_run(fakes.workdir(tmp_path / "run", mode="rl", lora__rank=0))
+    reference = fakes.model(remat=False, param_dtype="float32", dtype="float32").params
+    assert read.adapters is None
+    trained, before = (tree["layers"]["mlp"]["up"]["weight"] for tree in (read.model.params, reference))
+    np.testing.assert_array_equal(trained, before + 0.5)
+
+
+def test_prompts_alone(tmp_path):
+    read = read_run(fakes.workdir(tmp_path / "run", mode="reflection"))
+    reference = fakes.model(remat=False, param_dtype="float32", dtype="float32").params
+    assert read.adapters is None
+    assert jax.tree.all(jax.tree.map(np.array_equal, read.model.params, reference))
+    # Each prompt replaces the one before.
+    assert read.prompt() == read.population.members[-1] != read.root
+
+
+def test_prompts_by_name(workdir):
+    read = read_run(workdir)
+    assert read.prompt("root") == read.prompt("p0") == read.root
+    assert read.prompt("p1").id == "p1" and read.prompt() == read.population.best()
+    with pytest.raises(ValueError, match=r"prompt='p99': give deployed, root, or one of p0, p1"):
+        read.prompt("p99")
+
+
+def test_where_there_is_no_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no config.json: give the --workdir"):
+        read_run(tmp_path)
+    with WorkDir(tmp_path, fakes.config().to_dict()):
+        pass
+    with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
+        read_run(tmp_path)
+
+
+def test_adapters_that_do_not_fit(workdir, monkeypatch):
+    shapes = saved_run.abstract_trainable
+
+    def other_rank(config, *args, **kwargs):
+        config = config.copy_and_resolve_references()
+        config.lora.rank = 5
+        return shapes(config, *args, **kwargs)
+
+    monkeypatch.setattr(saved_run, "abstract_trainable", other_rank)
+    with pytest.raises(ValueError, match=r"lora_a'\]: float32\[.*2\] there, float32\[.*5\] now"):
+        read_run(workdir)
