@@ -110,13 +110,11 @@ def assemble(config: Any) -> Parts:
     )
 
 
-def load_reference(config: Any, mesh: jax.sharding.Mesh | None) -> Pretrained:
-    """The model that a run begins with."""
-    names = ("param_dtype", "matmul_precision", "scan_layers", "slice_as_integers", "remat")
-    numerics = {name: config.model[name] for name in names}
-    return load_pretrained(
-        config.model.source, config.model.dtype, mesh, lora_scale=config.lora.scale, **numerics
-    )
+def load_reference(config: Any, mesh: jax.sharding.Mesh | None, **numerics: Any) -> Pretrained:
+    """The model that a run begins with; DecoderConfig fields in `numerics` go before those of the run."""
+    names = ("dtype", "param_dtype", "matmul_precision", "scan_layers", "slice_as_integers", "remat")
+    fields = {name: config.model[name] for name in names} | {"lora_scale": config.lora.scale}
+    return load_pretrained(config.model.source, mesh=mesh, **fields | numerics)
 
 
 def trains(config: Any) -> bool:

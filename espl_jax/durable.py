@@ -91,7 +91,7 @@ def disk_full_explained(path: Path) -> Iterator[None]:
             raise
         raise OSError(
             errno.ENOSPC,
-            "the disk is full: free some space and give the same command again; the run goes on from its "
+            "the disk is full: free some space and give the same command again; a run goes on from its "
             "newest checkpoint",
             str(path),
         ) from error

@@ -6,7 +6,9 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from espl_jax.assemble import abstract_trainable, load_reference, trains
@@ -59,11 +61,17 @@ class SavedRun:
         return self.population.get(name)
 
 
-def read_run(workdir: str | os.PathLike[str]) -> SavedRun:
+def read_run(
+    workdir: str | os.PathLike[str], mesh: jax.sharding.Mesh | None = None, **numerics: Any
+) -> SavedRun:
     """Reads a run's newest checkpoint, while the run may be going on.
 
-    Nothing is written or locked, no problems are needed, and weights go to the default device, whatever mesh
-    the run has. The optimizer's state is not read.
+    Nothing is written or locked, no problems are needed, and the optimizer's state is not read.
+
+    Args:
+      workdir: of the run.
+      mesh: devices that share the params, whatever mesh the run has; the default device when None.
+      **numerics: DecoderConfig fields that go before those of the run.
 
     Raises:
       FileNotFoundError: if there is no run, or no checkpoint of it yet.
@@ -73,8 +81,8 @@ def read_run(workdir: str | os.PathLike[str]) -> SavedRun:
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} has no config.json: give the --workdir of a run")
     config = ConfigDict(json.loads((path / "config.json").read_text(encoding="utf-8")))
-    model = load_reference(config, mesh=None)
-    trainable = abstract_trainable(config, model.config, mesh=None) if trains(config) else None
+    model = load_reference(config, mesh, **numerics)
+    trainable = abstract_trainable(config, model.config, mesh) if trains(config) else None
     saved = read_checkpoint(path, TrainState(step=None, trainable=trainable, opt_state=None))
     if saved is None:
         raise FileNotFoundError(f"{path} has no checkpoint yet: try again after its first iteration")

@@ -1,8 +1,10 @@
 """A run read back out of its work directory, which stays as it is."""
 
+import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from espl_jax import train as loop
 from espl_jax.models import lora
 from espl_jax.run_state import WorkDir
 from espl_jax.saved_run import read_run
+from espl_jax.sharding import make_mesh
 from tests import fakes
 
 
@@ -97,6 +100,18 @@ def test_prompts_alone(tmp_path):
     assert jax.tree.all(jax.tree.map(np.array_equal, read.model.params, reference))
     # Each prompt replaces the one before.
     assert read.prompt() == read.population.members[-1] != read.root
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_on_a_mesh_in_other_dtypes(tmp_path, rank):
+    workdir = fakes.workdir(tmp_path / "run", mode="rl", lora__rank=rank)
+    one, many = read_run(workdir), read_run(workdir, make_mesh({"tensor": 8}), param_dtype="bfloat16")
+    path = ("layers", "mlp", "up", "lora_b" if rank else "weight")
+    ours, others = (functools.reduce(dict.get, path, read.model.params) for read in (many, one))
+    assert len(ours.sharding.device_set) == 8
+    np.testing.assert_array_equal(ours, others)
+    assert many.model.config.param_dtype == "bfloat16"
+    assert many.model.params["embedding"]["weight"].dtype == (jnp.bfloat16 if rank else jnp.float32)
 
 
 def test_prompts_by_name(workdir):

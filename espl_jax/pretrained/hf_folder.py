@@ -109,6 +109,11 @@ def decoder_tensors(folder: Path, config: DecoderConfig) -> dict[str, list[Store
     return {path: [tensors[name] for name in group] for path, group in wanted.items()}
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there is any tokenizer in a folder."""
+    return any((folder / name).is_file() for name in VOCABULARIES)
+
+
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The folder's tokenizer, with its chat template if there is one. Runs no code of the folder.
 
@@ -116,7 +121,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
       FileNotFoundError: if the folder has no tokenizer.
       ValueError: if transformers cannot read it.
     """
-    if not any((folder / name).is_file() for name in VOCABULARIES):
+    if not has_tokenizer(folder):
         raise FileNotFoundError(
             f"{folder} has no tokenizer (none of {', '.join(VOCABULARIES)}); copy that of the model "
             "which this one was made from"

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from espl_jax.models import lora
@@ -98,12 +99,29 @@ def save_adapter(
         write_text_files(unfinished, tokenizer, system_prompt, model_card)
 
 
-def load_adapter(folder: str | os.PathLike[str], config: DecoderConfig) -> tuple[Params, float]:
+def base_of(folder: str | os.PathLike[str]) -> str:
+    """The model that an adapter belongs to: a name on the hub, or a path.
+
+    Raises:
+      ValueError: if the adapter does not say.
+    """
+    path = Path(folder) / "adapter_config.json"
+    if not (base := json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")):
+        raise ValueError(
+            f"{path}: base_model_name_or_path is missing; write there what the adapter belongs to"
+        )
+    return base
+
+
+def load_adapter(
+    folder: str | os.PathLike[str], config: DecoderConfig, mesh: Mesh | None = None
+) -> tuple[Params, float]:
     """Reads adapters that PEFT or `save_adapter` wrote.
 
     Args:
       folder: with adapter_config.json and adapter_model.safetensors.
       config: the decoder that they belong to.
+      mesh: devices that share the adapters; the default device when None.
 
     Returns:
       (adapters, lora_scale): float32, for `lora.attach`; and for `config.replace(lora_scale=...)`.
@@ -123,7 +141,7 @@ def load_adapter(folder: str | os.PathLike[str], config: DecoderConfig) -> tuple
             raise ValueError(f"{folder}/adapter_config.json: {field}={value!r} is not supported")
     rank = settings["r"]
     scale = settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-    return _read(folder / "adapter_model.safetensors", config, rank), scale
+    return _read(folder / "adapter_model.safetensors", config, rank, mesh), scale
 
 
 def declare_like(adapters: Params, config: DecoderConfig) -> dict[str, Weight]:
@@ -164,7 +182,7 @@ def _names(path: str, weight: Weight, config: DecoderConfig) -> list[str]:
     return [name.format(layer) for layer in range(config.num_layers)] if "{}" in name else [name]
 
 
-def _read(path: Path, config: DecoderConfig, rank: int) -> Params:
+def _read(path: Path, config: DecoderConfig, rank: int, mesh: Mesh | None) -> Params:
     # Of an adapted head PEFT writes the base's weight too, as it was.
     stored = {name: tensor for name, tensor in read_header(path).items() if ".base_layer." not in name}
     every = lora.TARGETS[:7] if config.tied_head else lora.TARGETS
@@ -192,7 +210,7 @@ def _read(path: Path, config: DecoderConfig, rank: int) -> Params:
                 f"adapter_config.json ask for {list(shape)}"
             )
     leaves = [
-        load_weight(weight, [stored[name] for name in names[leaf]], None) for leaf, weight in declared.items()
+        load_weight(weight, [stored[name] for name in names[leaf]], mesh) for leaf, weight in declared.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 

@@ -168,12 +168,17 @@ def test_problems_that_cannot_be_graded_are_refused_before_a_model_is_loaded(
 
 
 def test_the_weights_of_a_run(tmp_path, monkeypatch):
-    """A folder with checkpoints is a run; there is no choice of devices and dtypes for it yet."""
+    """A folder with checkpoints is a run, whose own numerics hold where no others are given."""
     (tmp_path / "checkpoints").mkdir()
-    monkeypatch.setattr(comparing, "read_run", lambda path: types.SimpleNamespace(model=f"of {path}"))
-    assert load_model(str(tmp_path), None, {}) == f"of {tmp_path}"
-    with pytest.raises(ValueError, match=r"--model=.*export it \(python -m espl_jax.export --workdir="):
-        load_model(str(tmp_path), None, {"dtype": "float32"})
+    asked = []
+
+    def read_run(*args, **numerics):
+        asked.append((*args, numerics))
+        return types.SimpleNamespace(model="its model")
+
+    monkeypatch.setattr(comparing, "read_run", read_run)
+    assert load_model(str(tmp_path), "the mesh", {"dtype": "float32"}) == "its model"
+    assert asked == [(str(tmp_path), "the mesh", {"dtype": "float32"})]
 
 
 def test_a_mesh_that_does_not_fit_is_refused(loaded, monkeypatch):

@@ -8,6 +8,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from espl_jax.models import lora
+from espl_jax.pretrained import load_pretrained
 from espl_jax.pretrained.peft import load_adapter, save_adapter
 from espl_jax.pretrained.save import save_pretrained
 from tests import fakes, families, tiny
@@ -65,3 +66,8 @@ def test_logits(family, request, tmp_path):
     for folder in (adapter, again):
         read, scale = load_adapter(folder, config)
         assert scale == pytest.approx(0.7) and same(read, adapters)
+
+    # And all of it comes back as one model.
+    for folder in (merged, adapter):
+        back = load_pretrained(folder)
+        np.testing.assert_allclose(tiny.logits(back.params, back.config, TOKENS), ours, atol=tolerance)
