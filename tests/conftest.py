@@ -1,6 +1,8 @@
 """What holds for every test: eight virtual CPU devices, one compilation cache, reproducible examples."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -42,6 +44,22 @@ def pytest_terminal_summary(terminalreporter):
     for family, errors in worst.items():
         said = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
         terminalreporter.write_line(f"{family} against transformers, worst relative error: {said}")
+
+
+def run_module(module, *args, **environment):
+    """`python -m module args` in a process of its own, with these variables added to its environment."""
+    command = [sys.executable, "-m", module, *args]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+    )
+
+
+@pytest.fixture(scope="session")
+def no_jax(tmp_path_factory):
+    """A PYTHONPATH under which importing jax fails, to show that the refusal comes before it."""
+    folder = tmp_path_factory.mktemp("no_jax")
+    (folder / "jax.py").write_text("raise ImportError('jax was imported')\n")
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

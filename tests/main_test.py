@@ -1,27 +1,12 @@
 """The command line: what cannot run is refused in a sentence, before anything is loaded."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import run_module
 
 
 def run(*args, config="configs/quickstart.py", **environment):
-    command = [sys.executable, "-m", "espl_jax.main", f"--config={config}", *args]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
-    )
-
-
-@pytest.fixture(scope="session")
-def no_jax(tmp_path_factory):
-    """A PYTHONPATH under which importing jax fails, to show that the refusal comes before it."""
-    folder = tmp_path_factory.mktemp("no_jax")
-    (folder / "jax.py").write_text("raise ImportError('jax was imported')\n")
-    return str(folder)
+    return run_module("espl_jax.main", f"--config={config}", *args, **environment)
 
 
 @pytest.mark.parametrize(

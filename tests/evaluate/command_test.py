@@ -1,28 +1,14 @@
 """`python -m espl_jax.evaluate`: what cannot be done is refused in a sentence; what can, is shown."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import run_module
 
 
 def run(*args, **environment):
-    command = [sys.executable, "-m", "espl_jax.evaluate", *args]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
-    )
-
-
-@pytest.fixture(scope="session")
-def no_jax(tmp_path_factory):
-    """A PYTHONPATH under which importing jax fails, to show that the refusal comes before it."""
-    folder = tmp_path_factory.mktemp("no_jax")
-    (folder / "jax.py").write_text("raise ImportError('jax was imported')\n")
-    return str(folder)
+    return run_module("espl_jax.evaluate", *args, **environment)
 
 
 @pytest.mark.parametrize(

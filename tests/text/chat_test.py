@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 
 from espl_jax.text.chat import cut_middle, encode, encode_conversation, has_system_role, render
+from tests.messages import assistant, system, user
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
@@ -31,18 +32,6 @@ texts = st.one_of(
         )
     ).map("".join),
 )
-
-
-def system(content):
-    return {"role": "system", "content": content}
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
 
 
 @pytest.fixture(scope="module")

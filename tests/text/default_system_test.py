@@ -9,6 +9,7 @@ from jinja2.exceptions import TemplateError
 
 from espl_jax.text.chat import has_system_role, render
 from espl_jax.text.default_system import with_default_system
+from tests.messages import assistant, system, user
 
 GENERATION = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 # What templates of the families do, in miniature; SmolLM2's own comes with the package.
@@ -118,18 +119,6 @@ PIECES += [
     "<|im_end|>",
 ]
 texts = st.one_of(st.text(max_size=60), st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
-
-
-def system(content):
-    return {"role": "system", "content": content}
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
 
 
 def parts(*contents):
