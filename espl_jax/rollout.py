@@ -14,7 +14,7 @@ from espl_jax.models.config import DecoderConfig
 from espl_jax.sampling.buckets import bucket, pad_right
 from espl_jax.sampling.draw import row_keys
 from espl_jax.sampling.generate import sample_tree
-from espl_jax.text.chat import encode_conversation
+from espl_jax.text.chat import common_length, encode_conversation
 from espl_jax.text.thinking import prompt_opens_thinking, strip_thinking
 from espl_jax.types import Conversation, Problem, Rollouts, SystemPrompt, TrainBatch
 
@@ -59,19 +59,14 @@ def encode_tree(
         ]
         for prompt in prompts
     ]
-    # Without any special token before the problem, starts may differ within a slot: only what is common is
-    # shared.
-    shared = [min(_common_length(slot[0][0], system) for system, _ in slot) for slot in encoded]
+    # Without an added token right before the problem, starts may differ within a slot: only what is common
+    # is shared.
+    shared = [min(common_length(slot[0][0], system) for system, _ in slot) for slot in encoded]
     systems = tuple(tuple(slot[0][0][:size]) for slot, size in zip(encoded, shared, strict=True))
     return systems, tuple(
         tuple((*system[size:], *rest) for system, rest in slot)
         for slot, size in zip(encoded, shared, strict=True)
     )
-
-
-def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    same = [x == y for x, y in zip(one, other, strict=False)]
-    return same.index(False) if False in same else len(same)
 
 
 def collect_rollouts(

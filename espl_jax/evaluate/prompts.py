@@ -49,7 +49,9 @@ def label(given: str) -> str:
 
 def _read(path: str) -> str:
     if not Path(path).expanduser().is_file():
-        raise FileNotFoundError(f"there is no file {path}; correct the path")
+        raise FileNotFoundError(
+            f"there is no file {path}; correct the path, or, if this is the prompt itself, end it otherwise"
+        )
     return Path(path).expanduser().read_text(encoding="utf-8")
 
 

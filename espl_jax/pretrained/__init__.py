@@ -76,7 +76,7 @@ def load_pretrained(
         return _with_adapter(folder, dtype, mesh, **numerics)
     config = hf_folder.read_config(folder, dtype=dtype, **numerics)
     # The small files first: what is wrong with them is known before gigabytes are read.
-    tokenizer, generation = hf_folder.read_tokenizer(folder), hf_folder.read_generation(folder)
+    tokenizer, generation = hf_folder.read_tokenizer(folder, config.family), hf_folder.read_generation(folder)
     return Pretrained(hf_folder.read_params(folder, config, mesh), config, tokenizer, generation)
 
 
@@ -88,7 +88,9 @@ def _with_adapter(folder: Path, dtype: str, mesh: Mesh | None, **numerics: Any) 
         base,
         params=lora.attach(base.params, adapters),
         config=base.config.replace(lora_scale=lora_scale),
-        tokenizer=hf_folder.read_tokenizer(folder) if hf_folder.has_tokenizer(folder) else base.tokenizer,
+        tokenizer=hf_folder.read_tokenizer(folder, base.config.family)
+        if hf_folder.has_tokenizer(folder)
+        else base.tokenizer,
     )
 
 
@@ -127,7 +129,7 @@ def _from_gguf(source: str, dtype: str, mesh: Mesh | None, **numerics: Any) -> P
     if source == "smollm2":
         params, config, metadata = gguf_cache.unpack_cached(smollm2.find_gguf())
     else:
-        params, config, metadata = gguf_cache.unpack(source, dtype=dtype, **numerics)
+        params, config, metadata = gguf_cache.unpack(os.path.expanduser(source), dtype=dtype, **numerics)
     config = config.replace(dtype=dtype, **numerics)
     param_dtype = jnp.dtype(config.param_dtype)
     params = jax.tree.map(lambda weight: weight.astype(param_dtype, copy=False), params)

@@ -84,7 +84,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it is not GGUF, or is truncated or damaged.
+      ValueError: if it is not GGUF, is truncated or damaged, or one part of several.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
@@ -96,6 +96,11 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
             f"{path} ({os.path.getsize(path)} bytes) cannot be read as GGUF: it is another kind of file, "
             f"truncated or damaged ({type(error).__name__}: {error}); download it again"
         ) from error
+    if (parts := metadata.get("split.count", 1)) > 1:
+        raise ValueError(
+            f"{path} is one of {parts} parts of a model, which are not read singly; join them with "
+            "`llama-gguf-split --merge <first part> <new file>`"
+        )
     return GGUFFile(path, metadata, tensors)
 
 

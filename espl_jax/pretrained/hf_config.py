@@ -124,7 +124,8 @@ def from_hf_config(hf: dict[str, Any], **numerics: Any) -> DecoderConfig:
     width, heads = c["hidden_size"], c["num_attention_heads"]
     rope, local_rope = _ropes(c, gemma)
     stretched = int(rope.factor * rope.original_positions) if rope.scaling == "yarn" else 0
-    bias = bool(c.get("attention_bias"))
+    # The others' code has no use for these fields, whatever a file says.
+    bias = family in ("llama", "qwen3", "gemma3") and bool(c.get("attention_bias"))
     return DecoderConfig(
         family=family,
         vocab_size=c["vocab_size"],
@@ -143,7 +144,7 @@ def from_hf_config(hf: dict[str, Any], **numerics: Any) -> DecoderConfig:
         post_norms=gemma,
         qkv_bias=bias or family == "qwen2",
         out_bias=bias,
-        mlp_bias=bool(c.get("mlp_bias")),
+        mlp_bias=family == "llama" and bool(c.get("mlp_bias")),
         query_scale=c["query_pre_attn_scalar"] ** -0.5 if gemma else 0.0,
         embed_scale=width**0.5 if gemma else 1.0,
         activation=_ACTIVATIONS[activation],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -19,6 +20,9 @@ from espl_jax.pretrained.hf_config import from_hf_config
 from espl_jax.pretrained.layout import file_shape
 from espl_jax.pretrained.safetensors_files import DTYPES, StoredTensor, open_checkpoint
 from espl_jax.pretrained.stream import load_weight
+
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_BLOCK = 4096  # rows compared at once
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Files of which a folder with a tokenizer has at least one."""
@@ -44,9 +48,10 @@ def read_config(folder: Path, **numerics: Any) -> DecoderConfig:
             "supported, quantized safetensors are not read; take the model as it was before, or as .gguf"
         )
     try:
-        return from_hf_config(fields, **numerics)
+        config = from_hf_config(fields, **numerics)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+    return config.replace(tied_head=config.tied_head and not _has_another_head(folder, config))
 
 
 def read_params(folder: Path, config: DecoderConfig, mesh: Mesh | None) -> Params:
@@ -114,8 +119,12 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in VOCABULARIES)
 
 
-def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: Path, family: str = "") -> PreTrainedTokenizerBase:
     """The folder's tokenizer, with its chat template if there is one. Runs no code of the folder.
+
+    Args:
+      folder: a model's, or an adapter's.
+      family: of the model's decoder.
 
     Raises:
       FileNotFoundError: if the folder has no tokenizer.
@@ -129,7 +138,14 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         if (folder / "tokenizer.json").is_file():
             # The file says all; AutoTokenizer would build what it thinks the family's tokenizer to be.
-            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            # (But for Mistral's: those published with a wrong pattern are known to transformers.)
+            fixed = {"fix_mistral_regex": True} if family == "mistral" else {}
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, **fixed)
+            # Models that see images keep their template here, which transformers' processors read.
+            separate = folder / "chat_template.json"
+            if tokenizer.chat_template is None and separate.is_file():
+                tokenizer.chat_template = _read_json(separate).get("chat_template")
+            return tokenizer
         from transformers import AutoTokenizer  # imports torch where it finds it, in seconds
 
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -142,33 +158,49 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def read_generation(folder: Path) -> dict[str, Any]:
-    """The folder's `generation_config.json`; without one, the ids of special tokens out of `config.json`.
+    """The folder's `generation_config.json`, with the ids of special tokens that only `config.json` has.
 
     Raises:
       FileNotFoundError, ValueError: if the files are missing or damaged.
     """
-    if (folder / "generation_config.json").is_file():
-        return _read_json(folder / "generation_config.json")
+    path = folder / "generation_config.json"
+    own = _read_json(path) if path.is_file() else {}
     fields = _read_json(folder / "config.json")
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {name: fields[name] for name in ids if fields.get(name) is not None}
+    return {name: fields[name] for name in ids if fields.get(name) is not None} | own
 
 
 def _known_names(tensors: Mapping[str, StoredTensor], config: DecoderConfig) -> dict[str, StoredTensor]:
     """The tensors by the names of a decoder of text alone, without what holds nothing to learn from."""
     known = {}
     for name, tensor in tensors.items():
+        # A constant that older versions saved.
+        if name.endswith(".rotary_emb.inv_freq"):
+            continue
         if config.family == "gemma3":
             # Models that see images hold the same decoder under a longer name.
             if re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", name):
                 continue
             name = re.sub(r"^(language_model\.model|model\.language_model)\.", "model.", name)
             name = name.removeprefix("language_model.")
-        # Constants, and a second copy of the embedding.
-        if name.endswith(".rotary_emb.inv_freq") or (config.tied_head and name == "lm_head.weight"):
-            continue
         known[name] = tensor
+    if config.tied_head and (head := known.pop(_HEAD, None)):
+        known.setdefault(_EMBEDDING, head)  # either of two copies may be missing
     return known
+
+
+def _has_another_head(folder: Path, config: DecoderConfig) -> bool:
+    """Whether the head in the files is not the embedding, although the config ties them; the files decide, as
+    they do in transformers."""
+    tensors = _known_names(open_checkpoint(folder), config.replace(tied_head=False))
+    head, embedding = tensors.get(_HEAD), tensors.get(_EMBEDDING)
+    if head is None or embedding is None or head.shape != embedding.shape:
+        return False
+    one, other = head.view(), embedding.view()
+    return any(
+        not np.array_equal(one[row : row + _BLOCK], other[row : row + _BLOCK])
+        for row in range(0, len(one), _BLOCK)
+    )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +11,15 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from espl_jax.types import Conversation, Message
+
+_TODAY = datetime.datetime(2024, 7, 26)
+"""What templates that ask for the date are told (Llama 3.2's own default), so that a run goes on tomorrow
+with the tokens of today. `date_string` in the template's arguments says another, if the template knows it."""
+
+_ASKS_THE_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+TURN_HEADER = 16
+"""Most tokens that a template writes between its last added token and the user's text for the turn itself."""
 
 
 def render(
@@ -60,9 +71,11 @@ def encode_conversation(
     """Tokens of a conversation, cut where the prefix tree branches from system prompt to problem.
 
     The conversation is rendered whole and tokenized whole, so that the two parts together are exactly the
-    tokens without any sharing. The cut comes right after the last special token before the last user turn's
-    text, a place where no merge of the tokenizer can reach across; without such a token, after the first one.
-    It is the same for every text of that turn.
+    tokens without any sharing. The cut comes right after the last added token (special ones are) before the
+    last user turn's text, a place where no merge of the tokenizer can reach across and which is the same for
+    every text of that turn. Where a long text lies between that token and the user's (some templates put the
+    system text into the user turn), the cut comes later: one token before the place up to which two other
+    texts in that turn would give the same tokens as this one.
 
     Args:
       tokenizer: with a chat template.
@@ -78,11 +91,16 @@ def encode_conversation(
     tokens = encode(tokenizer, render(tokenizer, messages, **chat_template_kwargs))
     if len(tokens) < 2:
         raise ValueError(f"the conversation has {len(tokens)} tokens; two at least are needed, one a level")
-    shared = encode(tokenizer, _before_user_text(tokenizer, messages, **chat_template_kwargs))
-    special = _special_ids(tokenizer)
-    count = sum(token in special for token in shared)
-    places = [i + 1 for i, token in enumerate(tokens) if token in special]
-    cut = min(places[count - 1] if count else 1, len(tokens) - 1)
+    one, other = _with_other_user_texts(tokenizer, messages, **chat_template_kwargs)
+    before = encode(tokenizer, one[: common_length(one, other)])
+    added = _added_ids(tokenizer)
+    count = sum(token in added for token in before)
+    places = [i + 1 for i, token in enumerate(tokens) if token in added]
+    cut = places[count - 1] if count else 1
+    if len(before) - cut > TURN_HEADER:
+        one, other = encode(tokenizer, one), encode(tokenizer, other)
+        cut = max(cut, min(common_length(one, tokens), common_length(other, tokens)) - 1)
+    cut = min(cut, len(tokens) - 1)
     return tokens[:cut], tokens[cut:]
 
 
@@ -117,8 +135,10 @@ def cut_middle(tokens: Sequence[int], limit: int, mark_tokens: Sequence[int]) ->
 
 
 def _apply(tokenizer: PreTrainedTokenizerFast, turns: Conversation, **chat_template_kwargs: Any) -> str:
+    template = tokenizer.get_chat_template()
+    dated = _ASKS_THE_DATE.sub(lambda found: repr(_TODAY.strftime(found[2])), template)
     return tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=True, **chat_template_kwargs
+        turns, chat_template=dated, tokenize=False, add_generation_prompt=True, **chat_template_kwargs
     )
 
 
@@ -130,24 +150,37 @@ def _system_in_user_turn(turns: Conversation) -> Conversation:
     return rest
 
 
-def _before_user_text(
+def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many first elements are the same."""
+    for i, (x, y) in enumerate(zip(one, other, strict=False)):
+        if x != y:
+            return i
+    return min(len(one), len(other))
+
+
+def _with_other_user_texts(
     tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], **chat_template_kwargs: Any
-) -> str:
-    """What is rendered before the last user turn's text, whatever that text is."""
+) -> tuple[str, str]:
+    """The conversation rendered with two other texts in its last user turn, which differ at once.
+
+    Templates may strip the text or put it anywhere: where these two part is where the text begins.
+    """
     last = max(i for i, message in enumerate(messages) if message["role"] == "user")
 
     def with_text(text: str) -> str:
         changed = [*messages[:last], {**messages[last], "content": text}, *messages[last + 1 :]]
         return render(tokenizer, changed, **chat_template_kwargs)
 
-    # Templates may strip the text or put it anywhere: two texts that differ at once show where it begins.
     one, other = with_text("a"), with_text("b")
-    for i, (x, y) in enumerate(zip(one, other, strict=False)):
-        if x != y:
-            return one[:i]
-    raise ValueError("the chat template does not write the text of the last user turn; use another template")
+    if one == other:
+        raise ValueError(
+            "the chat template does not write the text of the last user turn; use another template"
+        )
+    return one, other
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    named = set(tokenizer.all_special_ids)
-    return frozenset(named | {i for i, token in tokenizer.added_tokens_decoder.items() if token.special})
+def _added_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """Tokens that are found in a text before any others; those that must be words of their own depend on what
+    follows."""
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset({*tokenizer.all_special_ids, *(i for i, token in added if not token.single_word)})

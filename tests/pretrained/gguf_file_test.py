@@ -135,3 +135,14 @@ def test_damage_anywhere_is_an_error_or_harmless(write_gguf, tensors, tmp_path):
             open_gguf(broken)
         except ValueError as error:
             assert "cannot be read as GGUF" in str(error)
+
+
+def test_one_part_of_several(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "model-00001-of-00003.gguf", "llama")
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=r"one of 3 parts of a model.*llama-gguf-split --merge"):
+        open_gguf(tmp_path / "model-00001-of-00003.gguf")

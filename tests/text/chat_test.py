@@ -127,19 +127,64 @@ class TestEncodeConversation:
             assert first + rest == encode(tokenizer, render(tokenizer, messages))
             assert rest
             cuts.add(tuple(first))
-        assert len(cuts) == 1
-        before = tokenizer.decode(first)
         if template == NO_SPECIAL_TOKENS:
-            # What looks like a special token in the system text is one.
-            assert len(first) == 1 or before.endswith(("<|im_start|>", "<|im_end|>"))
+            # The texts may join what is before them, so that one conversation can share more than another.
+            short, long = sorted(cuts, key=len)[0], sorted(cuts, key=len)[-1]
+            assert long[: len(short)] == short
         else:
-            assert before.endswith("yes<|im_end|>\n<|im_start|>")
+            assert len(cuts) == 1
+            assert tokenizer.decode(first).endswith("yes<|im_end|>\n<|im_start|>")
 
-    def test_the_system_text_stays_with_the_problem_where_it_shares_its_turn(self, with_template):
+    def test_a_short_system_text_stays_with_the_problem_where_it_shares_its_turn(self, with_template):
         first, rest = encode_conversation(with_template(REFUSES_SYSTEM), [system("Add."), user("1")])
         assert with_template(CHATML).decode(first) == "<|im_start|>"
         assert with_template(CHATML).decode(rest).startswith("user\nAdd.\n\n1<|im_end|>")
 
+    @pytest.mark.parametrize("template", [REFUSES_SYSTEM, NO_SPECIAL_TOKENS])
+    @pytest.mark.parametrize("text", ["What is 12 + 30?", "12", "a", "b", "  3", "+", ""])
+    def test_a_long_one_is_shared_all_the_same(self, with_template, template, text):
+        tokenizer, prompt = (
+            with_template(template),
+            "Add the numbers, carrying with care. " * 4 + "Thank you.",
+        )
+        first, rest = encode_conversation(tokenizer, [system(prompt), user(text)])
+        assert "carrying with care. Thank you" in tokenizer.decode(first)
+        assert len(tokenizer.decode(rest)) < len(text) + 60
+        assert first + rest == encode(tokenizer, render(tokenizer, [system(prompt), user(text)]))
+
+    def test_a_text_that_joins_the_prompt_shares_less_of_it(self, with_template):
+        """The line breaks between prompt and text are one token here, and with one more another token."""
+        tokenizer = with_template(REFUSES_SYSTEM)
+        messages = [system("one two three four " * 6 + "."), user("\n\nx")]
+        first, rest = encode_conversation(tokenizer, messages)
+        assert first + rest == encode(tokenizer, render(tokenizer, messages))
+        assert tokenizer.decode(first).count("four") >= 5
+
+    def test_every_added_token_is_a_place_to_cut(self, smollm2_tokenizer):
+        tokenizer = copy.deepcopy(smollm2_tokenizer)
+        tokenizer.chat_template = (
+            "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+        )
+        tokenizer.add_tokens(["[system]", "[user]", "[assistant]"])
+        first, rest = encode_conversation(tokenizer, [system("Add."), user("1 + 2")])
+        assert (tokenizer.decode(first), tokenizer.decode(rest)) == ("[system]Add.[user]", "1 + 2[assistant]")
+
+
+class TestDate:
+    TEMPLATE = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "{{ date_string }} {{ messages[0].content }}"
+    )
+
+    def test_it_is_the_same_tomorrow(self, with_template):
+        assert render(with_template(self.TEMPLATE), [user("Hi")]) == "26 Jul 2024 Hi"
+
+    def test_it_can_be_given(self, with_template):
+        tokenizer = with_template(self.TEMPLATE)
+        assert render(tokenizer, [user("Hi")], date_string="1 Jan 2030") == "1 Jan 2030 Hi"
+
+
+class TestEdges:
     def test_nothing_after_the_cut_still_leaves_a_token(self, with_template):
         template = "{% for m in messages %}A<|im_start|>{{ m.content }}{% endfor %}"
         first, rest = encode_conversation(with_template(template), [user("")])
