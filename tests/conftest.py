@@ -36,7 +36,7 @@ def pytest_terminal_summary(terminalreporter):
     """How near the drawn models of each family came to transformers."""
     worst = {}
     for report in terminalreporter.stats.get("passed", []):
-        if "families_test.py" in report.nodeid:
+        if "models/families_test.py" in report.nodeid:
             family = report.nodeid.partition("[")[2].partition("-")[0]
             for name, error in report.user_properties:
                 errors = worst.setdefault(family, {})

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from espl_jax.pretrained import gguf_cache
-from espl_jax.pretrained.gguf_file import open_gguf
-from espl_jax.pretrained.gguf_tokenizer import stop_ids_from_metadata, tokenizer_from_metadata
+from espl_jax.pretrained.gguf import cache as gguf_cache
+from espl_jax.pretrained.gguf.file import open_gguf
+from espl_jax.pretrained.gguf.tokenizer import stop_ids_from_metadata, tokenizer_from_metadata
 from espl_jax.rl.logprobs import token_logprobs
 from tests.smollm2_test import TEXT
 

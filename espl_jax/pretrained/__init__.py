@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from espl_jax import sharding
 from espl_jax.models import lora, transformer
 from espl_jax.models.config import DecoderConfig
-from espl_jax.pretrained import gguf_cache, hf_folder, hub, peft, smollm2
-from espl_jax.pretrained.gguf_tokenizer import stop_ids_from_metadata, tokenizer_from_metadata
+from espl_jax.pretrained import hf_folder, hub, peft, smollm2
+from espl_jax.pretrained.gguf import cache as gguf_cache
+from espl_jax.pretrained.gguf.tokenizer import stop_ids_from_metadata, tokenizer_from_metadata
 
 
 @dataclasses.dataclass(frozen=True)

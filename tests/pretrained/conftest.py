@@ -1,7 +1,7 @@
 import gguf
 import pytest
 
-from tests.pretrained.tiny_gguf import D, F, K, L, N, write_field
+from tests.pretrained.gguf.tiny_gguf import D, F, K, L, N, write_field
 
 
 @pytest.fixture

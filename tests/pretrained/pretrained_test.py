@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from espl_jax.models import transformer
-from espl_jax.pretrained import gguf_cache, load_pretrained, smollm2
+from espl_jax.pretrained import load_pretrained, smollm2
+from espl_jax.pretrained.gguf import cache as gguf_cache
 from espl_jax.sharding import make_mesh
-from tests.pretrained.tiny_gguf import tiny_tensors
+from tests.pretrained.gguf.tiny_gguf import tiny_tensors
 
 
 @pytest.fixture

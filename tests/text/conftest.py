@@ -1,8 +1,8 @@
 import pytest
 
 from espl_jax.pretrained import smollm2
-from espl_jax.pretrained.gguf_file import open_gguf
-from espl_jax.pretrained.gguf_tokenizer import tokenizer_from_metadata
+from espl_jax.pretrained.gguf.file import open_gguf
+from espl_jax.pretrained.gguf.tokenizer import tokenizer_from_metadata
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from espl_jax.pretrained import smollm2
-from espl_jax.pretrained.gguf_file import open_gguf
-from espl_jax.pretrained.gguf_tokenizer import stop_ids_from_metadata, tokenizer_from_metadata
+from espl_jax.pretrained.gguf.file import open_gguf
+from espl_jax.pretrained.gguf.tokenizer import stop_ids_from_metadata, tokenizer_from_metadata
 
 STRINGS = [
     "",

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from espl_jax.pretrained.gguf import params_from_gguf
-from espl_jax.pretrained.gguf_config import config_from_gguf
-from espl_jax.pretrained.gguf_file import open_gguf
+from espl_jax.pretrained.gguf.config import config_from_gguf
+from espl_jax.pretrained.gguf.file import open_gguf
+from espl_jax.pretrained.gguf.weights import params_from_gguf
 from tests import families, tiny
-from tests.pretrained.tiny_gguf import write_as_llama_cpp
+from tests.pretrained.gguf.tiny_gguf import write_as_llama_cpp
 
 TINY = {
     "vocab_size": families.VOCABULARY,

@@ -2,7 +2,6 @@
 
 import json
 import unicodedata
-from pathlib import Path
 
 import pytest
 import regex
@@ -12,8 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GPT2Tokenizer, Qwen2Tokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-from espl_jax.pretrained.gguf_bpe import SPLITS, byte_level_bpe
-from espl_jax.pretrained.gguf_tokenizer import tokenizer_from_metadata
+from espl_jax.pretrained.gguf.bpe import SPLITS, byte_level_bpe
+from espl_jax.pretrained.gguf.tokenizer import tokenizer_from_metadata
+from tests.conftest import ROOT
 
 # Unassigned characters may be letters to one version of Unicode and not to another.
 ANY_TEXT = st.text(st.characters(exclude_categories=("Cs", "Cn", "Co"), max_codepoint=0x2FFFF))
@@ -76,7 +76,7 @@ def trained():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
-    readme = Path(__file__).parents[2] / "README.md"
+    readme = ROOT / "README.md"
     tokenizer.train([str(readme)], trainer)
     vocab = tokenizer.get_vocab()
     merges = [" ".join(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]

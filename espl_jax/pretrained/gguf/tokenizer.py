@@ -9,8 +9,8 @@ from gguf import TokenType
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from espl_jax.pretrained.gguf_bpe import byte_level_bpe
-from espl_jax.pretrained.gguf_sentencepiece import SPACE, sentencepiece_bpe
+from espl_jax.pretrained.gguf.bpe import byte_level_bpe
+from espl_jax.pretrained.gguf.sentencepiece import SPACE, sentencepiece_bpe
 
 MODELS = ("gpt2", "llama")
 """Values of `tokenizer.ggml.model`: byte-level BPE, and SentencePiece BPE."""

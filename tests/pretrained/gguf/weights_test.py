@@ -4,10 +4,10 @@ import pytest
 
 from espl_jax.models import transformer
 from espl_jax.models.config import DecoderConfig, Rope
-from espl_jax.pretrained.gguf import params_from_gguf
-from espl_jax.pretrained.gguf_config import config_from_gguf
-from espl_jax.pretrained.gguf_file import open_gguf
-from tests.pretrained.tiny_gguf import D, F, H, K, L, N, V, llama3_divisors, tiny_tensors
+from espl_jax.pretrained.gguf.config import config_from_gguf
+from espl_jax.pretrained.gguf.file import open_gguf
+from espl_jax.pretrained.gguf.weights import params_from_gguf
+from tests.pretrained.gguf.tiny_gguf import D, F, H, K, L, N, V, llama3_divisors, tiny_tensors
 
 
 def read(path, **numerics):

@@ -2,8 +2,8 @@ import gguf
 import numpy as np
 import pytest
 
-from espl_jax.pretrained.gguf_file import open_gguf
-from tests.pretrained.tiny_gguf import tiny_tensors
+from espl_jax.pretrained.gguf.file import open_gguf
+from tests.pretrained.gguf.tiny_gguf import tiny_tensors
 
 
 @pytest.fixture

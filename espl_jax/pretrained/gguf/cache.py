@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from espl_jax.models.config import DecoderConfig, config_from_dict
-from espl_jax.pretrained.gguf import Params, params_from_gguf
-from espl_jax.pretrained.gguf_config import config_from_gguf
-from espl_jax.pretrained.gguf_file import open_gguf
+from espl_jax.pretrained.gguf.config import config_from_gguf
+from espl_jax.pretrained.gguf.file import open_gguf
+from espl_jax.pretrained.gguf.weights import Params, params_from_gguf
 
 FORMAT_VERSION = 2
 """Part of every file's name: raise it when the params tree or the stored fields change."""

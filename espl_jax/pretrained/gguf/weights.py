@@ -16,7 +16,7 @@ import numpy as np
 
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.transformer import Weight, abstract
-from espl_jax.pretrained.gguf_file import GGUFFile
+from espl_jax.pretrained.gguf.file import GGUFFile
 from espl_jax.pretrained.layout import file_shape, from_file
 
 Params = dict[str, Any]

@@ -1,7 +1,6 @@
 """Against sentencepiece itself: models trained here, handed over as llama.cpp's converter does."""
 
 import io
-from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -9,10 +8,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from espl_jax.pretrained.gguf_sentencepiece import merges_from_scores
-from espl_jax.pretrained.gguf_tokenizer import stop_ids_from_metadata, tokenizer_from_metadata
+from espl_jax.pretrained.gguf.sentencepiece import merges_from_scores
+from espl_jax.pretrained.gguf.tokenizer import stop_ids_from_metadata, tokenizer_from_metadata
+from tests.conftest import ROOT
 
-CORPUS = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").splitlines() + [
+CORPUS = (ROOT / "README.md").read_text(encoding="utf-8").splitlines() + [
     "naïve café, Ünïcödé, Привет, мир; 漢字かな交じり文",
     "def f(x):    return x + 1        # a comment",
 ] * 20

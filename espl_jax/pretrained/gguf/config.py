@@ -10,7 +10,7 @@ import numpy as np
 
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.rope import Rope, frequencies
-from espl_jax.pretrained.gguf_file import GGUFFile
+from espl_jax.pretrained.gguf.file import GGUFFile
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 """Values of `general.architecture` that are read; `llama` is Mistral's too."""

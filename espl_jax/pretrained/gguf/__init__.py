@@ -1,0 +1,1 @@
+"""Reading GGUF files: metadata, quantized weights, tokenizers."""
