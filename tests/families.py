@@ -12,12 +12,19 @@ from espl_jax.pretrained.hf_config import from_hf_config
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
 
+SCALINGS = ("default", "linear", "llama3", "yarn")
+
 VOCABULARY, LENGTH = 97, 40
 """A prime, so that it passes for no other axis; and how long the sequences of the tests can get."""
 
 
 def draw_hf_config(family, seed):
-    """A tiny configuration of transformers, everything about it that the family leaves open drawn."""
+    """A tiny configuration of transformers, everything about it that the family leaves open drawn.
+
+    Neighbouring seeds take turns in tying the head, in RoPE's scaling and in windows, so that any four of
+    them show all.
+    """
+    turn = FAMILIES.index(family) + seed
     rng = np.random.default_rng([FAMILIES.index(family), seed])
 
     def chance(p=0.5):
@@ -39,9 +46,9 @@ def draw_hf_config(family, seed):
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "rms_norm_eps": float(rng.choice([1e-6, 1e-5, 1e-2])),
-        "tie_word_embeddings": chance(),
+        "tie_word_embeddings": bool(turn % 2),
         "max_position_embeddings": 64,
-        "rope_parameters": {"rope_theta": theta, **_draw_scaling(rng)},
+        "rope_parameters": {"rope_theta": theta, **_draw_scaling(rng, SCALINGS[turn % 4])},
         "pad_token_id": None,  # torch drops the gradient of a padding token's embedding
     }
     kinds = ["sliding_attention" if chance() else "full_attention" for _ in range(layers)]
@@ -51,7 +58,7 @@ def draw_hf_config(family, seed):
         fields |= {"attention_bias": chance(0.3), "mlp_bias": chance(0.3)}
         return transformers.LlamaConfig(**fields)
     if family == "mistral":
-        return transformers.MistralConfig(**fields, sliding_window=window if chance(0.8) else None)
+        return transformers.MistralConfig(**fields, sliding_window=window if turn % 4 else None)
     if family == "gemma3":
         scaled = fields.pop("rope_parameters")
         local = {"rope_theta": 3 * theta, "rope_type": "default"}
@@ -62,16 +69,15 @@ def draw_hf_config(family, seed):
             sliding_window=window,
             query_pre_attn_scalar=int(rng.integers(4, 40)),
         )
-    fields |= {"use_sliding_window": chance(), "sliding_window": window, "layer_types": None}
+    fields |= {"use_sliding_window": bool(seed // 2 % 2), "sliding_window": window, "layer_types": None}
     if fields["use_sliding_window"]:
-        fields["layer_types"] = kinds
+        fields["layer_types"] = ["sliding_attention", *kinds[1:]]
     if family == "qwen2":
         return transformers.Qwen2Config(**fields)
     return transformers.Qwen3Config(**fields, attention_bias=chance(0.3))
 
 
-def _draw_scaling(rng):
-    kind = str(rng.choice(["default", "linear", "llama3", "yarn"]))
+def _draw_scaling(rng, kind):
     scaling = {"rope_type": kind}
     if kind != "default":
         scaling["factor"] = float(rng.choice([1.5, 4.0, 8.0]))
