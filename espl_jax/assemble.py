@@ -111,10 +111,21 @@ def assemble(config: Any) -> Parts:
 
 
 def load_reference(config: Any, mesh: jax.sharding.Mesh | None, **numerics: Any) -> Pretrained:
-    """The model that a run begins with; DecoderConfig fields in `numerics` go before those of the run."""
+    """The model that a run begins with; DecoderConfig fields in `numerics` go before those of the run.
+
+    Where weights are trained, an adapter that it came with is merged into them: adapters of the run's own
+    take its place.
+    """
     names = ("dtype", "param_dtype", "matmul_precision", "scan_layers", "slice_as_integers", "remat")
     fields = {name: config.model[name] for name in names} | {"lora_scale": config.lora.scale}
-    return load_pretrained(config.model.source, mesh=mesh, **fields | numerics)
+    model = load_pretrained(config.model.source, mesh=mesh, **fields | numerics)
+    _, adapters = lora.detach(model.params)
+    if not adapters or not trains(config):
+        return model
+    merged = jax.jit(lora.merge, static_argnames="config")(model.params, model.config)
+    return dataclasses.replace(
+        model, params=merged, config=model.config.replace(lora_scale=config.lora.scale)
+    )
 
 
 def trains(config: Any) -> bool:

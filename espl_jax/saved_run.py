@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,6 +21,17 @@ from espl_jax.pretrained import Pretrained
 from espl_jax.run_state import read_checkpoint
 from espl_jax.train_step import TrainState
 from espl_jax.types import SystemPrompt
+
+_READ = {
+    "mode": (),
+    "model": (
+        *("source", "dtype", "param_dtype", "matmul_precision", "scan_layers", "slice_as_integers", "remat"),
+        "chat_template_kwargs",
+    ),
+    "lora": ("rank", "scale", "targets"),
+    "environment": ("show_thinking",),
+}
+"""What a reader of the run needs of its configuration: fields, and groups with their fields."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +73,44 @@ class SavedRun:
         return self.population.get(name)
 
 
+def is_run(path: str | os.PathLike[str]) -> bool:
+    """Whether this is the work directory of a run, by its config.json (models have one too)."""
+    with contextlib.suppress(OSError, ValueError):
+        config = json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
+        return isinstance(config, dict) and {"mode", "num_iterations"} <= config.keys()
+    return False
+
+
+def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
+    """The configuration of a run.
+
+    Raises:
+      FileNotFoundError: if there is no run.
+      ValueError: if fields are missing that `read_run` needs.
+    """
+    path = Path(workdir).expanduser() / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} has no config.json: give the --workdir of a run")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    missing = [group for group in _READ if group not in config]
+    missing += [
+        f"{group}.{name}"
+        for group, names in _READ.items()
+        for name in names
+        if name not in config.get(group, names)
+    ]
+    if missing:
+        raise ValueError(_other_version(path, f"it has no {', '.join(missing)}"))
+    return ConfigDict(config)
+
+
+def check_run(workdir: str | os.PathLike[str]) -> ConfigDict:
+    """The configuration of a run that has a checkpoint. Raises as `read_run`, without reading any weights."""
+    config = read_config(workdir)
+    _newest(Path(workdir).expanduser(), None)
+    return config
+
+
 def read_run(
     workdir: str | os.PathLike[str], mesh: jax.sharding.Mesh | None = None, **numerics: Any
 ) -> SavedRun:
@@ -75,22 +125,34 @@ def read_run(
 
     Raises:
       FileNotFoundError: if there is no run, or no checkpoint of it yet.
-      ValueError: if the checkpoint is damaged, or does not fit the model. Else as `load_pretrained`.
+      ValueError: if the checkpoint is damaged, does not fit the model, or is of another version of the
+        package. Else as `load_pretrained`.
     """
     path = Path(workdir).expanduser()
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path} has no config.json: give the --workdir of a run")
-    config = ConfigDict(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    config = read_config(path)
     model = load_reference(config, mesh, **numerics)
     trainable = abstract_trainable(config, model.config, mesh) if trains(config) else None
-    saved = read_checkpoint(path, TrainState(step=None, trainable=trainable, opt_state=None))
-    if saved is None:
-        raise FileNotFoundError(f"{path} has no checkpoint yet: try again after its first iteration")
-    iteration, train_state, state = saved
+    iteration, train_state, state = _newest(path, TrainState(None, trainable, opt_state=None))
     adapters = train_state.trainable if trains(config) and config.lora.rank else None
     if adapters is not None:
         model = dataclasses.replace(model, params=lora.attach(model.params, adapters))
     elif trains(config):
         model = dataclasses.replace(model, params=train_state.trainable)
-    root, population = prompt_from_json(state["root"]), from_json(state["population"])
+    try:
+        root, population = prompt_from_json(state["root"]), from_json(state["population"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(_other_version(path, str(error))) from error
     return SavedRun(path, config, iteration, model, adapters, root, population)
+
+
+def _other_version(path: Path, what: str) -> str:
+    return (
+        f"{path} was written by another version of espl_jax ({what}): evaluate or export it with that version"
+    )
+
+
+def _newest(path: Path, abstract_arrays: Any) -> tuple[int, Any, dict[str, Any]]:
+    saved = read_checkpoint(path, abstract_arrays)
+    if saved is None:
+        raise FileNotFoundError(f"{path} has no checkpoint yet: try again after its first iteration")
+    return saved

@@ -1,5 +1,6 @@
 """From a configuration to the parts of a run."""
 
+import dataclasses
 import json
 
 import jax
@@ -11,8 +12,10 @@ from espl_jax.assemble import abstract_train_state, assemble, first_population, 
 from espl_jax.environments.arithmetic import Arithmetic
 from espl_jax.environments.math import Math
 from espl_jax.evolution import population as populations
+from espl_jax.models import lora
 from espl_jax.types import SystemPrompt
 from tests import fakes
+from tests import tiny as decoders
 
 
 @pytest.fixture(autouse=True)
@@ -213,3 +216,25 @@ def test_what_is_no_population_is_refused_by_name(name, content, message, tmp_pa
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=rf"population\.start_from='.*{name}': .*{message}.*; give"):
         first_population(fakes.config(population__start_from=str(tmp_path / name), population__text=""))
+
+
+@pytest.mark.parametrize(("mode", "rank"), [("espl", 4), ("rl", 0), ("evolution", 4)])
+def test_a_model_that_comes_with_an_adapter(monkeypatch, mode, rank):
+    """Its adapter is part of what is trained on, never lost to the run's own."""
+
+    def load(source, dtype="float32", mesh=None, **numerics):
+        model = fakes.load_pretrained(source, dtype, mesh, **numerics)
+        params = lora.attach(model.params, decoders.adapters(model.config, rank=2, targets=("query", "up")))
+        return dataclasses.replace(model, params=params, config=model.config.replace(lora_scale=0.25))
+
+    monkeypatch.setattr(assembling, "load_pretrained", load)
+    c = fakes.config(mode=mode, lora__rank=rank)
+    came = load("x", lora_scale=1.0)
+    tokens = np.arange(12).reshape(1, -1)
+    expected = decoders.logits(came.params, came.config, tokens)
+    parts = assemble(c)
+    policy = parts.policy(first_train_state(c, parts))
+    np.testing.assert_allclose(decoders.logits(policy.params, policy.config, tokens), expected, atol=1e-4)
+    _, own = lora.detach(parts.reference.params)
+    assert bool(own) == (mode == "evolution")
+    assert parts.reference.config.lora_scale == (0.25 if mode == "evolution" else c.lora.scale)

@@ -12,7 +12,7 @@ from espl_jax import assemble, run_state, saved_run
 from espl_jax import train as loop
 from espl_jax.models import lora
 from espl_jax.run_state import WorkDir
-from espl_jax.saved_run import read_run
+from espl_jax.saved_run import check_run, is_run, read_run
 from espl_jax.sharding import make_mesh
 from tests import fakes
 
@@ -129,6 +129,66 @@ def test_where_there_is_no_run(tmp_path):
         pass
     with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
         read_run(tmp_path)
+
+
+def test_what_is_a_run(workdir, tmp_path):
+    assert is_run(workdir) and not is_run(tmp_path) and not is_run("smollm2") and not is_run("x" * 300)
+    for text in ('{"model_type": "llama"}', '["mode", "num_iterations"]', "{"):
+        (tmp_path / "config.json").write_text(text)
+        assert not is_run(tmp_path)
+
+
+def test_a_run_is_checked_without_its_weights(workdir, monkeypatch):
+    monkeypatch.setattr(saved_run, "load_reference", None)
+    monkeypatch.setattr(run_state.ocp, "load", None)
+    assert check_run(workdir).mode == fakes.config().mode
+
+
+def test_configurations_of_another_version(workdir, tmp_path):
+    """Without any one field that is read, and without a whole group of them."""
+    (tmp_path / "checkpoints").symlink_to(workdir / "checkpoints")
+    config = json.loads((workdir / "config.json").read_text())
+    groups = {
+        group: {**config, group: {k: v for k, v in config[group].items() if k != name}}
+        for group, name in (("model", "remat"), ("lora", "scale"), ("environment", "show_thinking"))
+    }
+    groups["model."] = {name: value for name, value in config.items() if name != "model"}
+    for group, changed in groups.items():
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(
+            ValueError, match=rf"by another version .*it has no {group.strip('.')}.*evaluate or"
+        ):
+            read_run(tmp_path)
+
+
+def test_every_field_that_loading_reads_is_asked_for(workdir, tmp_path):
+    (tmp_path / "checkpoints").symlink_to(workdir / "checkpoints")
+    config = json.loads((workdir / "config.json").read_text())
+    for group in ("model", "lora"):
+        for name in config[group]:
+            without = {key: value for key, value in config[group].items() if key != name}
+            (tmp_path / "config.json").write_text(json.dumps({**config, group: without}))
+            try:
+                read_run(tmp_path)
+            except ValueError as error:
+                assert f"it has no {group}.{name})" in str(error)
+
+
+@pytest.mark.parametrize("damage", ["root", "population", "population.rated"])
+def test_a_state_of_another_version(workdir, monkeypatch, damage):
+    read = saved_run.read_checkpoint
+
+    def older(*args):
+        iteration, arrays, state = read(*args)
+        *groups, name = damage.split(".")
+        del functools.reduce(dict.get, groups, state)[name]
+        return iteration, arrays, state
+
+    monkeypatch.setattr(saved_run, "read_checkpoint", older)
+    with pytest.raises(
+        ValueError, match=r"written by another version of espl_jax .*evaluate or export it with"
+    ):
+        read_run(workdir)
 
 
 def test_adapters_that_do_not_fit(workdir, monkeypatch):

@@ -42,7 +42,12 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer("batch_size", 32, "Problems side by side; fewer take less memory.", lower_bound=1)
 flags.DEFINE_integer("max_rows", 0, "Most rollouts of one prompt in flight at once; 0: all.", lower_bound=0)
-flags.DEFINE_string("chat_template_kwargs", "{}", 'JSON for the chat template: {"enable_thinking": false}.')
+flags.DEFINE_string(
+    "chat_template_kwargs",
+    "{}",
+    'JSON for the chat template: {"enable_thinking": false}; what a run sets stays unless it is set here.',
+)
+flags.DEFINE_bool("show_thinking", None, "Grade thinking blocks too; by default as the run did, else not.")
 flags.DEFINE_enum("dtype", None, DTYPES, "KV cache and operands of products; float32 on CPUs.")
 flags.DEFINE_enum("param_dtype", None, DTYPES, "How weights are stored; bfloat16 unless given.")
 flags.DEFINE_enum("matmul_precision", None, MATMUL_PRECISIONS, "Operands of products; bfloat16 on CPUs.")

@@ -20,10 +20,10 @@ from espl_jax.environments.base import Environment
 from espl_jax.evaluate.cells import Cell, make_cells, show
 from espl_jax.evaluate.request import Request, naming
 from espl_jax.metrics import duration
-from espl_jax.pretrained import load_pretrained
+from espl_jax.pretrained import find_folder, hf_folder, load_pretrained, peft, smollm2
 from espl_jax.rollout import Model, collect_rollouts, records
 from espl_jax.run_state import plain
-from espl_jax.saved_run import read_run
+from espl_jax.saved_run import check_run, is_run, read_config, read_run
 from espl_jax.types import Problem, Rollouts, SystemPrompt
 
 ON_CPU = {
@@ -40,13 +40,15 @@ ON_ACCELERATORS = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
 def compare(request: Request) -> list[Cell]:
     """Evaluates every model under every prompt on every problem set, shows the results and writes the files.
 
-    A model is loaded once; its prompts are sampled side by side, so that what they share is run once.
+    A model is loaded once; its prompts are sampled side by side, so that what they share is run once. Where
+    something fails on the way, the cells that were done by then are shown and written all the same.
 
     Returns:
       The cells, prompts within problem sets within models.
 
     Raises:
-      ValueError: for problems that the environment cannot grade, and as loading and sampling do.
+      ValueError: for problems that the environment cannot grade, and models that are not there; both before
+        anything is sampled. Else as loading and sampling do.
     """
     environment = make_environment(request.environment, request.answer_format, request.instruction)
     for name, problem_set in request.problem_sets.items():
@@ -54,18 +56,54 @@ def compare(request: Request) -> list[Cell]:
             check_gradable(environment, problem_set)
     with naming("mesh", ",".join(f"{axis}={size}" for axis, size in request.mesh.items())):
         mesh = sharding.make_mesh(request.mesh or None)
-    cells = []
     for source in request.models:
-        cells += evaluate_model(source, request, environment, mesh)
+        with naming("model", source):
+            find_model(source)
+    cells: list[Cell] = []
+    try:
+        for source in request.models:
+            for cell in evaluate_model(source, request, environment, mesh):
+                cells.append(cell)  # one by one, so that an error leaves those before it
+    finally:
+        if cells:
+            report(cells, request)
+    return cells
+
+
+def report(cells: Sequence[Cell], request: Request) -> None:
+    """Shows the cells, at least one, and writes the `.json` files."""
     print(show(cells))
-    print(f"\n{_footnote(request)}")
+    print(f"\n{_footnote(request)}", flush=True)
     for path in request.out:
         if path.suffix == ".json":
             results = [dataclasses.asdict(cell) for cell in cells]
             saved = plain({"settings": settings(request), "results": results}, path.name)
             durable.replace(path, f"{json.dumps(saved, indent=2, ensure_ascii=False)}\n".encode())
         tell(f"written: {path}")
-    return cells
+
+
+def find_model(source: str) -> None:
+    """Makes sure that a model can be loaded as far as its small files say; one of the hub is downloaded.
+
+    Args:
+      source: as for `load_model`.
+
+    Raises:
+      As `load_model`.
+    """
+    if is_run(source):
+        find_model(check_run(source).model.source)
+    elif source == "smollm2":
+        smollm2.find_gguf()
+    elif source.endswith(".gguf"):
+        if not Path(source).expanduser().is_file():
+            raise FileNotFoundError(f"there is no file {source}; correct the path")
+    else:
+        folder = find_folder(source)
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            find_model(peft.base_of(folder))
+        else:
+            hf_folder.read_config(folder)
 
 
 def check_gradable(environment: Environment, problem_set: ProblemSet) -> None:
@@ -83,11 +121,11 @@ def check_gradable(environment: Environment, problem_set: ProblemSet) -> None:
 
 def evaluate_model(
     source: str, request: Request, environment: Environment, mesh: jax.sharding.Mesh | None
-) -> list[Cell]:
+) -> Iterator[Cell]:
     """The cells of one model, which is loaded here and given up at the end."""
     tell(f"{source}: loading")
     model = load_model(source, mesh, request.numerics)
-    cells = []
+    sampling = with_settings_of_run(source, request.sampling)
     for name, problem_set in request.problem_sets.items():
         tell(
             f"{source}, {name}: problems {len(problem_set)}, prompts {len(request.prompts)}, samples of each "
@@ -103,7 +141,7 @@ def evaluate_model(
             request.batch_size,
             key=stream_key(request.seed, "evaluation", 0),
             mesh=mesh,
-            **request.sampling,
+            **sampling,
         ):
             batches.append(rollouts)
             done += len(rollouts.problems)
@@ -116,8 +154,7 @@ def evaluate_model(
             for path in request.out:
                 if path.suffix == ".jsonl":
                     append(path, rollouts, source, tuple(request.prompts), name)
-        cells += make_cells(batches, source, tuple(request.prompts), name)
-    return cells
+        yield from make_cells(batches, source, tuple(request.prompts), name)
 
 
 def load_model(source: str, mesh: jax.sharding.Mesh | None, numerics: Mapping[str, str]) -> Model:
@@ -131,10 +168,29 @@ def load_model(source: str, mesh: jax.sharding.Mesh | None, numerics: Mapping[st
     Raises:
       As `read_run` and `load_pretrained`.
     """
-    if (Path(source).expanduser() / "checkpoints").is_dir():
+    if is_run(source):
         return read_run(source, mesh, **numerics).model
     suitable = ON_CPU if jax.default_backend() == "cpu" else ON_ACCELERATORS
     return load_pretrained(source, mesh=mesh, **{**suitable, **numerics})
+
+
+def with_settings_of_run(source: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `collect_rollouts`: where none are given, a run keeps those it was trained with.
+
+    Args:
+      source: as for `load_model`.
+      given: `chat_template_kwargs`, each of which goes before the run's; `show_thinking`, None if not given;
+        and others.
+    """
+    kwargs, show_thinking = {}, False
+    if is_run(source):
+        config = read_config(source)
+        kwargs = json.loads(config.model.chat_template_kwargs)
+        show_thinking = config.environment.show_thinking
+    if given["show_thinking"] is not None:
+        show_thinking = given["show_thinking"]
+    kwargs |= given["chat_template_kwargs"]
+    return {**given, "chat_template_kwargs": kwargs, "show_thinking": show_thinking}
 
 
 def sample_in_batches(
@@ -170,7 +226,7 @@ def append(path: Path, rollouts: Rollouts, model: str, prompts: Sequence[str], d
 
 
 def settings(request: Request) -> dict[str, Any]:
-    """What decides the results beside model, prompt and data."""
+    """What decides the results beside model, prompt and data; what is None is the model's own."""
     names = ("environment", "answer_format", "instruction", "seed", "numerics")
     return {name: getattr(request, name) for name in names} | request.sampling
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from espl_jax.evolution import population as populations
@@ -17,7 +18,7 @@ def read_prompt(given: str) -> SystemPrompt:
 
     Args:
       given: the path of a `.txt` file; the path of a `population.json`, `#` and the id of a member; or else
-        the prompt's own text. Empty means no system turn: the chat template's default stands.
+        the prompt's own text. A blank one means no system turn: the chat template's default stands.
 
     Returns:
       The prompt; its id is made from its text, since random keys are, so that one text draws the same
@@ -28,16 +29,16 @@ def read_prompt(given: str) -> SystemPrompt:
       ValueError: for a file that is not a population, or an id that is not in it.
     """
     path, _, member = given.rpartition("#")
-    if path.endswith(".json") and "\n" not in path:
+    if path.endswith(".json") and _may_be_path(path):
         prompt = _member(path, member)
-    elif given.endswith(".json") and "\n" not in given:
+    elif given.endswith(".json") and _may_be_path(given):
         prompt = _member(given, "")
-    elif given.endswith(".txt") and "\n" not in given:
+    elif given.endswith(".txt") and _may_be_path(given):
         # Editors end a file with a newline.
         prompt = SystemPrompt(_read(given).removesuffix("\n"))
     else:
         prompt = SystemPrompt(given)
-    text = prompt.render()
+    text = prompt.render() if prompt.render().strip() else ""
     return SystemPrompt(text, id=hashlib.sha256(text.encode()).hexdigest()[:12])
 
 
@@ -45,6 +46,12 @@ def label(given: str) -> str:
     """What a table calls it: the path, or the beginning of the text."""
     line = " ".join(given.split())
     return (line if len(line) <= 40 else f"{line[:37]}...") or DEFAULT
+
+
+def _may_be_path(text: str) -> bool:
+    # The most bytes that Linux takes in a path, and in one name of it.
+    path = os.fsencode(text)
+    return "\n" not in text and len(path) < 4096 and max(map(len, path.split(b"/"))) <= 255
 
 
 def _read(path: str) -> str:

@@ -28,7 +28,8 @@ class Request:
       numerics: DecoderConfig fields that were given on the command line.
       mesh: devices by axis.
       environment, answer_format, instruction: what words the user turn and grades.
-      sampling: arguments of `collect_rollouts`, among them `group_size`, `temperature`, `max_new_tokens`.
+      sampling: arguments of `collect_rollouts`, among them `group_size`, `temperature`, `max_new_tokens`;
+        `show_thinking` is None where it is left to the model.
       seed: of the random keys.
       batch_size: problems side by side.
       out: files to write.
@@ -87,6 +88,7 @@ def read_request(f: Any) -> Request:
             "max_new_tokens": f.max_new_tokens,
             "max_rows": f.max_rows or None,
             "chat_template_kwargs": _json_object("chat_template_kwargs", f.chat_template_kwargs),
+            "show_thinking": f.show_thinking,
         },
         seed=f.seed,
         batch_size=f.batch_size,

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from espl_jax.assemble import trains
-from espl_jax.export.model_card import hub_name, model_card
+from espl_jax.export.model_card import hub_name, model_card, serve_adapter
 from espl_jax.pretrained.new_folder import check_free
 from espl_jax.pretrained.peft import save_adapter
 from espl_jax.pretrained.save import save_pretrained
+from espl_jax.pretrained.shards import DTYPES as DTYPES_WRITTEN
 from espl_jax.saved_run import SavedRun, read_run
 
 FORMATS = ("merged", "adapter")
@@ -45,8 +46,9 @@ def export(
       FileNotFoundError: if there is no run, no checkpoint yet, or its model is gone.
       ValueError: for an unknown prompt or format, adapters of a run that has none, or damaged files.
     """
-    if format not in FORMATS:
-        raise ValueError(f"format={format!r}: choose one of {', '.join(FORMATS)}")
+    for name, value, choices in (("format", format, FORMATS), ("dtype", dtype, tuple(DTYPES_WRITTEN))):
+        if value not in choices:
+            raise ValueError(f"{name}={value!r}: choose one of {', '.join(choices)}")
     check_free(out)
     say(f"Reading {workdir}")
     run = read_run(workdir)
@@ -56,7 +58,13 @@ def export(
         raise ValueError(
             f"format='adapter': a run of mode={run.config.mode} that {why} has no adapters; use format=merged"
         )
-    base = base or hub_name(run.config.model.source)
+    source = run.config.model.source
+    if format == "adapter" and not base and (Path(source).expanduser() / "adapter_config.json").is_file():
+        raise ValueError(
+            f"format='adapter': the run began with {source}, itself an adapter, merged into its base; export "
+            "merged weights, or give as base the folder or hub name of those merged weights"
+        )
+    base = base or hub_name(source)
     say(f"Iteration {run.iteration} of {run.config.num_iterations}, prompt {chosen.id}; writing {out}")
     card = model_card(
         run.config.to_dict(),
@@ -69,13 +77,25 @@ def export(
         metrics=_metrics(run),
     )
     model = run.model
+    arguments = json.loads(run.config.model.chat_template_kwargs)
     if format == "adapter":
-        save_adapter(out, run.adapters, model.config, model.tokenizer, chosen, base=base, model_card=card)
+        save_adapter(
+            out,
+            run.adapters,
+            model.config,
+            model.tokenizer,
+            chosen,
+            base=base,
+            model_card=card,
+            template_arguments=arguments,
+        )
     else:
         temperature = run.config.sampling.temperature
         drawn = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+        # Of the makers' settings the ids alone: the run drew without their penalties and truncation.
+        ids = {name: i for name, i in model.generation.items() if name.endswith("_token_id")}
         generation = {
-            **model.generation,
+            **ids,
             "eos_token_id": list(model.stop_ids),
             **(drawn if temperature else {"do_sample": False}),
         }
@@ -88,14 +108,12 @@ def export(
             dtype=dtype,
             generation=generation,
             model_card=card,
+            template_arguments=arguments,
         )
     size = sum(file.stat().st_size for file in Path(out).expanduser().iterdir())
     say(f"Written to {out} ({size / 1e6:,.1f} MB): weights, tokenizer with chat template, prompt, README.md")
     if format == "adapter":
-        say(
-            f"Serve it:  vllm serve {base} --enable-lora --lora-modules evolved={out}"
-            f" --chat-template {out}/chat_template.jinja"
-        )
+        say(f"Serve it:  {serve_adapter(base, os.fspath(out), run.config.lora.rank)}")
     else:
         say(f"Serve it:  transformers serve {out}   or   vllm serve {out}")
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from espl_jax.environments.boxed import INSTRUCTION
 from espl_jax.metrics import percent, table
 from espl_jax.types import SystemPrompt
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@(.+))?")
+
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Largest ranks that vLLM can be told to make room for."""
 
 _SETTINGS = (
     "mode",
@@ -45,8 +49,22 @@ _METHODS = {
 
 
 def hub_name(source: str) -> str:
-    """What others call the model of `model.source`: a name on the Hugging Face hub where there is one."""
-    return "HuggingFaceTB/SmolLM2-135M-Instruct" if source == "smollm2" else source.partition("@")[0]
+    """What others call the model of `model.source`: its name on the Hugging Face hub (and revision, if it has
+    one), or an absolute path.
+    """
+    if source == "smollm2":
+        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+    path = Path(source).expanduser()
+    return str(path.absolute()) if path.exists() or source.endswith(".gguf") else source
+
+
+def serve_adapter(base: str, folder: str, rank: int) -> str:
+    """The command that serves an adapter with vLLM; requests name the model `evolved`."""
+    name, revision = _name_and_revision(base)
+    words = ["vllm serve", name, *([f"--revision {revision}"] if revision else []), "--enable-lora"]
+    words += [f"--max-lora-rank {next((r for r in _VLLM_RANKS if r >= rank), rank)}"]
+    words += [f"--lora-modules evolved={folder}", f"--chat-template {folder}/chat_template.jinja"]
+    return " ".join(words)
 
 
 def model_card(
@@ -87,8 +105,13 @@ def model_card(
     return "\n\n".join(sections) + "\n"
 
 
+def _name_and_revision(base: str) -> tuple[str, str | None]:
+    named = _HUB_NAME.fullmatch(base)
+    return (named[1], named[2]) if named else (base, None)
+
+
 def _front_matter(base: str, adapter: bool) -> str:
-    lines = [f"base_model: {base}"] if _HUB_NAME.fullmatch(base) else []
+    lines = [f"base_model: {_name_and_revision(base)[0]}"] if _HUB_NAME.fullmatch(base) else []
     lines += [f"library_name: {'peft' if adapter else 'transformers'}", "pipeline_tag: text-generation"]
     lines += ["tags:", "- espl", "- system-prompt", *(["- lora"] if adapter else [])]
     return "\n".join(["---", *lines, "---"])
@@ -137,15 +160,16 @@ def _use(config: Mapping[str, Any], base: str, folder: str, adapter: bool) -> st
     if instruction:
         notes.append(f"Each problem was followed, in the user's turn, by:\n\n{_fenced(instruction)}")
     if kwargs := json.loads(config["model"]["chat_template_kwargs"]):
-        notes.append(f"The chat template was given `{json.dumps(kwargs)}`; give it the same.")
+        notes.append(
+            f"Unless told otherwise, the chat template takes `{json.dumps(kwargs)}`, as in training."
+        )
     loading = "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
     if adapter:
         loading = "from peft import PeftModel\n" + loading
-        model = f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")'
-        serving = (
-            f"vllm serve {base} --enable-lora --lora-modules evolved={folder} "
-            f"--chat-template {folder}/chat_template.jinja"
-        )
+        name, revision = _name_and_revision(base)
+        which = f'"{name}", revision="{revision}"' if revision else f'"{name}"'
+        model = f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({which}), "{folder}")'
+        serving = f"{serve_adapter(base, folder, config['lora']['rank'])}  # requests name the model evolved"
     else:
         model = f'AutoModelForCausalLM.from_pretrained("{folder}")'
         serving = f"vllm serve {folder}\ntransformers serve {folder}"
@@ -183,6 +207,8 @@ def _results(
         )
     elif iteration < config["num_iterations"]:
         parts.append("Exported while the run was going on: there was no test yet.")
+    elif config["data"]["test"]:
+        parts.append("The test at the end of the run was not finished when this was exported.")
     else:
         parts.append("The run had no test problems.")
     if metrics:

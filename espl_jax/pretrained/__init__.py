@@ -83,7 +83,13 @@ def load_pretrained(
 
 def _with_adapter(folder: Path, dtype: str, mesh: Mesh | None, **numerics: Any) -> Pretrained:
     """The base model of an adapter with the adapter attached and, if the folder has one, its tokenizer."""
-    base = load_pretrained(peft.base_of(folder), dtype, mesh, **numerics)
+    source = peft.base_of(folder)
+    try:
+        base = load_pretrained(source, dtype, mesh, **numerics)
+    except OSError as error:  # no such file, no network, no access
+        raise type(error)(
+            f"{folder} is an adapter, and its base model {source} cannot be had: {error}"
+        ) from error
     adapters, lora_scale = peft.load_adapter(folder, base.config, mesh)
     return dataclasses.replace(
         base,

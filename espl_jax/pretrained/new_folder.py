@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +23,11 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
       FileExistsError: as `check_free`.
       OSError: with what to do, when the disk is full.
     """
-    path = Path(path).expanduser().absolute()
+    path = Path(path).expanduser().resolve()
     check_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process that had our number
+    _remove_leftovers(path)
+    unfinished = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.unfinished")
     try:
         with durable.disk_full_explained(path):
             unfinished.mkdir()
@@ -43,6 +45,21 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def check_free(path: str | os.PathLike[str]) -> None:
     """Raises FileExistsError if `path` is there and is anything but an empty folder."""
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().resolve()
+    if path.is_mount():
+        raise FileExistsError(
+            f"{path} is a mount point, which no folder can take the place of; name one in it"
+        )
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} is there already: nothing is overwritten; remove it or name another")
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes what processes of this machine that are no more have left unfinished."""
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(platform.node())}.*.unfinished"):
+        try:
+            os.kill(int(folder.name.split(".")[-2]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except (ValueError, PermissionError):
+            continue  # not ours to judge

@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from espl_jax.models import lora
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.transformer import Params, Weight
 from espl_jax.pretrained.hf_names import by_path, module
+from espl_jax.pretrained.hub import REPOSITORY
 from espl_jax.pretrained.layout import file_shape, to_file
 from espl_jax.pretrained.new_folder import new_folder
 from espl_jax.pretrained.safetensors_files import DTYPES, StoredTensor, read_header
@@ -51,6 +52,7 @@ def save_adapter(
     *,
     base: str,
     model_card: str | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes adapters, float32, as a folder that PEFT loads onto the base model.
 
@@ -60,8 +62,9 @@ def save_adapter(
       config: the decoder, with the `lora_scale` of the run.
       tokenizer: written beside, for its chat template.
       system_prompt: becomes the template's default system message, and `system_prompt.txt`.
-      base: name on the hub, or folder, of the model that the adapters belong to.
+      base: name on the hub (with `@revision` or not), or folder, of the model that the adapters belong to.
       model_card: the text of README.md.
+      template_arguments: defaults of the chat template's arguments (`enable_thinking`, ...).
 
     Raises:
       FileExistsError: if the folder is not empty.
@@ -77,11 +80,13 @@ def save_adapter(
             tensors.append(Tensor(name, file_shape(weight), read))
     rank = _rank(adapters)
     alpha = config.lora_scale * rank
+    named = REPOSITORY.fullmatch(base)
     modules = {module(path.rpartition("/")[0], config).rpartition(".")[2] for path in declared}
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": named["repository"] if named else base,
+        "revision": named["revision"] if named else None,
         "r": rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": 0.0,
@@ -96,21 +101,25 @@ def save_adapter(
         text = json.dumps(settings, indent=2) + "\n"
         (unfinished / "adapter_config.json").write_text(text, encoding="utf-8")
         write_file(unfinished / "adapter_model.safetensors", tensors, "float32")
-        write_text_files(unfinished, tokenizer, system_prompt, model_card)
+        write_text_files(unfinished, tokenizer, system_prompt, model_card, template_arguments)
 
 
 def base_of(folder: str | os.PathLike[str]) -> str:
-    """The model that an adapter belongs to: a name on the hub, or a path.
+    """The model that an adapter belongs to: a name on the hub, with its revision if it has one, or a path.
 
     Raises:
       ValueError: if the adapter does not say.
     """
     path = Path(folder) / "adapter_config.json"
-    if not (base := json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")):
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if not (base := settings.get("base_model_name_or_path")):
         raise ValueError(
             f"{path}: base_model_name_or_path is missing; write there what the adapter belongs to"
         )
-    return base
+    revision = settings.get("revision")
+    return (
+        f"{base}@{revision}" if revision and REPOSITORY.fullmatch(base) and not Path(base).exists() else base
+    )
 
 
 def load_adapter(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ def save_pretrained(
     max_shard_bytes: float = 5e9,
     generation: dict[str, Any] | None = None,
     model_card: str | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a model as a folder in Hugging Face's format, adapters merged into the weights they adapt.
 
@@ -49,6 +50,7 @@ def save_pretrained(
       max_shard_bytes: most bytes of weights in one file.
       generation: fields of generation_config.json beside the ids of special tokens.
       model_card: the text of README.md.
+      template_arguments: defaults of the chat template's arguments (`enable_thinking`, ...).
 
     Raises:
       FileExistsError: if the folder is not empty.
@@ -68,7 +70,7 @@ def save_pretrained(
     with new_folder(folder) as unfinished:
         for name, fields in {"config": described, "generation_config": generating}.items():
             (unfinished / f"{name}.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        write_text_files(unfinished, tokenizer, system_prompt, model_card)
+        write_text_files(unfinished, tokenizer, system_prompt, model_card, template_arguments)
         write_shards(unfinished, tensors, dtype, max_shard_bytes)
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from espl_jax.text.chat import has_system_role
-from espl_jax.text.default_system import with_default_system
+from espl_jax.text.default_system import with_default_arguments, with_default_system
 from espl_jax.types import SystemPrompt
 
 
@@ -17,10 +21,12 @@ def write_text_files(
     tokenizer: PreTrainedTokenizerFast,
     system_prompt: SystemPrompt | str | None = None,
     model_card: str | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the tokenizer's files, `chat_template.jinja`, `system_prompt.txt` and `README.md`.
 
-    A system prompt that is not blank becomes the default system message of the chat template.
+    A system prompt that is not blank becomes the default system message of the chat template, and arguments
+    what the template takes them for where it is not told otherwise.
 
     Raises:
       ValueError: for a system prompt, but no chat template to speak it.
@@ -28,19 +34,36 @@ def write_text_files(
     system = system_prompt.render() if isinstance(system_prompt, SystemPrompt) else system_prompt
     if system is not None:
         (folder / "system_prompt.txt").write_text(system, encoding="utf-8", newline="")
-    if system and system.strip():
-        if not isinstance(tokenizer.chat_template, str):
-            raise ValueError(
-                "the tokenizer has no chat_template (or several), so that the system prompt has no place in "
-                "it; set tokenizer.chat_template, or leave the system prompt out"
-            )
-        template = with_default_system(tokenizer.chat_template, system, has_system_role(tokenizer))
+    said, arguments = bool(system and system.strip()), dict(template_arguments or {})
+    if said and not isinstance(tokenizer.chat_template, str):
+        raise ValueError(
+            "the tokenizer has no chat_template (or several), so that the system prompt has no place in "
+            "it; set tokenizer.chat_template, or leave the system prompt out"
+        )
+    if isinstance(tokenizer.chat_template, str):
+        template = tokenizer.chat_template
+        if said:
+            template = with_default_system(template, system, has_system_role(tokenizer, **arguments))
         tokenizer = copy.copy(tokenizer)
-        tokenizer.chat_template = template
+        tokenizer.chat_template = with_default_arguments(template, arguments)
     tokenizer.save_pretrained(folder)
-    # The name of the plain class in transformers 5; versions before know the other one, which both read.
-    path = folder / "tokenizer_config.json"
-    text = path.read_text(encoding="utf-8")
-    path.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8")
+    _readable_by_older_versions(folder / "tokenizer_config.json")
+    # What converters to other formats ask for.
+    sentencepiece = Path(tokenizer.name_or_path or ".") / "tokenizer.model"
+    if sentencepiece.is_file():
+        shutil.copy(sentencepiece, folder / sentencepiece.name)
     if model_card is not None:
         (folder / "README.md").write_text(model_card, encoding="utf-8")
+
+
+def _readable_by_older_versions(path: Path) -> None:
+    """Puts what transformers 5 writes of a tokenizer into words that version 4 knows as well, and leaves out
+    where this one was read from."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    if fields.get("tokenizer_class") == "TokenizersBackend":
+        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(fields.get("extra_special_tokens"), list):
+        fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
+    for name in ("is_local", "local_files_only"):
+        fields.pop(name, None)
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -40,8 +40,8 @@ def render(
       **chat_template_kwargs: passed to the template (`enable_thinking`, ...).
 
     Raises:
-      ValueError: for a conversation without a user turn, or a tokenizer without a chat template.
-      jinja2.exceptions.TemplateError: for a conversation that the template refuses for another reason.
+      ValueError: for a conversation without a user turn, or one that the template refuses for another
+        reason; for a tokenizer without a chat template.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError("the tokenizer has no chat_template; use an instruction-tuned model, or set one")
@@ -51,7 +51,13 @@ def render(
         raise ValueError("the conversation has no user turn; give at least one message of role user")
     if turns[0]["role"] == "system" and not has_system_role(tokenizer, **chat_template_kwargs):
         turns = _system_in_user_turn(turns)
-    return _apply(tokenizer, turns, **chat_template_kwargs) + opening
+    try:
+        return _apply(tokenizer, turns, **chat_template_kwargs) + opening
+    except TemplateError as error:
+        raise ValueError(
+            f"the chat template refuses this conversation: {error}; use another template, or other "
+            "chat_template_kwargs"
+        ) from error
 
 
 def has_system_role(tokenizer: PreTrainedTokenizerFast, **chat_template_kwargs: Any) -> bool:

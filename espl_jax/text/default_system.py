@@ -1,8 +1,10 @@
-"""A system prompt as the default of a chat template, so that whoever serves the model need not send it."""
+"""System prompt and arguments as defaults of a chat template: who serves the model need not send them."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 _NAMED = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
@@ -61,6 +63,33 @@ def with_default_system(template: str, system: str, has_system_role: bool) -> st
     prefix = _AS_MESSAGE if has_system_role else _IN_USER_TURN
     # The system text last: it may contain anything.
     return prefix.replace("CONDITION", _CONDITION).replace("SYSTEM", _literal(system)) + template
+
+
+def with_default_arguments(template: str, arguments: Mapping[str, Any]) -> str:
+    """A chat template for which these arguments (`enable_thinking`, ...) have these values unless given.
+
+    Args:
+      template: in Jinja, as transformers reads it.
+      arguments: name -> JSON value.
+    """
+    lines = [
+        f"{{% if {name} is not defined %}}\n{{% set {name} = {_value(value)} %}}\n{{% endif %}}\n"
+        for name, value in arguments.items()
+    ]
+    return "".join(lines) + template
+
+
+def _value(value: Any) -> str:
+    """A Jinja literal of a JSON value."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return _literal(value)
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_literal(name)}: {_value(item)}' for name, item in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    return repr(value)
 
 
 def _literal(text: str) -> str:

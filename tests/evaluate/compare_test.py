@@ -8,18 +8,33 @@ import jax
 import numpy as np
 import pytest
 
+from espl_jax import assemble
 from espl_jax.data.problems import ProblemSet
 from espl_jax.environments.arithmetic import Arithmetic
 from espl_jax.environments.math import Math
 from espl_jax.evaluate import compare as comparing
 from espl_jax.evaluate import summarize
-from espl_jax.evaluate.compare import check_gradable, compare, load_model, sample_in_batches
+from espl_jax.evaluate.compare import (
+    check_gradable,
+    compare,
+    find_model,
+    load_model,
+    sample_in_batches,
+    with_settings_of_run,
+)
 from espl_jax.evaluate.prompts import read_prompt
 from espl_jax.evaluate.request import Request
 from espl_jax.types import Problem
 from tests import fakes
 
-SAMPLING = {"group_size": 2, "temperature": 1.0, "max_new_tokens": 5}
+SAMPLING = {
+    "group_size": 2,
+    "temperature": 1.0,
+    "max_new_tokens": 5,
+    "chat_template_kwargs": {},
+    "show_thinking": None,
+}
+RUN = {"mode": "rl", "num_iterations": 3}
 
 
 class Letters(fakes.Letters):
@@ -43,6 +58,7 @@ def loaded(monkeypatch):
         return fakes.model()
 
     monkeypatch.setattr(comparing, "load_pretrained", load)
+    monkeypatch.setattr(comparing, "find_model", lambda source: None)
     monkeypatch.setattr(comparing, "make_environment", lambda *_: Letters())
     monkeypatch.setattr(comparing.sharding, "make_mesh", lambda sizes: None)
     return calls
@@ -168,8 +184,8 @@ def test_problems_that_cannot_be_graded_are_refused_before_a_model_is_loaded(
 
 
 def test_the_weights_of_a_run(tmp_path, monkeypatch):
-    """A folder with checkpoints is a run, whose own numerics hold where no others are given."""
-    (tmp_path / "checkpoints").mkdir()
+    """A run's own numerics hold where no others are given."""
+    (tmp_path / "config.json").write_text(json.dumps(RUN))
     asked = []
 
     def read_run(*args, **numerics):
@@ -179,6 +195,116 @@ def test_the_weights_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(comparing, "read_run", read_run)
     assert load_model(str(tmp_path), "the mesh", {"dtype": "float32"}) == "its model"
     assert asked == [(str(tmp_path), "the mesh", {"dtype": "float32"})]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run of a model in a folder, with settings that are not the usual ones."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(assemble, "load_pretrained", fakes.load_pretrained)
+        monkeypatch.setattr(assemble.sharding, "make_mesh", lambda sizes: None)
+        return fakes.workdir(
+            tmp_path_factory.mktemp("runs") / "run",
+            mode="evolution",
+            model__chat_template_kwargs='{"enable_thinking": false, "effort": "low"}',
+            environment__show_thinking=True,
+        )
+
+
+def test_a_run_is_sampled_as_it_was_trained(workdir):
+    sampling = with_settings_of_run(str(workdir), SAMPLING)
+    assert sampling["chat_template_kwargs"] == {"enable_thinking": False, "effort": "low"}
+    assert sampling["show_thinking"] is True and sampling["group_size"] == 2
+    given = {**SAMPLING, "chat_template_kwargs": {"effort": "high"}, "show_thinking": False}
+    sampling = with_settings_of_run(str(workdir), given)
+    assert sampling["chat_template_kwargs"] == {"enable_thinking": False, "effort": "high"}
+    assert sampling["show_thinking"] is False
+    sampling = with_settings_of_run("smollm2", SAMPLING)
+    assert (sampling["chat_template_kwargs"], sampling["show_thinking"]) == ({}, False)
+
+
+def test_those_settings_reach_the_sampling(workdir, loaded, monkeypatch):
+    monkeypatch.setattr(assemble, "load_pretrained", fakes.load_pretrained)
+    seen = []
+
+    def collect(*args, **sampling):
+        seen.append((sampling["chat_template_kwargs"], sampling["show_thinking"]))
+        return comparing_collect(*args, **sampling)
+
+    comparing_collect = comparing.collect_rollouts
+    monkeypatch.setattr(comparing, "collect_rollouts", collect)
+    compare(request("", models=(str(workdir), "x")))
+    assert seen == [({"enable_thinking": False, "effort": "low"}, True), ({}, False)]
+
+
+def test_models_are_looked_for_before_any_is_sampled(loaded, monkeypatch, tmp_path):
+    monkeypatch.setattr(comparing, "find_model", find_model)
+    (tmp_path / "model.gguf").write_bytes(b"")
+    for missing, complaint in (
+        ("none.gguf", "there is no file none.gguf"),
+        ("no such model", "is no folder here"),
+        (str(tmp_path), "config.json"),
+    ):
+        with pytest.raises(ValueError, match=f"--model={missing}: .*{complaint}"):
+            compare(request("", models=(str(tmp_path / "model.gguf"), missing)))
+    assert loaded == []
+
+
+def test_a_run_is_looked_for_with_its_model(workdir, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(comparing.smollm2, "find_gguf", lambda: found.append("smollm2"))
+    config = json.loads((workdir / "config.json").read_text())
+    config["model"]["source"] = "smollm2"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
+        find_model(str(tmp_path))
+    (tmp_path / "checkpoints").symlink_to(workdir / "checkpoints")
+    find_model(str(tmp_path))
+    assert found == ["smollm2"]
+
+
+def test_an_adapter_is_looked_for_with_its_base(tmp_path):
+    settings = {"base_model_name_or_path": str(tmp_path / "none.gguf")}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*none.gguf"):
+        find_model(str(tmp_path))
+
+
+def test_a_run_without_a_checkpoint_is_told_from_a_model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(fakes.config().to_dict()))
+    with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
+        find_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("problem_set", ["four", "one"])
+def test_what_was_done_before_an_error_is_kept(loaded, monkeypatch, tmp_path, capsys, problem_set):
+    """Whether a later model fails on its first problem set or on its second."""
+    sets = {"four": ProblemSet(fakes.PROBLEMS, "four"), "one": ProblemSet(fakes.PROBLEMS[:1], "one")}
+    sample, left = comparing.collect_rollouts, [True] * (2 + (problem_set == "one"))
+
+    def fail(*args, **sampling):
+        if not left:
+            raise RuntimeError("out of memory")
+        left.pop()
+        return sample(*args, **sampling)
+
+    monkeypatch.setattr(comparing, "collect_rollouts", fail)
+    path = tmp_path / "a.json"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        compare(request("Add.", sets=sets, models=("x", "y"), out=(path,)))
+    done = [(cell["model"], cell["data"]) for cell in json.loads(path.read_text())["results"]]
+    assert done == [("x", "four"), ("x", "one"), ("y", "four")][: 2 + (problem_set == "one")]
+    assert "| x " in capsys.readouterr().out or problem_set == "four"
+
+
+def test_nothing_is_shown_where_nothing_was_done(loaded, monkeypatch, tmp_path, capsys):
+    def fail(*args, **numerics):
+        raise ValueError("damaged")
+
+    monkeypatch.setattr(comparing, "load_pretrained", fail)
+    with pytest.raises(ValueError, match="damaged"):
+        compare(request("Add.", out=(tmp_path / "a.json",)))
+    assert not capsys.readouterr().out and not (tmp_path / "a.json").exists()
 
 
 def test_a_mesh_that_does_not_fit_is_refused(loaded, monkeypatch):

@@ -34,6 +34,18 @@ def test_text_stays_as_it_is(text):
     assert read_prompt(text).render() == text
 
 
+@pytest.mark.parametrize("text", ["   ", "\n", " \t\n"])
+def test_blank_ones_are_one_prompt(text, tmp_path):
+    (tmp_path / "blank.txt").write_text(text)
+    assert read_prompt(text) == read_prompt("") == read_prompt(str(tmp_path / "blank.txt"))
+
+
+@pytest.mark.parametrize("word", ["Add. ", "Add/"])
+@pytest.mark.parametrize("end", ["a.txt", "a.json", "a.json#p1"])
+def test_text_too_long_for_a_path(word, end):
+    assert read_prompt(word * 2000 + end).render() == word * 2000 + end
+
+
 def test_members_that_are_not_there(population):
     with pytest.raises(
         ValueError, match=r"no member 'p7'; write .*population.json#ID with one of p0, p1; .*p1"

@@ -23,6 +23,7 @@ FLAGS = {
     "batch_size": 32,
     "max_rows": 0,
     "chat_template_kwargs": "{}",
+    "show_thinking": None,
     "dtype": None,
     "param_dtype": None,
     "matmul_precision": None,
@@ -53,12 +54,14 @@ def test_everything_given(tmp_path):
         dtype="bfloat16",
         max_rows=8,
         chat_template_kwargs='{"enable_thinking": false}',
+        show_thinking=True,
         out=[str(tmp_path / "x.json"), str(tmp_path / "x.jsonl")],
     )
     (problem,) = request.problem_sets[data].problems
     assert (problem.text, problem.answer) == ("1 + 1?", "2")
     assert request.mesh == {"data": 1, "fsdp": -1} and request.numerics == {"dtype": "bfloat16"}
     assert request.sampling["chat_template_kwargs"] == {"enable_thinking": False}
+    assert request.sampling["show_thinking"] is True
     assert request.sampling["max_rows"] == 8 and [path.name for path in request.out] == ["x.json", "x.jsonl"]
 
 
@@ -84,6 +87,7 @@ def test_long_prompts_that_begin_alike_keep_apart():
         ({"prompt": ["none.txt"]}, "--prompt=none.txt: there is no file none.txt"),
         ({"prompt": ["none.json#p1"]}, "--prompt=none.json#p1: there is no file none.json"),
         ({"prompt": ["Add.", "Add."]}, "--prompt=Add.: the same text as Add.; leave one of them out"),
+        ({"prompt": ["", "  "]}, "--prompt=  : the same text as (the template's default); leave one of them"),
         ({"answer_format": "last_number"}, "--answer_format=last_number: choose one of boxed, expression"),
         ({"temperature": 0}, "--samples=4: greedy samples are all the same; give --samples=1"),
         ({"fields": ["text"]}, "--fields=text: 'text' is not understood; write it as in text=task"),

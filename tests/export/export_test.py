@@ -1,5 +1,6 @@
 """A run leaves as a folder: whose weights, which prompt, what is refused."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -62,7 +63,7 @@ def test_merged(workdir, tmp_path):
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation["temperature"] == 1.0 and generation["eos_token_id"] == [257]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "0.5" in card and "prompt p1" in card and "no test" in card
+    assert "0.5" in card and "prompt p1" in card and "test at the end of the run was not finished" in card
     assert "prompt p1" in said[1] and f"transformers serve {tmp_path / 'out'}" in said[-1]
 
 
@@ -177,3 +178,37 @@ def test_a_run_from_its_beginning(tmp_path):
     np.testing.assert_allclose(exported, expected.T, atol=1e-6)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| trained |" in card and "Training rollouts" in card
+
+
+def test_the_run_drew_without_its_makers_settings(tmp_path, monkeypatch):
+    makers = {"bos_token_id": 5, "repetition_penalty": 1.1, "temperature": 0.6, "top_k": 20}
+
+    def load(*args, **kwargs):
+        return dataclasses.replace(fakes.load_pretrained(*args, **kwargs), generation=makers)
+
+    monkeypatch.setattr(assemble, "load_pretrained", load)
+    for t in (0.7, 0.0):
+        run = fakes.workdir(tmp_path / f"run{t}", sampling__temperature=t, mode="evolution")
+        export(run, tmp_path / f"out{t}", say=lambda line: None)
+        written = json.loads((tmp_path / f"out{t}" / "generation_config.json").read_text())
+        drawn = {"do_sample": True, "temperature": t, "top_p": 1.0, "top_k": 0} if t else {"do_sample": False}
+        expected = {"bos_token_id": 5, "eos_token_id": [257], **drawn}
+        assert {name: value for name, value in written.items() if name != "pad_token_id"} == expected
+
+
+def test_arguments_of_the_template(tmp_path):
+    arguments = '{"enable_thinking": false}'
+    run = fakes.workdir(tmp_path / "run", model__chat_template_kwargs=arguments)
+    export(run, tmp_path / "out", say=lambda line: None)
+    template = (tmp_path / "out" / "chat_template.jinja").read_text()
+    assert template.startswith("{% if enable_thinking is not defined %}\n{% set enable_thinking = false %}")
+
+
+def test_a_run_that_began_with_an_adapter(tmp_path, monkeypatch):
+    source = tmp_path / "adapter"
+    source.mkdir()
+    (source / "adapter_config.json").touch()
+    run = fakes.workdir(tmp_path / "run", model__source=str(source))
+    with pytest.raises(ValueError, match="itself an adapter, merged into its base"):
+        export(run, tmp_path / "out", format="adapter", say=lambda line: None)
+    export(run, tmp_path / "out", format="adapter", base="org/merged", say=lambda line: None)

@@ -9,7 +9,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 from espl_jax.evaluate import Evaluation
-from espl_jax.export.model_card import hub_name, model_card
+from espl_jax.export.model_card import hub_name, model_card, serve_adapter
 from espl_jax.types import SystemPrompt
 from tests import fakes
 
@@ -37,7 +37,7 @@ RESULTS = {
 
 def card(prompt=PROMPT, iteration=2, config=None, **settings):
     config = (config or fakes.config()).to_dict()
-    return model_card(config, prompt, base=BASE, iteration=iteration, folder="out", **settings)
+    return model_card(config, prompt, **{"base": BASE, "iteration": iteration, "folder": "out", **settings})
 
 
 def code_blocks(text):
@@ -89,7 +89,9 @@ def test_code_is_python():
 
 def test_before_the_end_and_without_a_test():
     assert "there was no test yet" in card(iteration=1)
-    assert "no test problems" in card(results={"deployed": {"id": "p3"}, "test": {}})
+    assert "was not finished when this was exported" in card()
+    nothing = fakes.config(data__test="")
+    assert "no test problems" in card(config=nothing, results={"deployed": {"id": "p3"}, "test": {}})
 
 
 @pytest.mark.parametrize("text", ["```\n# not a heading\n```", "---\n", "a ```` b", "<details>"])
@@ -112,8 +114,23 @@ def test_what_the_user_said_beside_the_problem():
 
 def test_hub_names():
     assert hub_name("smollm2") == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert hub_name("org/name@main") == "org/name"
+    assert hub_name("org/name@main") == "org/name@main"
     assert hub_name("/a/b.gguf") == "/a/b.gguf"
+    assert hub_name("dir/model.gguf").endswith("/dir/model.gguf") and hub_name("dir/model.gguf")[0] == "/"
+
+
+def test_a_revision_of_the_base():
+    text = card(base="org/name@v2", adapter=True)
+    assert "base_model: org/name\n" in text
+    assert 'from_pretrained("org/name", revision="v2")' in text
+    assert "vllm serve org/name --revision v2 --enable-lora" in text
+
+
+@pytest.mark.parametrize(("rank", "room"), [(1, 8), (8, 8), (17, 32), (32, 32), (600, 600)])
+def test_serving_an_adapter_makes_room_for_its_rank(rank, room):
+    assert f"--enable-lora --max-lora-rank {room} --lora-modules evolved=out" in serve_adapter(
+        "a/b", "out", rank
+    )
 
 
 def test_adapters_of_a_copy():

@@ -9,7 +9,8 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
 from espl_jax.models import lora
-from espl_jax.pretrained.peft import load_adapter, save_adapter
+from espl_jax.pretrained import load_pretrained
+from espl_jax.pretrained.peft import base_of, load_adapter, save_adapter
 from espl_jax.text.chat import render
 from tests import fakes, tiny
 
@@ -123,3 +124,21 @@ class TestReading:
         (folder / "adapter_config.json").unlink()
         with pytest.raises(FileNotFoundError, match=r"adapter_config.json is not there"):
             load_adapter(folder, CONFIG)
+
+
+@pytest.mark.parametrize("base", ["org/name", "org/name@v2", "/models/some@thing"])
+def test_the_base_comes_back(base, tmp_path):
+    save_adapter(tmp_path / "out", tiny.adapters(CONFIG), CONFIG, fakes.tokenizer(), base=base)
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == base.removesuffix("@v2")
+    assert settings["revision"] == ("v2" if base.endswith("@v2") else None)
+    assert base_of(tmp_path / "out") == base
+
+
+def test_a_base_that_is_not_to_be_had(tmp_path):
+    gone = str(tmp_path / "gone")
+    save_adapter(tmp_path / "out", tiny.adapters(CONFIG), CONFIG, fakes.tokenizer(), base=gone)
+    with pytest.raises(
+        FileNotFoundError, match=f"out is an adapter, and its base model {gone} cannot be had"
+    ):
+        load_pretrained(tmp_path / "out")

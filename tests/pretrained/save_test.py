@@ -3,6 +3,10 @@
 import copy
 import errno
 import json
+import os
+import platform
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -192,3 +196,55 @@ class TestRefusals:
         with pytest.raises(ValueError, match="no chat_template"):
             save_pretrained(tmp_path / "out", tiny.params(CONFIG), CONFIG, tokenizer, "Add.")
         save_pretrained(tmp_path / "out", tiny.params(CONFIG), CONFIG, tokenizer)
+
+
+def test_tokenizers_are_read_by_transformers_4_too(tmp_path):
+    """It wants a dict where version 5 writes further special tokens as a list."""
+    tokenizer = fakes.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|a|>", "<|b|>"]})
+    save_pretrained(tmp_path / "out", tiny.params(CONFIG), CONFIG, tokenizer)
+    fields = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert not isinstance(fields.get("extra_special_tokens"), list)
+    assert fields["additional_special_tokens"] == ["<|a|>", "<|b|>"]
+    assert fields["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not {"is_local", "local_files_only"} & set(fields)
+    back = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert back.encode("x<|a|>y<|b|>") == tokenizer.encode("x<|a|>y<|b|>")
+    assert set(back.all_special_ids) == set(tokenizer.all_special_ids)
+
+
+def test_arguments_of_the_template_go_along(tmp_path):
+    tokenizer = fakes.tokenizer()
+    tokenizer.chat_template = "{{ thinking }} {{ messages[0].content }}"
+    arguments = {"thinking": [False, None, 2, 'say "{%"\n', {"a": 1.5}]}
+    save_pretrained(tmp_path / "out", tiny.params(CONFIG), CONFIG, tokenizer, template_arguments=arguments)
+    back = AutoTokenizer.from_pretrained(tmp_path / "out")
+    user = {"role": "user", "content": "Hi"}
+    assert render(back, [user]) == render(tokenizer, [user], **arguments)
+    assert render(back, [user], thinking=7) == "7 Hi"
+
+
+def test_the_sentencepiece_model_goes_along(tmp_path):
+    source = tmp_path / "source"
+    fakes.tokenizer().save_pretrained(source)
+    (source / "tokenizer.model").write_bytes(b"pieces")
+    save_pretrained(tmp_path / "out", tiny.params(CONFIG), CONFIG, AutoTokenizer.from_pretrained(source))
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"pieces"
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    leftover = tmp_path / f".out.{platform.node()}.{killed.pid}.unfinished"
+    anothers = tmp_path / f".out.{platform.node()}.{os.getppid()}.unfinished"
+    for folder in (leftover, anothers):
+        folder.mkdir()
+    save_pretrained(tmp_path / "out", tiny.params(CONFIG), CONFIG, fakes.tokenizer())
+    assert (leftover.exists(), anothers.exists()) == (False, True)
+
+
+def test_a_link_to_an_empty_folder(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    save_pretrained(tmp_path / "out", tiny.params(CONFIG), CONFIG, fakes.tokenizer())
+    assert (tmp_path / "disk" / "config.json").is_file()
