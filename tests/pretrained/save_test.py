@@ -200,7 +200,7 @@ class TestRefusals:
 
 def test_tokenizers_are_read_by_transformers_4_too(tmp_path):
     """It wants a dict where version 5 writes further special tokens as a list."""
-    tokenizer = fakes.tokenizer()
+    tokenizer = copy.deepcopy(fakes.tokenizer())  # the others' must stay as it is
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|a|>", "<|b|>"]})
     save_pretrained(tmp_path / "out", tiny.params(CONFIG), CONFIG, tokenizer)
     fields = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
@@ -214,7 +214,7 @@ def test_tokenizers_are_read_by_transformers_4_too(tmp_path):
 
 
 def test_arguments_of_the_template_go_along(tmp_path):
-    tokenizer = fakes.tokenizer()
+    tokenizer = copy.copy(fakes.tokenizer())
     tokenizer.chat_template = "{{ thinking }} {{ messages[0].content }}"
     arguments = {"thinking": [False, None, 2, 'say "{%"\n', {"a": 1.5}]}
     save_pretrained(tmp_path / "out", tiny.params(CONFIG), CONFIG, tokenizer, template_arguments=arguments)
