@@ -259,6 +259,8 @@ def _ropes(c: _Fields, gemma: bool) -> tuple[Rope, Rope | None]:
     if not gemma:
         return _rope({"rope_theta": c.get("rope_theta") or 10_000.0, **scaling, **given}, positions), None
     full = {"rope_theta": c.get("rope_theta") or 1e6, **scaling, **(given.get("full_attention") or {})}
+    # transformers looks for this one beside the kinds of layers, and not within them.
+    full["truncate"] = given.get("truncate", True)
     local = {
         "rope_theta": c.get("rope_local_base_freq") or 10_000.0,
         **(given.get("sliding_attention") or {}),

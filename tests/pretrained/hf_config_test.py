@@ -120,6 +120,14 @@ def test_what_is_not_computed_is_refused(change, message):
         from_hf_config(HF | change)
 
 
+def test_yarn_of_gemma_is_as_transformers_reads_it():
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "truncate": False}
+    fields = {"model_type": "gemma3_text", "rope_parameters": {"full_attention": yarn}}
+    assert from_hf_config(fields).rope.truncate
+    fields["rope_parameters"]["truncate"] = False
+    assert not from_hf_config(fields).rope.truncate
+
+
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_what_a_file_may_leave_out(family):
     """transformers' own defaults are ours."""
