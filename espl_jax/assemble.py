@@ -19,7 +19,7 @@ from espl_jax.environments.base import Environment
 from espl_jax.environments.math import Math
 from espl_jax.evolution import population as populations
 from espl_jax.models import lora
-from espl_jax.models.config import DecoderConfig
+from espl_jax.models.config import NUMERICS, DecoderConfig
 from espl_jax.models.transformer import abstract
 from espl_jax.optimizer import make_optimizer
 from espl_jax.pretrained import Pretrained, load_pretrained
@@ -116,8 +116,7 @@ def load_reference(config: Any, mesh: jax.sharding.Mesh | None, **numerics: Any)
     Where weights are trained, an adapter that it came with is merged into them: adapters of the run's own
     take its place.
     """
-    names = ("dtype", "param_dtype", "matmul_precision", "scan_layers", "slice_as_integers", "remat")
-    fields = {name: config.model[name] for name in names} | {"lora_scale": config.lora.scale}
+    fields = {name: config.model[name] for name in NUMERICS} | {"lora_scale": config.lora.scale}
     model = load_pretrained(config.model.source, mesh=mesh, **fields | numerics)
     _, adapters = lora.detach(model.params)
     if not adapters or not trains(config):

@@ -16,6 +16,7 @@ from espl_jax.assemble import abstract_trainable, load_reference, trains
 from espl_jax.evolution.population import Population, from_json, prompt_from_json
 from espl_jax.evolution.selection import deployed
 from espl_jax.models import lora
+from espl_jax.models.config import NUMERICS
 from espl_jax.models.transformer import Params
 from espl_jax.pretrained import Pretrained
 from espl_jax.run_state import read_checkpoint
@@ -24,10 +25,7 @@ from espl_jax.types import SystemPrompt
 
 _READ = {
     "mode": (),
-    "model": (
-        *("source", "dtype", "param_dtype", "matmul_precision", "scan_layers", "slice_as_integers", "remat"),
-        "chat_template_kwargs",
-    ),
+    "model": ("source", *NUMERICS, "chat_template_kwargs"),
     "lora": ("rank", "scale", "targets"),
     "environment": ("show_thinking",),
 }

@@ -9,6 +9,9 @@ MATMUL_PRECISIONS = ("default", "highest", "bfloat16")
 ACTIVATIONS = ("silu", "gelu_tanh")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 
+NUMERICS = ("dtype", "param_dtype", "matmul_precision", "scan_layers", "slice_as_integers", "remat")
+"""Fields of DecoderConfig that are ours to choose, whatever the checkpoint."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
@@ -47,6 +50,11 @@ class Rope:
                 f"rope scaling={self.scaling!r} needs original_positions, the length of the contexts that "
                 f"the model was first trained on; it is {self.original_positions}"
             )
+
+    @property
+    def reach(self) -> int:
+        """Length of the contexts that YaRN stretches to; 0 for the others, whose models name their own."""
+        return int(self.factor * self.original_positions) if self.scaling == "yarn" else 0
 
 
 @dataclasses.dataclass(frozen=True)

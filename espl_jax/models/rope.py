@@ -25,6 +25,14 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     return plain
 
 
+def yarn_attention_factor(factor: float, weight: float = 1.0) -> float:
+    """What YaRN multiplies cosines and sines with for a stretch by `factor` (its section 3.4).
+
+    `weight` is DeepSeek's `mscale`, which the paper has at 1.
+    """
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
 def _llama3(plain: np.ndarray, rope: Rope) -> np.ndarray:
     """Divides what turns less than `low_freq_factor` times in the original context (Llama 3.1, Dubey et al.
     2024, arXiv 2407.21783, as released); in between, the share of both grows linearly with the turns."""

@@ -226,13 +226,13 @@ def _layer(x, weights, above, *, window, config, rotations, shapes, starts, abov
     scanned layers differ.
     """
     y = layers.rms_norm(x, weights["attention_norm"], config)
-    weights_in = weights["attention"]
-    query = layers.einsum("td,dnh->tnh", y, weights_in["query"], config)
-    key = layers.einsum("td,dkh->tkh", y, weights_in["key"], config)
-    value = layers.einsum("td,dkh->tkh", y, weights_in["value"], config).astype(config.dtype)
+    attention = weights["attention"]
+    query = layers.einsum("td,dnh->tnh", y, attention["query"], config)
+    key = layers.einsum("td,dkh->tkh", y, attention["key"], config)
+    value = layers.einsum("td,dkh->tkh", y, attention["value"], config).astype(config.dtype)
     if config.qk_norm:
-        query = layers.rms_norm(query, weights_in["query_norm"], config)
-        key = layers.rms_norm(key, weights_in["key_norm"], config)
+        query = layers.rms_norm(query, attention["query_norm"], config)
+        key = layers.rms_norm(key, attention["key_norm"], config)
     cos, sin = _rotation(rotations, window)
     query = rope.rotate(query, cos, sin).astype(config.dtype)
     key = rope.rotate(key, cos, sin).astype(config.dtype)
@@ -247,7 +247,7 @@ def _layer(x, weights, above, *, window, config, rotations, shapes, starts, abov
         written.append((k.transpose(2, 0, 1, 3), v.transpose(2, 0, 1, 3)))
         sources.append(Source(*written[-1], mask, start))
 
-    out = layers.einsum("tnh,nhd->td", jnp.concatenate(mixed), weights_in["out"], config)
+    out = layers.einsum("tnh,nhd->td", jnp.concatenate(mixed), attention["out"], config)
     x = x + (layers.rms_norm(out, weights["post_attention_norm"], config) if config.post_norms else out)
     y = layers.rms_norm(x, weights["mlp_norm"], config)
     out = layers.gated_mlp(y, weights["mlp"], config)

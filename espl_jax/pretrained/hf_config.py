@@ -11,7 +11,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from espl_jax.models.config import DecoderConfig, Rope
+from espl_jax.models.config import NUMERICS, DecoderConfig, Rope
+from espl_jax.models.rope import yarn_attention_factor
 
 _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": (
@@ -81,16 +82,6 @@ SUPPORTED = (*_FAMILIES, "gemma3")
 
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
-_NUMERICS = (
-    "dtype",
-    "param_dtype",
-    "matmul_precision",
-    "scan_layers",
-    "slice_as_integers",
-    "remat",
-    "lora_scale",
-)
-
 
 def from_hf_config(hf: dict[str, Any], **numerics: Any) -> DecoderConfig:
     """The decoder that a parsed `config.json` describes.
@@ -123,7 +114,6 @@ def from_hf_config(hf: dict[str, Any], **numerics: Any) -> DecoderConfig:
 
     width, heads = c["hidden_size"], c["num_attention_heads"]
     rope, local_rope = _ropes(c, gemma)
-    stretched = int(rope.factor * rope.original_positions) if rope.scaling == "yarn" else 0
     # The others' code has no use for these fields, whatever a file says.
     bias = family in ("llama", "qwen3", "gemma3") and bool(c.get("attention_bias"))
     return DecoderConfig(
@@ -149,7 +139,7 @@ def from_hf_config(hf: dict[str, Any], **numerics: Any) -> DecoderConfig:
         embed_scale=width**0.5 if gemma else 1.0,
         activation=_ACTIVATIONS[activation],
         tied_head=c["tie_word_embeddings"],
-        max_positions=max(c["max_position_embeddings"], stretched),
+        max_positions=max(c["max_position_embeddings"], rope.reach),
         **numerics,
     )
 
@@ -218,7 +208,7 @@ def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
     else:
         fields["rope_parameters"] = rope
 
-    numerics = {name: getattr(config, name) for name in _NUMERICS}
+    numerics = {name: getattr(config, name) for name in (*NUMERICS, "lora_scale")}
     read_back = from_hf_config({"model_type": model_type, **fields}, **numerics)
     for field in dataclasses.fields(config):
         wanted, got = getattr(config, field.name), getattr(read_back, field.name)
@@ -289,16 +279,13 @@ def _rope(p: dict[str, Any], max_positions: int) -> Rope:
 
 
 def _yarn_attention(p: dict[str, Any], factor: float) -> float:
-    """What YaRN multiplies cosines and sines with, given or by its section 3.4 (and DeepSeek's extension)."""
-
-    def grown(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
+    """What YaRN multiplies cosines and sines with, given or computed."""
     if p.get("attention_factor") is not None:
         return float(p["attention_factor"])
     if p.get("mscale") and p.get("mscale_all_dim"):
-        return grown(p["mscale"]) / grown(p["mscale_all_dim"])
-    return grown(1.0)
+        weights = p["mscale"], p["mscale_all_dim"]
+        return yarn_attention_factor(factor, weights[0]) / yarn_attention_factor(factor, weights[1])
+    return yarn_attention_factor(factor)
 
 
 def _rope_parameters(rope: Rope) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from espl_jax.text.chat import has_system_role
-from espl_jax.text.default_system import with_default_arguments, with_default_system
+from espl_jax.text.template_defaults import with_default_arguments, with_default_system
 from espl_jax.types import SystemPrompt
 
 

@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +18,7 @@ from espl_jax.run_state import WorkDir
 from espl_jax.saved_run import read_run
 from espl_jax.text.chat import render
 from tests import fakes, families, tiny
+from tests.conftest import run_module
 
 TOKENS = np.random.default_rng(0).integers(0, 259, (2, 24)).astype(np.int32)
 USER = {"role": "user", "content": "1 + 1?"}
@@ -144,14 +141,7 @@ def test_refusals(workdir, tmp_path):
 
 
 def command(*args):
-    return subprocess.run(
-        [sys.executable, "-m", "espl_jax.export", *args],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).resolve().parents[2],
-        env=os.environ | {"JAX_PLATFORMS": ""},
-    )
+    return run_module("espl_jax.export", *args, JAX_PLATFORMS="")
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from espl_jax.models.config import DecoderConfig
-from espl_jax.models.rope import Rope, frequencies
+from espl_jax.models.config import DecoderConfig, Rope
+from espl_jax.models.rope import frequencies, yarn_attention_factor
 from espl_jax.pretrained.gguf.file import GGUFFile
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
@@ -61,7 +61,6 @@ def config_from_gguf(file: GGUFFile, **numerics: Any) -> DecoderConfig:
 
     windows = _windows(file, field, architecture, num_layers)
     rope = _rope(file, field, head_dim)
-    stretched = int(rope.factor * rope.original_positions) if rope.scaling == "yarn" else 0
     family = "mistral" if architecture == "llama" and windows else architecture
     theirs: dict[str, Any] = {"qk_norm": architecture == "qwen3"}
     if architecture == "gemma3":
@@ -92,7 +91,7 @@ def config_from_gguf(file: GGUFFile, **numerics: Any) -> DecoderConfig:
         out_bias="blk.0.attn_output.bias" in file.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
         tied_head="output.weight" not in file.tensors,
-        max_positions=max(field("context_length"), stretched),
+        max_positions=max(field("context_length"), rope.reach),
         family=family,
         **theirs,
         **numerics,
@@ -149,8 +148,6 @@ def _rope(file: GGUFFile, field: Field, head_dim: int) -> Rope:
         case "linear":
             return Rope(theta, "linear", factor) if factor not in (0.0, 1.0) else Rope(theta)
         case "yarn":
-            # Without one, that of YaRN's section 3.4, as transformers has it too.
-            attention_factor = 0.1 * math.log(factor) + 1.0 if factor > 1.0 else 1.0
             return Rope(
                 theta,
                 "yarn",
@@ -159,7 +156,8 @@ def _rope(file: GGUFFile, field: Field, head_dim: int) -> Rope:
                 beta_fast=field("rope.scaling.yarn_beta_fast", 32.0),
                 beta_slow=field("rope.scaling.yarn_beta_slow", 1.0),
                 attention_factor=field(
-                    "rope.scaling.yarn_attn_factor", field("rope.scaling.attn_factor", attention_factor)
+                    "rope.scaling.yarn_attn_factor",
+                    field("rope.scaling.attn_factor", yarn_attention_factor(factor)),
                 ),
             )
     raise ValueError(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 
 from espl_jax.text.chat import has_system_role, render
-from espl_jax.text.default_system import with_default_system
+from espl_jax.text.template_defaults import with_default_system
 from tests.messages import assistant, system, user
 
 GENERATION = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
