@@ -51,6 +51,7 @@ def random_batch(seed, vocab_size, shape=(2, 3, 2), widths=(7, 5, 6), filler=Non
         targets=targets,
         mask=np.arange(new) < lengths[..., None],
         sampler_logprobs=rng.normal(-4, 0.3, targets.shape).astype(np.float32),
+        cutoffs=None,
         advantages=rng.normal(size=shape).astype(np.float32),
         num_rollouts=np.float32(np.prod(shape) + 3),
     )

@@ -8,8 +8,8 @@ a reshape, `[K, R, T*G, H] -> [K, A, (R/A)*T*G, H]`, so shared keys are read onc
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,37 +27,91 @@ _HIDDEN = -1e30
 class KVCache:
     """Keys and values of one level of the tree, for all layers.
 
+    Keys are stored with their columns last, so that a product with queries reads them as they lie.
+
     Attributes:
-      key: [L, K, A, C, H], already rotated; A nodes with capacity for C tokens each.
+      key: [L, K, A, H, C], already rotated; A nodes with capacity for C tokens each.
       value: [L, K, A, C, H].
       start: int32 [A], position of column 0 in its sequence.
       length: int32 [A], columns filled; those beyond are never attended to.
+      owner: int32 [R], the node above each of the R rows that attend, for rows in any order; None where the
+        rows of a node lie side by side, equally many for each.
     """
 
     key: jax.Array
     value: jax.Array
     start: jax.Array
     length: jax.Array
+    owner: jax.Array | None = None
 
     @property
     def end(self) -> jax.Array:
         """int32 [A], the position after the last filled column."""
         return self.start + self.length
 
+    @property
+    def filled(self) -> jax.Array:
+        """bool [A, C]."""
+        return jnp.arange(self.value.shape[3]) < self.length[:, None]
+
+
+@struct.dataclass
+class RowsView:
+    """Some slots and columns of a larger cache of rows, read in place: no array is copied to make it.
+
+    The W slots lie in `shards` equal parts, one for each group of devices that holds them; the view is of the
+    first R / shards slots of each part.
+
+    Attributes:
+      key: [L, K, W, H, C]; value: [L, K, W, C, H].
+      start: int32 [R], position of column 0; length: int32 [R], columns filled.
+      columns: how many are read; at least the length of every row whose result is used.
+      shards: parts of the slots.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    start: jax.Array
+    length: jax.Array
+    columns: int = struct.field(pytree_node=False)
+    shards: int = struct.field(pytree_node=False, default=1)
+    owner: None = struct.field(pytree_node=False, default=None)
+
+    end = KVCache.end
+
+    @property
+    def filled(self) -> jax.Array:
+        """bool [R, columns]."""
+        return jnp.arange(self.columns) < self.length[:, None]
+
+    def layer(self, index: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        """Keys [K, R, H, columns] and values [K, R, columns, H] of one layer."""
+        rows = self.length.shape[0]
+        heads, _, head = self.value.shape[1], self.value.shape[2], self.value.shape[4]
+
+        def cut(x: jax.Array, sizes: tuple[int, int]) -> jax.Array:
+            parts = x.reshape(*x.shape[:2], self.shards, -1, *x.shape[3:])
+            shape = (1, heads, self.shards, rows // self.shards, *sizes)
+            return jax.lax.dynamic_slice(parts, (index, 0, 0, 0, 0, 0), shape).reshape(heads, rows, *sizes)
+
+        return cut(self.key, (head, self.columns)), cut(self.value, (self.columns, head))
+
 
 class Source(NamedTuple):
     """What queries may look at, in one layer.
 
     Attributes:
-      key, value: [K, A, C, H], keys rotated.
+      key: [K, A, H, C], rotated; value: [K, A, C, H].
       filled: bool [A, C].
       start: int32 [A], position of column 0.
+      owner: int32 [R] or None, as in `KVCache`.
     """
 
     key: jax.Array
     value: jax.Array
     filled: jax.Array
     start: jax.Array
+    owner: jax.Array | None = None
 
 
 def attend(
@@ -86,7 +140,7 @@ def attend(
     rows, steps, _, head = query.shape
     kv, groups = config.num_kv_heads, config.num_heads // config.num_kv_heads
     query = query.reshape(rows, steps, kv, groups, head).transpose(2, 0, 1, 3, 4)  # [K, R, T, G, H]
-    own = key.transpose(2, 0, 1, 3), value.transpose(2, 0, 1, 3)  # [K, R, T, H]
+    own = key.transpose(2, 0, 3, 1), value.transpose(2, 0, 1, 3)  # [K, R, H, T], [K, R, T, H]
 
     def block(queries: jax.Array, first: jax.Array | int) -> jax.Array:
         """Queries [K, R, t, G, H] that begin at column `first` of the level."""
@@ -94,8 +148,11 @@ def attend(
         columns = first + jnp.arange(size)
         back = columns[:, None] - jnp.arange(steps)  # [t, T], how far each query looks back
         seen = (back >= 0) & _within(back, window)
-        masked = [(s.key, s.value, _visible(s, start, columns, groups, window)) for s in ancestors]
-        masked.append((*own, jnp.repeat(seen, groups, axis=0)[None]))  # [1, t*G, T]
+        masked = [
+            (s.key, s.value, _visible(s, start, columns, groups, window), s.owner is not None)
+            for s in ancestors
+        ]
+        masked.append((*own, jnp.repeat(seen, groups, axis=0)[None], False))  # [1, t*G, T]
         return _attend_all(queries.reshape(kv, rows, size * groups, head), masked, config).reshape(
             queries.shape
         )
@@ -120,45 +177,59 @@ def _within(back: jax.Array, window: jax.Array | int) -> jax.Array | bool:
 def _visible(
     source: Source, start: jax.Array, columns: jax.Array, groups: int, window: jax.Array | int
 ) -> jax.Array:
-    """Which columns of an ancestor are seen: bool [A, 1, C], or with a window [A, (R/A)*t*G, C]."""
-    filled = source.filled[:, None, :]
-    if isinstance(window, int) and not window:
-        return filled
+    """Which columns of an ancestor are seen: bool [A, Q, C], or Q = 1 where all of a node's queries agree."""
     nodes, capacity = source.filled.shape
-    positions = (start[:, None] + columns).reshape(nodes, -1, 1)  # [A, (R/A)*t, 1]
+    mask = source.filled[:, None, :]
+    if source.owner is not None:
+        mine = source.owner == jnp.arange(nodes)[:, None]  # [A, R]
+        mask = mask & jnp.repeat(mine, len(columns) * groups, axis=1)[:, :, None]
+    if isinstance(window, int) and not window:
+        return mask
+    positions = start[:, None] + columns  # [R, t]
+    positions = positions.reshape(nodes if source.owner is None else 1, -1, 1)
     back = positions - (source.start[:, None] + jnp.arange(capacity))[:, None, :]
-    return filled & jnp.repeat(_within(back, window), groups, axis=1)
+    return mask & jnp.repeat(_within(back, window), groups, axis=1)
 
 
-def _attend_all(query: jax.Array, sources: list[tuple[jax.Array, ...]], config: DecoderConfig) -> jax.Array:
+def _attend_all(query: jax.Array, sources: list[tuple[Any, ...]], config: DecoderConfig) -> jax.Array:
     """One softmax over several sources without joining them. query [K, R, Q, H] -> [K, R, Q, H]."""
     kv, rows, count, head = query.shape
     precision = jax.lax.Precision.HIGHEST if config.matmul_precision == "highest" else None
     query = query * (config.query_scale or head**-0.5)
 
-    scores = []
-    for key, _, mask in sources:
+    def per_node(x: jax.Array, nodes: int, owned: bool) -> jax.Array:
+        """[K, R, Q, x] as each node's rows see it, [K, A, (R/A)*Q, x]; every row for every node if owned."""
+        if owned:
+            return x.reshape(kv, 1, rows * count, x.shape[-1])
+        return x.reshape(kv, nodes, rows // nodes * count, x.shape[-1])
+
+    def per_row(x: jax.Array, owned: bool, join: Callable[..., jax.Array]) -> jax.Array:
+        """The inverse; nodes that a row does not belong to add nothing."""
+        return (join(x, axis=1) if owned else x).reshape(kv, rows, count, x.shape[-1])
+
+    scores, tops = [], []
+    for key, _, mask, owned in sources:
         nodes = key.shape[1]
-        view = query.reshape(kv, nodes, rows // nodes * count, head)
+        view = per_node(query, nodes, owned)
+        view = jnp.broadcast_to(view, (kv, nodes, *view.shape[2:]))
         score = jnp.einsum(
-            "kaqh,kach->kaqc", view, key, precision=precision, preferred_element_type=jnp.float32
+            "kaqh,kahc->kaqc", view, key, precision=precision, preferred_element_type=jnp.float32
         )
-        score = score.reshape(kv, nodes, -1, mask.shape[1], key.shape[2])
-        score = jnp.where(mask[None, :, None], score, _HIDDEN)
-        scores.append(score.reshape(kv, rows, count, key.shape[2]))
+        scores.append(jnp.where(mask[None], score, _HIDDEN))
+        tops.append(per_row(scores[-1].max(axis=-1, keepdims=True), owned, jnp.max))
 
     # The largest score only keeps exp in range; the result does not depend on it.
-    largest = jax.lax.stop_gradient(
-        functools.reduce(jnp.maximum, [s.max(axis=-1, keepdims=True) for s in scores])
-    )
+    largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, tops))
     total, out = 0.0, 0.0
-    for score, (_, value, _) in zip(scores, sources, strict=True):
-        nodes, capacity = value.shape[1:3]
-        weight = jnp.exp(score - largest)
-        total += weight.sum(axis=-1, keepdims=True)
-        view = weight.astype(value.dtype).reshape(kv, nodes, rows // nodes * count, capacity)
+    for score, (_, value, _, owned) in zip(scores, sources, strict=True):
+        weight = jnp.exp(score - per_node(largest, value.shape[1], owned))
+        total += per_row(weight.sum(axis=-1, keepdims=True), owned, jnp.sum)
         part = jnp.einsum(
-            "kaqc,kach->kaqh", view, value, precision=precision, preferred_element_type=jnp.float32
+            "kaqc,kach->kaqh",
+            weight.astype(value.dtype),
+            value,
+            precision=precision,
+            preferred_element_type=jnp.float32,
         )
-        out += part.reshape(kv, rows, count, head)
+        out += per_row(part, owned, jnp.sum)
     return (out / total).astype(query.dtype)

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from espl_jax.models import layers, rope
-from espl_jax.models.attention import KVCache, Source, attend
+from espl_jax.models import layers, rope, splash
+from espl_jax.models.attention import KVCache, RowsView, Source, attend
 from espl_jax.models.config import DecoderConfig
 
 Params = dict[str, Any]
@@ -126,7 +126,7 @@ def forward(
     config: DecoderConfig,
     tokens: jax.Array | Sequence[jax.Array],
     lengths: jax.Array | Sequence[jax.Array] | None = None,
-    ancestors: Sequence[KVCache] = (),
+    ancestors: Sequence[KVCache | RowsView] = (),
 ) -> tuple[Any, Any]:
     """Runs one level of the tree, or several, over their ancestors' caches.
 
@@ -137,7 +137,7 @@ def forward(
         attends to those before it. The linear layers see the tokens of all levels as one matrix.
       lengths: int32 [R] real tokens of each node (of each level), at least none; all of them by default.
       ancestors: caches of the levels above, outermost first; each one's number of nodes divides R, and
-        neighbouring nodes share an ancestor.
+        neighbouring nodes share an ancestor, or it names the `owner` of every row. The last one has no owner.
 
     Returns:
       (hidden, cache): float [R, T, D] after the final norm, and the level's own KVCache with capacity T;
@@ -154,7 +154,7 @@ def forward(
         lengths = (lengths,)
 
     starts = []
-    ends = [cache.end for cache in ancestors]
+    ends = [cache.end for cache in ancestors if cache.owner is None]
     for level, length in zip(levels, lengths, strict=True):
         nodes = level.shape[0]
         for end in ends:
@@ -179,15 +179,15 @@ def forward(
         rotations=[rope.tables(positions, each, config.head_dim) for each in ropes],
         shapes=shapes,
         starts=starts,
-        above_starts=tuple(cache.start for cache in ancestors),
-        filled=tuple(jnp.arange(cache.key.shape[3]) < cache.length[:, None] for cache in ancestors),
+        ancestors=tuple(ancestors),
         own_filled=tuple(
             jnp.arange(level.shape[1]) < length[:, None]
             for level, length in zip(levels, lengths, strict=True)
         ),
     )
-    above = tuple((cache.key, cache.value) for cache in ancestors)
-    x, written = _run_layers(layer, config, x, (params["layers"], above))
+    stacked = tuple(None if isinstance(c, RowsView) else (c.key, c.value) for c in ancestors)
+    index = jnp.arange(config.num_layers)
+    x, written = _run_layers(layer, config, x, (params["layers"], stacked, index))
 
     x = layers.rms_norm(x, params["final_norm"], config)
     hidden = tuple(_split(x, shapes))
@@ -219,11 +219,12 @@ def _run_layers(layer: Callable[..., Any], config: DecoderConfig, x: jax.Array, 
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *written)
 
 
-def _layer(x, weights, above, *, window, config, rotations, shapes, starts, above_starts, filled, own_filled):
+def _layer(x, weights, above, index, *, window, config, rotations, shapes, starts, ancestors, own_filled):
     """One decoder layer on the flattened tokens of all levels. Returns x and each level's (key, value).
 
-    `window` is the number of tokens that a token sees, 0 for all: a plain number, or a traced one where
-    scanned layers differ.
+    `above` has the layer's (key, value) of each ancestor, or None for one that is read by the layer's
+    `index`. `window` is the number of tokens that a token sees, 0 for all: a plain number, or a traced one
+    where scanned layers differ.
     """
     y = layers.rms_norm(x, weights["attention_norm"], config)
     attention = weights["attention"]
@@ -239,12 +240,19 @@ def _layer(x, weights, above, *, window, config, rotations, shapes, starts, abov
 
     if isinstance(window, jax.Array):
         window = jnp.where(window == 0, jnp.iinfo(jnp.int32).max, window)
-    sources = [Source(k, v, *rest) for (k, v), *rest in zip(above, filled, above_starts, strict=True)]
+    sources = [
+        Source(*(arrays or cache.layer(index)), cache.filled, cache.start, cache.owner)
+        for arrays, cache in zip(above, ancestors, strict=True)
+    ]
     mixed, written = [], []
     levels = (_split(part, shapes) for part in (query, key, value))
     for q, k, v, mask, start in zip(*levels, own_filled, starts, strict=True):
-        mixed.append(attend(q, k, v, sources, config, start, window).reshape(-1, *query.shape[1:]))
-        written.append((k.transpose(2, 0, 1, 3), v.transpose(2, 0, 1, 3)))
+        if splash.on_tpu(q) and splash.fits(q.shape[1], sources, config, window):
+            out = splash.splash_attend(q, k, v, sources, config, window)
+        else:
+            out = attend(q, k, v, sources, config, start, window)
+        mixed.append(out.reshape(-1, *query.shape[1:]))
+        written.append((k.transpose(2, 0, 3, 1), v.transpose(2, 0, 1, 3)))
         sources.append(Source(*written[-1], mask, start))
 
     out = layers.einsum("tnh,nhd->td", jnp.concatenate(mixed), attention["out"], config)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from espl_jax.models import attention
-from espl_jax.models.attention import Source, attend
+from espl_jax.models.attention import RowsView, Source, attend
 from tests import tiny
 
 ROWS, STEPS, HEADS, KV, HEAD = 6, 9, tiny.CONFIG.num_heads, tiny.CONFIG.num_kv_heads, tiny.CONFIG.head_dim
@@ -32,7 +32,7 @@ def inputs():
             jnp.where(filled[None, :, :, None], normal(seed, KV, nodes, capacity, HEAD), 50.0)
             for seed in (3 + 2 * i, 4 + 2 * i)
         )
-        ancestors.append(Source(key, value, jnp.asarray(filled), jnp.asarray(start)))
+        ancestors.append(Source(key.swapaxes(2, 3), value, jnp.asarray(filled), jnp.asarray(start)))
     return level, ancestors, jnp.asarray(end)
 
 
@@ -50,7 +50,7 @@ def one_by_one(level, ancestors, start, window=0):
             node = row // (ROWS // source.filled.shape[0])
             columns = np.arange(source.filled.shape[1])
             seen = np.asarray(source.filled)[node] & (int(source.start[node]) + columns >= first)
-            keys.append(np.asarray(source.key)[shared, node][seen])
+            keys.append(np.asarray(source.key)[shared, node].T[seen])
             values.append(np.asarray(source.value)[shared, node][seen])
         scores = np.concatenate(keys) @ query[row, step, head] / np.sqrt(HEAD)
         weights = np.exp(scores - scores.max())
@@ -68,6 +68,33 @@ def test_against_one_query_at_a_time(monkeypatch, block, window):
         for given in (window, jnp.int32(window or 1000)):  # known to the compiler, or traced
             ours = attend(*level, above, tiny.CONFIG, start, given)
             np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_rows_in_any_order_name_their_ancestor(window):
+    """Shuffled rows that say whose they are get what they get side by side."""
+    level, ancestors, start = inputs()
+    expected = attend(*level, ancestors, tiny.CONFIG, start, window)
+    order = np.array([4, 0, 5, 2, 1, 3])
+    shuffled = tuple(x[order] for x in level)
+    named = [a._replace(owner=jnp.asarray(order // (ROWS // a.filled.shape[0]))) for a in ancestors]
+    np.testing.assert_allclose(
+        attend(*shuffled, named, tiny.CONFIG, start[order], window), expected[order], atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_view_reads_the_first_slots_of_each_part(parts):
+    key, value = normal(0, 3, KV, 8, HEAD, 16), normal(1, 3, KV, 8, 16, HEAD)
+    length = jnp.array([1, 5, 0, 3], jnp.int32)
+    view = RowsView(key, value, jnp.zeros(4, jnp.int32), length, columns=6, shards=parts)
+    slots = [0, 1, 2, 3] if parts == 1 else [0, 1, 4, 5]
+    for index in (0, jnp.int32(2)):
+        read = view.layer(index)
+        np.testing.assert_array_equal(read[0], key[index][:, slots][:, :, :, :6])
+        np.testing.assert_array_equal(read[1], value[index][:, slots][:, :, :6])
+    assert view.filled.shape == (4, 6)
+    np.testing.assert_array_equal(view.filled.sum(axis=1), length)
 
 
 def test_scores_can_have_another_factor():
@@ -93,8 +120,8 @@ def test_gradients_of_blocks(monkeypatch, window):
     tiny.assert_trees_close(blocked, expected, 1e-5)
     # Nothing flows into columns that are not filled.
     for (key_bar, value_bar), source in zip(expected[1], ancestors, strict=True):
-        unfilled = np.broadcast_to(~np.asarray(source.filled)[None, :, :, None], key_bar.shape)
-        assert not np.asarray(key_bar)[unfilled].any()
+        unfilled = np.broadcast_to(~np.asarray(source.filled)[None, :, :, None], value_bar.shape)
+        assert not np.asarray(key_bar).swapaxes(2, 3)[unfilled].any()
         assert not np.asarray(value_bar)[unfilled].any()
 
 

@@ -79,13 +79,13 @@ def test_flat_tree_and_cached_logits(case_parts, close):
     # Token by token over the caches, as sampling runs it.
     rows, steps = levels[2].shape
     shape = (config.num_layers, config.num_kv_heads, rows, steps, config.head_dim)
-    key, value = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    key, value = np.zeros(shape, np.float32).swapaxes(3, 4), np.zeros(shape, np.float32)
     decoded = np.zeros(wanted.shape, np.float32)
     for t in range(steps):
         own = KVCache(key, value, caches[2].start, np.full(rows, t, np.int32))
         h, fresh = run(params, config, levels[2][:, t : t + 1], ancestors=(*caches[:2], own))
         decoded[:, t] = unembed(params, config, h[:, 0])
-        key[:, :, :, t], value[:, :, :, t] = fresh.key[:, :, :, 0], fresh.value[:, :, :, 0]
+        key[..., t], value[:, :, :, t] = fresh.key[..., 0], fresh.value[:, :, :, 0]
     close(decoded[real], wanted[real], "decode")
 
 

@@ -135,13 +135,13 @@ class TestCachedDecoding:
         _, prefix = tiny.forward(params, config, tokens[:, :5], lengths)
         drawn = rng.integers(0, config.vocab_size, (2, new)).astype(np.int32)
         shape = (config.num_layers, config.num_kv_heads, 2, new, config.head_dim)
-        key, value = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        key, value = np.zeros(shape, np.float32).swapaxes(3, 4), np.zeros(shape, np.float32)
         steps = []
         for t in range(new):
             written = KVCache(key, value, prefix.end, np.full(2, t, np.int32))
             hidden, fresh = tiny.forward(params, config, drawn[:, t : t + 1], ancestors=(prefix, written))
             steps.append(tiny.unembed(params, config, hidden[:, 0]))
-            key[:, :, :, t], value[:, :, :, t] = fresh.key[:, :, :, 0], fresh.value[:, :, :, 0]
+            key[..., t], value[:, :, :, t] = fresh.key[..., 0], fresh.value[:, :, :, 0]
             np.testing.assert_array_equal(fresh.start, lengths + t)
         for row, length in enumerate(lengths):
             whole = np.concatenate([tokens[row, :length], drawn[row], np.zeros(5 - length, np.int32)])
