@@ -76,8 +76,9 @@ def gradients(
         a whole number of groups that divides a prompt's problems, or of prompts that divides the prompts.
 
     Returns:
-      (gradients like `trainable`, metrics: `loss`, and per token `entropy`, `ratio`, `log_ratio_abs` and,
-      with a coefficient, `kl`).
+      (gradients like `trainable`, metrics: `loss`, and per token `entropy`, `ratio`, `log_ratio_abs`, with
+      cut-offs `cut_disagreements`, the share of tokens that the trainer would have cut, and with a
+      coefficient `kl`).
     """
     prompts, problems, group, _ = batch.inputs.shape
     rows = prompts * problems * group
@@ -115,12 +116,14 @@ def gradients(
     def microbatch_loss(trainable: Params, arrays: Any, micro: dict[str, jax.Array], index: jax.Array):
         params = whole_params(trainable, frozen)
         hidden = hidden_states(params, arrays, micro["inputs"], index)
-        stats = target_logprobs(params, config, hidden, micro["targets"], temperature)
+        stats = target_logprobs(params, config, hidden, micro["targets"], temperature, micro.get("cutoffs"))
         mask = micro["mask"]
         total, _, metrics = policy_gradient_loss(
             stats.logprobs, micro["sampler_logprobs"], micro["advantages"], mask, loss
         )
         metrics["entropy"] = jnp.where(mask, stats.entropy, 0.0).sum()
+        if "cutoffs" in micro:
+            metrics["cut_disagreements"] = (stats.cut & mask).sum().astype(jnp.float32)
         if kl_coef:
             hidden_ref = hidden_states(reference, reference_caches, micro["inputs"], index)
             kl = token_kl(params, hidden, reference, jax.lax.stop_gradient(hidden_ref), config, temperature)
@@ -140,8 +143,9 @@ def gradients(
     def cut(x: jax.Array) -> jax.Array:
         return x.reshape(rows // size, size, *x.shape[3:])
 
-    names = ("inputs", "targets", "mask", "sampler_logprobs", "advantages")
-    micros = {name: cut(getattr(batch, name)) for name in names}
+    names = ("inputs", "targets", "mask", "sampler_logprobs", "cutoffs", "advantages")
+    arrays = {name: getattr(batch, name) for name in names}
+    micros = {name: cut(x) for name, x in arrays.items() if x is not None}
     first = jax.tree.map(lambda x: x[0], micros)
     zeros = jax.tree.map(
         jnp.zeros_like,

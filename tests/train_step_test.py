@@ -170,6 +170,39 @@ class TestMeaning:
         tiny.assert_trees_close(grads, expected, 0.1)
 
 
+class TestTruncation:
+    def test_cutoffs_that_cut_nothing_change_nothing(self, params, batch):
+        expected, totals = full_gradients(params, batch)
+        everything = np.full(batch.mask.shape, -np.inf, np.float32)
+        grads, metrics = full_gradients(params, batch._replace(cutoffs=everything))
+        tiny.assert_trees_close(grads, expected, 1e-5)
+        assert set(metrics) - set(totals) == {"cut_disagreements"} and metrics["cut_disagreements"] == 0
+        for name, value in totals.items():
+            assert metrics[name] == pytest.approx(float(value), rel=1e-5), name
+
+    def test_the_kept_set_is_drawn_again(self, params, batch):
+        """Sampler logprobs truncated in numpy: on policy, the ratio is one."""
+        flat = ragged_tree.flatten(batch).tokens
+        logprobs = jax.nn.log_softmax(tiny.logits(params, CONFIG, flat) / TEMPERATURE)
+        rows = ragged_tree.pick(logprobs, batch).reshape(*batch.mask.shape, -1).astype(np.float64)
+        ordered = -np.sort(-rows, axis=-1)
+        cutoffs = ordered[..., 19:21].mean(axis=-1)  # twenty of 61 are kept
+        own = np.take_along_axis(rows, batch.targets[..., None], axis=-1)[..., 0]
+        kept = (rows >= cutoffs[..., None]) | (rows == own[..., None])
+        sampler = own - np.log((np.exp(rows) * kept).sum(axis=-1))
+        truncated = batch._replace(
+            sampler_logprobs=sampler.astype(np.float32), cutoffs=cutoffs.astype(np.float32)
+        )
+        _, metrics = full_gradients(params, truncated)
+        assert metrics["log_ratio_abs"] < 1e-5
+        assert metrics["ratio"] == pytest.approx(1.0, abs=1e-5)
+        # The targets are random, so the sampler would have cut many of them.
+        expected = (own < cutoffs)[batch.mask].mean()
+        assert expected > 0.3 and metrics["cut_disagreements"] == pytest.approx(expected, abs=1e-6)
+        _, whole = full_gradients(params, truncated._replace(cutoffs=None))
+        assert whole["log_ratio_abs"] > 0.05
+
+
 class TestStep:
     def test_adapters_learn_and_their_base_does_not(self, params, batch):
         before = jax.tree.map(np.array, params)

@@ -19,15 +19,19 @@ VOCAB_CHUNK = 8192
 
 
 class TokenStats(NamedTuple):
-    """Per token, all float32 of the shape of the targets.
+    """Per token, of the shape of the targets; float32 but for `cut`.
 
     Attributes:
-      logprobs: of the targets, under softmax(logits / temperature).
-      entropy: of that distribution, in nats.
+      logprobs: of the targets, under the distribution they were drawn from.
+      entropy: of softmax(logits / temperature), in nats.
+      untruncated: logprobs of the targets under softmax(logits / temperature).
+      cut: bool, whether a target lies below its cut-off here, so that sampler and trainer disagree about it.
     """
 
     logprobs: jax.Array
     entropy: jax.Array
+    untruncated: jax.Array
+    cut: jax.Array
 
 
 def target_logprobs(
@@ -36,8 +40,12 @@ def target_logprobs(
     hidden: jax.Array,
     targets: jax.Array,
     temperature: jax.Array | float = 1.0,
+    cutoffs: jax.Array | None = None,
 ) -> TokenStats:
     """Logprobs of given tokens and the entropy of the distributions they were drawn from.
+
+    With cut-offs, the distribution of a token is renormalized over `{v: untruncated logprob of v >= cut-off}`
+    and the target itself; which tokens those are has no gradient, nor have `entropy` and `untruncated` then.
 
     Args:
       params: the head's weight is read from them.
@@ -45,6 +53,7 @@ def target_logprobs(
       hidden: [..., D], after the final norm.
       targets: int32 [...].
       temperature: divides the logits.
+      cutoffs: float32 [...], the sampler's cut-off logprobs, -inf where it cut nothing; None for no cut-offs.
     """
     flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
 
@@ -63,8 +72,54 @@ def target_logprobs(
     carry = (jnp.full_like(zeros, -jnp.inf), zeros, zeros, zeros)
     (largest, total, weighted, target), _ = jax.lax.scan(jax.checkpoint(body), carry, _chunks(config))
     normalizer = largest + jnp.log(total)
-    stats = TokenStats(target - normalizer, normalizer - weighted / total)
+    untruncated, entropy = target - normalizer, normalizer - weighted / total
+    logprobs, cut = untruncated, jnp.zeros(wanted.shape, bool)
+    if cutoffs is not None:
+        largest, normalizer, target, untruncated, entropy = jax.lax.stop_gradient(
+            (largest, normalizer, target, untruncated, entropy)
+        )
+        bounds = cutoffs.reshape(-1)
+        cut = untruncated < bounds
+        logprobs = _kept_logprobs(
+            params, config, flat, wanted, temperature, bounds + normalizer, largest, target
+        )
+    stats = TokenStats(logprobs, entropy, untruncated, cut)
     return TokenStats(*(x.reshape(targets.shape) for x in stats))
+
+
+def _kept_logprobs(
+    params: Params,
+    config: DecoderConfig,
+    flat: jax.Array,
+    wanted: jax.Array,
+    temperature: jax.Array | float,
+    bounds: jax.Array,
+    largest: jax.Array,
+    target: jax.Array,
+) -> jax.Array:
+    """Logprobs of the targets among the tokens whose score (logit / temperature) reaches a bound.
+
+    Args:
+      params, config, temperature: of the scores.
+      flat: [tokens, D]; wanted: int32 [tokens], the targets, which are always kept.
+      bounds: float32 [tokens], least score kept.
+      largest, target: float32 [tokens], the largest score and the target's; no gradient flows through them.
+    """
+    # The largest score of those kept: if not the largest of all, nothing but the target is.
+    top = jnp.where(largest >= bounds, largest, target)
+
+    def body(carry, chunk):
+        total, target = carry
+        scores, columns, fresh = _chunk_scores(params, config, flat, chunk, temperature)
+        is_target = (wanted[:, None] == columns) & fresh
+        kept = ((scores >= bounds[:, None]) & fresh) | is_target
+        shifted = jnp.where(kept, scores - top[:, None], 0.0)
+        total = total + jnp.where(kept, jnp.exp(shifted), 0.0).sum(axis=1)
+        return (total, target + jnp.where(is_target, shifted, 0.0).sum(axis=1)), None
+
+    zeros = jnp.zeros(flat.shape[0], jnp.float32)
+    (total, target), _ = jax.lax.scan(jax.checkpoint(body), (zeros, zeros), _chunks(config))
+    return target - jnp.log(total)
 
 
 def token_kl(

@@ -21,8 +21,8 @@ def policy_gradient_loss(
     On policy the ratio is one up to rounding, and the gradient that of `advantage * log pi(rollout)`.
 
     Args:
-      logprobs: float32 [R, T], under the params being trained.
-      sampler_logprobs: float32 [R, T], at the time of sampling.
+      logprobs: float32 [R, T], under the params being trained and truncated as when sampling.
+      sampler_logprobs: float32 [R, T], under the distribution drawn from.
       advantages: float32 [R].
       mask: bool [R, T], True for tokens that the policy drew. Elsewhere the inputs may hold anything, NaN
         included.

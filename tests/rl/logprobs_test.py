@@ -9,6 +9,8 @@ from espl_jax.models import lora
 from espl_jax.models.transformer import unembed
 from espl_jax.rl import logprobs
 from espl_jax.rl.logprobs import target_logprobs, token_kl, token_logprobs
+from espl_jax.sampling.draw import draw
+from espl_jax.sampling.truncation import Truncation
 from tests import tiny
 
 CONFIG = tiny.CONFIG.replace(tied_head=False, lora_scale=0.5)
@@ -60,8 +62,11 @@ def weighted(function):
 def test_logprobs_and_entropy(monkeypatch, chunk):
     monkeypatch.setattr(logprobs, "VOCAB_CHUNK", chunk)
     arguments = policy(0)["head"], hidden_states(1)
-    for ours, expected in zip(statistics(*arguments), direct_statistics(*arguments), strict=True):
+    stats = statistics(*arguments)
+    for ours, expected in zip(stats, direct_statistics(*arguments), strict=False):
         np.testing.assert_allclose(ours, expected, atol=1e-5)
+    np.testing.assert_array_equal(stats.untruncated, stats.logprobs)
+    assert not stats.cut.any()
 
 
 @pytest.mark.parametrize("chunk", [20, 61])
@@ -71,6 +76,95 @@ def test_gradients_of_logprobs_and_entropy(monkeypatch, chunk):
     ours = jax.jit(jax.grad(weighted(statistics), argnums=(0, 1)))(*arguments)
     expected = jax.jit(jax.grad(weighted(direct_statistics), argnums=(0, 1)))(*arguments)
     tiny.assert_trees_close(ours, expected, 1e-5)
+
+
+def cutoffs_of(head, hidden):
+    """Between the logprobs of the k-th and the next most likely token, with k unlike from token to token."""
+    ordered = -np.sort(-np.asarray(direct(head, hidden)), axis=-1)
+    kept, rows = np.arange(TOKENS) * 3 + 1, np.arange(TOKENS)
+    return jnp.asarray((ordered[rows, kept - 1] + ordered[rows, kept]) / 2)
+
+
+def truncated_statistics(head, hidden, cutoffs):
+    return target_logprobs(with_head(head), CONFIG, hidden, TARGETS, TEMPERATURE, cutoffs)
+
+
+def direct_truncated(head, hidden, cutoffs):
+    """Logprobs renormalized over the kept tokens and the target, by a log-softmax with the others at -inf."""
+    scores = direct(head, hidden)
+    kept = (scores >= cutoffs[:, None]) | (jnp.arange(CONFIG.vocab_size) == TARGETS[:, None])
+    logprobs = jax.nn.log_softmax(jnp.where(kept, scores, -jnp.inf))
+    return [jnp.take_along_axis(logprobs, TARGETS[:, None], axis=-1)[:, 0]]
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_truncated_logprobs(monkeypatch, chunk):
+    monkeypatch.setattr(logprobs, "VOCAB_CHUNK", chunk)
+    arguments = policy(0)["head"], hidden_states(1)
+    cutoffs = cutoffs_of(*arguments)
+    stats = truncated_statistics(*arguments, cutoffs)
+    np.testing.assert_allclose(stats.logprobs, direct_truncated(*arguments, cutoffs)[0], atol=1e-5)
+    own, entropy = direct_statistics(*arguments)
+    np.testing.assert_allclose(stats.untruncated, own, atol=1e-5)
+    np.testing.assert_allclose(stats.entropy, entropy, atol=1e-5)
+    np.testing.assert_array_equal(stats.cut, own < cutoffs)
+    assert stats.cut.any() and not stats.cut.all()
+
+
+@pytest.mark.parametrize("chunk", [20, 61])
+def test_gradient_of_truncated_logprobs(monkeypatch, chunk):
+    monkeypatch.setattr(logprobs, "VOCAB_CHUNK", chunk)
+    arguments = policy(0)["head"], hidden_states(1)
+    arguments = *arguments, cutoffs_of(*arguments)
+    ours = jax.jit(jax.grad(weighted(lambda *x: truncated_statistics(*x)[:1]), argnums=(0, 1)))(*arguments)
+    expected = jax.jit(jax.grad(weighted(direct_truncated), argnums=(0, 1)))(*arguments)
+    tiny.assert_trees_close(ours, expected, 1e-5)
+
+
+def test_cutoffs_that_cut_nothing_change_nothing(monkeypatch):
+    monkeypatch.setattr(logprobs, "VOCAB_CHUNK", 20)
+    head, hidden = policy(0)["head"], hidden_states(1)
+
+    everything = jnp.full(TOKENS, -jnp.inf)
+    for ours, expected in zip(
+        truncated_statistics(head, hidden, everything), statistics(head, hidden), strict=True
+    ):
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+    ours, expected = (
+        jax.grad(weighted(lambda *x, c=c: truncated_statistics(*x, c)[:1]), argnums=(0, 1))(head, hidden)
+        for c in (everything, None)
+    )
+    tiny.assert_trees_close(ours, expected, 1e-5)
+
+
+def test_a_target_that_alone_is_kept_is_certain(monkeypatch):
+    """Whether it is the most likely token or far less likely than float32 probabilities go."""
+    monkeypatch.setattr(logprobs, "VOCAB_CHUNK", 20)
+    head = {"weight": jnp.zeros((61, 16)).at[:20, 0].set(-300.0).at[45, 0].set(300.0)}
+    hidden = jnp.zeros((TOKENS, 16)).at[:, 0].set(1.0)
+    for target, cutoff, cut in ((45, -1.0, False), (3, 1.0, True)):
+        targets, cutoffs = jnp.full(TOKENS, target), jnp.full(TOKENS, cutoff)
+
+        def stats(hidden, targets=targets, cutoffs=cutoffs):
+            return target_logprobs(with_head(head), CONFIG, hidden, targets, 1.0, cutoffs)
+
+        np.testing.assert_array_equal(stats(hidden).logprobs, 0)
+        assert (stats(hidden).cut == cut).all()
+        np.testing.assert_array_equal(jax.grad(lambda h: stats(h).logprobs.sum())(hidden), 0)
+
+
+@pytest.mark.parametrize("truncation", [Truncation(top_p=0.9), Truncation(top_k=5), Truncation(min_p=0.1)])
+def test_the_samplers_cutoffs_survive_rounding(truncation):
+    """Hidden states a little off: the sampler's tokens are all kept, and as likely as before."""
+    head, hidden = policy(0)["head"], hidden_states(1)
+    rows = jnp.repeat(hidden, 20, axis=0)
+    uniform = jnp.tile(jnp.linspace(0.0, 0.999, 20), TOKENS)
+    drawn = draw(unembed(with_head(head), CONFIG, rows), uniform, TEMPERATURE, truncation)
+    for scale, tolerance in ((0.0, 1e-5), (1e-5, 2e-4)):
+        noisy = rows + scale * jax.random.normal(jax.random.key(0), rows.shape)
+        stats = target_logprobs(with_head(head), CONFIG, noisy, drawn.token, TEMPERATURE, drawn.cutoff)
+        assert not stats.cut.any()
+        np.testing.assert_allclose(stats.logprobs, drawn.logprob, atol=tolerance)
 
 
 def kl(head, hidden):
@@ -138,4 +232,6 @@ def test_the_whole_vocabulary_never_exists(monkeypatch):
     arguments = policy(0)["head"], hidden_states(1)
     assert whole_vocabulary(statistics, *arguments) == set()
     assert whole_vocabulary(kl, *arguments) == set()
+    cutoffs = jnp.full(TOKENS, -3.0)
+    assert whole_vocabulary(lambda *x: truncated_statistics(*x, cutoffs)[:1], *arguments) == set()
     assert whole_vocabulary(direct_statistics, *arguments)  # the search finds it where it is
