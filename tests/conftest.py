@@ -21,6 +21,14 @@ hypothesis.settings.register_profile("reproducible", deadline=None, derandomize=
 hypothesis.settings.load_profile("reproducible")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_module():
+    """Drops compiled programs after each module: thousands in one process have crashed the compiler."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+
+
 def pytest_addoption(parser):
     group = parser.getgroup("espl_jax")
     group.addoption("--family-seed", type=int, default=0, help="draws the tiny models of every family")

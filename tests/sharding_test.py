@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 from espl_jax import sharding
 from espl_jax.models import lora, transformer
 from espl_jax.optimizer import make_optimizer
-from espl_jax.sampling import draw
+from espl_jax.sampling import decode, draw
 from espl_jax.sampling.generate import sample_tree
 from espl_jax.train_step import init_train_state, policy_gradient_step
 from tests import ragged_tree, tiny
@@ -64,8 +64,17 @@ class TestMesh:
         with pytest.raises(ValueError, match=message):
             sharding.make_mesh(sizes)
 
+    def test_devices_that_are_given(self):
+        devices = jax.devices()[2:6]
+        mesh = sharding.make_mesh({"data": 2, "tensor": -1}, devices)
+        assert tuple(mesh.shape.values()) == (2, 1, 2) and set(mesh.devices.flat) == set(devices)
+        assert sharding.make_mesh({}, devices[:1]).size == 1
+        with pytest.raises(ValueError, match="does not hold the 4 devices"):
+            sharding.make_mesh({"tensor": 8}, devices)
+
     def test_one_device_needs_no_mesh(self, monkeypatch, params):
-        monkeypatch.setattr(jax, "device_count", lambda: 1)
+        one = jax.devices()[:1]
+        monkeypatch.setattr(jax, "devices", lambda: one)
         assert sharding.make_mesh() is None
         assert sharding.place(params, transformer.abstract(CONFIG), None) is params
 
@@ -122,11 +131,13 @@ def test_sampling_on_eight_devices(params, placed, mesh):
 
 
 def test_rows_lie_on_all_devices(mesh):
-    cache = transformer.KVCache(*np.zeros((2, 2, 2, 8, 3, 6), np.float32), *np.zeros((2, 8), np.int32))
-    rows = sharding.place_rows(cache, mesh)
-    assert rows.key.sharding.spec == P(None, "tensor", ("data", "fsdp"), None, None)
-    assert rows.length.sharding.spec == P(("data", "fsdp"))
-    assert rows.key.addressable_shards[0].data.shape == (2, 1, 2, 3, 6)
+    key, value = decode.reserve(CONFIG, 8, 32, mesh)
+    spec = P(None, "tensor", ("data", "fsdp"), None, None)
+    assert key.sharding.spec == value.sharding.spec == spec
+    assert key.addressable_shards[0].data.shape == (CONFIG.num_layers, 1, 2, CONFIG.head_dim, 32)
+    assert not key.any()
+    rows = sharding.place_rows(np.zeros((8, 2), np.float32), mesh)
+    assert rows.sharding.spec == P(("data", "fsdp"), None)
 
 
 def test_a_step_on_eight_devices(params, placed, mesh):

@@ -178,6 +178,7 @@ def as_batch(system, problem, drawn):
         targets=drawn.tokens,
         mask=np.arange(drawn.tokens.shape[-1]) < drawn.lengths[..., None],
         sampler_logprobs=drawn.logprobs,
+        cutoffs=None,
         advantages=np.ones(shape, np.float32),
         num_rollouts=np.float32(np.prod(shape)),
     )

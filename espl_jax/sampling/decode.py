@@ -1,7 +1,10 @@
-"""The device side of sampling: prefill, a jitted chunk of decode steps, and rearranging of rows.
+"""The device side of sampling: prefill, a jitted chunk of decode steps, and what moves rows between slots.
 
-One lane per system prompt shares that prompt's cache; a lane's rows are independent, each with a cache of
-its own that begins with its problem. Rows are stored flat, lane by lane: [M * R].
+A run of rollouts owns one cache of W slots, reserved once. Nothing in it is ever copied as a whole: rows are
+admitted into free slots, move into the low ones when few are left, and are extended behind what they hold,
+all in place. A chunk reads the first slots and columns only, as many as are in use. With a mesh the slots lie
+in equal parts, one for each group of devices that shares rows, and a row never leaves its part. The host
+knows every row's state and gives it to each call, see `Rows`.
 """
 
 from __future__ import annotations
@@ -11,33 +14,40 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
+from jax.sharding import Mesh
 
-from espl_jax.models.attention import KVCache
+from espl_jax import sharding
+from espl_jax.models.attention import KVCache, RowsView
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.transformer import forward, unembed
 from espl_jax.sampling import draw
+from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
+
+Slots = tuple[jax.Array, jax.Array]
+"""Keys [L, K, W, H, C] and values [L, K, W, C, H] of W slots."""
 
 
-@struct.dataclass
-class Rows:
-    """The rows in flight, R of them over all lanes.
+class Rows(NamedTuple):
+    """The rows of a call, R of them: those in the first R / parts slots of each part.
 
     Attributes:
-      cache: KVCache with R nodes; a row's problem, then what it has drawn, but for `token`.
-      token: int32 [R], the last token, which no cache holds yet.
-      drawn: int32 [R], new tokens so far.
-      limit: int32 [R], new tokens allowed.
-      key: uint32 [R, 2], key data; the token at position t is drawn with t folded in.
-      done: bool [R].
+      lane: int32 [R], the system prompt's number.
+      start: int32 [R], position of column 0: where the system prompt ends.
+      length: int32 [R], columns that the slot holds: the problem and all tokens after it, but for `token`. A
+        chunk writes behind them, also for a row that waits.
+      token: int32 [R], the last token, which no slot holds yet.
+      position: int32 [R], tokens since the prompt; the next one is drawn with it folded into the key.
+      limit: int32 [R], where `position` has to stop; at most `position` for a slot without a row to decode.
+      key: uint32 [R, 2], key data.
     """
 
-    cache: KVCache
+    lane: jax.Array
+    start: jax.Array
+    length: jax.Array
     token: jax.Array
-    drawn: jax.Array
+    position: jax.Array
     limit: jax.Array
     key: jax.Array
-    done: jax.Array
 
 
 class Drawn(NamedTuple):
@@ -47,150 +57,264 @@ class Drawn(NamedTuple):
       tokens: int32 [R, steps], valid in the first `count` columns.
       logprobs: float32 [R, steps], under the distribution drawn from.
       untruncated_logprobs: float32 [R, steps], under softmax(logits / temperature).
+      cutoffs: float32 [R, steps], untruncated logprob below which nothing could be drawn.
       count: int32 [R].
       stopped: bool [R], whether the row drew a stop token.
+      steps: int32 [], steps run.
     """
 
     tokens: jax.Array
     logprobs: jax.Array
     untruncated_logprobs: jax.Array
+    cutoffs: jax.Array
     count: jax.Array
     stopped: jax.Array
+    steps: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames="config")
+def abstract_slots(config: DecoderConfig, slots: int, capacity: int, mesh: Mesh | None) -> Slots:
+    """Shapes of slots with room for `capacity` tokens each, and where they lie."""
+    shape = (config.num_layers, config.num_kv_heads, slots)
+    shapes = (*shape, config.head_dim, capacity), (*shape, capacity, config.head_dim)
+    return tuple(
+        jax.ShapeDtypeStruct(
+            shape, config.dtype, sharding=None if mesh is None else sharding.cache_sharding(mesh, shape)
+        )
+        for shape in shapes
+    )
+
+
+def abstract_rows(count: int, mesh: Mesh | None) -> Rows:
+    """Shapes of the rows of a call."""
+    numbers = jax.ShapeDtypeStruct((count,), jnp.int32)
+    keys = jax.ShapeDtypeStruct((count, 2), jnp.uint32)
+    return sharding.place_rows(Rows(*(numbers,) * 6, keys), mesh)
+
+
+def reserve(config: DecoderConfig, slots: int, capacity: int, mesh: Mesh | None) -> Slots:
+    """Empty slots, each with room for `capacity` tokens."""
+    shapes = abstract_slots(config, slots, capacity, mesh)
+    return tuple(jnp.zeros(x.shape, x.dtype, device=x.sharding) for x in shapes)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
 def prefill(
     params: Any,
     config: DecoderConfig,
-    system_tokens: jax.Array,
-    system_lengths: jax.Array,
-    problem_tokens: jax.Array,
-    problem_lengths: jax.Array,
-) -> tuple[KVCache, KVCache]:
-    """Caches of the two shared levels.
+    tokens: jax.Array,
+    lengths: jax.Array,
+    system: KVCache | None = None,
+    *,
+    mesh: Mesh | None = None,
+) -> KVCache:
+    """Cache of one shared level.
 
     Args:
       params: with adapters or not.
       config: the decoder.
-      system_tokens: int32 [M, S]; system_lengths: int32 [M].
-      problem_tokens: int32 [M * B, Q], without each prompt's last token; problem_lengths: int32 [M * B].
+      tokens: int32 [M, S], the system prompts; or [M * P, Q], problems without each prompt's last token,
+        under `system`, as many for each system prompt.
+      lengths: int32 [M] or [M * P].
+      system: the level above, or None.
+      mesh: the cache lies on all devices, its heads as the weights' heads do.
     """
-    levels, lengths = (system_tokens, problem_tokens), (system_lengths, problem_lengths)
-    _, caches = forward(params, config, levels, lengths)
-    return caches
+    _, cache = forward(params, config, tokens, lengths, () if system is None else (system,))
+    if mesh is None:
+        return cache
+    arrays = (
+        jax.lax.with_sharding_constraint(x, sharding.cache_sharding(mesh, x.shape, everywhere=True))
+        for x in (cache.key, cache.value)
+    )
+    return KVCache(*arrays, cache.start, cache.length)
 
 
-@functools.partial(jax.jit, static_argnames="capacity")
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnames="slots")
 def admit(
-    problems: KVCache, nodes: jax.Array, token: jax.Array, limit: jax.Array, key: jax.Array, *, capacity: int
-) -> Rows:
-    """New rows that begin where their problem's cache ends.
+    slots: Slots,
+    problems: KVCache,
+    nodes: jax.Array,
+    into: jax.Array,
+    count: jax.Array,
+    *,
+    mesh: Mesh | None = None,
+) -> Slots:
+    """Copies problems into slots, where their rows begin.
 
     Args:
-      problems: the problem level's caches.
-      nodes: int32 [R], each row's node in `problems`.
-      token: int32 [R], the last token of each row's prompt.
-      limit: int32 [R], new tokens allowed; key: uint32 [R, 2].
-      capacity: columns of the rows' caches.
+      slots: donated.
+      problems: caches of Q columns, no more than the slots have.
+      nodes: int32 [parts, k], which problem; into: int32 [parts, k], into which slot of the part.
+      count: int32 [parts], how many of the k.
     """
-    return Rows(
-        _take(problems, nodes, capacity),
-        token,
-        jnp.zeros_like(token),
-        limit,
-        key,
-        jnp.zeros(token.shape, bool),
+
+    def local(slots: Slots, problems: Slots, nodes: jax.Array, into: jax.Array, count: jax.Array) -> Slots:
+        def put(i: jax.Array, slots: Slots) -> Slots:
+            return _write(slots, _row(problems, nodes[0, i]), into[0, i], 0)
+
+        return jax.lax.fori_loop(0, count[0], put, slots)
+
+    over_parts = sharding.over_parts(local, mesh, ("slots", "everywhere", "rows", "rows", "rows"), "slots")
+    return over_parts(slots, (problems.key, problems.value), nodes, into, count)
+
+
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnames="slots")
+def swap(
+    slots: Slots, one: jax.Array, other: jax.Array, count: jax.Array, *, mesh: Mesh | None = None
+) -> Slots:
+    """Exchanges the contents of slots within their parts.
+
+    Args:
+      slots: donated.
+      one, other: int32 [parts, k], pairs of slots of the part; count: int32 [parts], how many of the k.
+    """
+
+    def local(slots: Slots, one: jax.Array, other: jax.Array, count: jax.Array) -> Slots:
+        def exchange(i: jax.Array, slots: Slots) -> Slots:
+            first, second = _row(slots, one[0, i]), _row(slots, other[0, i])
+            return _write(_write(slots, first, other[0, i], 0), second, one[0, i], 0)
+
+        return jax.lax.fori_loop(0, count[0], exchange, slots)
+
+    return sharding.over_parts(local, mesh, ("slots", "rows", "rows", "rows"), "slots")(
+        slots, one, other, count
     )
 
 
-@functools.partial(jax.jit, static_argnames="capacity")
-def rearrange(rows: Rows, admitted: Rows | None, order: jax.Array, live: jax.Array, *, capacity: int) -> Rows:
-    """Drops, moves and adds rows, and changes the capacity of their caches.
+@functools.partial(jax.jit, static_argnames=("config", "columns", "mesh"), donate_argnames="slots")
+def extend(
+    params: Any,
+    config: DecoderConfig,
+    system: KVCache,
+    slots: Slots,
+    at: jax.Array,
+    rows: Rows,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    *,
+    columns: int,
+    mesh: Mesh | None = None,
+) -> Slots:
+    """Prefills tokens that somebody else appended to some rows, each at its own positions.
 
     Args:
-      rows: R rows; admitted: more rows that join behind them, with the same capacity, or None.
-      order: int32 [R'], where each new slot's row comes from, counted over `rows` and then `admitted`.
-      live: bool [R'], False for slots that stay empty.
-      capacity: columns of the result.
+      params: with adapters or not.
+      config: the decoder.
+      system: cache of the system prompts, M nodes.
+      slots: donated; these have at least T free columns.
+      at: int32 [parts, k], the rows' slots within their parts.
+      rows: the k rows of each part, [parts * k]; `lane`, `start` and `length` are looked at.
+      tokens: int32 [parts * k, T], beginning with each row's `token`; lengths: int32 [parts * k], 0 for none.
+      columns: at least the longest length.
     """
-    if admitted is not None:
-        # Keys and values have their rows on the third axis, everything else on the first.
-        rows = jax.tree.map(lambda *x: jnp.concatenate(x, axis=2 if x[0].ndim == 5 else 0), rows, admitted)
-    cache = _take(rows.cache, order, capacity)
-    token, drawn, limit, key = (x[order] for x in (rows.token, rows.drawn, rows.limit, rows.key))
-    return Rows(cache, token, drawn, limit, key, rows.done[order] | ~live)
+    count = at.shape[1]
+
+    def gather(slots: Slots, at: jax.Array) -> Slots:
+        key, value = slots
+        return key[:, :, at[0], :, :columns], value[:, :, at[0], :columns]
+
+    def put_back(slots: Slots, new: Slots, at: jax.Array, length: jax.Array, number: jax.Array) -> Slots:
+        def put(i: jax.Array, slots: Slots) -> Slots:
+            def write(slots: Slots) -> Slots:
+                return _write(slots, _row(new, i), at[0, i], length[i])
+
+            return jax.lax.cond(number[i] > 0, write, lambda slots: slots, slots)
+
+        return jax.lax.fori_loop(0, count, put, slots)
+
+    held = sharding.over_parts(gather, mesh, ("slots", "rows"), "slots")(slots, at)
+    own = KVCache(*held, rows.start, rows.length)
+    _, new = forward(params, config, tokens, lengths, (system.replace(owner=rows.lane), own))
+    kinds = ("slots", "slots", "rows", "rows", "rows")
+    return sharding.over_parts(put_back, mesh, kinds, "slots")(
+        slots, (new.key, new.value), at, rows.length, lengths
+    )
 
 
-def _take(cache: KVCache, nodes: jax.Array, capacity: int) -> KVCache:
-    """Nodes of a cache, cut or padded to a capacity that holds what is filled."""
-
-    def columns(x: jax.Array) -> jax.Array:
-        x = x[:, :, :, :capacity][:, :, nodes]
-        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, capacity - x.shape[3]), (0, 0)))
-
-    return KVCache(columns(cache.key), columns(cache.value), cache.start[nodes], cache.length[nodes])
-
-
-@functools.partial(jax.jit, static_argnames=("config", "steps", "greedy"), donate_argnames="rows")
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "columns", "steps", "greedy", "truncation", "aligned", "mesh"),
+    donate_argnames="slots",
+)
 def decode_chunk(
     params: Any,
     config: DecoderConfig,
     system: KVCache,
+    slots: Slots,
     rows: Rows,
     stop_ids: jax.Array,
     temperature: jax.Array,
     *,
+    columns: int,
     steps: int,
-    greedy: bool,
-) -> tuple[Rows, Drawn]:
+    greedy: bool = False,
+    truncation: Truncation = UNTRUNCATED,
+    aligned: bool = False,
+    mesh: Mesh | None = None,
+) -> tuple[Slots, Drawn]:
     """Up to `steps` tokens for every row; ends early when all rows are done.
 
-    Inside the loop the rows' caches are only read. New keys and values go to a staging buffer with one column
-    a step for all rows, written once for all layers, and are folded into the rows' caches at the end.
+    Inside the loop the slots are only read. New keys and values go to a staging buffer with one column a step
+    for all rows, written once for all layers, and are folded into the slots at the end.
 
     Args:
       params: with adapters or not.
       config: the decoder.
-      system: cache of the system prompts, M nodes; M divides the number of rows.
-      rows: donated. Every cache has `steps` free columns.
+      system: cache of the system prompts, M nodes, read once for all rows.
+      slots: donated. Every slot has `steps` free columns.
+      rows: R rows, see `Rows`.
       stop_ids: int32 [any]; drawing one of them ends a row, the token included.
       temperature: float32 []; unused when greedy.
+      columns: how many of each slot are attended to: at least the longest `rows.length`.
       steps: columns of the chunk.
       greedy: take the most likely token instead of drawing.
+      truncation: top-k, top-p, min-p.
+      aligned: whether rows lie lane by lane, equally many each. Then a system prompt is compared with its own
+        rows alone; otherwise with all, which costs no memory traffic but M times the arithmetic.
+      mesh: of devices; the slots lie on it.
 
     Returns:
-      (rows, what was drawn, in `steps` columns).
+      (slots, what was drawn, in `steps` columns).
     """
     count = rows.token.shape[0]
-    shape = (config.num_layers, config.num_kv_heads, count, steps, config.head_dim)
-    staging = jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+    parts = sharding.row_parts(mesh)
+    held = RowsView(*slots, rows.start, rows.length, columns, parts)
+    system = system if aligned else system.replace(owner=rows.lane)
+    shape = (config.num_layers, config.num_kv_heads, count)
+    staging = (
+        jnp.zeros((*shape, config.head_dim, steps), config.dtype),
+        jnp.zeros((*shape, steps, config.head_dim), config.dtype),
+    )
+    staging = tuple(sharding.constrain_cache(x, mesh) for x in staging)
+    zeros = jnp.zeros((count, steps), jnp.float32)
     drawn = Drawn(
         jnp.zeros((count, steps), jnp.int32),
-        jnp.zeros((count, steps), jnp.float32),
-        jnp.zeros((count, steps), jnp.float32),
+        zeros,
+        zeros,
+        zeros,
         jnp.zeros(count, jnp.int32),
         jnp.zeros(count, bool),
+        jnp.int32(0),
     )
 
     def proceed(carry):
-        step, _, _, done, _ = carry
-        return (step < steps) & ~done.all()
+        _, _, done, drawn = carry
+        return (drawn.steps < steps) & ~done.all()
 
     def body(carry):
-        step, staging, token, done, drawn = carry
-        staged = KVCache(*staging, rows.cache.end, jnp.full(count, step, jnp.int32))
-        hidden, new = forward(params, config, token[:, None], ancestors=(system, rows.cache, staged))
+        staging, token, done, drawn = carry
+        step = drawn.steps
+        staged = KVCache(*staging, held.end, jnp.full(count, step, jnp.int32))
+        hidden, new = forward(params, config, token[:, None], ancestors=(system, held, staged))
         logits = unembed(params, config, hidden[:, 0])
         if greedy:
             token, untruncated = draw.greedy(logits)
-            logprob = jnp.zeros_like(untruncated)
+            logprob, cutoff = jnp.zeros_like(untruncated), jnp.full_like(untruncated, -jnp.inf)
         else:
-            uniform = draw.uniforms(rows.key, rows.drawn + step)
-            token, logprob = draw.draw(logits, uniform, temperature)
-            untruncated = logprob
+            uniform = draw.uniforms(rows.key, rows.position + step)
+            token, logprob, untruncated, cutoff = draw.draw(logits, uniform, temperature, truncation)
         staging = tuple(
-            jax.lax.dynamic_update_slice_in_dim(old, x, step, axis=3)
-            for old, x in zip(staging, (new.key, new.value), strict=True)
+            jax.lax.dynamic_update_slice_in_dim(old, x, step, axis)
+            for old, x, axis in zip(staging, (new.key, new.value), (4, 3), strict=True)
         )
 
         def put(column: jax.Array, x: jax.Array) -> jax.Array:
@@ -201,36 +325,37 @@ def decode_chunk(
             put(drawn.tokens, token),
             put(drawn.logprobs, logprob),
             put(drawn.untruncated_logprobs, untruncated),
+            put(drawn.cutoffs, cutoff),
             drawn.count + ~done,
             drawn.stopped | stop,
+            step + 1,
         )
-        done = done | stop | (rows.drawn + drawn.count >= rows.limit)
-        return step + 1, staging, token, done, drawn
+        done = done | stop | (rows.position + drawn.count >= rows.limit)
+        return staging, token, done, drawn
 
-    carry = (jnp.int32(0), staging, rows.token, rows.done, drawn)
-    _, staging, _, done, drawn = jax.lax.while_loop(proceed, body, carry)
-    last = jnp.take_along_axis(drawn.tokens, jnp.maximum(drawn.count - 1, 0)[:, None], axis=1)[:, 0]
-    rows = Rows(
-        _fold(rows.cache, staging, drawn.count),
-        jnp.where(drawn.count > 0, last, rows.token),
-        rows.drawn + drawn.count,
-        rows.limit,
-        rows.key,
-        done,
+    carry = (staging, rows.token, rows.position >= rows.limit, drawn)
+    staging, _, _, drawn = jax.lax.while_loop(proceed, body, carry)
+
+    def fold(slots: Slots, staging: Slots, length: jax.Array) -> Slots:
+        # Row by row and in place: one scatter for all rows would copy the caches.
+        def put(row: jax.Array, slots: Slots) -> Slots:
+            return _write(slots, _row(staging, row), row, length[row])
+
+        return jax.lax.fori_loop(0, length.shape[0], put, slots)
+
+    folded = sharding.over_parts(fold, mesh, ("slots", "slots", "rows"), "slots")(slots, staging, rows.length)
+    return folded, drawn
+
+
+def _row(arrays: Slots, row: jax.Array) -> Slots:
+    """One node's keys and values, [L, K, 1, H, C] and [L, K, 1, C, H]."""
+    return tuple(jax.lax.dynamic_slice_in_dim(x, row, 1, axis=2) for x in arrays)
+
+
+def _write(slots: Slots, new: Slots, slot: jax.Array, column: jax.Array | int) -> Slots:
+    """Writes one row's columns behind `column`, in place where the slots are donated."""
+    (key, value), (new_key, new_value) = slots, new
+    return (
+        jax.lax.dynamic_update_slice(key, new_key, (0, 0, slot, 0, column)),
+        jax.lax.dynamic_update_slice(value, new_value, (0, 0, slot, column, 0)),
     )
-    return rows, drawn
-
-
-def _fold(cache: KVCache, staging: tuple[jax.Array, jax.Array], count: jax.Array) -> KVCache:
-    """Moves the staging buffer behind each row's filled columns; only `count` of them become valid."""
-
-    def put_row(row: jax.Array, columns: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        where = (0, 0, row, cache.length[row], 0)
-        return tuple(
-            jax.lax.dynamic_update_slice(old, jax.lax.dynamic_slice_in_dim(new, row, 1, axis=2), where)
-            for old, new in zip(columns, staging, strict=True)
-        )
-
-    # Row by row and in place: one scatter for all rows would copy the caches.
-    key, value = jax.lax.fori_loop(0, count.shape[0], put_row, (cache.key, cache.value))
-    return KVCache(key, value, cache.start, cache.length + count)

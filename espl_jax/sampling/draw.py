@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-_BLOCK = 128
+from espl_jax.sampling.truncation import BLOCK, UNTRUNCATED, Truncation, cutoff, in_blocks
 
 
 @jax.jit
@@ -40,45 +42,79 @@ def uniforms(keys: jax.Array, positions: jax.Array) -> jax.Array:
     return jax.vmap(one)(keys, positions)
 
 
-def draw(
-    logits: jax.Array, uniform: jax.Array, temperature: jax.Array | float
-) -> tuple[jax.Array, jax.Array]:
-    """Draws from softmax(logits / temperature) by inverting its distribution function.
+class Draw(NamedTuple):
+    """One token a row.
 
-    The search runs in two levels, blocks of 128 tokens and then tokens, which costs little beside the head's
+    Attributes:
+      token: int32 [R].
+      logprob: float32 [R], of the token under the distribution drawn from.
+      untruncated_logprob: float32 [R], under softmax(logits / temperature).
+      cutoff: float32 [R], the untruncated logprob below which nothing could be drawn; -inf where all could.
+    """
+
+    token: jax.Array
+    logprob: jax.Array
+    untruncated_logprob: jax.Array
+    cutoff: jax.Array
+
+
+def draw(
+    logits: jax.Array,
+    uniform: jax.Array,
+    temperature: jax.Array | float,
+    truncation: Truncation = UNTRUNCATED,
+) -> Draw:
+    """Draws from softmax(logits / temperature), truncated, by inverting its distribution function.
+
+    The search runs in two levels, blocks of tokens and then tokens, which costs little beside the head's
     product, where a Gumbel draw would need a random number for every token of the vocabulary.
 
     Args:
       logits: float32 [R, V].
       uniform: float32 [R] in [0, 1).
       temperature: above zero.
-
-    Returns:
-      (token int32 [R], its logprob float32 [R] under the distribution drawn from).
+      truncation: which tokens may be drawn.
     """
-    rows, vocab = logits.shape
-    logprobs = jax.nn.log_softmax(logits / temperature, axis=-1)
-    padded = jnp.pad(jnp.exp(logprobs), ((0, 0), (0, -vocab % _BLOCK))).reshape(rows, -1, _BLOCK)
-    blocks = padded.sum(axis=-1)
-    below = jnp.cumsum(blocks, axis=-1)
+    blocks = in_blocks(logits)
+    largest = blocks.max(axis=-1).max(axis=-1)[:, None, None]
+    least = cutoff(logits, temperature, truncation)[:, None, None]
+
+    def scores(logits: jax.Array) -> jax.Array:
+        return (logits - largest) / temperature
+
+    def weights(logits: jax.Array) -> jax.Array:
+        probs = jnp.exp(scores(logits))
+        return jnp.where(logits >= least, probs, 0.0) if truncation else probs
+
+    sums = weights(blocks).sum(axis=-1)
+    below = jnp.cumsum(sums, axis=-1)
     target = uniform * below[:, -1]
-    block = _first_past(target, blocks, below)
+    block = _first_past(target, sums, below)
     before = jnp.where(
         block > 0, jnp.take_along_axis(below, jnp.maximum(block - 1, 0)[:, None], axis=-1)[:, 0], 0.0
     )
-    inside = jnp.take_along_axis(padded, block[:, None, None], axis=1)[:, 0]
-    token = block * _BLOCK + _first_past(target - before, inside, jnp.cumsum(inside, axis=-1))
-    return token.astype(jnp.int32), jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)
+    inside_weights = weights(inside)[:, 0]
+    place = _first_past(target - before, inside_weights, jnp.cumsum(inside_weights, axis=-1))
+    score = jnp.take_along_axis(scores(inside)[:, 0], place[:, None], axis=-1)[:, 0]
+    normalizer = jnp.log(jnp.exp(scores(blocks)).sum(axis=-1).sum(axis=-1))
+    untruncated = score - normalizer
+    return Draw(
+        token=(block * BLOCK + place).astype(jnp.int32),
+        logprob=score - jnp.log(below[:, -1]) if truncation else untruncated,
+        untruncated_logprob=untruncated,
+        cutoff=scores(least)[:, 0, 0] - normalizer,
+    )
 
 
 def _first_past(target: jax.Array, weights: jax.Array, sums: jax.Array) -> jax.Array:
     """Index of the first running sum above the target. [R], [R, C], [R, C] -> int [R].
 
-    However target and sums were rounded, an index without weight is never chosen, and a target at or past
-    the largest sum belongs to the last likely index.
+    However target and sums were rounded, an index without weight is never chosen; a target below zero belongs
+    to the first likely index, one at or past the largest sum to the last.
     """
     sums = jnp.where(weights > 0, sums, 0.0)
-    target = jnp.minimum(target, jnp.nextafter(sums.max(axis=-1), jnp.float32(0)))
+    target = jnp.clip(target, 0, jnp.nextafter(sums.max(axis=-1), jnp.float32(0)))
     return jnp.argmax(sums > target[:, None], axis=-1)
 
 

@@ -1,22 +1,27 @@
-"""The loop around the decode chunks: which rows are in flight, in which slots, with which capacity."""
+"""Sampling a prefix tree: the loop around the decode chunks, and what is said to rows between their turns."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import concurrent.futures
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from espl_jax import sharding
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.layers import as_integers
-from espl_jax.sampling import decode, draw
-from espl_jax.sampling.buckets import bucket, pad_right
+from espl_jax.sampling import draw
+from espl_jax.sampling.lanes import EXTENDED_TOKENS, Lanes
+from espl_jax.sampling.sizes import CHUNK, bytes_per_device, choose_sizes
+from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
 
-CHUNK = 32
-"""Decode steps between two looks at which rows are done."""
+FindEnd = Callable[[Sequence[int], int], int | None]
+"""Tokens of a turn, and how many of them were looked at before; how many to keep if the turn ends there."""
+
+Respond = Callable[[tuple[int, int, int], np.ndarray], Any]
+"""A row's (m, b, n) and all its tokens, when a turn has ended by itself. Returns the tokens to append, none
+(or None) to end the row, or a `concurrent.futures.Future` of them."""
 
 
 class Samples(NamedTuple):
@@ -24,11 +29,16 @@ class Samples(NamedTuple):
 
     Attributes:
       tokens: int32 [..., T], zero past the length.
-      lengths: int32 [...], the stop token included.
-      logprobs: float32 [..., T], under the distribution drawn from (zero when greedy: it has one outcome).
+      lengths: int32 [...], stop token and appended tokens included.
+      logprobs: float32 [..., T], under the distribution drawn from (zero when greedy: it has one outcome);
+        zero where nothing was drawn.
       untruncated_logprobs: float32 [..., T], under softmax(logits / temperature); when greedy,
         softmax(logits).
-      truncated: bool [...], ended by `max_new_tokens` and not by a stop token.
+      truncated: bool [...], ended by a limit and not by itself.
+      cutoffs: float32 [..., T], untruncated logprob below which nothing could be drawn; -inf where nothing
+        was cut.
+      drawn: bool [..., T], tokens that the model drew; those that `respond` appended are none.
+      row_steps: decode steps times the rows in them, idle ones included; one number for all.
     """
 
     tokens: np.ndarray
@@ -36,6 +46,9 @@ class Samples(NamedTuple):
     logprobs: np.ndarray
     untruncated_logprobs: np.ndarray
     truncated: np.ndarray
+    cutoffs: np.ndarray
+    drawn: np.ndarray
+    row_steps: int
 
 
 def generate(
@@ -49,6 +62,7 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    min_p: float = 0.0,
     stop_ids: Sequence[int] = (),
 ) -> Samples:
     """Samples `group_size` continuations of every prompt; tokens that prompts share are run once.
@@ -62,7 +76,7 @@ def generate(
       group_size: N.
       max_new_tokens: T.
       temperature: 0 takes the most likely token.
-      top_p, top_k: not supported yet; only 1.0 and 0 are accepted.
+      top_p, top_k, min_p: see `Truncation`.
       stop_ids: token ids that end a row.
 
     Returns:
@@ -71,11 +85,6 @@ def generate(
     Raises:
       ValueError: for empty prompts, unequal B, or options out of range.
     """
-    if top_p != 1.0 or top_k != 0:
-        raise ValueError(
-            f"top_p={top_p}, top_k={top_k}: truncated sampling is not supported yet, because the trainer "
-            "could not reproduce its logprobs; use top_p=1.0 and top_k=0"
-        )
     flat = bool(prompts) and all(isinstance(token, int | np.integer) for token in prompts[0])
     lanes = [prompts] if flat else prompts
     if (
@@ -96,9 +105,10 @@ def generate(
         draw.row_keys(key, m, b, n),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        truncation=Truncation(top_k, top_p, min_p),
         stop_ids=stop_ids,
     )
-    return Samples(*(x[0] for x in samples)) if flat else samples
+    return Samples(*(x[0] for x in samples[:-1]), samples.row_steps) if flat else samples
 
 
 def _common_start(prompts: Sequence[Sequence[int]]) -> int:
@@ -117,15 +127,22 @@ def sample_tree(
     *,
     max_new_tokens: int | np.ndarray,
     temperature: float,
+    truncation: Truncation = UNTRUNCATED,
     stop_ids: Sequence[int] = (),
+    find_end: FindEnd | None = None,
+    respond: Respond | None = None,
+    context_limit: int | None = None,
+    longest_problem: int = 0,
     max_rows: int | None = None,
+    held_bytes: int | None = None,
     chunk: int = CHUNK,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Samples:
     """Samples the third level of the tree under its first two.
 
-    Rows that are done make room: the rest move together into the next smaller bucket of rows, or, when not
-    all rows fit at once, the next ones of the lane's queue take their place.
+    Rows run in slots that are reserved once. A row that ends makes room for the next one of the queue,
+    whatever its system prompt; when the queue is empty, the rows that are left move together and chunks get
+    narrower.
 
     Args:
       params: with adapters or not.
@@ -134,10 +151,20 @@ def sample_tree(
       problem_tokens: M lists of B lists, the rest of each prompt, at least one token.
       keys: uint32 [M, B, N, 2], as `row_keys` makes them.
       max_new_tokens: at most so many, for every row, or an int array that broadcasts to [M, B, N]; rows that
-        may draw nothing take up no room.
+        may draw nothing are never run. Tokens that `respond` appends count too.
       temperature: 0 takes the most likely token.
-      stop_ids: token ids that end a row.
-      max_rows: most rows of one lane in flight at once; all of them by default.
+      truncation: top-k, top-p and min-p; nothing is cut by default.
+      stop_ids: token ids that end a turn.
+      find_end: ends turns by what they say, after each chunk; tokens past the end are taken back.
+      respond: what is said to a row whose turn ended by itself, see `Respond`; without it every turn is the
+        last. A row that waits for an answer keeps its slot and costs no step. When an answer does not fit
+        into the row's limit, the row ends truncated.
+      context_limit: most tokens of a row with its prompt; by default, and at most, `max_positions`.
+      longest_problem: tokens of the longest problem that calls like this one may bring; they then share their
+        programs.
+      max_rows: M times as many rows are in flight at once, of whatever system prompts; by default as many as
+        fit into memory, reckoned from its size, whatever else runs on the machine.
+      held_bytes: memory of each device that stays taken; that of the params by default.
       chunk: decode steps between two looks at which rows are done.
       mesh: shard rows over its data axes.
 
@@ -145,75 +172,88 @@ def sample_tree(
       Samples, leading axes [M, B, N], T = the largest of max_new_tokens.
 
     Raises:
-      ValueError: if temperature or max_new_tokens is out of range, or a sequence could outgrow the model.
+      ValueError: if an argument is out of range, or a prompt leaves no room in the context.
     """
-    lanes, problems, group = keys.shape[:3]
-    limits = np.broadcast_to(max_new_tokens, keys.shape[:3]).astype(np.int32).reshape(-1)
-    most = int(limits.max())
-    check_lengths(config, system_tokens, problem_tokens, most, temperature)
-    flat = [tokens for lane in problem_tokens for tokens in lane]
-    width = bucket(max(len(tokens) for tokens in flat) - 1)
-    systems = pad_right(system_tokens)
-    nodes = pad_right([tokens[:-1] for tokens in flat], width)
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature}: give 0 for the most likely token, or a positive number")
+    for name, value in (("max_rows", max_rows), ("chunk", chunk)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}: give at least 1")
+    context = config.max_positions if context_limit is None else context_limit
+    if context > config.max_positions:
+        raise ValueError(f"context_limit={context}: the model was made for {config.max_positions} tokens")
+    limits = row_limits(system_tokens, problem_tokens, max_new_tokens, keys.shape[:3], context)
     params, config = for_sampling(params, config)
-    system, shared = decode.prefill(params, config, *systems, *nodes)
-
-    steps = min(chunk, most)
-    stops = jnp.asarray(sorted(stop_ids) or [-1], jnp.int32)
-    last_tokens = np.array([tokens[-1] for tokens in flat], np.int32)
-    keys = np.asarray(keys).reshape(-1, 2)
-    total = problems * group
-    queues = [[r for r in range(lane * total, (lane + 1) * total) if limits[r]] for lane in range(lanes)]
-    flying: list[list[int]] = [[] for _ in range(lanes)]  # row numbers in flight, by lane
-    slot_of: dict[int, int] = {}
-    filled = np.repeat(nodes[1], group)  # columns of each row's cache in use
-    out = Samples(
-        np.zeros((lanes * total, most), np.int32),
-        np.zeros(lanes * total, np.int32),
-        np.zeros((lanes * total, most), np.float32),
-        np.zeros((lanes * total, most), np.float32),
-        limits > 0,
+    sizes = choose_sizes(
+        config,
+        lanes=len(system_tokens),
+        rows=limits.size,
+        longest_problem=max(longest_problem, max(len(tokens) for lane in problem_tokens for tokens in lane)),
+        max_new_tokens=int(np.max(max_new_tokens)),
+        context_limit=context_limit,
+        chunk=chunk,
+        extension=0 if respond is None else EXTENDED_TOKENS,
+        max_rows=max_rows,
+        held=bytes_per_device(params) if held_bytes is None else held_bytes,
+        mesh=mesh,
     )
+    lanes = Lanes(
+        params,
+        config,
+        system_tokens,
+        problem_tokens,
+        np.asarray(keys).reshape(-1, 2),
+        limits.reshape(-1),
+        sizes,
+        max_new_tokens=int(np.max(max_new_tokens)),
+        temperature=temperature,
+        truncation=truncation,
+        stop_ids=stop_ids,
+        mesh=mesh,
+    )
+    truncated = lanes.limit > 0
+    turn_start = np.zeros_like(lanes.limit)
+    waiting: dict[int, concurrent.futures.Future] = {}
 
-    rows, capacity = None, 0
-    while any(queues) or any(flying):
-        fresh = [queue[: (max_rows or total) - len(lane)] for queue, lane in zip(queues, flying, strict=True)]
-        queues = [queue[len(new) :] for queue, new in zip(queues, fresh, strict=True)]
-        flying = [lane + new for lane, new in zip(flying, fresh, strict=True)]
-        longest = max(int(filled[r]) for lane in flying for r in lane)
-        wanted = rows_bucket(max(map(len, flying)), min(total, max_rows or total)), bucket(longest + steps)
-        new = [r for lane in fresh for r in lane]
-        if new or rows is None or wanted != (rows.token.shape[0] // lanes, capacity):
-            rows, slot_of = _arrange(
-                rows, shared, flying, new, slot_of, last_tokens, keys, group, limits, *wanted
-            )
-            rows = sharding.place_rows(rows, mesh)
-            capacity = wanted[1]
+    def end_turn(row: int) -> Any:
+        """What comes after a turn that ended by itself."""
+        if respond is None:
+            return None
+        place = tuple(int(i) for i in np.unravel_index(row, limits.shape))
+        return respond(place, lanes.tokens[row, : lanes.position[row]].copy())
 
-        rows, drawn = decode.decode_chunk(
-            params,
-            config,
-            system,
-            rows,
-            stops,
-            jnp.float32(temperature or 1.0),
-            steps=steps,
-            greedy=temperature == 0,
-        )
-        drawn, done = jax.device_get((drawn, rows.done))
-        for lane in flying:
-            for row in lane:
-                slot = slot_of[row]
-                count, first = int(drawn.count[slot]), int(out.lengths[row])
-                where = slice(first, first + count)
-                out.tokens[row, where] = drawn.tokens[slot, :count]
-                out.logprobs[row, where] = drawn.logprobs[slot, :count]
-                out.untruncated_logprobs[row, where] = drawn.untruncated_logprobs[slot, :count]
-                out.lengths[row] += count
-                filled[row] += count
-                out.truncated[row] = not drawn.stopped[slot]
-        flying = [[row for row in lane if not done[slot_of[row]]] for lane in flying]
-    return Samples(*(x.reshape(lanes, problems, group, *x.shape[1:]) for x in out))
+    while lanes.queue or lanes.running.any() or waiting:
+        lanes.admit()
+        answers: dict[int, Any] = {}
+        if lanes.running.any():
+            for row, count, stopped in lanes.decode():
+                if find_end is not None:
+                    turn = lanes.tokens[row, turn_start[row] : lanes.position[row]]
+                    kept = find_end(turn, len(turn) - count)
+                    if kept is not None:
+                        lanes.take_back(row, len(turn) - kept)
+                        stopped = True
+                if stopped:
+                    answers[row] = end_turn(row)
+                elif lanes.position[row] >= lanes.limit[row]:
+                    lanes.finish(row)
+        else:
+            concurrent.futures.wait(waiting.values(), return_when=concurrent.futures.FIRST_COMPLETED)
+        for row in [row for row, future in waiting.items() if future.done()]:
+            answers[row] = waiting.pop(row).result()
+        for row, answer in list(answers.items()):
+            if isinstance(answer, concurrent.futures.Future):
+                waiting[row] = answers.pop(row)
+                lanes.running[row] = False
+            elif not answer or lanes.position[row] + len(answer) >= lanes.limit[row]:
+                truncated[row] = bool(answers.pop(row))
+                lanes.finish(row)
+        lanes.append(answers)
+        for row in answers:
+            turn_start[row] = lanes.position[row]
+    arrays = lanes.tokens, lanes.position, lanes.logprobs, lanes.untruncated_logprobs
+    arrays = *arrays, truncated, lanes.cutoffs, lanes.drawn
+    return Samples(*(x.reshape(*limits.shape, *x.shape[1:]) for x in arrays), lanes.row_steps)
 
 
 def for_sampling(params: Any, config: DecoderConfig) -> tuple[Any, DecoderConfig]:
@@ -224,62 +264,32 @@ def for_sampling(params: Any, config: DecoderConfig) -> tuple[Any, DecoderConfig
     return params, config.replace(remat=False)
 
 
-def rows_bucket(rows: int, most: int) -> int:
-    """Slots of a lane: `most` halved as often as the rows still fit."""
-    while (most + 1) // 2 >= rows and most > 1:
-        most = (most + 1) // 2
-    return most
-
-
-def _arrange(rows, shared, flying, new, slot_of, last_tokens, keys, group, limits, slots, capacity):
-    """Puts rows in flight into `slots` slots a lane. Returns (rows, slot of each row number)."""
-    number = np.full((len(flying), slots), -1)
-    for i, lane in enumerate(flying):
-        number[i, : len(lane)] = lane
-    number = number.ravel()
-    live = number >= 0
-    placed = {row: slot for slot, row in enumerate(number.tolist()) if row >= 0}
-
-    def admit(numbers: np.ndarray, capacity: int) -> decode.Rows:
-        node = numbers // group
-        arrays = (jnp.asarray(x) for x in (node, last_tokens[node], limits[numbers], keys[numbers]))
-        return decode.admit(shared, *arrays, capacity=capacity)
-
-    if rows is None:
-        return admit(np.maximum(number, 0), capacity).replace(done=jnp.asarray(~live)), placed
-    count, held = rows.token.shape[0], rows.cache.key.shape[3]
-    admitted = None
-    if new:
-        if held < capacity:
-            rows = decode.rearrange(rows, None, jnp.arange(count), ~rows.done, capacity=capacity)
-        # Shapes stay few: as many rows are admitted as there are slots, the surplus is never looked at.
-        admitted = admit(np.resize(new, len(number)), max(held, capacity))
-    came_from = slot_of | {row: count + i for i, row in enumerate(new)}
-    order = np.array([came_from.get(row, 0) for row in number.tolist()], np.int32)
-    return decode.rearrange(rows, admitted, jnp.asarray(order), jnp.asarray(live), capacity=capacity), placed
-
-
-def check_lengths(
-    config: DecoderConfig,
+def row_limits(
     system_tokens: Sequence[Sequence[int]],
     problem_tokens: Sequence[Sequence[Sequence[int]]],
-    max_new_tokens: int,
-    temperature: float,
-) -> None:
-    """Raises ValueError if `sample_tree` could not take these arguments."""
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature}: give 0 for the most likely token, or a positive number")
-    if max_new_tokens < 1:
+    max_new_tokens: int | np.ndarray,
+    shape: tuple[int, int, int],
+    context_limit: int,
+) -> np.ndarray:
+    """How many tokens may follow each prompt: `max_new_tokens`, or what the context leaves. int32 [M, B, N].
+
+    Raises:
+      ValueError: if a prompt has no token of its own, or leaves no room.
+    """
+    if np.max(max_new_tokens) < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: give at least 1")
-    for system, lane in zip(system_tokens, problem_tokens, strict=True):
-        for problem in lane:
+    limits = np.broadcast_to(max_new_tokens, shape).astype(np.int32)
+    for m, (system, lane) in enumerate(zip(system_tokens, problem_tokens, strict=True)):
+        for b, problem in enumerate(lane):
             if not len(problem):
                 raise ValueError(
                     "problem_tokens: every prompt needs at least one token after its shared start"
                 )
-            if len(system) + len(problem) + max_new_tokens > config.max_positions:
+            room = context_limit - len(system) - len(problem)
+            if room < 1:
                 raise ValueError(
-                    f"a prompt of {len(system) + len(problem)} tokens and max_new_tokens={max_new_tokens} "
-                    f"exceed the model's max_positions={config.max_positions}; lower it or shorten "
-                    "the prompt"
+                    f"a prompt of {len(system) + len(problem)} tokens leaves no room in a context of "
+                    f"{context_limit}; shorten the prompt, or raise context_limit up to max_positions"
                 )
+            limits[m, b] = np.minimum(limits[m, b], room)
+    return limits

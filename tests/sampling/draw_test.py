@@ -7,12 +7,14 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from espl_jax.sampling import draw
+from espl_jax.sampling.truncation import Truncation
+from tests.sampling.boundaries import boundary_distance, distribution
 
-VOCAB = 300  # three blocks, the last of them not full
+VOCAB = 300  # five blocks, the last of them not full
 LOGITS = np.random.default_rng(0).normal(size=VOCAB).astype(np.float32) * 2
 COUNT = 20_000
 
-draw_many = jax.jit(draw.draw)
+draw_many = jax.jit(draw.draw, static_argnames="truncation")
 
 
 @pytest.fixture(scope="module")
@@ -32,21 +34,68 @@ def test_uniforms_are_uniform(uniform):
     assert np.abs(np.corrcoef(by_position.T) - np.eye(4)).max() < 0.05
 
 
+TRUNCATIONS = [
+    Truncation(),
+    Truncation(top_p=0.95),
+    Truncation(top_p=0.8),
+    Truncation(top_k=20),
+    Truncation(min_p=0.1),
+    Truncation(top_k=40, top_p=0.9, min_p=0.02),
+]
+
+
+@pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-def test_frequencies(uniform, temperature):
-    tokens, logprobs = draw_many(jnp.tile(LOGITS, (COUNT, 1)), uniform, temperature)
-    exact = np.asarray(jax.nn.log_softmax(jnp.asarray(LOGITS) / temperature))
-    np.testing.assert_allclose(logprobs, exact[tokens], atol=1e-5)
-    observed, expected = np.bincount(tokens, minlength=VOCAB), np.exp(exact.astype(np.float64)) * COUNT
+def test_frequencies(uniform, temperature, truncation):
+    drawn = draw_many(jnp.tile(LOGITS, (COUNT, 1)), uniform, temperature, truncation)
+    tokens = np.asarray(drawn.token)
+    whole = distribution(LOGITS[None], temperature)[0]
+    exact = distribution(LOGITS[None], temperature, truncation)[0]
+    assert (exact > 0).sum() < VOCAB or not truncation
+    assert (exact[tokens] > 0).all()
+    np.testing.assert_allclose(drawn.logprob, np.log(exact[tokens]), atol=1e-5)
+    np.testing.assert_allclose(drawn.untruncated_logprob, np.log(whole[tokens]), atol=1e-5)
+    middle = np.log([whole[exact > 0].min(), whole[exact == 0].max()]).mean() if truncation else -np.inf
+    np.testing.assert_allclose(drawn.cutoff, middle, atol=1e-5)
+    observed, expected = np.bincount(tokens, minlength=VOCAB), exact * COUNT
     rare = expected < 5
     observed = np.append(observed[~rare], observed[rare].sum())
     expected = np.append(expected[~rare], expected[rare].sum())
+    observed, expected = observed[expected > 0], expected[expected > 0]
     assert stats.chisquare(observed, expected * COUNT / expected.sum()).pvalue > 1e-3
+
+
+def test_a_single_token_kept_is_certain(uniform):
+    drawn = draw_many(jnp.tile(LOGITS, (COUNT, 1)), uniform, 0.7, Truncation(top_k=1))
+    assert (drawn.token == LOGITS.argmax()).all()
+    np.testing.assert_allclose(drawn.logprob, 0, atol=1e-6)
+    first, second = np.sort(LOGITS)[:-3:-1] / 0.7
+    np.testing.assert_allclose(drawn.untruncated_logprob - drawn.cutoff, (first - second) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize("truncation", TRUNCATIONS[:2], ids=str)
+def test_only_draws_near_a_boundary_depend_on_rounding(uniform, truncation):
+    """Logits a little off draw another token only where the uniform lies next to a boundary."""
+    tiled = jnp.tile(LOGITS, (COUNT, 1))
+    same = draw_many(tiled, uniform, 1.0, truncation).token
+    shaken = tiled + 1e-4 * jax.random.normal(jax.random.key(1), tiled.shape)
+    differ = np.asarray(draw_many(shaken, uniform, 1.0, truncation).token != same)
+    distance = boundary_distance(LOGITS, uniform, 1.0, truncation)
+    assert distance.shape == (COUNT,) and 0 < differ.sum() < COUNT / 20
+    assert distance[differ].max() < 1e-3 < np.median(distance)
+
+
+def test_boundary_distance_by_hand():
+    logits = np.log([0.5, 0.25, 0.25])
+    uniform = np.array([0.0, 0.45, 0.6, 0.99])
+    np.testing.assert_allclose(boundary_distance(logits, uniform, 1.0), [0.5, 0.05, 0.1, 0.24], atol=1e-6)
+    cut = boundary_distance(logits, uniform, 1.0, Truncation(top_k=1))
+    assert np.isinf(cut).all()
 
 
 def test_inverse_of_the_distribution_function():
     uniform = np.linspace(0, 1, 4001, dtype=np.float32)[:-1]
-    tokens, _ = draw_many(jnp.tile(LOGITS, (4000, 1)), jnp.asarray(uniform), 1.0)
+    tokens = draw_many(jnp.tile(LOGITS, (4000, 1)), jnp.asarray(uniform), 1.0).token
     cumulative = np.cumsum(np.exp(np.asarray(jax.nn.log_softmax(jnp.asarray(LOGITS))), dtype=np.float64))
     below = np.append(0, cumulative)[np.asarray(tokens)]
     assert (below - 1e-6 <= uniform).all()
@@ -71,7 +120,7 @@ def test_impossible_tokens_are_never_drawn(likely, seed, temperature):
     edges = np.cumsum(exact[order])[:-1].astype(np.float32)
     edges = np.clip(np.concatenate([edges, np.nextafter(edges, 0), np.nextafter(edges, 1)]), 0, LARGEST)
     uniform = np.concatenate([[0, LARGEST], edges, np.full(16 - len(edges), 0.5)]).astype(np.float32)
-    tokens, logprobs = draw_many(jnp.tile(logits, (18, 1)), jnp.asarray(uniform), temperature)
+    tokens, logprobs, *_ = draw_many(jnp.tile(logits, (18, 1)), jnp.asarray(uniform), temperature)
     assert set(np.asarray(tokens).tolist()) <= likely
     assert tokens[0] == order[0]
     assert tokens[1] == order[-1]

@@ -1,0 +1,63 @@
+"""The problems of a tree in blocks: a block is prefilled when its first row is admitted, and dropped after
+its last, so that many long problems are never in memory at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from espl_jax import sharding
+from espl_jax.models.attention import KVCache
+from espl_jax.models.config import DecoderConfig
+from espl_jax.sampling import decode
+from espl_jax.sampling.buckets import bucket, pad_right
+from espl_jax.sampling.sizes import SMALLEST
+
+PREFILL_TOKENS = 4096
+"""Most tokens in a block, unless a single problem of every lane has more."""
+
+
+class ProblemBlocks:
+    """M lanes of B problems, cut into blocks of as many problems of every lane."""
+
+    def __init__(self, problem_tokens: Sequence[Sequence[Sequence[int]]], width: int, mesh: Mesh | None):
+        """Takes M lists of B token lists, and columns that hold any of them.
+
+        The last token of each is left to the rows.
+        """
+        self._tokens = problem_tokens
+        self._mesh = mesh
+        self.lanes, self.problems = len(problem_tokens), len(problem_tokens[0])
+        fitting = PREFILL_TOKENS // (self.lanes * width)
+        count = -(-self.problems // max(1, min(fitting, self.problems)))
+        self._size = -(-self.problems // count)
+
+    def rows(self, group: int) -> Iterator[int]:
+        """Numbers of all rows, block by block."""
+        for first in range(0, self.problems, self._size):
+            for lane in range(self.lanes):
+                for problem in range(first, min(first + self._size, self.problems)):
+                    start = (lane * self.problems + problem) * group
+                    yield from range(start, start + group)
+
+    def place(self, node: int) -> tuple[int, int]:
+        """(block, node of the block) of node lane * B + problem."""
+        lane, problem = divmod(node, self.problems)
+        block, index = divmod(problem, self._size)
+        return block, lane * self._size + index
+
+    def padded(self, block: int) -> tuple[jax.Array, jax.Array]:
+        """A block's tokens, int32 [M * P, Q], and their lengths, int32 [M * P]."""
+        first = block * self._size
+        nodes: list[Sequence[int]] = []
+        for lane in self._tokens:
+            tokens = [t[:-1] for t in lane[first : first + self._size]]
+            nodes += [*tokens, *[()] * (self._size - len(tokens))]
+        return sharding.place_rows(pad_right(nodes, bucket(max(map(len, nodes)), SMALLEST)), self._mesh)
+
+    def prefill(self, block: int, params: Any, config: DecoderConfig, system: KVCache) -> KVCache:
+        """The cache of a block, under the cache of the M system prompts."""
+        return decode.prefill(params, config, *self.padded(block), system, mesh=self._mesh)

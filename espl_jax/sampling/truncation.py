@@ -1,0 +1,192 @@
+"""Which tokens truncated sampling keeps: top-k, top-p and min-p as one cut-off a row.
+
+The vocabulary is never sorted. A kept set is `{v: logits[v] >= cutoff}`, so the cut-off is found by
+bisection: each step is one comparison and one sum, over the blocks of tokens with the largest maxima, and
+over all blocks only where those cannot settle it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 64
+"""Tokens in a block."""
+CANDIDATES = 192
+"""Blocks searched first: enough for any kept set of fewer tokens, and for most that are somewhat larger."""
+
+# Logs of probabilities relative to the most likely token's:
+_FLOOR = -87.0  # about where they become zero in float32
+_NEGLIGIBLE = -30.0  # where a whole vocabulary of them is less than the rounding of their sum
+_HALVINGS = 40  # take any bracket of them to neighbouring float32 numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Truncation:
+    """Which tokens may be drawn; a static argument of jitted functions. False where nothing is cut.
+
+    Attributes:
+      top_k: only so many most likely tokens (Fan et al. 2018, arXiv 1805.04833); 0 for all.
+      top_p: only the smallest set of most likely tokens that holds so much of the probability that top-k left
+        (Holtzman et al. 2020, arXiv 1904.09751); 1 for all.
+      min_p: only tokens at least so likely, relative to the most likely one (Nguyen et al. 2024, arXiv
+        2407.01082); 0 for all.
+
+    Raises:
+      ValueError: if a field is out of its range.
+    """
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.top_k < 0 or self.top_k != int(self.top_k):
+            raise ValueError(f"top_k={self.top_k}: give a whole number of tokens, or 0 for all")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: give a probability above 0, or 1 for all tokens")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p}: give a ratio of at most 1, or 0 for all tokens")
+
+    def __bool__(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+UNTRUNCATED = Truncation()
+"""Every token may be drawn."""
+
+
+def in_blocks(logits: jax.Array) -> jax.Array:
+    """[R, V] -> [R, ceil(V / BLOCK), BLOCK], the last block filled up with -inf."""
+    rows, vocab = logits.shape
+    padded = jnp.pad(logits, ((0, 0), (0, -vocab % BLOCK)), constant_values=-jnp.inf)
+    return padded.reshape(rows, -1, BLOCK)
+
+
+def cutoff(logits: jax.Array, temperature: jax.Array | float, truncation: Truncation) -> jax.Array:
+    """Where to cut: the kept set is exactly `{v: logits[v] >= cutoff}`.
+
+    The cut-off is the mean of the least likely token kept and the most likely one cut, so that logits that
+    were rounded otherwise are cut alike; where no float32 lies between the two, it is the one kept. Tokens
+    as likely as the least likely one kept are kept too, and the most likely token always is.
+
+    Args:
+      logits: float32 [R, V].
+      temperature: above zero; probabilities are softmax(logits / temperature).
+      truncation: applied in the order top-k, top-p over what is left, min-p.
+
+    Returns:
+      float32 [R], in the unit of the logits; -inf where nothing is cut that could be drawn.
+    """
+    blocks = in_blocks(logits)
+    if not truncation:
+        return jnp.full(blocks.shape[0], -jnp.inf, jnp.float32)
+    maxima = blocks.max(axis=-1)
+    largest = maxima.max(axis=-1)
+    total = jnp.exp((blocks - largest[:, None, None]) / temperature).sum(axis=-1).sum(axis=-1)
+
+    def search(blocks: jax.Array, left_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return _search(blocks, left_out, largest, total, temperature, truncation)
+
+    def search_all() -> tuple[jax.Array, jax.Array]:
+        return search(blocks, jnp.full_like(largest, -jnp.inf))[:2]
+
+    if maxima.shape[1] > CANDIDATES and truncation.top_k <= CANDIDATES:
+        tops, places = jax.lax.top_k(maxima, CANDIDATES)
+        candidates = jnp.take_along_axis(blocks, places[:, :, None], axis=1, mode="clip")
+        # No token left out is above the least of these maxima. (Read as a slice, XLA sorts them all on CPU.)
+        kept, cut, exact = search(candidates, tops.min(axis=1))
+        kept, cut = jax.lax.cond(exact.all(), lambda: (kept, cut), search_all)
+    else:
+        kept, cut = search_all()
+    middle = (kept + cut) / 2
+    return jnp.where((middle > cut) | (cut == -jnp.inf), middle, kept)
+
+
+def _search(
+    blocks: jax.Array,
+    left_out: jax.Array,
+    largest: jax.Array,
+    total: jax.Array,
+    temperature: jax.Array | float,
+    truncation: Truncation,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The least likely token kept and the most likely one cut.
+
+    Args:
+      blocks: float32 [R, C, BLOCK], logits, the largest among them.
+      left_out: float32 [R], the largest logit of the vocabulary that is not in the blocks; -inf if all are.
+      largest: float32 [R], the largest logit.
+      total: float32 [R], sum over the vocabulary of exp((logit - largest) / temperature).
+      temperature, truncation: see `cutoff`.
+
+    Returns:
+      (kept, cut, exact): logits [R], `cut` being -inf where nothing is cut, and bool [R], False where a token
+      left out may have to be kept.
+    """
+    probs = jnp.exp((blocks - largest[:, None, None]) / temperature)
+    outside = (left_out - largest) / temperature
+
+    def above(bound: jax.Array, values: jax.Array | float) -> jax.Array:
+        return jnp.where(probs >= jnp.exp(bound)[:, None, None], values, 0.0)
+
+    def held(values: jax.Array) -> jax.Array:
+        return values.sum(axis=1).sum(axis=1)
+
+    bound, exact = jnp.maximum(outside, _FLOOR), True
+    if truncation.top_k:
+        wanted = jnp.full_like(bound, truncation.top_k)
+        bound = _bisect(lambda bound: held(above(bound, 1.0)), wanted, jnp.ones_like, bound)
+        exact, total = bound > outside, held(above(bound, probs))
+    if truncation.top_p < 1:
+        low = jnp.maximum(bound, _NEGLIGIBLE)
+        bound = _bisect(lambda bound: held(above(bound, probs)), truncation.top_p * total, jnp.exp, low)
+    # The most likely token, which has 1, is kept however the rest was rounded.
+    least = jnp.minimum(jnp.maximum(jnp.exp(bound), truncation.min_p), 1.0)
+    kept = jnp.where(probs >= least[:, None, None], blocks, jnp.inf).min(axis=1).min(axis=1)
+    cut = jnp.where(blocks >= kept[:, None, None], -jnp.inf, blocks).max(axis=1).max(axis=1)
+    return kept, jnp.maximum(cut, left_out), exact & (least > jnp.exp(outside))
+
+
+def _bisect(
+    measure: Callable[[jax.Array], jax.Array],
+    wanted: jax.Array,
+    unit: Callable[[jax.Array], jax.Array],
+    low: jax.Array,
+) -> jax.Array:
+    """The largest bound at which enough is kept, or one that keeps the same tokens; `low` if none is.
+
+    Args:
+      measure: bound [R] -> how much the tokens at or above it hold, [R].
+      wanted: float32 [R], what they are to hold at least.
+      unit: bound [R] -> the least that one token at or above it holds, [R].
+      low: float32 [R], where the search begins; it ends at 0, the most likely token.
+    """
+
+    def undecided(state):
+        step, low, high, held, held_high = state
+        # Every token kept is needed, or only one lies between the bounds.
+        decided = (held - wanted < unit(low)) | (held - held_high < 2 * unit(low)) | (low >= high)
+        return (step < _HALVINGS) & ~decided.all()
+
+    def halve(state):
+        step, low, high, held, held_high = state
+        middle = (low + high) / 2
+        measured = measure(middle)
+        enough = measured >= wanted
+        return (
+            step + 1,
+            jnp.where(enough, middle, low),
+            jnp.where(enough, high, middle),
+            jnp.where(enough, measured, held),
+            jnp.where(enough, held_high, measured),
+        )
+
+    high = jnp.zeros_like(low)
+    held_high = unit(high)
+    low = jnp.where(held_high >= wanted, high, low)
+    state = 0, low, high, measure(low), held_high
+    return jax.lax.while_loop(undecided, halve, state)[1]

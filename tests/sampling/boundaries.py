@@ -1,0 +1,54 @@
+"""Truncated distributions by a plain sort in float64, and how near a draw came to another token."""
+
+import numpy as np
+
+from espl_jax.sampling.truncation import Truncation
+
+
+def kept_tokens(logprobs, truncation):
+    """Which tokens truncation keeps: bool [R, V] for logprobs [R, V]."""
+    kept = []
+    for row in np.asarray(logprobs, np.float64):
+        order = np.argsort(-row, kind="stable")
+        probs = np.exp(row[order])
+        least = order[-1]
+        if 0 < truncation.top_k < len(row):
+            least = order[truncation.top_k - 1]
+            probs = np.where(row[order] >= row[least], probs, 0)
+        if truncation.top_p < 1:
+            needed = int((np.cumsum(probs) < truncation.top_p * probs.sum()).sum())
+            least = order[min(needed, len(row) - 1)]
+        floor = row[order[0]] + np.log(truncation.min_p) if truncation.min_p else -np.inf
+        kept.append((row >= max(row[least], floor)) | (row == row[order[0]]))
+    return np.array(kept)
+
+
+def distribution(logits, temperature, truncation=None):
+    """Exact probabilities [R, V] of the tokens under softmax(logits / temperature), truncated. Float64."""
+    scaled = np.asarray(logits, np.float64) / temperature
+    scaled = scaled - scaled.max(axis=-1, keepdims=True)
+    probs = np.exp(scaled)
+    probs /= probs.sum(axis=-1, keepdims=True)
+    if truncation:
+        with np.errstate(divide="ignore"):
+            probs = np.where(kept_tokens(np.log(probs), truncation), probs, 0)
+    return probs / probs.sum(axis=-1, keepdims=True)
+
+
+def boundary_distance(logits, uniform, temperature, truncation=None):
+    """How far each row's uniform lies from the nearest bound between the token it draws and its neighbours.
+
+    Args:
+      logits: [V], for all rows, or [R, V].
+      uniform: [R] in [0, 1).
+      temperature: above zero.
+      truncation: a `Truncation`, or None.
+
+    Returns:
+      float32 [R]; the ends 0 and 1 of the distribution are no bounds.
+    """
+    uniform = np.asarray(uniform, np.float64)
+    probs = distribution(np.atleast_2d(logits), temperature, truncation or Truncation())
+    bounds = np.broadcast_to(np.cumsum(probs, axis=-1), (len(uniform), probs.shape[-1]))
+    inner = np.where((bounds > 0) & (bounds < 1 - 1e-12), bounds, np.inf)
+    return np.abs(inner - uniform[:, None]).min(axis=-1).astype(np.float32)
