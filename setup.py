@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "peft>=0.17", "accelerate>=1.1"]
 TEST_SLOW = [*TEST, "transformers[serving]"]
 TPU = ["jax[tpu]"]
+BENCH = ["matplotlib>=3.9", "libtpu"]  # a plot; a TPU's compiler, which needs no TPU
 
 setup(
     name="espl_jax",
@@ -39,5 +40,11 @@ setup(
         "transformers>=5.0",
         "trueskill>=0.4.5",
     ],
-    extras_require={"test": TEST, "test-slow": TEST_SLOW, "tpu": TPU, "all": TEST_SLOW + TPU},
+    extras_require={
+        "test": TEST,
+        "test-slow": TEST_SLOW,
+        "tpu": TPU,
+        "bench": BENCH,
+        "all": TEST_SLOW + BENCH,
+    },
 )

@@ -1,0 +1,93 @@
+"""The standard workload, and the model as a folder that every sampler reads.
+
+    python workload.py FOLDER
+
+writes FOLDER/model (SmolLM2-135M-Instruct in float32, safetensors) and FOLDER/workload.json: three system
+prompts of about 200 tokens, four problems of about 40, and what our decoder answers greedily to one of them
+in float32, which every sampler has to reproduce before its figures count.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+
+import espl_jax
+
+GROUP_SIZE = 5
+MAX_NEW_TOKENS = 64
+CHECKED_TOKENS = 10
+
+OPENINGS = (
+    "You are a careful teacher of arithmetic who answers questions of pupils.",
+    "You solve word problems and explain every step in plain words.",
+    "You check the homework of others, and you work each problem out yourself.",
+)
+PRINCIPLES = (
+    "Read the whole problem before you begin, and say in one sentence what is asked for.",
+    "Write down every quantity with its unit, and keep the units until the end.",
+    "Give a name to each unknown, and never use one name for two things.",
+    "Do one operation at a time and put every result on a line of its own.",
+    "When a number is a share of another, say which one is the whole.",
+    "Estimate the size of the answer first, so that a slip of the pen is noticed.",
+    "If something is bought and sold again, keep the money spent and the money earned apart.",
+    "Never round a number before the last operation, and say so whenever you have rounded one.",
+    "Go back to the question at the end, and check that this is what you have answered.",
+    "Where a problem has several parts, answer them in the order in which they are put.",
+    "Put the final number alone on the last line.",
+)
+PROBLEMS = (
+    "A baker makes 36 rolls in the morning and 48 in the afternoon. She sells three quarters of all of them "
+    "for 2 dollars each. How many dollars does she earn on that day?",
+    "A train leaves at 9 in the morning and travels 240 kilometres in 3 hours. It then travels 150 "
+    "kilometres at 75 kilometres an hour. At what time of the day does it arrive?",
+    "Anna has twice as many marbles as Ben, and Ben has 5 more than Carl. Together the three of them have 55 "
+    "marbles. How many marbles does each of the three children have?",
+    "A tank holds 120 litres of water. One pipe fills it in 4 hours, and a leak empties it in 12 hours. How "
+    "many hours does it take to fill the empty tank when both are open?",
+)
+
+
+def system_prompt(number: int) -> str:
+    """One of the system prompts: an opening, and the principles in an order of its own."""
+    turned = PRINCIPLES[3 * number :] + PRINCIPLES[: 3 * number]
+    return " ".join([OPENINGS[number], *turned])
+
+
+def main() -> None:
+    """Writes the folder."""
+    folder = Path(sys.argv[1])
+    model = espl_jax.load_pretrained("smollm2")
+    espl_jax.save_pretrained(folder / "model", model.params, model.config, model.tokenizer)
+
+    def tokens(number: int, problem: str) -> list[int]:
+        messages = [
+            {"role": "system", "content": system_prompt(number)},
+            {"role": "user", "content": problem},
+        ]
+        return model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+    tree = [[tokens(number, problem) for problem in PROBLEMS] for number in range(len(OPENINGS))]
+    greedy = espl_jax.generate(
+        model.params,
+        model.config,
+        tree[0][:1],
+        key=jax.random.key(0),
+        group_size=1,
+        max_new_tokens=CHECKED_TOKENS,
+        temperature=0.0,
+    )
+    workload = {
+        "prompts": tree,
+        "group_size": GROUP_SIZE,
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "greedy": greedy.tokens[0, 0].tolist(),
+    }
+    (folder / "workload.json").write_text(json.dumps(workload), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""New tokens per second: our sampler beside transformers' `generate` and google-tunix's sampler.
+
+    python experiments/bench_rollout.py --out=results.json
+    python experiments/bench_rollout.py --peers=ours,transformers --repeats=5 --torch="torch==2.13.0"
+
+The standard workload: 3 system prompts of about 200 tokens, 4 problems of about 40, groups of 5, which is 60
+rows, and exactly 64 new tokens a row at temperature 1, SmolLM2-135M-Instruct. A call is timed whole, prefill
+included; the first one, which compiles, is reported apart. All samplers read the same folder, which
+`save_pretrained` writes, and have to begin a greedy continuation as our float32 decoder does.
+
+Every variant runs in a process of its own, one after another; every peer in an environment of its own, which
+is made once in the folder `.bench` (about 3 GB; it ignores itself in git). Ours runs in the environment that
+runs this. All run on CPU unless JAX_PLATFORMS says otherwise. `--torch` names another build of torch, with
+pip options if it needs any. Allow half an hour on two idle cores, most of it tunix's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "experiments" / "bench"
+FOLDER = ROOT / ".bench"
+
+OURS = {
+    "dtype": "float32",
+    "param_dtype": "bfloat16",
+    "matmul_precision": "bfloat16",
+    "slice_as_integers": True,
+}
+REQUIREMENTS = {
+    "transformers": ["transformers==5.23.0"],
+    "tunix": ["google-tunix==0.1.7", "jax==0.10.2", "flax==0.12.8"],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One row of the table: a sampler with its settings."""
+
+    peer: str
+    name: str
+    settings: dict[str, Any]
+
+
+VARIANTS = (
+    Variant("ours", "bf16 products, layers scanned", OURS),
+    Variant("ours", "bf16 products, layers unrolled", OURS | {"scan_layers": False}),
+    Variant("transformers", "float32", {"dtype": "float32"}),
+    Variant("transformers", "bfloat16", {"dtype": "bfloat16"}),
+    Variant("tunix", "float32", {"dtype": "float32"}),
+    Variant("tunix", "bfloat16", {"dtype": "bfloat16"}),
+)
+PEERS = tuple(dict.fromkeys(variant.peer for variant in VARIANTS))
+
+
+def install(peer: str, steps: list[list[str]]) -> None:
+    """Makes the environment of a peer, unless it is there and was made of the same.
+
+    Args:
+      peer: names its folder.
+      steps: arguments of `pip install`, one call after another.
+
+    Raises:
+      RuntimeError: with the end of pip's output, if it fails.
+    """
+    folder, wanted = FOLDER / peer, "".join(f"{shlex.join(step)}\n" for step in steps)
+    marker = folder / "requirements.txt"
+    if marker.exists() and marker.read_text(encoding="utf-8") == wanted:
+        return
+    print(f"installing {peer}: {', then '.join(wanted.splitlines())}", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    run([sys.executable, "-m", "venv", str(folder)])
+    for step in steps:
+        run([str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *step])
+    marker.write_text(wanted, encoding="utf-8")
+
+
+def run(command: list[str], timeout: float | None = None) -> str:
+    """The standard output of a command that succeeds.
+
+    Our own scripts import espl_jax from PYTHONPATH or this checkout; the environments of peers see neither.
+
+    Raises:
+      RuntimeError: with the last lines of what it said, if it fails or takes longer than `timeout` seconds.
+    """
+    environment = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", **os.environ}
+    path = environment.pop("PYTHONPATH", None)
+    if command[0] == sys.executable:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [path, str(ROOT)]))
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, cwd=FOLDER, timeout=timeout
+        )
+    except subprocess.TimeoutExpired as late:
+        raise RuntimeError(f"not done after {timeout:.0f} s") from late
+    if done.returncode:
+        tail = (done.stderr or done.stdout).strip().splitlines()[-5:]
+        if done.returncode < 0 or not tail:  # killed, by a lack of memory perhaps, it says nothing itself
+            tail.append(f"ended with exit code {done.returncode}")
+        raise RuntimeError("\n".join(tail))
+    return done.stdout
+
+
+def measure(variant: Variant, repeats: int, timeout: float) -> dict[str, Any]:
+    """What a variant's process reports; see bench/measure.py.
+
+    Raises:
+      RuntimeError: if it fails, or does not begin a greedy continuation as ours does in float32.
+    """
+    python = sys.executable if variant.peer == "ours" else str(FOLDER / variant.peer / "bin" / "python")
+    asked = json.dumps({"repeats": repeats, "settings": variant.settings})
+    said = run([python, str(SCRIPTS / f"run_{variant.peer}.py"), str(FOLDER), asked], timeout)
+    result = json.loads(said.splitlines()[-1])
+    wanted = json.loads((FOLDER / "workload.json").read_text(encoding="utf-8"))["greedy"]
+    if result["greedy"] != wanted:
+        raise RuntimeError(f"its greedy continuation is {result['greedy']} and not {wanted}")
+    return result
+
+
+def rates(row: dict[str, Any], new_tokens: int) -> tuple[float, float]:
+    """Best and median new tokens per second of a row that was measured."""
+    return new_tokens / min(row["seconds"]), new_tokens / statistics.median(row["seconds"])
+
+
+def table(rows: list[dict[str, Any]], new_tokens: int) -> str:
+    """The results in Markdown.
+
+    Args:
+      rows: each with `peer`, `variant`, and either what bench/measure.py reports or an `error`,
+        whose last line is shown.
+      new_tokens: of one call.
+    """
+    best = {}
+    for row in rows:
+        if "error" not in row:
+            best[row["peer"]] = max(best.get(row["peer"], 0.0), rates(row, new_tokens)[0])
+
+    def share(rate: float, peer: str) -> str:
+        return f"{rate / best[peer]:.2f}" if peer in best else "-"
+
+    lines = [
+        "| sampler | variant | new tokens/s, best | median | to our best | to transformers' best "
+        "| first call, s | peak memory, GiB | versions |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        if "error" in row:
+            cells = ["failed: " + row["error"].splitlines()[-1].replace("|", "/"), *"------"]
+        else:
+            fastest, median = rates(row, new_tokens)
+            cells = [
+                f"{fastest:.1f}",
+                f"{median:.1f}",
+                share(fastest, "ours"),
+                share(fastest, "transformers"),
+                f"{row['first_call']:.1f}",
+                f"{row['peak_bytes'] / 2**30:.2f}",
+                ", ".join(f"{name} {version}" for name, version in row["versions"].items()),
+            ]
+        lines.append(f"| {' | '.join([row['peer'], row['variant'], *cells])} |")
+    return "\n".join(lines)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--peers", default=",".join(PEERS), help="which samplers, with commas")
+    parser.add_argument("--repeats", type=int, default=3, help="calls after the first one")
+    parser.add_argument("--torch", default="torch==2.13.0", help="the build of torch, as pip takes it")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds that one variant may take")
+    parser.add_argument("--out", type=Path, help="a file for the results as JSON")
+    args = parser.parse_args()
+    args.peers = args.peers.split(",")
+    if unknown := set(args.peers) - set(PEERS):
+        parser.error(f"--peers: {', '.join(sorted(unknown))} unknown; choose among {', '.join(PEERS)}")
+    if args.repeats < 1:
+        parser.error(f"--repeats={args.repeats}: give at least 1")
+    return args
+
+
+def main() -> None:
+    """Runs everything; exits with 1 if any variant failed."""
+    args = arguments()
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / ".gitignore").write_text("*\n", encoding="utf-8")
+    shutil.rmtree(FOLDER / "model", ignore_errors=True)
+    run([sys.executable, str(SCRIPTS / "workload.py"), str(FOLDER)])
+    workload = json.loads((FOLDER / "workload.json").read_text(encoding="utf-8"))
+    prompts = sum(map(len, workload["prompts"]))
+    new_tokens = prompts * workload["group_size"] * workload["max_new_tokens"]
+
+    # By itself and first: its options are not meant for what the others need.
+    first = {"transformers": [shlex.split(args.torch)]}
+    rows = []
+    for variant in VARIANTS:
+        if variant.peer not in args.peers:
+            continue
+        row = {"peer": variant.peer, "variant": variant.name}
+        try:
+            if variant.peer in REQUIREMENTS:
+                install(variant.peer, [*first.get(variant.peer, []), REQUIREMENTS[variant.peer]])
+            row |= measure(variant, args.repeats, args.timeout)
+            said = ", ".join(f"{second:.1f}" for second in row["seconds"])
+            print(f"{variant.peer}, {variant.name}: {row['first_call']:.1f} s, then {said} s", flush=True)
+        except RuntimeError as error:
+            row["error"] = str(error)
+            print(f"{variant.peer}, {variant.name} failed:\n{error}", flush=True)
+        rows.append(row)
+        if args.out:
+            described = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+            results = described | {"new_tokens": new_tokens, "rows": rows}
+            args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(f"\n{new_tokens} new tokens a call, {os.cpu_count()} cores\n\n{table(rows, new_tokens)}")
+    sys.exit(any("error" in row for row in rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""What the programs of a run cost on TPU, told without one: compiled for a named topology and read.
+
+    python experiments/bench_tpu.py --topology=v5e:2x4
+
+For each program: bytes that a device moves between its HBM and the chip (counted from the optimized HLO, see
+espl_jax/hlo_traffic) and flops, a decode step; beside it the least that could be moved, weights and filled
+caches once; memory of a device; and seconds to compile. No weight is ever allocated.
+
+Besides ours, the decode step of google-tunix's sampler with its own Qwen3 goes through the same reader. Its
+packages are installed into an environment of its own, `.bench/tunix`; leave it out with `--notunix`.
+
+libtpu serves one process at a time on a machine; the script waits for its turn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "JAX_PLATFORMS": "cpu"}
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from bench.tpu_shapes import MODELS, Shapes
+from jax.experimental import topologies
+
+from espl_jax import sharding
+from espl_jax.hlo_traffic import breakdown, traffic
+from espl_jax.metrics import table
+from espl_jax.optimizer import make_optimizer
+from espl_jax.pretrained.hf_config import from_hf_config
+from espl_jax.sampling import decode
+from espl_jax.train_step import policy_gradient_step
+
+PROGRAMS = ["decode", "prefill", "train"]
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("topology", "v5e:2x4", "TPU to compile for, e.g. v5e:2x4, v4:2x2x2, v6e:4x4.")
+flags.DEFINE_enum("model", "qwen3-8b", sorted(MODELS), "Whose shapes.")
+flags.DEFINE_list("programs", PROGRAMS, f"Which of ours: some of {', '.join(PROGRAMS)}.")
+flags.DEFINE_bool("tunix", True, "Compile google-tunix's decode step too.")
+flags.DEFINE_integer("rows", 64, "Rows of a decode chunk.")
+flags.DEFINE_integer("filled", 2048, "Positions that are filled, or trained on, in each row.")
+flags.DEFINE_integer("capacity", 4096, "Columns of a slot; those that are not filled must cost nothing.")
+flags.DEFINE_integer("steps", 32, "Steps of a decode chunk.")
+flags.DEFINE_integer("train_rows", 8, "Rollouts of a policy-gradient step, a power of two and at least 4.")
+flags.DEFINE_integer("breakdown", 0, "How many of each program's costliest operations to list.")
+flags.DEFINE_string("cache", ".bench", "Folder of tunix's environment.")
+
+MICROBATCH, RANK = 4, 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One line of the table.
+
+    Attributes:
+      name: what it is.
+      lower: lowers the program for the mesh.
+      floor: least bytes that a device has to move, a step.
+      steps: by which everything is divided.
+      unknown_trips: of loops that end early.
+    """
+
+    name: str
+    lower: Callable[[], Any]
+    floor: float
+    steps: int = 1
+    unknown_trips: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def decode_case(shapes: Shapes, name: str, lanes: int, shared: int, aligned: bool = True) -> Case:
+    """A decode chunk of rows that share `shared` of their filled positions, lane by lane."""
+    rows, own, steps = FLAGS.rows, FLAGS.filled - shared, FLAGS.steps
+    filled = [shapes.keys_and_values(rows, own, False)]
+    if shared:
+        filled.append(shapes.keys_and_values(lanes, shared, True))
+
+    def lower() -> Any:
+        return decode.decode_chunk.lower(
+            shapes.params(),
+            shapes.config,
+            shapes.shared_level(lanes, shared or 64),  # a level that holds next to nothing
+            shapes.keys_and_values(rows, max(FLAGS.capacity, own + steps), False),
+            shapes.rows(rows),
+            shapes.array((2,), jnp.int32),
+            shapes.array((), jnp.float32),
+            columns=own,
+            steps=steps,
+            aligned=aligned,
+            mesh=shapes.mesh,
+        )
+
+    floor = shapes.weight_bytes(with_head=True) + shapes.bytes_per_device(filled)
+    loop = {"jit(decode_chunk)/while": steps}
+    return Case(f"decode step, {rows} x {FLAGS.filled}, {name}", lower, floor, steps, loop)
+
+
+def prefill_case(shapes: Shapes, nodes: int, tokens: int) -> Case:
+    """The shared level run once: its weights are read and its cache is written."""
+
+    def lower() -> Any:
+        arguments = shapes.array((nodes, tokens), jnp.int32), shapes.array((nodes,), jnp.int32)
+        return decode.prefill.lower(shapes.params(), shapes.config, *arguments, mesh=shapes.mesh)
+
+    cache = shapes.keys_and_values(nodes, tokens, True)
+    floor = shapes.weight_bytes(with_head=False) + shapes.bytes_per_device(cache)
+    return Case(f"prefill, {nodes} x {tokens}", lower, floor)
+
+
+def train_case(shapes: Shapes, rows: int) -> Case:
+    """The policy gradient: weights once forward and once backward, adapters and averages read and written."""
+    optimizer = make_optimizer(1e-5)
+    state = shapes.train_state(optimizer, RANK)
+
+    def lower() -> Any:
+        batch = shapes.train_batch(rows, FLAGS.filled)
+        arguments = (state, shapes.params(), None, batch, shapes.config, optimizer)
+        return policy_gradient_step.lower(*arguments, microbatch_rows=MICROBATCH)
+
+    floor = 2 * (shapes.weight_bytes(with_head=True) + shapes.bytes_per_device(state))
+    return Case(f"policy gradient, {rows} x {FLAGS.filled}, LoRA {RANK}", lower, floor)
+
+
+def cases(shapes: Shapes) -> Iterator[Case]:
+    """Our lines of the table."""
+    if "decode" in FLAGS.programs:
+        half = FLAGS.filled // 2
+        yield decode_case(shapes, "nothing shared", 1, 0)
+        yield decode_case(shapes, f"{half} shared by 8 lanes", 8, half)
+        yield decode_case(shapes, f"{half} shared by 4 lanes", 4, half)
+        yield decode_case(shapes, f"{half} shared by 8 lanes, in any order", 8, half, aligned=False)
+        yield decode_case(shapes, f"{half} shared by 1 lane", 1, half)
+    if "prefill" in FLAGS.programs:
+        yield prefill_case(shapes, 4, 1536)
+        yield prefill_case(shapes, 1, 8192)
+    if "train" in FLAGS.programs:
+        yield train_case(shapes, FLAGS.train_rows)
+
+
+HEADER = ["program", "HBM GB", "least", "ratio", "Gflop", "arguments GiB", "temporaries GiB", "compiled in"]
+
+
+def line(case: Case, text: str, arguments: int, temporaries: int, seconds: float) -> list[str]:
+    """One program's figures, of one device and a step."""
+    counted = traffic(text, case.unknown_trips)
+    if FLAGS.breakdown:
+        print(f"\n{case.name}, steps: {case.steps}\n{breakdown(counted, FLAGS.breakdown)}", flush=True)
+    moved = counted.total / case.steps
+    return [
+        case.name,
+        f"{moved / 1e9:.3f}",
+        f"{case.floor / 1e9:.3f}",
+        f"{moved / case.floor:.2f}",
+        f"{counted.flops / case.steps / 1e9:.1f}",
+        f"{arguments / 2**30:.2f}",
+        f"{temporaries / 2**30:.2f}",
+        f"{seconds:.0f} s",
+    ]
+
+
+def failed(name: str, error: str) -> list[str]:
+    """A program that could not be compiled, said plainly."""
+    return [name, f"not compiled: {error.strip().splitlines()[-1][:150]}"] + [""] * (len(HEADER) - 2)
+
+
+def ours(case: Case) -> list[str]:
+    """Compiles one of our programs."""
+    since = time.time()
+    try:
+        compiled = case.lower().compile()
+    except jax.errors.JaxRuntimeError as error:  # among others, too much memory
+        return failed(case.name, str(error).split("\n\n")[0])
+    memory = compiled.memory_analysis()
+    sizes = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    return line(case, compiled.as_text(), *sizes, time.time() - since)
+
+
+def tunix() -> subprocess.CompletedProcess[str]:
+    """Compiles google-tunix's decode loop in an environment of its own; its HLO goes to `tunix_hlo`."""
+    folder = Path(FLAGS.cache) / "tunix"
+    python = folder / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    packages = ["google-tunix==0.1.7", f"libtpu=={version('libtpu')}"]  # one compiler for both
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+    request = {"config": MODELS[FLAGS.model], "rows": FLAGS.rows, "filled": FLAGS.filled}
+    request |= {"topology": FLAGS.topology, "hlo": str(tunix_hlo())}
+    command = [python, Path(__file__).parent / "bench" / "lower_tunix.py"]
+    while "lockfile" in (done := _run(command, json.dumps(request))).stderr:
+        time.sleep(5)
+    return done
+
+
+def tunix_hlo() -> Path:
+    """Where tunix's HLO is written."""
+    return Path(FLAGS.cache) / "tunix_decode.hlo"
+
+
+def _run(command: list[Any], text: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, input=text, capture_output=True, text=True)
+
+
+def tunix_line(shapes: Shapes, done: subprocess.CompletedProcess[str]) -> list[str]:
+    """Its figures, beside the floor of the same step of ours."""
+    steps = FLAGS.steps
+    case = decode_case(shapes, "google-tunix's", 1, 0)
+    case = dataclasses.replace(case, unknown_trips={"jit(_decode_fn)/while": steps})
+    if done.returncode:
+        return failed(case.name, done.stderr)
+    return line(case, tunix_hlo().read_text(encoding="utf-8"), **json.loads(done.stdout.splitlines()[-1]))
+
+
+def topology_devices() -> list[jax.Device]:
+    """The devices of the topology, once no other process has libtpu."""
+    while True:
+        try:
+            return topologies.get_topology_desc(platform="tpu", topology_name=FLAGS.topology).devices
+        except jax.errors.JaxRuntimeError as error:
+            if "lockfile" not in str(error):
+                raise
+        time.sleep(5)
+
+
+def main(_: list[str]) -> None:
+    """Prints the table."""
+    if unknown := set(FLAGS.programs) - set(PROGRAMS):
+        raise app.UsageError(f"--programs={','.join(FLAGS.programs)}: {sorted(unknown)} are unknown")
+    if importlib.util.find_spec("libtpu") is None:
+        raise app.UsageError("the TPU compiler is missing here; pip install libtpu")
+    config = from_hf_config(MODELS[FLAGS.model], dtype="bfloat16", param_dtype="bfloat16")
+    peer = tunix() if FLAGS.tunix else None  # first: once this process has libtpu, no other can
+    devices = topology_devices()
+    shapes = Shapes(config, sharding.make_mesh({"tensor": len(devices)}, devices))
+    rows = [HEADER]
+    for case in cases(shapes):
+        rows.append(ours(case))
+        print(f"{case.name}: {rows[-1][1]}", flush=True)
+    if peer is not None:
+        rows.append(tunix_line(shapes, peer))
+    print(f"\n{FLAGS.model} on {FLAGS.topology}, tensor={len(devices)}; figures of one device and one step")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    app.run(main)
