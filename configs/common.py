@@ -59,9 +59,12 @@ def get_config() -> ConfigDict:
     c.sampling = ConfigDict()
     c.sampling.temperature = 0.7  # of rollouts
     c.sampling.max_new_tokens = 15_000  # of one rollout
-    c.sampling.top_p = 1.0  # truncated sampling is not supported yet
-    c.sampling.top_k = 0  # likewise
-    c.sampling.max_rows = 0  # most rollouts of one prompt in flight at once; 0 for all
+    c.sampling.top_k = 0  # draw from so many most likely tokens only; 0 for all
+    c.sampling.top_p = 1.0  # then from the fewest that hold so much of the probability; 1 for all
+    c.sampling.min_p = 0.0  # then from those at least so likely, relative to the likeliest; 0 for all
+    c.sampling.stop_strings = ()  # texts that end a rollout, wherever tokens begin and end
+    c.sampling.context_limit = 0  # most tokens of a whole conversation; 0 for the model's own limit
+    c.sampling.max_rows = 0  # times M: rollouts in flight at once; 0 for as many as fit into memory
 
     c.selection = ConfigDict()
     c.selection.strategy = "softmax"  # softmax (the paper's equation 4) or uniform
@@ -89,6 +92,7 @@ def get_config() -> ConfigDict:
     c.loss.kind = "importance_sampling"  # the only one yet
     c.loss.baseline = "per_prompt"  # per_prompt or marginalized (over prompts too)
     c.loss.kl_coef = 0.0  # weight of KL(policy || reference)
+    c.loss.mask_truncated = False  # no gradient from rollouts that a limit ended (DAPO's overlong filtering)
     c.loss.microbatch_rows = 0  # rollouts at a time in the backward pass; 0 for all at once
 
     c.optimizer = ConfigDict()

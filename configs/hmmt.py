@@ -22,6 +22,7 @@ def get_config():
     c.num_prompts, c.batch_size, c.group_size = 3, 10, 5
     c.selection.window = 10
     c.sampling.temperature = 0.7
+    c.sampling.top_p = 0.95
     c.sampling.max_new_tokens = 15_000
     c.lora.rank = 32
     c.optimizer.learning_rate = 4e-5

@@ -23,7 +23,10 @@ from espl_jax.models.config import NUMERICS, DecoderConfig
 from espl_jax.models.transformer import abstract
 from espl_jax.optimizer import make_optimizer
 from espl_jax.pretrained import Pretrained, load_pretrained
-from espl_jax.rollout import stable_hash
+from espl_jax.rollout import longest_problem, stable_hash
+from espl_jax.sampling.lanes import EXTENDED_TOKENS
+from espl_jax.sampling.sizes import Sizes, bytes_per_device, choose_sizes
+from espl_jax.sampling.truncation import Truncation
 from espl_jax.train_step import TrainState, init_train_state, whole_params
 from espl_jax.types import SystemPrompt, TrainBatch
 
@@ -40,7 +43,8 @@ class Parts:
       mesh: of devices, or None on one.
       trains, evolves: which branches the mode has.
       lora: whether adapters are trained, and not all params.
-      sampling: keyword arguments that every sampling of the run shares.
+      sampling: keyword arguments that every sampling of the run shares, reflection included.
+      rollouts: those that training and evaluation add.
       evolution: keyword arguments of `evolve`.
       loss: keyword arguments of `policy_gradient_step`.
     """
@@ -54,6 +58,7 @@ class Parts:
     evolves: bool
     lora: bool
     sampling: dict[str, Any]
+    rollouts: dict[str, Any]
     evolution: dict[str, Any]
     loss: dict[str, Any]
 
@@ -82,7 +87,7 @@ def assemble(config: Any) -> Parts:
     splits = _splits(c)
     model = load_reference(c, mesh)
     environment = make_environment(c.environment.name, c.environment.answer_format, c.environment.instruction)
-    return Parts(
+    parts = Parts(
         reference=model,
         splits=splits,
         environment=environment,
@@ -96,6 +101,12 @@ def assemble(config: Any) -> Parts:
             "max_rows": c.sampling.max_rows or None,
             "mesh": mesh,
         },
+        rollouts={
+            "truncation": Truncation(c.sampling.top_k, c.sampling.top_p, c.sampling.min_p),
+            "stop_strings": tuple(c.sampling.stop_strings),
+            "context_limit": c.sampling.context_limit or None,
+            "show_thinking": c.environment.show_thinking,
+        },
         evolution={
             **c.evolution,
             "opening": c.reflection.opening,
@@ -108,6 +119,33 @@ def assemble(config: Any) -> Parts:
             "microbatch_rows": c.loss.microbatch_rows,
         },
     )
+    parts.sampling["held_bytes"] = held_while_sampling(c, parts)
+    problems = [problem for split in splits.values() for problem in split.problems]
+    parts.rollouts["longest_problem"] = longest_problem(
+        model.tokenizer, problems, environment, parts.sampling["chat_template_kwargs"]
+    )
+    return parts
+
+
+def rollout_sizes(config: Any, parts: Parts) -> Sizes:
+    """What the rollouts of a training iteration reserve and compile for, whatever its problems."""
+    return choose_sizes(
+        parts.reference.config,
+        lanes=config.num_prompts if config.mode in ("espl", "evolution") else 1,
+        rows=config.num_prompts * config.batch_size * config.group_size,
+        max_new_tokens=config.sampling.max_new_tokens,
+        held=parts.sampling["held_bytes"],
+        extension=EXTENDED_TOKENS if hasattr(parts.environment, "respond") else 0,
+        max_rows=parts.sampling["max_rows"],
+        longest_problem=parts.rollouts["longest_problem"],
+        context_limit=parts.rollouts["context_limit"],
+        mesh=parts.mesh,
+    )
+
+
+def held_while_sampling(config: Any, parts: Parts) -> int:
+    """Bytes of each device that a run never lets go: weights, adapters and Adam's averages."""
+    return bytes_per_device((parts.reference.params, abstract_train_state(config, parts)))
 
 
 def load_reference(config: Any, mesh: jax.sharding.Mesh | None, **numerics: Any) -> Pretrained:

@@ -43,6 +43,7 @@ _AT_LEAST = {
     **dict.fromkeys(
         ("lora.rank", "loss.kl_coef", "loss.microbatch_rows", "sampling.max_rows", "evaluation.every"), 0
     ),
+    **dict.fromkeys(("sampling.top_k", "sampling.min_p", "sampling.context_limit"), 0),
     **dict.fromkeys(("sampling.temperature", "reflection.temperature", "evaluation.temperature"), 0),
     **dict.fromkeys(("evolution.mutation_sigma", "evolution.crossover_sigma", "evolution.crossover_prob"), 0),
     **dict.fromkeys(("evolution.tie_margin", "optimizer.max_grad_norm", "optimizer.warmup_steps"), 0),
@@ -90,14 +91,12 @@ def _check_together(c: Any) -> None:
     for field, path in files.items():
         if path.endswith((".jsonl", ".json", ".gguf")) and not Path(path).expanduser().is_file():
             refuse(field, path, "there is no such file; correct the path")
-    if c.sampling.top_p != 1.0 or c.sampling.top_k != 0:
-        name = "top_p" if c.sampling.top_p != 1.0 else "top_k"
-        refuse(
-            f"sampling.{name}",
-            c.sampling[name],
-            "truncated sampling is not supported yet: the trainer could not reproduce its logprobs; "
-            "use top_p=1 and top_k=0",
-        )
+    if not 0 < c.sampling.top_p <= 1:
+        refuse("sampling.top_p", c.sampling.top_p, "give a probability above 0, or 1 for all tokens")
+    if not c.sampling.min_p <= 1:
+        refuse("sampling.min_p", c.sampling.min_p, "give a ratio of at most 1, or 0 for all tokens")
+    if not all(isinstance(text, str) and text for text in c.sampling.stop_strings):
+        refuse("sampling.stop_strings", tuple(c.sampling.stop_strings), "give strings that are not empty")
     trains = c.mode in ("espl", "rl")
     if trains and not c.sampling.temperature > 0:
         refuse(

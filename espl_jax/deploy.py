@@ -87,8 +87,8 @@ def evaluate_on(
         group_size=c.evaluation[f"{split}_samples"],
         max_new_tokens=c.sampling.max_new_tokens,
         temperature=c.evaluation.temperature,
-        show_thinking=c.environment.show_thinking,
         **parts.sampling,
+        **parts.rollouts,
     )
     for record in records(rollouts):
         workdir.append("evaluations", {"iteration": iteration, "split": split, "weights": weights, **record})

@@ -11,13 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from espl_jax import sharding
-from espl_jax.assemble import Parts, abstract_train_state, assemble, first_population, stream_key
+from espl_jax.assemble import (
+    Parts,
+    abstract_train_state,
+    assemble,
+    first_population,
+    rollout_sizes,
+    stream_key,
+)
 from espl_jax.data.order import Cursor, next_batch
 from espl_jax.metrics import table
 from espl_jax.rollout import collect_rollouts, conversation, encode_tree, stop_ids_of, train_batch
-from espl_jax.sampling import decode, generate
-from espl_jax.sampling.buckets import bucket, pad_right
+from espl_jax.sampling import decode
+from espl_jax.sampling.buckets import pad_right
+from espl_jax.sampling.generate import for_sampling, row_limits
+from espl_jax.sampling.problem_blocks import ProblemBlocks
+from espl_jax.sampling.truncation import Truncation
 from espl_jax.text.chat import encode_conversation, render
 from espl_jax.train import choose_prompts
 from espl_jax.train_step import TrainState, policy_gradient_step, whole_params
@@ -78,8 +87,8 @@ def show_answer(parts: Parts, prompt: SystemPrompt, problem: Problem, c: Any, sa
         group_size=1,
         max_new_tokens=min(c.sampling.max_new_tokens, LONGEST_ANSWER),
         temperature=c.sampling.temperature,
-        show_thinking=c.environment.show_thinking,
         **parts.sampling,
+        **parts.rollouts,
     )
     place = (0, 0, 0)
     tokens = rollouts.tokens[place][: rollouts.lengths[place]]
@@ -123,47 +132,45 @@ def programs(
 ) -> Iterator[tuple[str, str, Any]]:
     """Name, shape and compiled form of prefill, of the largest decode chunk, and of a full update."""
     m, b, n = len(prompts), len(problems), c.group_size * c.num_prompts // len(prompts)
-    tokenizer, most = parts.reference.tokenizer, c.sampling.max_new_tokens
-    tree = encode_tree(
-        tokenizer, prompts, problems, parts.environment, parts.sampling["chat_template_kwargs"]
-    )
-    generate.check_lengths(parts.reference.config, *tree, most, c.sampling.temperature)
-    params = parts.reference.params if state is None else whole_params(state.trainable, parts.frozen)
-    params, config = generate.for_sampling(params, parts.reference.config)
+    model, most = parts.reference, c.sampling.max_new_tokens
+    kwargs = parts.sampling["chat_template_kwargs"]
+    tree = encode_tree(model.tokenizer, prompts, problems, parts.environment, kwargs)
+    context = parts.rollouts["context_limit"] or model.config.max_positions
+    row_limits(*tree, most, (m, b, n), context)
+    params = model.params if state is None else whole_params(state.trainable, parts.frozen)
+    params, config = for_sampling(params, model.config)
+    mesh, sizes = parts.mesh, rollout_sizes(c, parts)
+    say(f"Rollouts: {sizes}.")
 
-    flat = [tokens for slot in tree[1] for tokens in slot]
-    longest = max(map(len, flat)) - 1
-    systems = pad_right(tree[0])
-    nodes = pad_right([tokens[:-1] for tokens in flat], bucket(longest))
-    lowered = decode.prefill.lower(params, config, *systems, *nodes)
+    prompt_tokens = pad_right(tree[0])
+    lowered = decode.prefill.lower(params, config, *prompt_tokens, mesh=mesh)
     prefill = lowered.compile()
-    width, problem_width = systems[0].shape[1], nodes[0].shape[1]
-    yield "prefill", f"{m} x {width} + {m * b} x {problem_width} tokens", prefill
-
-    slots, steps = min(b * n, parts.sampling["max_rows"] or b * n), min(generate.CHUNK, most)
-    rows = sorted({m * generate.rows_bucket(count, slots) for count in range(1, slots + 1)})
-    capacities = sorted({bucket(longest + drawn + steps) for drawn in range(0, most, steps)})
-    say(f"Decode chunks of {steps} steps: {_listed(rows)} rows, {_listed(capacities)} columns.")
-    system, shared = jax.tree.map(
+    yield "prefill, prompts", f"{m} x {prompt_tokens[0].shape[1]} tokens", prefill
+    system = jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         lowered.out_info,
         prefill.output_shardings,
     )
-    integers = jax.ShapeDtypeStruct((rows[-1],), jnp.int32)
-    keys = jax.ShapeDtypeStruct((rows[-1], 2), jnp.uint32)
-    admit = functools.partial(decode.admit, capacity=capacities[-1])
-    largest = jax.eval_shape(admit, shared, integers, integers, integers, keys)
-    chunk = decode.decode_chunk.lower(
+    blocks = ProblemBlocks(tree[1], sizes.problem, mesh)
+    problem_tokens = blocks.padded(0)
+    lowered = decode.prefill.lower(params, config, *problem_tokens, system, mesh=mesh)
+    shape = " x ".join(map(str, problem_tokens[0].shape))
+    yield "prefill, a block of problems", f"{shape} tokens", lowered.compile()
+    lowered = decode.decode_chunk.lower(
         params,
         config,
         system,
-        sharding.place_rows(largest, parts.mesh),
-        jnp.asarray(stop_ids_of(parts.reference), jnp.int32),
+        decode.abstract_slots(config, sizes.slots, sizes.capacity, mesh),
+        decode.abstract_rows(sizes.slots, mesh),
+        jnp.asarray(stop_ids_of(model), jnp.int32),
         jnp.float32(1.0),
-        steps=steps,
+        columns=sizes.columns[-1],
+        steps=sizes.steps,
         greedy=c.sampling.temperature == 0,
+        truncation=parts.rollouts["truncation"],
+        mesh=mesh,
     )
-    yield "decode chunk, largest", f"{rows[-1]} rows x {capacities[-1]} columns", chunk.compile()
+    yield "decode chunk, largest", f"{sizes.slots} rows x {sizes.columns[-1]} columns", lowered.compile()
 
     if state is None:
         return
@@ -180,6 +187,7 @@ def full_batch(
     shape, most = (len(prompts), len(problems), group_size), c.sampling.max_new_tokens
     flags, numbers = np.zeros(shape, bool), np.zeros(shape, np.float32)
     columns = np.zeros((*shape, most), np.float32)
+    truncated = bool(Truncation(c.sampling.top_k, c.sampling.top_p, c.sampling.min_p))
     rollouts = Rollouts(
         prompts=tuple(prompts),
         problems=tuple(problems),
@@ -187,8 +195,11 @@ def full_batch(
         problem_tokens=tree[1],
         tokens=columns.astype(np.int32),
         lengths=np.full(shape, most, np.int32),
+        drawn=columns == 0,
         logprobs=columns,
         untruncated_logprobs=columns,
+        cutoffs=columns if truncated else columns - np.inf,
+        temperature=c.sampling.temperature,
         truncated=flags,
         replies=(),
         answers=(),
@@ -205,7 +216,3 @@ def _bytes(tree: Any) -> int:
 
 def _size(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -13,8 +14,10 @@ from espl_jax.environments.base import Environment
 from espl_jax.models.config import DecoderConfig
 from espl_jax.sampling.buckets import bucket, pad_right
 from espl_jax.sampling.draw import row_keys
-from espl_jax.sampling.generate import sample_tree
-from espl_jax.text.chat import common_length, encode_conversation
+from espl_jax.sampling.generate import Respond, sample_tree
+from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
+from espl_jax.text.chat import common_length, encode, encode_conversation
+from espl_jax.text.stop_strings import stop_finder, trim
 from espl_jax.text.thinking import prompt_opens_thinking, strip_thinking
 from espl_jax.types import Conversation, Problem, Rollouts, SystemPrompt, TrainBatch
 
@@ -69,6 +72,22 @@ def encode_tree(
     )
 
 
+def longest_problem(
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    environment: Environment,
+    chat_template_kwargs: Mapping[str, Any],
+) -> int:
+    """Tokens of the longest problem, so that all batches of a run share their programs.
+
+    Only the 32 with the longest statements are looked at. A longer one among the others would do no harm: its
+    batch compiles programs of its own.
+    """
+    candidates = sorted(problems, key=lambda problem: len(problem.text))[-32:]
+    _, (tokens,) = encode_tree(tokenizer, [SystemPrompt("-")], candidates, environment, chat_template_kwargs)
+    return max(map(len, tokens))
+
+
 def collect_rollouts(
     model: Model,
     prompts: Sequence[SystemPrompt],
@@ -79,13 +98,20 @@ def collect_rollouts(
     group_size: int,
     max_new_tokens: int,
     temperature: float = 1.0,
+    truncation: Truncation = UNTRUNCATED,
     stop_ids: Sequence[int] | None = None,
+    stop_strings: Sequence[str] = (),
+    context_limit: int | None = None,
+    longest_problem: int = 0,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     show_thinking: bool = False,
     max_rows: int | None = None,
+    held_bytes: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Rollouts:
     """Runs every prompt on every problem, `group_size` times, and grades the replies.
+
+    An environment with a method `respond` makes conversations of several turns; see `Environment`.
 
     Args:
       model: `.params` (adapters attached or not), `.config`, `.tokenizer`.
@@ -95,18 +121,24 @@ def collect_rollouts(
       key: one typed threefry key, folded by the caller from seed, stream and iteration. Each rollout's own
         key is folded from it, the ids of prompt and problem and the number of the sample.
       group_size: N.
-      max_new_tokens: T.
+      max_new_tokens: T, of all turns together, what was said to the model between them included.
       temperature: 0 for greedy.
-      stop_ids: tokens that end a reply; by default the model's own, see `stop_ids_of`.
+      truncation: top-k, top-p and min-p.
+      stop_ids: tokens that end a turn; by default the model's own, see `stop_ids_of`.
+      stop_strings: texts that end a turn, too.
+      context_limit: most tokens of a conversation; by default what the model was made for.
+      longest_problem: tokens of the longest problem that this and later calls bring, see `longest_problem`.
       chat_template_kwargs: passed to the chat template.
       show_thinking: let grader and reflection see thinking blocks too.
-      max_rows: most rollouts of one prompt in flight at once.
+      max_rows: M times as many rollouts are in flight at once; as many as fit into memory by default.
+      held_bytes: memory of each device that stays taken; that of the params by default.
       mesh: shard rows over its data axes.
 
     Returns:
       Rollouts, shapes [M, B, N, ...].
     """
     tokenizer = model.tokenizer
+    respond = getattr(environment, "respond", None)
     system_tokens, problem_tokens = encode_tree(
         tokenizer, prompts, problems, environment, chat_template_kwargs or {}
     )
@@ -118,8 +150,14 @@ def collect_rollouts(
         _rollout_keys(key, prompts, problems, group_size),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        truncation=truncation,
         stop_ids=stop_ids_of(model) if stop_ids is None else stop_ids,
+        find_end=stop_finder(tokenizer, stop_strings) if stop_strings else None,
+        respond=respond and _in_tokens(respond, tokenizer, problems),
+        context_limit=context_limit,
+        longest_problem=longest_problem,
         max_rows=max_rows,
+        held_bytes=held_bytes,
         mesh=mesh,
     )
     shape = samples.lengths.shape
@@ -133,6 +171,9 @@ def collect_rollouts(
         ],
         skip_special_tokens=True,
     )
+    if stop_strings and not respond:
+        # In a conversation of several turns a stop string may be a call that the grader wants to see.
+        texts = [trim(text, stop_strings) for text in texts]
     if not show_thinking:
         texts = [strip_thinking(text, opened) for text in texts]
     asked = [problems[b] for _, b, _ in np.ndindex(*shape)]
@@ -147,11 +188,38 @@ def collect_rollouts(
         logprobs=samples.logprobs,
         untruncated_logprobs=samples.untruncated_logprobs,
         truncated=samples.truncated,
+        cutoffs=samples.cutoffs,
+        drawn=samples.drawn,
+        temperature=temperature,
         replies=_nested(texts, shape),
         answers=_nested([grade.answer for grade in grades], shape),
         rewards=np.array([grade.reward for grade in grades], np.float32).reshape(shape),
         success=np.array([grade.success for grade in grades], bool).reshape(shape),
     )
+
+
+def _in_tokens(respond: Callable[..., Any], tokenizer: Any, problems: Sequence[Problem]) -> Respond:
+    """An environment's `respond`, which reads and writes text, as the sampler calls it."""
+
+    def tokens_of(text: str | None) -> list[int] | None:
+        return encode(tokenizer, text) if text else None
+
+    def respond_in_tokens(place: tuple[int, int, int], tokens: np.ndarray) -> Any:
+        answer = respond(problems[place[1]], tokenizer.decode(tokens, skip_special_tokens=True))
+        if not isinstance(answer, concurrent.futures.Future):
+            return tokens_of(answer)
+        encoded: concurrent.futures.Future = concurrent.futures.Future()
+
+        def done(future: concurrent.futures.Future) -> None:
+            try:
+                encoded.set_result(tokens_of(future.result()))
+            except BaseException as error:
+                encoded.set_exception(error)
+
+        answer.add_done_callback(done)
+        return encoded
+
+    return respond_in_tokens
 
 
 def _rollout_keys(
@@ -182,7 +250,11 @@ def prompt_numbers(rollouts: Rollouts) -> np.ndarray:
 
 
 def train_batch(
-    rollouts: Rollouts, advantages: np.ndarray, groups_multiple: int = 1, every_group: bool = False
+    rollouts: Rollouts,
+    advantages: np.ndarray,
+    groups_multiple: int = 1,
+    every_group: bool = False,
+    mask_truncated: bool = False,
 ) -> TrainBatch | None:
     """The tree of one policy-gradient step, padded to few static shapes.
 
@@ -194,12 +266,26 @@ def train_batch(
       advantages: float32 [M, B, N].
       groups_multiple: P is a multiple of it.
       every_group: keep groups without an advantage too, for losses that have a gradient there (KL).
+      mask_truncated: rollouts that a limit ended give no gradient (the overlong filtering of Yu et al. 2025,
+        arXiv 2503.14476); baselines and `num_rollouts` count them still.
 
     Returns:
       The batch, or None if no group has a gradient.
+
+    Raises:
+      ValueError: if the rollouts are greedy.
     """
+    if rollouts.temperature == 0:
+        raise ValueError(
+            "rollouts.temperature=0: greedy rollouts cannot be trained on, they were not drawn from the "
+            "policy; sample with a positive temperature"
+        )
     slots, problems, group = advantages.shape
-    useful = [np.flatnonzero(np.any(advantages[i] != 0, axis=1) | every_group) for i in range(slots)]
+    counts = rollouts.drawn.any(axis=-1)
+    if mask_truncated:
+        counts &= ~rollouts.truncated
+    has_gradient = (counts & ((advantages != 0) | every_group)).any(axis=2)
+    useful = [np.flatnonzero(row) for row in has_gradient]
     if not any(len(chosen) for chosen in useful):
         return None
     count = problems
@@ -213,7 +299,8 @@ def train_batch(
     for i, chosen in enumerate(useful):
         pick[i, : len(chosen)], filled[i, : len(chosen)] = chosen, True
     lane = np.arange(slots)[:, None]
-    width = bucket(int((rollouts.lengths[lane, pick] * filled[:, :, None]).max()), smallest=16)
+    lengths = np.where(counts, rollouts.lengths, 0)[lane, pick]
+    width = bucket(int((lengths * filled[:, :, None]).max()), smallest=16)
     flat = [rollouts.problem_tokens[i][b] for i in range(slots) for b in pick[i]]
     system_tokens, system_lengths = pad_right(rollouts.system_tokens)
     longest = max(len(tokens) for slot in rollouts.problem_tokens for tokens in slot)
@@ -226,7 +313,8 @@ def train_batch(
     targets = columns(rollouts.tokens)
     last = np.array([tokens[-1] for tokens in flat], np.int32).reshape(slots, count, 1, 1)
     first = np.broadcast_to(last, (slots, count, group, 1))
-    mask = np.arange(width) < rollouts.lengths[lane, pick][..., None]
+    mask = rollouts.drawn & counts[..., None]
+    was_cut = bool((rollouts.cutoffs[rollouts.drawn] > -np.inf).any())
     return TrainBatch(
         system_tokens=system_tokens,
         system_lengths=system_lengths,
@@ -234,8 +322,9 @@ def train_batch(
         problem_lengths=problem_lengths.reshape(slots, count),
         inputs=np.concatenate([first, targets[..., :-1]], axis=-1),
         targets=targets,
-        mask=mask & filled[:, :, None, None],
-        sampler_logprobs=columns(rollouts.untruncated_logprobs),
+        mask=columns(mask) & filled[:, :, None, None],
+        sampler_logprobs=columns(rollouts.logprobs),
+        cutoffs=columns(rollouts.cutoffs) if was_cut else None,
         advantages=np.asarray(advantages[lane, pick] * filled[:, :, None], np.float32),
         num_rollouts=np.float32(slots * problems * group),
     )

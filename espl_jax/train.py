@@ -18,6 +18,7 @@ from espl_jax.assemble import (
     assemble,
     first_population,
     first_train_state,
+    rollout_sizes,
     stream_key,
 )
 from espl_jax.data.order import Cursor, next_batch
@@ -80,6 +81,7 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
         parts = assemble(config)
         run = restore(folder, config, parts)
         with Progress(config.num_iterations, folder.append, done=run.iteration, console=console) as progress:
+            progress.say(f"Rollouts: {rollout_sizes(config, parts)}, each compiled when first needed.")
             if run.iteration:
                 progress.say(f"resumed after iteration {run.iteration}")
             for iteration in range(run.iteration + 1, config.num_iterations + 1):
@@ -109,8 +111,8 @@ def iterate(run: Run, parts: Parts, c: Any, workdir: WorkDir, progress: Progress
             group_size=c.num_prompts * c.group_size // len(prompts),
             max_new_tokens=c.sampling.max_new_tokens,
             temperature=c.sampling.temperature,
-            show_thinking=c.environment.show_thinking,
             **parts.sampling,
+            **parts.rollouts,
         )
     ids, values = list(rollouts.slots()), rollouts.score_matrix().mean(axis=1)
 
@@ -180,7 +182,13 @@ def update(
     with progress.phase("update"):
         gains = np.asarray(advantages(rollouts.rewards, c.loss.baseline, prompt_numbers(rollouts)))
         multiple = max(1, c.loss.microbatch_rows // rollouts.rewards.shape[2])
-        batch = train_batch(rollouts, gains, multiple, every_group=c.loss.kl_coef > 0)
+        batch = train_batch(
+            rollouts,
+            gains,
+            multiple,
+            every_group=c.loss.kl_coef > 0,
+            mask_truncated=c.loss.mask_truncated,
+        )
         if batch is None:
             return state, {}
         step = policy_gradient_step(*parts.step_arguments(state, batch), **parts.loss)

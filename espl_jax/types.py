@@ -99,10 +99,15 @@ class Rollouts:
       system_tokens: tokens of the shared start of every conversation of a slot, M lists.
       problem_tokens: the rest of each prompt up to the model's turn, M lists of B lists, each at least one.
       tokens: int32 [M, B, N, T], the new tokens, right padded with zeros.
-      lengths: int32 [M, B, N], new tokens of each rollout (the stop token included).
-      logprobs: float32 [M, B, N, T], under the distribution drawn from; zero past the length.
+      lengths: int32 [M, B, N], tokens of each rollout after its prompt: those the model drew (the stop token
+        included) and those appended to the conversation, e.g. a tool's answers.
+      drawn: bool [M, B, N, T], True for tokens that the model drew; False for appended ones and padding.
+      logprobs: float32 [M, B, N, T], under the distribution drawn from; zero where nothing was drawn.
       untruncated_logprobs: float32 [M, B, N, T], under softmax(logits / temperature).
-      truncated: bool [M, B, N], stopped by the token limit.
+      cutoffs: float32 [M, B, N, T], the untruncated logprob below which truncated sampling drew nothing; -inf
+        where nothing was cut.
+      temperature: of sampling; 0 for greedy.
+      truncated: bool [M, B, N], ended by a limit (of new tokens or of the context) and not by itself.
       replies: text of each rollout without its thinking blocks, [M][B][N].
       answers: the answer that the grader read, or None, [M][B][N].
       rewards: float32 [M, B, N].
@@ -115,8 +120,11 @@ class Rollouts:
     problem_tokens: tuple[tuple[tuple[int, ...], ...], ...]
     tokens: np.ndarray
     lengths: np.ndarray
+    drawn: np.ndarray
     logprobs: np.ndarray
     untruncated_logprobs: np.ndarray
+    cutoffs: np.ndarray
+    temperature: float
     truncated: np.ndarray
     replies: tuple[tuple[tuple[str, ...], ...], ...]
     answers: tuple[tuple[tuple[str | None, ...], ...], ...]
@@ -152,7 +160,8 @@ class TrainBatch(NamedTuple):
       problem_tokens: int32 [M, P, Q]; problem_lengths: int32 [M, P] (the last token of the prompt left out).
       inputs: int32 [M, P, N, T]; targets: int32 [M, P, N, T].
       mask: bool [M, P, N, T], True where a target was drawn by the policy.
-      sampler_logprobs: float32 [M, P, N, T].
+      sampler_logprobs: float32 [M, P, N, T], under the distribution drawn from.
+      cutoffs: float32 [M, P, N, T], see `Rollouts`; None where nothing was cut.
       advantages: float32 [M, P, N].
       num_rollouts: float32 [], rollouts of the iteration, those left out included: the 1/(NMB) of the paper.
     """
@@ -165,5 +174,6 @@ class TrainBatch(NamedTuple):
     targets: Any
     mask: Any
     sampler_logprobs: Any
+    cutoffs: Any | None
     advantages: Any
     num_rollouts: Any

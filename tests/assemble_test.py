@@ -13,6 +13,7 @@ from espl_jax.environments.arithmetic import Arithmetic
 from espl_jax.environments.math import Math
 from espl_jax.evolution import population as populations
 from espl_jax.models import lora
+from espl_jax.sampling.truncation import Truncation
 from espl_jax.types import SystemPrompt
 from tests import fakes
 from tests import tiny as decoders
@@ -97,11 +98,25 @@ def test_numerics_and_sampling_reach_their_places():
         model__chat_template_kwargs='{"thinking": false}',
         lora__scale=2.0,
         sampling__max_rows=7,
+        sampling__top_p=0.9,
+        sampling__stop_strings=("User:",),
+        sampling__context_limit=200,
     )
     parts = assemble(config)
     decoder = parts.reference.config
     assert (decoder.dtype, decoder.scan_layers, decoder.lora_scale) == ("bfloat16", False, 2.0)
+    # The weights, adapters, and Adam's two averages of them.
+    held = 3 * sum(4 * x.size for x in jax.tree.leaves(first_train_state(config, parts).trainable))
+    held += sum(x.nbytes for x in jax.tree.leaves(parts.reference.params))
+    assert held <= parts.sampling.pop("held_bytes") < held + 100
     assert parts.sampling == {"chat_template_kwargs": {"thinking": False}, "max_rows": 7, "mesh": None}
+    assert parts.rollouts.pop("longest_problem") > 5
+    assert parts.rollouts == {
+        "truncation": Truncation(top_p=0.9),
+        "stop_strings": ("User:",),
+        "context_limit": 200,
+        "show_thinking": False,
+    }
     assert assemble(fakes.config()).sampling["max_rows"] is None
 
 

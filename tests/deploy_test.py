@@ -33,6 +33,7 @@ def parts(trains=True, test=True):
         environment=fakes.Letters(),
         trains=trains,
         sampling={},
+        rollouts={},
     )
 
 

@@ -56,11 +56,12 @@ def test_shows_the_problem_the_answer_and_the_programs(tmp_path, monkeypatch):
 
     table = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
     sizes = {name.strip(): [cell.strip() for cell in row] for name, *row in table}
-    assert sizes["prefill"][0] == "2 x 64 + 4 x 64 tokens"
+    assert sizes["prefill, prompts"][0] == "2 x 64 tokens"
+    assert sizes["prefill, a block of problems"][0] == "4 x 32 tokens"
     assert sizes["decode chunk, largest"][0] == "12 rows x 64 columns"
     assert sizes["policy-gradient step"][0] == "2 x 2 x 3 x 16 new tokens"
     assert all(re.fullmatch(r"\d+\.\d+ [MG]iB", size) for row in list(sizes.values())[1:] for size in row[1:])
-    assert "Decode chunks of 6 steps: 2, 4, 6, 12 rows, 64 columns." in text
+    assert "Rollouts: 12 slots of 64 columns; chunks of 6 steps come in" in text
     assert list(tmp_path.iterdir()) == []
 
 
@@ -68,15 +69,18 @@ def test_shapes_are_those_that_the_run_compiles(monkeypatch, tmp_path):
     """Every decode chunk, and the step, of a real run is among the shapes announced."""
     config = fakes.config(num_iterations=1, sampling__max_new_tokens=40, evaluation__every=0, data__test="")
     text = shown(config)
-    rows, columns = (
-        set(map(int, numbers.split(", ")))
-        for numbers in re.search(r"Decode chunks of 32 steps: (.*) rows, (.*) columns", text).groups()
+    announced = (
+        r"Rollouts: (\d+) slots of (\d+) columns; chunks of 32 steps .* widths, ([\d, ]+) rows, "
+        r".* lengths, ([\d, ]+) columns"
     )
+    slots, capacity, *listed = re.search(announced, text).groups()
+    rows, columns = (set(map(int, numbers.split(", "))) for numbers in listed)
     chunk, step, seen = decode.decode_chunk, loop.policy_gradient_step, []
 
-    def listen(params, config, system, batch, *args, **kwargs):
-        seen.append((batch.token.shape[0], batch.cache.key.shape[3]))
-        return chunk(params, config, system, batch, *args, **kwargs)
+    def listen(params, config, system, held, batch, *args, columns, **kwargs):
+        assert held[1].shape[2:4] == (int(slots), int(capacity))
+        seen.append((len(batch.token), columns))
+        return chunk(params, config, system, held, batch, *args, columns=columns, **kwargs)
 
     def listen_to_step(state, frozen, reference, batch, *args, **kwargs):
         seen.append(batch.inputs.shape)
@@ -85,18 +89,23 @@ def test_shapes_are_those_that_the_run_compiles(monkeypatch, tmp_path):
     monkeypatch.setattr(decode, "decode_chunk", listen)
     monkeypatch.setattr(loop, "policy_gradient_step", listen_to_step)
     monkeypatch.setattr(loop, "local_reflector", lambda model, **settings: fakes.scripted_replies)
-    loop.train(config, tmp_path, Console(file=io.StringIO()))
+    said = io.StringIO()
+    loop.train(config, tmp_path, Console(file=said, width=1000))
     *chunks, batch = seen
     assert len(chunks) >= 2 and {n for n, _ in chunks} <= rows and {n for _, n in chunks} <= columns
-    assert chunks[0] == (max(rows), min(columns))
+    assert chunks[0][0] == max(rows)
     assert " x ".join(map(str, batch)) + " new tokens" in text
+    # The run says the same, once.
+    assert said.getvalue().count("Rollouts: ") == 1
+    assert re.search(announced, said.getvalue()).group(0) in text
 
 
 def test_without_training_there_is_no_step():
     text = shown(fakes.config(mode="reflection"))
     assert "policy-gradient step" not in text and "Trained:" not in text
     # One prompt takes the places of both.
-    assert "1 x 64 + 2 x 64 tokens" in text and "12 rows x 64 columns" in text
+    assert re.search(r"\| +1 x 64 tokens", text) and re.search(r"\| +2 x 32 tokens", text)
+    assert "12 rows x 64 columns" in text
 
 
 def test_a_long_answer_is_cut(monkeypatch):
@@ -105,14 +114,14 @@ def test_a_long_answer_is_cut(monkeypatch):
     assert re.search(r"the model's turn: [1-4] tokens", text)
 
 
-def test_an_answer_that_could_outgrow_the_model_is_refused():
-    with pytest.raises(ValueError, match=r"max_new_tokens=5000 exceed the model's max_positions=4096"):
-        shown(fakes.config(sampling__max_new_tokens=5000))
+def test_a_prompt_without_room_for_an_answer_is_refused():
+    with pytest.raises(ValueError, match=r"a prompt of \d+ tokens leaves no room in a context of 20"):
+        shown(fakes.config(sampling__context_limit=20))
 
 
 def test_memory_grows_with_the_batch():
     def numbers(text):
-        return [float(n) for n in re.findall(r"([\d.]+) MiB", text.split("| prefill")[1])]
+        return [float(n) for n in re.findall(r"([\d.]+) MiB", text.split("| prefill", 1)[1])]
 
     few, many = (numbers(shown(fakes.config(mode="evolution", group_size=n))) for n in (3, 12))
     assert np.all(np.array(many[3:6]) >= np.array(few[3:6])) and many != few

@@ -19,7 +19,7 @@ def run(*args, config="configs/quickstart.py", **environment):
         (["--config.batch_size=many"], "flag --config.batch_size=many: invalid literal"),
         (["--config.batch_size=0"], "batch_size=0: give at least 1"),
         (["--config.mode=both"], "mode='both': choose one of espl, rl, evolution, reflection"),
-        (["--config.sampling.top_p=0.9"], "sampling.top_p=0.9: truncated sampling"),
+        (["--config.sampling.top_p=1.9"], "sampling.top_p=1.9: give a probability"),
         (["--config.data.train=none.jsonl"], "data.train='none.jsonl': there is no such file"),
         (["quickly"], "not understood: quickly"),
         (["--wrokdir=x"], "Unknown command line flag 'wrokdir'"),

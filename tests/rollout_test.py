@@ -199,8 +199,11 @@ def by_hand(rewards):
         problem_tokens=(((10,), (20, 21), (30, 31, 32)), ((40, 41), (50,), (60, 61))),
         tokens=np.where(mask, TOKENS, 0),
         lengths=LENGTHS,
+        drawn=mask,
         logprobs=logprobs,
         untruncated_logprobs=logprobs - 1,
+        cutoffs=np.full(TOKENS.shape, -np.inf, np.float32),
+        temperature=0.7,
         truncated=np.zeros((2, 3, 2), bool),
         replies=((("",) * 2,) * 3,) * 2,
         answers=((("",) * 2,) * 3,) * 2,
@@ -227,8 +230,8 @@ def test_train_batch_leaves_out_groups_without_a_gradient():
     assert batch.targets[1, 0, :, :4].tolist() == [[25, 26, 27, 0], [28, 29, 30, 0]]
     assert batch.mask[0, 0, :, :3].tolist() == [[True, False, False]] * 2
     assert batch.mask[1, 0].sum(axis=-1).tolist() == [3, 3]
-    expected = hand.untruncated_logprobs[1, 1]
-    assert np.array_equal(batch.sampler_logprobs[1, 0, :, :3], expected)
+    assert np.array_equal(batch.sampler_logprobs[1, 0, :, :3], hand.logprobs[1, 1])
+    assert batch.cutoffs is None
 
 
 def test_train_batch_fills_uneven_slots_with_places_that_do_not_count():
@@ -257,6 +260,55 @@ def test_train_batch_rounds_groups_up():
         [True, False],
         [False, False],
     ]
+
+
+MIXED = [[[1, 0], [0, 0], [1, 0]], [[0, 0], [1, 0], [1, 1]]]
+
+
+def test_train_batch_takes_cutoffs_along_where_something_was_cut():
+    hand = by_hand(MIXED)
+    cutoffs = np.where(hand.drawn, -TOKENS, -np.inf).astype(np.float32)
+    batch = train_batch(dataclasses.replace(hand, cutoffs=cutoffs), np.asarray(advantages(hand.rewards)))
+    assert batch.cutoffs.dtype == np.float32
+    assert np.array_equal(batch.cutoffs[0, 1, :, :3], cutoffs[0, 2])
+    # Padding does not say that something was cut.
+    padded = np.where(hand.drawn, -np.inf, 0).astype(np.float32)
+    batch = train_batch(dataclasses.replace(hand, cutoffs=padded), np.asarray(advantages(hand.rewards)))
+    assert batch.cutoffs is None
+
+
+def test_train_batch_masks_what_the_model_did_not_draw():
+    hand = by_hand(MIXED)
+    appended = hand.drawn.copy()
+    appended[0, 0, 0] = [True, False, True]
+    batch = train_batch(dataclasses.replace(hand, drawn=appended), np.asarray(advantages(hand.rewards)))
+    assert batch.mask[0, 0, 0, :4].tolist() == [True, False, True, False]
+    # The model saw the appended token all the same.
+    assert batch.inputs[0, 0, 0, :3].tolist() == [10, 1, 2] and batch.targets[0, 0, 0, 1] == 2
+
+
+def test_train_batch_can_leave_truncated_rollouts_without_a_gradient():
+    hand = by_hand(MIXED)
+    truncated = np.zeros((2, 3, 2), bool)
+    truncated[0, 0, 1] = True  # one of a group
+    truncated[0, 2] = True  # a whole group
+    hand = dataclasses.replace(hand, truncated=truncated)
+    gains = np.asarray(advantages(hand.rewards))
+    plain, masked = train_batch(hand, gains), train_batch(hand, gains, mask_truncated=True)
+    assert plain.inputs.shape[1] == 2 and plain.mask.any(axis=-1)[0].all()
+    assert masked.inputs.shape[1] == 1 and masked.mask.any(axis=-1).tolist() == [
+        [[True, False]],
+        [[True, True]],
+    ]
+    assert masked.advantages[0].tolist() == [[0.5, -0.5]] and masked.num_rollouts == plain.num_rollouts == 12
+    everything = dataclasses.replace(hand, truncated=np.ones((2, 3, 2), bool))
+    assert train_batch(everything, gains, mask_truncated=True) is None
+
+
+def test_greedy_rollouts_cannot_be_trained_on():
+    hand = dataclasses.replace(by_hand(MIXED), temperature=0.0)
+    with pytest.raises(ValueError, match="temperature=0: greedy rollouts cannot be trained on"):
+        train_batch(hand, np.asarray(advantages(hand.rewards)))
 
 
 score = jax.jit(gradients, static_argnames="config")

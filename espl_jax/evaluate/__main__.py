@@ -41,7 +41,9 @@ flags.DEFINE_integer(
     "seed", 0, "Of sampling; whatever is drawn again under a seed is the same.", lower_bound=0
 )
 flags.DEFINE_integer("batch_size", 32, "Problems side by side; fewer take less memory.", lower_bound=1)
-flags.DEFINE_integer("max_rows", 0, "Most rollouts of one prompt in flight at once; 0: all.", lower_bound=0)
+flags.DEFINE_integer(
+    "max_rows", 0, "Times the prompts: rollouts in flight at once; 0: as memory allows.", lower_bound=0
+)
 flags.DEFINE_string(
     "chat_template_kwargs",
     "{}",

@@ -21,8 +21,9 @@ from espl_jax.evaluate.cells import Cell, make_cells, show
 from espl_jax.evaluate.request import Request, naming
 from espl_jax.metrics import duration
 from espl_jax.pretrained import find_folder, hf_folder, load_pretrained, peft, smollm2
-from espl_jax.rollout import Model, collect_rollouts, records
+from espl_jax.rollout import Model, collect_rollouts, longest_problem, records
 from espl_jax.run_state import plain
+from espl_jax.sampling.truncation import Truncation
 from espl_jax.saved_run import check_run, is_run, read_config, read_run
 from espl_jax.types import Problem, Rollouts, SystemPrompt
 
@@ -182,15 +183,21 @@ def with_settings_of_run(source: str, given: Mapping[str, Any]) -> dict[str, Any
       given: `chat_template_kwargs`, each of which goes before the run's; `show_thinking`, None if not given;
         and others.
     """
-    kwargs, show_thinking = {}, False
+    kwargs, show_thinking, drawn = {}, False, {}
     if is_run(source):
         config = read_config(source)
+        sampling = config.sampling
+        drawn = {
+            "truncation": Truncation(sampling.top_k, sampling.top_p, sampling.get("min_p", 0.0)),
+            "stop_strings": tuple(sampling.get("stop_strings", ())),
+            "context_limit": sampling.get("context_limit", 0) or None,
+        }
         kwargs = json.loads(config.model.chat_template_kwargs)
         show_thinking = config.environment.show_thinking
     if given["show_thinking"] is not None:
         show_thinking = given["show_thinking"]
     kwargs |= given["chat_template_kwargs"]
-    return {**given, "chat_template_kwargs": kwargs, "show_thinking": show_thinking}
+    return {**drawn, **given, "chat_template_kwargs": kwargs, "show_thinking": show_thinking}
 
 
 def sample_in_batches(
@@ -211,8 +218,11 @@ def sample_in_batches(
     Yields:
       Rollouts [M, b, N], b being nearly the same in all, since every size is compiled.
     """
+    kwargs = sampling.get("chat_template_kwargs") or {}
+    longest = longest_problem(model.tokenizer, problems, environment, kwargs)
     for chosen in np.array_split(np.arange(len(problems)), -(-len(problems) // batch_size)):
-        yield collect_rollouts(model, prompts, [problems[i] for i in chosen], environment, **sampling)
+        part = [problems[i] for i in chosen]
+        yield collect_rollouts(model, prompts, part, environment, longest_problem=longest, **sampling)
 
 
 def append(path: Path, rollouts: Rollouts, model: str, prompts: Sequence[str], data: str) -> None:

@@ -30,6 +30,7 @@ def local_reflector(
     stop_ids: Sequence[int] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     max_rows: int | None = None,
+    held_bytes: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Reflect:
     """A `reflect` that asks the model itself; conversations with one system turn share its cache.
@@ -46,7 +47,8 @@ def local_reflector(
       max_input_tokens: of each conversation; what the model's context leaves beside the reply by default.
       stop_ids: tokens that end a reply; the model's own by default.
       chat_template_kwargs: passed to the chat template.
-      max_rows: most replies in flight at once.
+      max_rows: most replies in flight at once; as many as fit into memory by default.
+      held_bytes: memory of each device that stays taken; that of the params by default.
       mesh: shard rows over its data axes.
 
     Returns:
@@ -81,6 +83,9 @@ def local_reflector(
             temperature=temperature,
             stop_ids=stop_ids_of(model) if stop_ids is None else stop_ids,
             max_rows=max_rows,
+            # Conversations have all lengths, programs shall have few.
+            longest_problem=1 << (max(map(len, rests)) - 1).bit_length(),
+            held_bytes=held_bytes,
             mesh=mesh,
         )
         return [samples.tokens[0, i, 0, : samples.lengths[0, i, 0]].tolist() for i in range(len(rests))]

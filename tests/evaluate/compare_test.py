@@ -24,6 +24,7 @@ from espl_jax.evaluate.compare import (
 )
 from espl_jax.evaluate.prompts import read_prompt
 from espl_jax.evaluate.request import Request
+from espl_jax.sampling.truncation import Truncation
 from espl_jax.types import Problem
 from tests import fakes
 
@@ -208,6 +209,8 @@ def workdir(tmp_path_factory):
             mode="evolution",
             model__chat_template_kwargs='{"enable_thinking": false, "effort": "low"}',
             environment__show_thinking=True,
+            sampling__top_p=0.9,
+            sampling__stop_strings=("User:",),
         )
 
 
@@ -215,6 +218,7 @@ def test_a_run_is_sampled_as_it_was_trained(workdir):
     sampling = with_settings_of_run(str(workdir), SAMPLING)
     assert sampling["chat_template_kwargs"] == {"enable_thinking": False, "effort": "low"}
     assert sampling["show_thinking"] is True and sampling["group_size"] == 2
+    assert sampling["truncation"] == Truncation(top_p=0.9) and sampling["stop_strings"] == ("User:",)
     given = {**SAMPLING, "chat_template_kwargs": {"effort": "high"}, "show_thinking": False}
     sampling = with_settings_of_run(str(workdir), given)
     assert sampling["chat_template_kwargs"] == {"enable_thinking": False, "effort": "high"}
