@@ -24,7 +24,6 @@ from espl_jax.models.transformer import abstract
 from espl_jax.optimizer import make_optimizer
 from espl_jax.pretrained import Pretrained, load_pretrained
 from espl_jax.rollout import longest_problem, stable_hash
-from espl_jax.sampling.lanes import EXTENDED_TOKENS
 from espl_jax.sampling.sizes import Sizes, bytes_per_device, choose_sizes
 from espl_jax.sampling.truncation import Truncation
 from espl_jax.train_step import TrainState, init_train_state, whole_params
@@ -127,7 +126,7 @@ def assemble(config: Any) -> Parts:
     return parts
 
 
-def rollout_sizes(config: Any, parts: Parts) -> Sizes:
+def rollout_sizes(config: Any, parts: Parts) -> tuple[Sizes, ...]:
     """What the rollouts of a training iteration reserve and compile for, whatever its problems."""
     return choose_sizes(
         parts.reference.config,
@@ -135,7 +134,7 @@ def rollout_sizes(config: Any, parts: Parts) -> Sizes:
         rows=config.num_prompts * config.batch_size * config.group_size,
         max_new_tokens=config.sampling.max_new_tokens,
         held=parts.sampling["held_bytes"],
-        extension=EXTENDED_TOKENS if hasattr(parts.environment, "respond") else 0,
+        turns=hasattr(parts.environment, "respond"),
         max_rows=parts.sampling["max_rows"],
         longest_problem=parts.rollouts["longest_problem"],
         context_limit=parts.rollouts["context_limit"],

@@ -95,9 +95,21 @@ def _check_together(c: Any) -> None:
         refuse("sampling.top_p", c.sampling.top_p, "give a probability above 0, or 1 for all tokens")
     if not c.sampling.min_p <= 1:
         refuse("sampling.min_p", c.sampling.min_p, "give a ratio of at most 1, or 0 for all tokens")
-    if not all(isinstance(text, str) and text for text in c.sampling.stop_strings):
-        refuse("sampling.stop_strings", tuple(c.sampling.stop_strings), "give strings that are not empty")
+    if not all(isinstance(text, str) and text and "\ufffd" not in text for text in c.sampling.stop_strings):
+        refuse(
+            "sampling.stop_strings",
+            tuple(c.sampling.stop_strings),
+            "give strings that are not empty and have no U+FFFD, which stands for every unfinished character",
+        )
     trains = c.mode in ("espl", "rl")
+    for name, only in (("top_k", 1), ("min_p", 1)):
+        if trains and c.sampling[name] == only:
+            refuse(
+                f"sampling.{name}",
+                c.sampling[name],
+                "this draws the most likely token always, and greedy rollouts cannot be trained on; let more "
+                "tokens be drawn, or use mode=evolution",
+            )
     if trains and not c.sampling.temperature > 0:
         refuse(
             "sampling.temperature",

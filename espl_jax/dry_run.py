@@ -26,7 +26,7 @@ from espl_jax.sampling import decode
 from espl_jax.sampling.buckets import pad_right
 from espl_jax.sampling.generate import for_sampling, row_limits
 from espl_jax.sampling.problem_blocks import ProblemBlocks
-from espl_jax.sampling.truncation import Truncation
+from espl_jax.sampling.sizes import describe
 from espl_jax.text.chat import encode_conversation, render
 from espl_jax.train import choose_prompts
 from espl_jax.train_step import TrainState, policy_gradient_step, whole_params
@@ -139,8 +139,8 @@ def programs(
     row_limits(*tree, most, (m, b, n), context)
     params = model.params if state is None else whole_params(state.trainable, parts.frozen)
     params, config = for_sampling(params, model.config)
-    mesh, sizes = parts.mesh, rollout_sizes(c, parts)
-    say(f"Rollouts: {sizes}.")
+    mesh, stages = parts.mesh, rollout_sizes(c, parts)
+    say(f"Rollouts: {describe(stages)}.")
 
     prompt_tokens = pad_right(tree[0])
     lowered = decode.prefill.lower(params, config, *prompt_tokens, mesh=mesh)
@@ -151,43 +151,52 @@ def programs(
         lowered.out_info,
         prefill.output_shardings,
     )
-    blocks = ProblemBlocks(tree[1], sizes.problem, mesh)
+    blocks = ProblemBlocks(tree[1], stages[0].problem_widths, mesh)
     problem_tokens = blocks.padded(0)
     lowered = decode.prefill.lower(params, config, *problem_tokens, system, mesh=mesh)
     shape = " x ".join(map(str, problem_tokens[0].shape))
     yield "prefill, a block of problems", f"{shape} tokens", lowered.compile()
-    lowered = decode.decode_chunk.lower(
-        params,
-        config,
-        system,
-        decode.abstract_slots(config, sizes.slots, sizes.capacity, mesh),
-        decode.abstract_rows(sizes.slots, mesh),
-        jnp.asarray(stop_ids_of(model), jnp.int32),
-        jnp.float32(1.0),
-        columns=sizes.columns[-1],
-        steps=sizes.steps,
-        greedy=c.sampling.temperature == 0,
-        truncation=parts.rollouts["truncation"],
-        mesh=mesh,
-    )
-    yield "decode chunk, largest", f"{sizes.slots} rows x {sizes.columns[-1]} columns", lowered.compile()
+    for number, sizes in enumerate(stages, 1):
+        lowered = decode.decode_chunk.lower(
+            params,
+            config,
+            system,
+            decode.abstract_slots(config, sizes.slots, sizes.capacity, mesh),
+            decode.abstract_rows(sizes.slots, mesh),
+            jnp.asarray(stop_ids_of(model), jnp.int32),
+            jnp.float32(1.0),
+            columns=sizes.columns[-1],
+            steps=sizes.steps,
+            greedy=c.sampling.temperature == 0,
+            truncation=parts.rollouts["truncation"],
+            # As chunks are where nothing has ended yet.
+            aligned=m == 1 or (sizes.parts == 1 and sizes.slots == m * b * n),
+            mesh=mesh,
+        )
+        name = "decode chunk, largest" + (f" of stage {number}" if len(stages) > 1 else "")
+        yield name, f"{sizes.slots} rows x {sizes.columns[-1]} columns", lowered.compile()
 
     if state is None:
         return
-    batch = full_batch(tree, prompts, problems, n, c)
+    truncated = bool(parts.rollouts["truncation"])
+    batch = full_batch(tree, prompts, problems, n, c, truncated)
     step = policy_gradient_step.lower(*parts.step_arguments(state, batch), **parts.loss)
     shape = " x ".join(map(str, batch.inputs.shape)) + " new tokens"
     yield "policy-gradient step", shape, step.compile()
 
 
 def full_batch(
-    tree: Any, prompts: Sequence[SystemPrompt], problems: Sequence[Problem], group_size: int, c: Any
+    tree: Any,
+    prompts: Sequence[SystemPrompt],
+    problems: Sequence[Problem],
+    group_size: int,
+    c: Any,
+    truncated: bool,
 ) -> TrainBatch:
     """Shapes of an update in which every group is mixed and every rollout as long as it may be."""
     shape, most = (len(prompts), len(problems), group_size), c.sampling.max_new_tokens
     flags, numbers = np.zeros(shape, bool), np.zeros(shape, np.float32)
     columns = np.zeros((*shape, most), np.float32)
-    truncated = bool(Truncation(c.sampling.top_k, c.sampling.top_p, c.sampling.min_p))
     rollouts = Rollouts(
         prompts=tuple(prompts),
         problems=tuple(problems),

@@ -360,7 +360,7 @@ def means(rollouts: Rollouts) -> dict[str, Any]:
         "reward": rollouts.rewards.mean(dtype=np.float64),
         "success": rollouts.success.mean(dtype=np.float64),
         "truncated": rollouts.truncated.mean(dtype=np.float64),
-        "new_tokens": rollouts.lengths.mean(dtype=np.float64),
+        "new_tokens": rollouts.drawn.sum(axis=-1).mean(dtype=np.float64),
         "mixed_groups": np.sum(mixed),
         "groups": np.size(mixed),
     }

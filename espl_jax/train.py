@@ -33,6 +33,7 @@ from espl_jax.reflectors.local import local_reflector
 from espl_jax.rl.advantages import advantages
 from espl_jax.rollout import collect_rollouts, means, prompt_numbers, records, stable_hash, train_batch
 from espl_jax.run_state import WorkDir
+from espl_jax.sampling.sizes import describe
 from espl_jax.train_step import TrainState, policy_gradient_step
 from espl_jax.types import Reflect, Rollouts, SystemPrompt
 
@@ -81,7 +82,9 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
         parts = assemble(config)
         run = restore(folder, config, parts)
         with Progress(config.num_iterations, folder.append, done=run.iteration, console=console) as progress:
-            progress.say(f"Rollouts: {rollout_sizes(config, parts)}, each compiled when first needed.")
+            progress.say(
+                f"Rollouts: {describe(rollout_sizes(config, parts))}, each compiled when first needed."
+            )
             if run.iteration:
                 progress.say(f"resumed after iteration {run.iteration}")
             for iteration in range(run.iteration + 1, config.num_iterations + 1):

@@ -36,13 +36,20 @@ flags.DEFINE_string(
 )
 flags.DEFINE_integer("samples", 4, "Rollouts of each problem under each prompt.", lower_bound=1)
 flags.DEFINE_float("temperature", 0.7, "Of sampling; 0 is greedy.", lower_bound=0)
+flags.DEFINE_integer("top_k", 0, "Draw from so many most likely tokens only; 0 for all.", lower_bound=0)
+flags.DEFINE_float("top_p", 1.0, "Then from the fewest that hold so much of the probability; 1 for all.")
+flags.DEFINE_float("min_p", 0.0, "Then from those at least so likely, relative to the likeliest; 0 for all.")
 flags.DEFINE_integer("max_new_tokens", 1024, "Of one rollout.", lower_bound=1)
+flags.DEFINE_multi_string("stop_string", [], "A text that ends a rollout; may be given several times.")
+flags.DEFINE_integer(
+    "context_limit", 0, "Most tokens of a conversation; 0 for each model's own limit.", lower_bound=0
+)
 flags.DEFINE_integer(
     "seed", 0, "Of sampling; whatever is drawn again under a seed is the same.", lower_bound=0
 )
 flags.DEFINE_integer("batch_size", 32, "Problems side by side; fewer take less memory.", lower_bound=1)
 flags.DEFINE_integer(
-    "max_rows", 0, "Times the prompts: rollouts in flight at once; 0: as memory allows.", lower_bound=0
+    "max_rows", 0, "Rollouts in flight at once for each prompt given; 0: as memory allows.", lower_bound=0
 )
 flags.DEFINE_string(
     "chat_template_kwargs",

@@ -176,28 +176,25 @@ def load_model(source: str, mesh: jax.sharding.Mesh | None, numerics: Mapping[st
 
 
 def with_settings_of_run(source: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `collect_rollouts`: where none are given, a run keeps those it was trained with.
+    """Arguments of `collect_rollouts`: what a conversation looks like is as in the run unless it is given;
+    how tokens are drawn is as given, the same for all models that are compared.
 
     Args:
       source: as for `load_model`.
-      given: `chat_template_kwargs`, each of which goes before the run's; `show_thinking`, None if not given;
-        and others.
+      given: as `Request.sampling`; each of `chat_template_kwargs` goes before the run's.
     """
-    kwargs, show_thinking, drawn = {}, False, {}
+    drawn = dict(given)
+    truncation = Truncation(*(drawn.pop(name) for name in ("top_k", "top_p", "min_p")))
+    kwargs, show_thinking = {}, False
     if is_run(source):
         config = read_config(source)
-        sampling = config.sampling
-        drawn = {
-            "truncation": Truncation(sampling.top_k, sampling.top_p, sampling.get("min_p", 0.0)),
-            "stop_strings": tuple(sampling.get("stop_strings", ())),
-            "context_limit": sampling.get("context_limit", 0) or None,
-        }
         kwargs = json.loads(config.model.chat_template_kwargs)
         show_thinking = config.environment.show_thinking
     if given["show_thinking"] is not None:
         show_thinking = given["show_thinking"]
     kwargs |= given["chat_template_kwargs"]
-    return {**drawn, **given, "chat_template_kwargs": kwargs, "show_thinking": show_thinking}
+    settings = {"truncation": truncation, "chat_template_kwargs": kwargs, "show_thinking": show_thinking}
+    return drawn | settings
 
 
 def sample_in_batches(
@@ -248,7 +245,12 @@ def tell(text: str) -> None:
 
 def _footnote(request: Request) -> str:
     sampling = request.sampling
+    cut = "".join(
+        f"{name.replace('_', '-')}: {sampling[name]:g}, "
+        for name, all_tokens in (("top_k", 0), ("top_p", 1), ("min_p", 0))
+        if sampling[name] != all_tokens
+    )
     return (
-        f"Samples a problem: {sampling['group_size']}, temperature: {sampling['temperature']:g}, new tokens: "
-        f"{sampling['max_new_tokens']} at most. In brackets: 95% intervals over problems."
+        f"Samples a problem: {sampling['group_size']}, temperature: {sampling['temperature']:g}, {cut}"
+        f"new tokens: {sampling['max_new_tokens']} at most. In brackets: 95% intervals over problems."
     )

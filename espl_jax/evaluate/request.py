@@ -28,8 +28,8 @@ class Request:
       numerics: DecoderConfig fields that were given on the command line.
       mesh: devices by axis.
       environment, answer_format, instruction: what words the user turn and grades.
-      sampling: arguments of `collect_rollouts`, among them `group_size`, `temperature`, `max_new_tokens`;
-        `show_thinking` is None where it is left to the model.
+      sampling: how every model is sampled: arguments of `collect_rollouts`, with `top_k`, `top_p` and `min_p`
+        in place of `truncation`; `show_thinking` is None where it is left to the model.
       seed: of the random keys.
       batch_size: problems side by side.
       out: files to write.
@@ -72,6 +72,10 @@ def read_request(f: Any) -> Request:
             f"--samples={f.samples}: greedy samples are all the same; give --samples=1, or a --temperature "
             "above 0"
         )
+    for flag, least in (("top_p", "a probability above 0"), ("min_p", "a ratio of at least 0")):
+        value = getattr(f, flag)
+        if not 0 <= value <= 1 or (flag == "top_p" and value == 0):
+            raise ValueError(f"--{flag}={value:g}: give {least} and at most 1")
     numerics = {name: getattr(f, name) for name in ("dtype", "param_dtype", "matmul_precision")}
     return Request(
         models=tuple(dict.fromkeys(f.model)),
@@ -85,7 +89,12 @@ def read_request(f: Any) -> Request:
         sampling={
             "group_size": f.samples,
             "temperature": f.temperature,
+            "top_k": f.top_k,
+            "top_p": f.top_p,
+            "min_p": f.min_p,
             "max_new_tokens": f.max_new_tokens,
+            "stop_strings": tuple(f.stop_string),
+            "context_limit": f.context_limit or None,
             "max_rows": f.max_rows or None,
             "chat_template_kwargs": _json_object("chat_template_kwargs", f.chat_template_kwargs),
             "show_thinking": f.show_thinking,

@@ -90,14 +90,17 @@ def export(
             template_arguments=arguments,
         )
     else:
-        temperature = run.config.sampling.temperature
-        drawn = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
-        # Of the makers' settings the ids alone: the run drew without their penalties and truncation.
+        sampling = run.config.sampling
+        drawn = {"do_sample": True} | {
+            name: sampling.get(name, 0.0) for name in ("temperature", "top_p", "top_k", "min_p")
+        }
+        # Of the makers' settings the ids alone: the run drew without their penalties. Its stop strings are in
+        # the model card: servers refuse them here.
         ids = {name: i for name, i in model.generation.items() if name.endswith("_token_id")}
         generation = {
             **ids,
             "eos_token_id": list(model.stop_ids),
-            **(drawn if temperature else {"do_sample": False}),
+            **(drawn if sampling.temperature else {"do_sample": False}),
         }
         save_pretrained(
             out,

@@ -72,13 +72,18 @@ class Drawn(NamedTuple):
     steps: jax.Array
 
 
-def abstract_slots(config: DecoderConfig, slots: int, capacity: int, mesh: Mesh | None) -> Slots:
-    """Shapes of slots with room for `capacity` tokens each, and where they lie."""
+def abstract_slots(
+    config: DecoderConfig, slots: int, capacity: int, mesh: Mesh | None, everywhere: bool = False
+) -> Slots:
+    """Shapes of slots with room for `capacity` tokens each, and where they lie: rows in equal parts, or
+    `everywhere`, as the caches of shared levels do."""
     shape = (config.num_layers, config.num_kv_heads, slots)
     shapes = (*shape, config.head_dim, capacity), (*shape, capacity, config.head_dim)
     return tuple(
         jax.ShapeDtypeStruct(
-            shape, config.dtype, sharding=None if mesh is None else sharding.cache_sharding(mesh, shape)
+            shape,
+            jnp.dtype(config.dtype),
+            sharding=None if mesh is None else sharding.cache_sharding(mesh, shape, everywhere),
         )
         for shape in shapes
     )
@@ -158,25 +163,25 @@ def admit(
 
 
 @functools.partial(jax.jit, static_argnames="mesh", donate_argnames="slots")
-def swap(
-    slots: Slots, one: jax.Array, other: jax.Array, count: jax.Array, *, mesh: Mesh | None = None
+def move(
+    slots: Slots, source: jax.Array, target: jax.Array, count: jax.Array, *, mesh: Mesh | None = None
 ) -> Slots:
-    """Exchanges the contents of slots within their parts.
+    """Copies slots over others of their parts, one after another.
 
     Args:
       slots: donated.
-      one, other: int32 [parts, k], pairs of slots of the part; count: int32 [parts], how many of the k.
+      source, target: int32 [parts, k], slots of the part; count: int32 [parts], how many of the k.
     """
 
-    def local(slots: Slots, one: jax.Array, other: jax.Array, count: jax.Array) -> Slots:
-        def exchange(i: jax.Array, slots: Slots) -> Slots:
-            first, second = _row(slots, one[0, i]), _row(slots, other[0, i])
-            return _write(_write(slots, first, other[0, i], 0), second, one[0, i], 0)
+    def local(slots: Slots, source: jax.Array, target: jax.Array, count: jax.Array) -> Slots:
+        # One write for each read: an exchange of two would keep a copy of all slots.
+        def put(i: jax.Array, slots: Slots) -> Slots:
+            return _write(slots, _row(slots, source[0, i]), target[0, i], 0)
 
-        return jax.lax.fori_loop(0, count[0], exchange, slots)
+        return jax.lax.fori_loop(0, count[0], put, slots)
 
     return sharding.over_parts(local, mesh, ("slots", "rows", "rows", "rows"), "slots")(
-        slots, one, other, count
+        slots, source, target, count
     )
 
 

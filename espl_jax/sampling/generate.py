@@ -12,7 +12,7 @@ import numpy as np
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.layers import as_integers
 from espl_jax.sampling import draw
-from espl_jax.sampling.lanes import EXTENDED_TOKENS, Lanes
+from espl_jax.sampling.lanes import Lanes
 from espl_jax.sampling.sizes import CHUNK, bytes_per_device, choose_sizes
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
 
@@ -140,9 +140,9 @@ def sample_tree(
 ) -> Samples:
     """Samples the third level of the tree under its first two.
 
-    Rows run in slots that are reserved once. A row that ends makes room for the next one of the queue,
-    whatever its system prompt; when the queue is empty, the rows that are left move together and chunks get
-    narrower.
+    Rows run in slots that are reserved once, or, where memory does not hold all of them at their longest, in
+    stages of fewer and longer slots. A row that ends makes room for the next one of the queue, whatever its
+    system prompt; when the queue is empty, the rows that are left move together and chunks get narrower.
 
     Args:
       params: with adapters or not.
@@ -157,13 +157,13 @@ def sample_tree(
       stop_ids: token ids that end a turn.
       find_end: ends turns by what they say, after each chunk; tokens past the end are taken back.
       respond: what is said to a row whose turn ended by itself, see `Respond`; without it every turn is the
-        last. A row that waits for an answer keeps its slot and costs no step. When an answer does not fit
-        into the row's limit, the row ends truncated.
+        last. A row that waits for long makes room for others, and is prefilled anew in another slot. When an
+        answer does not fit into the row's limit, the row ends truncated.
       context_limit: most tokens of a row with its prompt; by default, and at most, `max_positions`.
       longest_problem: tokens of the longest problem that calls like this one may bring; they then share their
         programs.
       max_rows: M times as many rows are in flight at once, of whatever system prompts; by default as many as
-        fit into memory, reckoned from its size, whatever else runs on the machine.
+        fit into memory, reckoned from its size, whatever else runs on the machine; see `choose_sizes`.
       held_bytes: memory of each device that stays taken; that of the params by default.
       chunk: decode steps between two looks at which rows are done.
       mesh: shard rows over its data axes.
@@ -184,15 +184,16 @@ def sample_tree(
         raise ValueError(f"context_limit={context}: the model was made for {config.max_positions} tokens")
     limits = row_limits(system_tokens, problem_tokens, max_new_tokens, keys.shape[:3], context)
     params, config = for_sampling(params, config)
-    sizes = choose_sizes(
+    most = int(np.max(max_new_tokens))
+    stages = choose_sizes(
         config,
         lanes=len(system_tokens),
         rows=limits.size,
         longest_problem=max(longest_problem, max(len(tokens) for lane in problem_tokens for tokens in lane)),
-        max_new_tokens=int(np.max(max_new_tokens)),
+        max_new_tokens=most,
         context_limit=context_limit,
         chunk=chunk,
-        extension=0 if respond is None else EXTENDED_TOKENS,
+        turns=respond is not None,
         max_rows=max_rows,
         held=bytes_per_device(params) if held_bytes is None else held_bytes,
         mesh=mesh,
@@ -204,8 +205,8 @@ def sample_tree(
         problem_tokens,
         np.asarray(keys).reshape(-1, 2),
         limits.reshape(-1),
-        sizes,
-        max_new_tokens=int(np.max(max_new_tokens)),
+        stages,
+        max_new_tokens=most,
         temperature=temperature,
         truncation=truncation,
         stop_ids=stop_ids,
@@ -222,7 +223,7 @@ def sample_tree(
         place = tuple(int(i) for i in np.unravel_index(row, limits.shape))
         return respond(place, lanes.tokens[row, : lanes.position[row]].copy())
 
-    while lanes.queue or lanes.running.any() or waiting:
+    while not lanes.done or waiting:
         lanes.admit()
         answers: dict[int, Any] = {}
         if lanes.running.any():
@@ -245,7 +246,9 @@ def sample_tree(
             if isinstance(answer, concurrent.futures.Future):
                 waiting[row] = answers.pop(row)
                 lanes.running[row] = False
-            elif not answer or lanes.position[row] + len(answer) >= lanes.limit[row]:
+                continue
+            answers[row] = [] if answer is None else [int(token) for token in answer]
+            if not answers[row] or lanes.position[row] + len(answers[row]) >= lanes.limit[row]:
                 truncated[row] = bool(answers.pop(row))
                 lanes.finish(row)
         lanes.append(answers)

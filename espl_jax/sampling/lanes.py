@@ -1,7 +1,8 @@
 """The rows of one tree on their way: admitted into slots, decoded in chunks, extended, and done.
 
 One lane per system prompt shares that prompt's cache; its rows are independent of each other. The host keeps
-every row's state and decides everything; the device holds the slots.
+every row's state and decides everything; the device holds the slots. A row may lose its slot, to others while
+it waits or because it has outgrown it, and is prefilled into another one when its time comes.
 """
 
 from __future__ import annotations
@@ -18,24 +19,19 @@ from jax.sharding import Mesh
 from espl_jax import sharding
 from espl_jax.models.config import DecoderConfig
 from espl_jax.sampling import decode
-from espl_jax.sampling.buckets import bucket, pad_right
+from espl_jax.sampling.buckets import pad_right
 from espl_jax.sampling.problem_blocks import ProblemBlocks
-from espl_jax.sampling.sizes import SMALLEST, Sizes, rung
+from espl_jax.sampling.sizes import EXTENDED_COLUMNS, EXTENDED_ROWS, EXTENDED_TOKENS, SMALLEST, Sizes
 from espl_jax.sampling.slots import SlotTable
 from espl_jax.sampling.truncation import Truncation
-
-EXTENDED_ROWS, EXTENDED_TOKENS = 8, 256
-"""Most rows of a part, and most tokens of each, that are prefilled at once behind what their slots hold."""
-
-EXTENDED_COLUMNS = 16_384
-"""Most columns that these rows together attend to, which bounds the scores of long conversations."""
 
 
 class Lanes:
     """All rows of one `sample_tree`, by their number in [M * B * N].
 
     Attributes:
-      running: bool [rows], in a slot and to be decoded.
+      running: bool [rows], in a slot and to be decoded. Other rows in slots wait for an answer.
+      idle: int [rows], chunks that a row in a slot has waited.
       position: int32 [rows], tokens since the prompt.
       limit: int32 [rows], most of them.
       tokens: int32 [rows, T]; logprobs, untruncated_logprobs, cutoffs: float32 [rows, T]; drawn: bool [rows,
@@ -51,7 +47,7 @@ class Lanes:
         problem_tokens: Sequence[Sequence[Sequence[int]]],
         keys: np.ndarray,
         limits: np.ndarray,
-        sizes: Sizes,
+        stages: Sequence[Sizes],
         *,
         max_new_tokens: int,
         temperature: float,
@@ -60,11 +56,11 @@ class Lanes:
         mesh: Mesh | None,
     ):
         """Prefills the system prompts and reserves the slots. keys uint32 [rows, 2], limits int32 [rows]."""
-        self.params, self.config, self.sizes, self.mesh = params, config, sizes, mesh
+        self.params, self.config, self.mesh = params, config, mesh
         self.temperature, self.truncation = temperature, truncation
         self.stop_ids = jnp.asarray(sorted(stop_ids) or [-1], jnp.int32)
-        self.blocks = ProblemBlocks(problem_tokens, sizes.problem, mesh)
-        prompts = [tokens for lane in problem_tokens for tokens in lane]
+        self.blocks = ProblemBlocks(problem_tokens, stages[0].problem_widths, mesh)
+        self.prompts = prompts = [tokens for lane in problem_tokens for tokens in lane]
         count = len(limits)
         group = count // len(prompts)
 
@@ -76,6 +72,7 @@ class Lanes:
         self.position = np.zeros(count, np.int32)
         self.limit, self.keys = limits, keys
         self.running = np.zeros(count, bool)
+        self.idle = np.zeros(count, int)
         self.tokens = np.zeros((count, max_new_tokens), np.int32)
         self.logprobs, self.untruncated_logprobs = np.zeros((2, count, max_new_tokens), np.float32)
         self.cutoffs = np.full((count, max_new_tokens), -np.inf, np.float32)
@@ -83,17 +80,48 @@ class Lanes:
         self.row_steps = 0
 
         self.system = decode.prefill(params, config, *pad_right(system_tokens), mesh=mesh)
-        self.table = SlotTable(sizes.parts, sizes.per_part)
-        self.slots = decode.reserve(config, sizes.slots, sizes.capacity, mesh)
+        self.stages = collections.deque(stages)
+        self._begin_stage()
         self.queue = collections.deque(row for row in self.blocks.rows(group) if limits[row])
         self.queued = collections.Counter(self._block(row) for row in self.queue)
         self.problems: dict[int, Any] = {}
+        # Rows that lost their slots: those to be prefilled again, and those too long for this stage.
+        self.returning: collections.deque[int] = collections.deque()
+        self.outgrown: list[int] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether no row is left, but for those that wait."""
+        return not (self.queue or self.returning or self.outgrown or self.running.any())
+
+    def _begin_stage(self) -> None:
+        self.sizes = self.stages.popleft()
+        self.slots = None  # before the next ones are reserved
+        self.slots = decode.reserve(self.config, self.sizes.slots, self.sizes.capacity, self.mesh)
+        self.table = SlotTable(self.sizes.parts, self.sizes.per_part)
 
     def _block(self, row: int) -> int:
         return self.blocks.place(int(self.node[row]))[0]
 
     def admit(self) -> None:
-        """Fills free slots from the queue."""
+        """Fills free slots: with rows that return, then from the queue. With none of either left, and nothing
+        running, goes on to the next stage."""
+        for row in np.flatnonzero(self.running & self._too_long(self.length)).tolist():
+            self._give_up_slot(row)
+            self.outgrown.append(row)
+        if self.outgrown and not (self.queue or self.returning or self.running.any()):
+            self._begin_stage()
+            self.returning.extend(self.outgrown)
+            self.outgrown = []
+        if self.queue or self.returning:
+            self._free_slots_of_waiting_rows(wanted=len(self.queue) + len(self.returning))
+        back = {}
+        while self.returning and self.table.free:
+            row = self.returning.popleft()
+            self.table.put(row)
+            self.length[row], self.running[row] = 0, True
+            back[row] = [*self.prompts[self.node[row]], *self.tokens[row, : self.position[row] - 1].tolist()]
+        self._feed(back)
         while self.queue and self.table.free:
             block = self._block(self.queue[0])
             if block not in self.problems:
@@ -114,9 +142,9 @@ class Lanes:
 
     def decode(self) -> list[tuple[int, int, bool]]:
         """Runs one chunk. Returns (row, tokens drawn, whether it drew a stop token) of every row that ran."""
-        width, swaps, counts = self.table.narrow(self.running)
+        width, moves, counts = self.table.narrow(self.running)
         if counts.any():
-            self.slots = decode.swap(self.slots, swaps[..., 0], swaps[..., 1], counts, mesh=self.mesh)
+            self.slots = decode.move(self.slots, moves[..., 0], moves[..., 1], counts, mesh=self.mesh)
         numbers = self.table.first(width)
         live = (numbers >= 0) & self.running[numbers]
         self.slots, drawn = decode.decode_chunk(
@@ -134,6 +162,8 @@ class Lanes:
             aligned=self._aligned(numbers, live),
             mesh=self.mesh,
         )
+        in_slots = self.table.row[self.table.row >= 0]
+        self.idle[in_slots] = np.where(self.running[in_slots], 0, self.idle[in_slots] + 1)
         drawn = jax.device_get(drawn)
         self.row_steps += int(drawn.steps) * len(numbers)
         ran = []
@@ -165,13 +195,26 @@ class Lanes:
 
     def append(self, answers: Mapping[int, Sequence[int]]) -> None:
         """Prefills tokens behind rows, each at its own positions, and lets these rows run again."""
-        # A row's last token is in no slot yet: it is fed first, and the answer's last token takes its place.
-        left = {row: [int(self.token[row]), *answer[:-1]] for row, answer in answers.items()}
+        left = {}
         for row, answer in answers.items():
+            # Its last token is in no slot yet: it is fed first, and the answer's last one takes its place.
+            fed = [int(self.token[row]), *answer[:-1]]
             self.tokens[row, self.position[row] : self.position[row] + len(answer)] = answer
             self.position[row] += len(answer)
             self.token[row] = answer[-1]
-            self.running[row] = True
+            length = len(self.prompts[self.node[row]]) - 1 + self.position[row]
+            if self._too_long(length):
+                self._give_up_slot(row)
+                self.outgrown.append(row)
+            elif self.table.holds(row):
+                left[row] = fed
+                self.running[row] = True
+            else:
+                self.returning.append(row)
+        self._feed(left)
+
+    def _feed(self, left: dict[int, list[int]]) -> None:
+        """Prefills tokens behind what slots hold, in pieces."""
         while left:
             self._extend({row: tokens[:EXTENDED_TOKENS] for row, tokens in left.items()}, left)
 
@@ -184,12 +227,12 @@ class Lanes:
             part, slot = self.table.place(row)
             if len(by_part[part]) < most:
                 by_part[part].append((row, slot))
-        width = rung(max(map(len, by_part)), EXTENDED_ROWS)
+        width = 1 if max(map(len, by_part)) == 1 else most
         filled = [rows + [(-1, 0)] * (width - len(rows)) for rows in by_part]
         numbers, at = np.moveaxis(np.array(filled), 2, 0)
         numbers = numbers.reshape(-1)
         fed = [pieces[row] if row >= 0 else () for row in numbers.tolist()]
-        tokens, lengths = pad_right(fed, bucket(max(map(len, fed)), SMALLEST))
+        tokens, lengths = pad_right(fed, SMALLEST if max(map(len, fed)) <= SMALLEST else EXTENDED_TOKENS)
         self.slots = decode.extend(
             self.params,
             self.config,
@@ -209,9 +252,24 @@ class Lanes:
                     del left[row]
 
     def finish(self, row: int) -> None:
-        """Frees a row's slot."""
+        """Takes a row that is done out of its slot, if it has one."""
+        self._give_up_slot(row)
+
+    def _give_up_slot(self, row: int) -> None:
         self.running[row] = False
         self.table.remove(row)
+
+    def _free_slots_of_waiting_rows(self, wanted: int) -> None:
+        """So many beside those that are free; not of rows that may wait for less than prefilling them again
+        takes, unless nothing else can run."""
+        for row in self.table.row[self.table.row >= 0].tolist():
+            patient = self.idle[row] < 1 and self.running.any()
+            if not (self.running[row] or patient) and self.table.free < wanted:
+                self.table.remove(row)
+
+    def _too_long(self, length: np.ndarray | int) -> np.ndarray | bool:
+        """Whether a row that fills so many columns has to go on in a later stage."""
+        return (length >= self.sizes.longest) & bool(self.stages)
 
     def _move(self, row: int, count: int) -> None:
         self.position[row] += count

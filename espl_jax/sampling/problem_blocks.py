@@ -13,8 +13,7 @@ from espl_jax import sharding
 from espl_jax.models.attention import KVCache
 from espl_jax.models.config import DecoderConfig
 from espl_jax.sampling import decode
-from espl_jax.sampling.buckets import bucket, pad_right
-from espl_jax.sampling.sizes import SMALLEST
+from espl_jax.sampling.buckets import pad_right
 
 PREFILL_TOKENS = 4096
 """Most tokens in a block, unless a single problem of every lane has more."""
@@ -23,15 +22,17 @@ PREFILL_TOKENS = 4096
 class ProblemBlocks:
     """M lanes of B problems, cut into blocks of as many problems of every lane."""
 
-    def __init__(self, problem_tokens: Sequence[Sequence[Sequence[int]]], width: int, mesh: Mesh | None):
-        """Takes M lists of B token lists, and columns that hold any of them.
-
-        The last token of each is left to the rows.
+    def __init__(
+        self, problem_tokens: Sequence[Sequence[Sequence[int]]], widths: Sequence[int], mesh: Mesh | None
+    ):
+        """Takes M lists of B token lists, and how many columns a block may have, ascending; any problem fits
+        into the most. The last token of each is left to the rows.
         """
         self._tokens = problem_tokens
+        self._widths = widths
         self._mesh = mesh
         self.lanes, self.problems = len(problem_tokens), len(problem_tokens[0])
-        fitting = PREFILL_TOKENS // (self.lanes * width)
+        fitting = PREFILL_TOKENS // (self.lanes * widths[-1])
         count = -(-self.problems // max(1, min(fitting, self.problems)))
         self._size = -(-self.problems // count)
 
@@ -56,7 +57,9 @@ class ProblemBlocks:
         for lane in self._tokens:
             tokens = [t[:-1] for t in lane[first : first + self._size]]
             nodes += [*tokens, *[()] * (self._size - len(tokens))]
-        return sharding.place_rows(pad_right(nodes, bucket(max(map(len, nodes)), SMALLEST)), self._mesh)
+        longest = max(map(len, nodes))
+        width = next(width for width in self._widths if width >= longest)
+        return sharding.place_rows(pad_right(nodes, width), self._mesh)
 
     def prefill(self, block: int, params: Any, config: DecoderConfig, system: KVCache) -> KVCache:
         """The cache of a block, under the cache of the M system prompts."""

@@ -2,6 +2,9 @@
 
 They follow from what is known beforehand (the longest prompt, the limits, the size of the memory) and not
 from the moment, so that every iteration of a run, and a resumed one, has the same.
+
+Where memory does not hold all rows at the longest they may get, rows run in stages: many slots of few columns
+first, then, for the rows that have outgrown them, fewer and longer slots.
 """
 
 from __future__ import annotations
@@ -9,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,8 +30,22 @@ CHUNK = 32
 SMALLEST = 32
 """The fewest columns that a chunk attends to, and what columns are a multiple of."""
 
+EXTENDED_ROWS, EXTENDED_TOKENS = 8, 256
+"""Most rows of a part, and most tokens of each, that are prefilled at once behind what their slots hold."""
+
+EXTENDED_COLUMNS = 16_384
+"""Most columns that these rows together attend to, which bounds the scores of long conversations."""
+
 SHARE = 0.8
 """Part of a device's memory to plan with; the rest is for caches of prompts and problems, and temporaries."""
+
+_CONTAINER_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+
+_LOGITS = 3 * 4
+"""Bytes that drawing needs for each row and token of the vocabulary: float32 logits and two copies."""
 
 
 def rungs(most: int) -> list[int]:
@@ -42,20 +61,15 @@ def rungs(most: int) -> list[int]:
     return sorted(sizes)
 
 
-def rung(size: int, most: int) -> int:
-    """The narrowest of `rungs(most)` that holds `size`."""
-    return next(width for width in rungs(most) if width >= size)
-
-
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What a sampling reserves, and what its chunks are compiled for.
+    """What one stage of a sampling reserves, and what its chunks are compiled for.
 
     Attributes:
       parts: groups of devices that share the rows.
       per_part: slots of each.
       capacity: columns of a slot.
-      longest: columns that a row can fill.
+      longest: columns that a row of this stage can fill before a chunk.
       problem: columns that hold any problem.
       steps: of a chunk.
     """
@@ -82,6 +96,14 @@ class Sizes:
         """Columns that a chunk attends to, ascending."""
         return sorted({self.columns_for(filled) for filled in range(self.longest)})
 
+    @property
+    def problem_widths(self) -> list[int]:
+        """Columns that a block of problems is padded to, ascending: `problem` and its halves."""
+        widths = [self.problem]
+        while widths[0] % 2 == 0 and widths[0] // 2 >= SMALLEST:
+            widths.insert(0, widths[0] // 2)
+        return widths
+
     def columns_for(self, filled: int) -> int:
         """The columns that a chunk attends to when its longest row has filled so many."""
         return min(self.capacity, bucket(filled, SMALLEST))
@@ -91,7 +113,7 @@ class Sizes:
             f"{self.slots} slots of {self.capacity} columns; chunks of {self.steps} steps come in "
             f"{len(self.widths)} widths, {_listed(self.widths)} rows, and {len(self.columns)} lengths, "
             f"{_listed(self.columns)} columns: at most {self.programs} programs for each bucket of "
-            "system prompts"
+            f"system prompts, and {len(self.problem_widths)} for prefill"
         )
 
     @property
@@ -104,6 +126,13 @@ def _listed(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
+def describe(stages: Sequence[Sizes]) -> str:
+    """All stages in a sentence."""
+    if len(stages) == 1:
+        return str(stages[0])
+    return "; ".join(f"stage {number}: {sizes}" for number, sizes in enumerate(stages, 1))
+
+
 def choose_sizes(
     config: DecoderConfig,
     *,
@@ -113,12 +142,12 @@ def choose_sizes(
     max_new_tokens: int,
     context_limit: int | None = None,
     chunk: int = CHUNK,
-    extension: int = 0,
+    turns: bool = False,
     max_rows: int | None = None,
     held: int = 0,
     mesh: Mesh | None = None,
-) -> Sizes:
-    """Sizes for `rows` rows under `lanes` system prompts.
+) -> tuple[Sizes, ...]:
+    """Sizes of every stage for `rows` rows under `lanes` system prompts; the last one holds the longest row.
 
     Args:
       config: the decoder.
@@ -127,38 +156,79 @@ def choose_sizes(
       max_new_tokens: most tokens after a prompt.
       context_limit: most tokens of a row with its prompt; the model's `max_positions` by default.
       chunk: decode steps at a time.
-      extension: most tokens that are written behind a row at once, beside those of a chunk.
-      max_rows: M times as many slots are there for all lanes; by default as many as fit into memory.
+      turns: whether tokens may be appended to rows.
+      max_rows: M times as many slots are there for all lanes, in one stage; by default as many as fit into
+        memory.
       held: bytes on one device that stay taken while rows are sampled, params included.
       mesh: of devices.
+
+    Raises:
+      ValueError: if memory does not hold a single row.
     """
     parts = sharding.row_parts(mesh)
     steps = min(chunk, max_new_tokens)
     context = min(context_limit or config.max_positions, config.max_positions)
     problem = bucket(longest_problem, SMALLEST)
-    # What is written behind a row is written whole, however little of it will count.
+
+    def stage(longest: int, extended: bool) -> Sizes:
+        # What is written behind a row is written whole, however little of it will count.
+        behind = max(steps, EXTENDED_TOKENS if extended else 0)
+        capacity = -(-(longest + behind) // SMALLEST) * SMALLEST
+        if max_rows is None:
+            wanted = slots_that_fit(config, capacity, steps, extended, held, mesh)
+        else:
+            wanted = lanes * max_rows
+        return Sizes(parts, -(-min(wanted, rows) // parts), capacity, longest, problem, steps)
+
     longest = min(problem + max_new_tokens, max(problem, context))
-    capacity = -(-(longest + max(steps, extension)) // SMALLEST) * SMALLEST
-    wanted = slots_that_fit(config, capacity, held, mesh) if max_rows is None else lanes * max_rows
-    return Sizes(parts, -(-min(wanted, rows) // parts), capacity, longest, problem, steps)
+    stages = [stage(longest, turns)]
+    if max_rows is None and stages[0].slots < rows:
+        # Rows that come to another stage are prefilled there, in pieces.
+        stages = [stage(longest, True)]
+        least = problem + max(steps, EXTENDED_TOKENS)
+        while stages[0].slots < rows and stages[0].longest // 2 >= least:
+            stages.insert(0, stage(stages[0].longest // 2, True))
+    return tuple(stages)
 
 
-def slots_that_fit(config: DecoderConfig, capacity: int, held: int, mesh: Mesh | None) -> int:
-    """Most slots of `capacity` columns beside the `held` bytes of a device; at least one for each part."""
+def slots_that_fit(
+    config: DecoderConfig, capacity: int, steps: int, extended: bool, held: int, mesh: Mesh | None
+) -> int:
+    """Most slots of `capacity` columns beside the `held` bytes of a device; at least one for each part.
+
+    Each needs room for the columns of a chunk and for drawing too; where rows are extended, what these attend
+    to is copied.
+
+    Raises:
+      ValueError: if not even one fits.
+    """
     parts = sharding.row_parts(mesh)
-    shape = (config.num_layers, config.num_kv_heads, parts, capacity, config.head_dim)
+    shape = (config.num_layers, config.num_kv_heads, parts, 1, config.head_dim)
     if mesh is not None:
         shape = sharding.cache_sharding(mesh, shape).shard_shape(shape)
-    slot = 2 * math.prod(shape) * jnp.dtype(config.dtype).itemsize
-    return max(1, int((SHARE * device_memory() - held) // slot)) * parts
+    column = 2 * math.prod(shape) * jnp.dtype(config.dtype).itemsize
+    slot = (capacity + steps) * column + _LOGITS * config.vocab_size
+    memory = device_memory()
+    if memory < held + slot:
+        raise ValueError(
+            f"no rollout fits: of a device's {memory / 2**30:.2f} GiB {held / 2**30:.2f} are taken, and one "
+            f"rollout of {capacity} tokens needs {slot / 2**30:.2f}; spread the model over more devices, or "
+            "lower max_new_tokens or context_limit"
+        )
+    free = SHARE * memory - held - (EXTENDED_COLUMNS * column if extended else 0)
+    return max(1, int(free // slot)) * parts
 
 
 def device_memory() -> int:
-    """Bytes of one device; on CPU the machine's memory, divided among its devices."""
+    """Bytes of one device; on CPU the memory of the machine or container, divided among its devices."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in _CONTAINER_LIMITS:
+        if limit.is_file() and (text := limit.read_text().strip()).isdecimal():
+            memory = min(memory, int(text))
+    return memory // jax.local_device_count()
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from espl_jax.sampling.sizes import rung
+from espl_jax.sampling.sizes import rungs
 
 
 class SlotTable:
@@ -40,31 +40,40 @@ class SlotTable:
         part, slot = np.argwhere(self.row == number)[0]
         return int(part), int(slot)
 
+    def holds(self, number: int) -> bool:
+        """Whether a row has a slot."""
+        return bool((self.row == number).any())
+
     def remove(self, number: int) -> None:
-        """Takes a row out of its slot."""
+        """Takes a row out of its slot, if it has one."""
         self.row[self.row == number] = -1
 
     def narrow(self, running: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
-        """Moves the rows that run into the first slots of their parts.
+        """Moves the rows that run into the first slots of their parts, where these are empty.
 
         Args:
-          running: bool [rows], whether a row runs in the next chunk; others keep some slot.
+          running: bool [rows], whether a row runs in the next chunk; others stay where they are.
 
         Returns:
-          (width, swaps, counts): slots of each part in the next chunk; int32 [parts, k, 2], which slots of
-          the part change places, k = slots of a part; int32 [parts], how many of the k.
+          (width, moves, counts): slots of each part in the next chunk; int32 [parts, k, 2], from which slot
+          of the part to which, k = slots of a part; int32 [parts], how many of the k.
         """
-        runs = (self.row >= 0) & running[self.row]
-        width = rung(max(1, int(runs.sum(axis=1).max())), self.row.shape[1])
-        swaps = np.zeros((*self.row.shape, 2), np.int32)
+        empty = self.row < 0
+        runs = ~empty & running[self.row]
+        width = next(
+            width
+            for width in rungs(self.row.shape[1])
+            if (runs[:, width:].sum(axis=1) <= empty[:, :width].sum(axis=1)).all()
+        )
+        moves = np.zeros((*self.row.shape, 2), np.int32)
         counts = np.zeros(len(self.row), np.int32)
-        for part, (row, run) in enumerate(zip(self.row, runs, strict=True)):
-            high = np.flatnonzero(run[width:]) + width
-            low = np.flatnonzero(~run[:width])[: len(high)]
-            row[low], row[high] = row[high], row[low]
-            swaps[part, : len(high)] = np.stack([low, high], axis=1)
+        for part, row in enumerate(self.row):
+            high = np.flatnonzero(runs[part, width:]) + width
+            low = np.flatnonzero(empty[part, :width])[: len(high)]
+            row[low], row[high] = row[high], -1
+            moves[part, : len(high)] = np.stack([high, low], axis=1)
             counts[part] = len(high)
-        return width, swaps, counts
+        return width, moves, counts
 
     def first(self, width: int) -> np.ndarray:
         """Row numbers of the first `width` slots of each part, -1 for none. int64 [parts * width]."""

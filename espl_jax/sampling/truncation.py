@@ -99,7 +99,12 @@ def cutoff(logits: jax.Array, temperature: jax.Array | float, truncation: Trunca
         candidates = jnp.take_along_axis(blocks, places[:, :, None], axis=1, mode="clip")
         # No token left out is above the least of these maxima. (Read as a slice, XLA sorts them all on CPU.)
         kept, cut, exact = search(candidates, tops.min(axis=1))
-        kept, cut = jax.lax.cond(exact.all(), lambda: (kept, cut), search_all)
+
+        def mend() -> tuple[jax.Array, jax.Array]:
+            # Only where it has to be: a row's cut-off must not depend on its company.
+            return tuple(jnp.where(exact, x, y) for x, y in zip((kept, cut), search_all(), strict=True))
+
+        kept, cut = jax.lax.cond(exact.all(), lambda: (kept, cut), mend)
     else:
         kept, cut = search_all()
     middle = (kept + cut) / 2
@@ -166,23 +171,27 @@ def _bisect(
       low: float32 [R], where the search begins; it ends at 0, the most likely token.
     """
 
-    def undecided(state):
-        step, low, high, held, held_high = state
+    def decided(low, high, held, held_high):
         # Every token kept is needed, or only one lies between the bounds.
-        decided = (held - wanted < unit(low)) | (held - held_high < 2 * unit(low)) | (low >= high)
-        return (step < _HALVINGS) & ~decided.all()
+        return (held - wanted < unit(low)) | (held - held_high < 2 * unit(low)) | (low >= high)
+
+    def undecided(state):
+        step, *bracket = state
+        return (step < _HALVINGS) & ~decided(*bracket).all()
 
     def halve(state):
         step, low, high, held, held_high = state
         middle = (low + high) / 2
         measured = measure(middle)
-        enough = measured >= wanted
+        # A row that is decided stays as it is, however long others take.
+        open_ = ~decided(low, high, held, held_high)
+        raised, lowered = open_ & (measured >= wanted), open_ & (measured < wanted)
         return (
             step + 1,
-            jnp.where(enough, middle, low),
-            jnp.where(enough, high, middle),
-            jnp.where(enough, measured, held),
-            jnp.where(enough, held_high, measured),
+            jnp.where(raised, middle, low),
+            jnp.where(lowered, middle, high),
+            jnp.where(raised, measured, held),
+            jnp.where(lowered, measured, held_high),
         )
 
     high = jnp.zeros_like(low)

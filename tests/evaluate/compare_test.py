@@ -35,6 +35,7 @@ SAMPLING = {
     "chat_template_kwargs": {},
     "show_thinking": None,
 }
+GIVEN = {**SAMPLING, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop_strings": ("!",), "context_limit": 99}
 RUN = {"mode": "rl", "num_iterations": 3}
 
 
@@ -75,7 +76,7 @@ def request(*prompts, sets=None, batch_size=4, **changes):
         "environment": "arithmetic",
         "answer_format": "boxed",
         "instruction": None,
-        "sampling": SAMPLING,
+        "sampling": GIVEN,
         "seed": 0,
         "batch_size": batch_size,
         "out": (),
@@ -214,17 +215,20 @@ def workdir(tmp_path_factory):
         )
 
 
-def test_a_run_is_sampled_as_it_was_trained(workdir):
-    sampling = with_settings_of_run(str(workdir), SAMPLING)
+def test_a_run_sees_conversations_as_it_was_trained_and_is_drawn_from_like_others(workdir):
+    sampling = with_settings_of_run(str(workdir), GIVEN)
     assert sampling["chat_template_kwargs"] == {"enable_thinking": False, "effort": "low"}
     assert sampling["show_thinking"] is True and sampling["group_size"] == 2
-    assert sampling["truncation"] == Truncation(top_p=0.9) and sampling["stop_strings"] == ("User:",)
-    given = {**SAMPLING, "chat_template_kwargs": {"effort": "high"}, "show_thinking": False}
+    given = {**GIVEN, "chat_template_kwargs": {"effort": "high"}, "show_thinking": False}
     sampling = with_settings_of_run(str(workdir), given)
     assert sampling["chat_template_kwargs"] == {"enable_thinking": False, "effort": "high"}
     assert sampling["show_thinking"] is False
-    sampling = with_settings_of_run("smollm2", SAMPLING)
+    sampling = with_settings_of_run("smollm2", GIVEN)
     assert (sampling["chat_template_kwargs"], sampling["show_thinking"]) == ({}, False)
+    for source in ("smollm2", str(workdir)):
+        sampling = with_settings_of_run(source, GIVEN | {"top_p": 0.8, "min_p": 0.1})
+        assert sampling["truncation"] == Truncation(top_p=0.8, min_p=0.1) and "top_p" not in sampling
+        assert (sampling["stop_strings"], sampling["context_limit"]) == (("!",), 99)
 
 
 def test_those_settings_reach_the_sampling(workdir, loaded, monkeypatch):

@@ -18,6 +18,11 @@ FLAGS = {
     "instruction": None,
     "samples": 4,
     "temperature": 0.7,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "stop_string": [],
+    "context_limit": 0,
     "max_new_tokens": 64,
     "seed": 0,
     "batch_size": 32,
@@ -53,6 +58,9 @@ def test_everything_given(tmp_path):
         mesh=["data=1", "fsdp=-1"],
         dtype="bfloat16",
         max_rows=8,
+        top_p=0.9,
+        stop_string=["User:"],
+        context_limit=99,
         chat_template_kwargs='{"enable_thinking": false}',
         show_thinking=True,
         out=[str(tmp_path / "x.json"), str(tmp_path / "x.jsonl")],
@@ -62,6 +70,8 @@ def test_everything_given(tmp_path):
     assert request.mesh == {"data": 1, "fsdp": -1} and request.numerics == {"dtype": "bfloat16"}
     assert request.sampling["chat_template_kwargs"] == {"enable_thinking": False}
     assert request.sampling["show_thinking"] is True
+    drawn = {"top_k": 0, "top_p": 0.9, "min_p": 0.0, "stop_strings": ("User:",), "context_limit": 99}
+    assert drawn.items() <= request.sampling.items()
     assert request.sampling["max_rows"] == 8 and [path.name for path in request.out] == ["x.json", "x.jsonl"]
 
 
@@ -90,6 +100,9 @@ def test_long_prompts_that_begin_alike_keep_apart():
         ({"prompt": ["", "  "]}, "--prompt=  : the same text as (the template's default); leave one of them"),
         ({"answer_format": "last_number"}, "--answer_format=last_number: choose one of boxed, expression"),
         ({"temperature": 0}, "--samples=4: greedy samples are all the same; give --samples=1"),
+        ({"top_p": 0.0}, "--top_p=0: give a probability above 0 and at most 1"),
+        ({"top_p": 1.5}, "--top_p=1.5: give a probability above 0 and at most 1"),
+        ({"min_p": -0.1}, "--min_p=-0.1: give a ratio of at least 0 and at most 1"),
         ({"fields": ["text"]}, "--fields=text: 'text' is not understood; write it as in text=task"),
         ({"mesh": ["data=1", "fsdp=all"]}, "--mesh=data=1,fsdp=all: 'fsdp=all' is not understood"),
         ({"chat_template_kwargs": "[1]"}, "--chat_template_kwargs=[1]: give a JSON object"),

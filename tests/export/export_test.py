@@ -170,7 +170,7 @@ def test_a_run_from_its_beginning(tmp_path):
     assert "| trained |" in card and "Training rollouts" in card
 
 
-def test_the_run_drew_without_its_makers_settings(tmp_path, monkeypatch):
+def test_it_draws_as_the_run_did_and_not_as_its_makers_say(tmp_path, monkeypatch):
     makers = {"bos_token_id": 5, "repetition_penalty": 1.1, "temperature": 0.6, "top_k": 20}
 
     def load(*args, **kwargs):
@@ -178,10 +178,12 @@ def test_the_run_drew_without_its_makers_settings(tmp_path, monkeypatch):
 
     monkeypatch.setattr(assemble, "load_pretrained", load)
     for t in (0.7, 0.0):
-        run = fakes.workdir(tmp_path / f"run{t}", sampling__temperature=t, mode="evolution")
+        cut = {"top_p": 0.9, "top_k": 7, "min_p": 0.01}
+        changes = {f"sampling__{name}": value for name, value in cut.items()}
+        run = fakes.workdir(tmp_path / f"run{t}", sampling__temperature=t, mode="evolution", **changes)
         export(run, tmp_path / f"out{t}", say=lambda line: None)
         written = json.loads((tmp_path / f"out{t}" / "generation_config.json").read_text())
-        drawn = {"do_sample": True, "temperature": t, "top_p": 1.0, "top_k": 0} if t else {"do_sample": False}
+        drawn = {"do_sample": True, "temperature": t, **cut} if t else {"do_sample": False}
         expected = {"bos_token_id": 5, "eos_token_id": [257], **drawn}
         assert {name: value for name, value in written.items() if name != "pad_token_id"} == expected
 

@@ -2,15 +2,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from espl_jax import sharding
 from espl_jax.models import lora, transformer
 from espl_jax.models.config import Rope
 from espl_jax.sampling import draw
 from espl_jax.sampling.generate import generate, sample_tree
-from espl_jax.sampling.truncation import UNTRUNCATED
+from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
 from tests import tiny
-from tests.sampling.boundaries import boundary_distance
+from tests.sampling.boundaries import boundary_distance, distribution
 
 WINDOWED = tiny.CONFIG.replace(windows=(7, 0), local_rope=Rope(theta=50.0), qk_norm=True, post_norms=True)
 KEY = jax.random.key(0, impl="threefry2x32")
@@ -136,7 +137,8 @@ class TestLogprobs:
 class TestLayout:
     """What is drawn depends on its keys, not on rows, chunks, capacities or devices."""
 
-    def test_rows_that_differ_do_so_at_a_boundary(self, record_property):
+    @pytest.mark.parametrize("truncation", [UNTRUNCATED, Truncation(top_p=0.9)], ids=["all", "top-p"])
+    def test_rows_that_differ_do_so_at_a_boundary(self, truncation, record_property):
         """Slots for two and seven rows a lane, chunks of four and of 32, one device and eight."""
         shape, new = (3, 4, 10), 40
         systems = [[5, 6, 7, 8], [], [9] * 20]
@@ -149,6 +151,7 @@ class TestLayout:
 
         def run(max_rows, chunk, mesh):
             settings = {"max_new_tokens": new, "temperature": 1.0, "stop_ids": STOPS, "chunk": chunk}
+            settings["truncation"] = truncation
             weights = params if mesh is None else spread
             return sample_tree(
                 weights, config, systems, problems, keys, **settings, max_rows=max_rows, mesh=mesh
@@ -172,9 +175,9 @@ class TestLayout:
                 tokens = np.array([*prompt, *first.tokens[place]])[None]
                 scores = tiny.logits(params, config, tokens)[0, len(prompt) - 1 + at]
                 uniform = draw.uniforms(keys[place][None], jnp.array([at]))
-                assert boundary_distance(scores[None], uniform, 1.0, UNTRUNCATED)[0] < 1e-4
+                assert boundary_distance(scores[None], uniform, 1.0, truncation)[0] < 1e-4
         print(f"{differing} of {compared} rows differ, each first at a boundary")
-        record_property("rows that differ under another layout", f"{differing} of {compared}")
+        record_property(f"rows that differ under another layout, {truncation}", f"{differing} of {compared}")
         assert differing < compared / 200
 
     def test_a_row_alone_draws_what_it_draws_in_company(self, params, samples):
@@ -200,6 +203,40 @@ class TestLayout:
         seen = sample(params, config.replace(slice_as_integers=True), stop_ids=(), max_new_tokens=8)
         for x, y in zip(plain, seen, strict=True):
             np.testing.assert_array_equal(x, y)
+
+
+class TestDistribution:
+    """What the sampler draws at a fixed context against the exact distribution."""
+
+    @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
+    @pytest.mark.parametrize(
+        "truncation", [UNTRUNCATED, Truncation(top_p=0.8), Truncation(top_k=5)], ids=["all", "top-p", "top-k"]
+    )
+    def test_twenty_thousand_draws(self, params, temperature, truncation):
+        count, context = 20_000, [5, 6, 7, 9, 10]
+        drawn = sample_tree(
+            params,
+            tiny.CONFIG,
+            [context[:3]],
+            [[context[3:]]],
+            draw.row_keys(jax.random.key(11, impl="threefry2x32"), *np.ogrid[:1, :1, :count]),
+            max_new_tokens=1,
+            temperature=temperature,
+            truncation=truncation,
+            max_rows=5_000,
+        )
+        exact = distribution(
+            tiny.logits(params, tiny.CONFIG, np.array([context]))[0, -1:], temperature, truncation
+        )[0]
+        tokens = drawn.tokens[0, 0, :, 0]
+        assert (exact[tokens] > 0).all() and len(np.unique(tokens)) > 3
+        np.testing.assert_allclose(drawn.logprobs[0, 0, :, 0], np.log(exact[tokens]), atol=1e-4)
+        observed, expected = np.bincount(tokens, minlength=len(exact)), exact * count
+        likely = expected >= 5
+        observed = np.append(observed[likely], observed[~likely].sum())
+        expected = np.append(expected[likely], expected[~likely].sum())
+        observed, expected = observed[expected > 0], expected[expected > 0]
+        assert stats.chisquare(observed, expected * count / expected.sum()).pvalue > 1e-3
 
 
 class TestGenerate:

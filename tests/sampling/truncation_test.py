@@ -76,6 +76,16 @@ def test_temperature_and_a_constant_change_the_cutoff_as_they_change_logits():
         np.testing.assert_allclose(cut(logits + 7, truncation, 0.7), expected + 7, atol=1e-5)
 
 
+def test_a_cutoff_does_not_depend_on_other_rows():
+    """Beside a row that needs the whole vocabulary, others are cut as they are alone."""
+    rng = np.random.default_rng(0)
+    logits = (4 * rng.normal(size=(64, module.CANDIDATES * BLOCK + 4000))).astype(np.float32)
+    alone = cut(logits, Truncation(top_p=0.95))
+    together = cut(np.concatenate([logits, np.zeros_like(logits[:1])]), Truncation(top_p=0.95))
+    assert (kept(logits, Truncation(top_p=0.95)).sum(axis=1) > 100).any()
+    np.testing.assert_array_equal(together[:-1], alone)
+
+
 def test_ties_are_all_kept():
     logprobs = np.log(np.array([[0.4, 0.2, 0.2, 0.2], [0.25] * 4], np.float32))
     for truncation in (Truncation(top_k=2), Truncation(top_p=0.5), Truncation(top_k=2, min_p=0.4)):
