@@ -3,10 +3,14 @@
 from setuptools import find_packages, setup
 
 # peft, accelerate and transformers' server want torch, which the Makefile installs before them.
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "peft>=0.17", "accelerate>=1.1"]
+LIBTPU = "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'"  # compiles for a TPU without one
+TEST = [
+    *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "peft>=0.17", "accelerate>=1.1"),
+    LIBTPU,
+]
 TEST_SLOW = [*TEST, "transformers[serving]"]
 TPU = ["jax[tpu]"]
-BENCH = ["matplotlib>=3.9", "libtpu"]  # a plot; a TPU's compiler, which needs no TPU
+BENCH = ["matplotlib>=3.9", LIBTPU]
 
 setup(
     name="espl_jax",

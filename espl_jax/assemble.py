@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from espl_jax.pretrained import Pretrained, load_pretrained
 from espl_jax.rollout import longest_problem, stable_hash
 from espl_jax.sampling.sizes import Sizes, bytes_per_device, choose_sizes
 from espl_jax.sampling.truncation import Truncation
-from espl_jax.train_step import TrainState, init_train_state, whole_params
+from espl_jax.train_step import TrainState, abstract_train_state, init_train_state, whole_params
 from espl_jax.types import SystemPrompt, TrainBatch
 
 
@@ -144,7 +143,7 @@ def rollout_sizes(config: Any, parts: Parts) -> tuple[Sizes, ...]:
 
 def held_while_sampling(config: Any, parts: Parts) -> int:
     """Bytes of each device that a run never lets go: weights, adapters and Adam's averages."""
-    return bytes_per_device((parts.reference.params, abstract_train_state(config, parts)))
+    return bytes_per_device((parts.reference.params, abstract_run_state(config, parts)))
 
 
 def load_reference(config: Any, mesh: jax.sharding.Mesh | None, **numerics: Any) -> Pretrained:
@@ -208,21 +207,12 @@ def abstract_trainable(config: Any, decoder: DecoderConfig, mesh: jax.sharding.M
     return sharding.place(shapes, declared, mesh)
 
 
-def abstract_train_state(config: Any, parts: Parts) -> TrainState | None:
-    """Shapes of the train state, with the shardings of its arrays where there is a mesh."""
+def abstract_run_state(config: Any, parts: Parts) -> TrainState | None:
+    """Shapes of the train state, or None where nothing is trained; see `abstract_train_state`."""
     if not parts.trains:
         return None
     trainable = abstract_trainable(config, parts.reference.config, parts.mesh)
-    state = jax.eval_shape(functools.partial(init_train_state, optimizer=parts.optimizer), trainable)
-    # Adam's averages lie where the weights do, its counters everywhere.
-    opt_state = optax.tree.map_params(
-        parts.optimizer,
-        lambda _, like: like,
-        state.opt_state,
-        trainable,
-        transform_non_params=lambda x: sharding.replicate(x, parts.mesh),
-    )
-    return TrainState(sharding.replicate(state.step, parts.mesh), trainable, opt_state)
+    return abstract_train_state(trainable, parts.optimizer, parts.mesh)
 
 
 def first_train_state(config: Any, parts: Parts) -> TrainState | None:
@@ -238,7 +228,7 @@ def first_train_state(config: Any, parts: Parts) -> TrainState | None:
     state = init_train_state(trainable, parts.optimizer)
     if parts.mesh is None:
         return state
-    like = abstract_train_state(config, parts)
+    like = abstract_run_state(config, parts)
     return jax.tree.map(lambda x, shape: jax.device_put(x, shape.sharding), state, like)
 
 

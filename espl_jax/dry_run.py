@@ -13,7 +13,7 @@ from rich.console import Console
 
 from espl_jax.assemble import (
     Parts,
-    abstract_train_state,
+    abstract_run_state,
     assemble,
     first_population,
     rollout_sizes,
@@ -107,7 +107,7 @@ def show_programs(
     parts: Parts, prompts: Sequence[SystemPrompt], problems: Sequence[Problem], c: Any, say: Say
 ) -> None:
     """Shapes and memory of the programs of the first iteration, compiled for the devices at hand."""
-    state, model = abstract_train_state(c, parts), parts.reference
+    state, model = abstract_run_state(c, parts), parts.reference
     say(f"Params: {_size(_bytes(model.params))} as {model.config.param_dtype}.")
     if state is not None:
         what = f"adapters of rank {c.lora.rank}" if parts.lora else "all weights"

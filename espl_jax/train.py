@@ -14,7 +14,7 @@ from rich.console import Console
 
 from espl_jax.assemble import (
     Parts,
-    abstract_train_state,
+    abstract_run_state,
     assemble,
     first_population,
     first_train_state,
@@ -226,7 +226,7 @@ def save(workdir: WorkDir, run: Run) -> None:
 
 def restore(workdir: WorkDir, config: Any, parts: Parts) -> Run:
     """The run as of the newest checkpoint, or its beginning."""
-    saved = workdir.restore(abstract_train_state(config, parts))
+    saved = workdir.restore(abstract_run_state(config, parts))
     if saved is None:
         population = first_population(config)
         state = first_train_state(config, parts)

@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import Mesh
 
+from espl_jax import sharding
 from espl_jax.models import lora
 from espl_jax.models.attention import KVCache
 from espl_jax.models.config import DecoderConfig
@@ -42,6 +44,24 @@ class TrainState:
 def init_train_state(trainable: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """A state before its first step."""
     return TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
+
+
+def abstract_train_state(
+    trainable: Params, optimizer: optax.GradientTransformation, mesh: Mesh | None
+) -> TrainState:
+    """Shapes of a train state, with the shardings of its arrays where there is a mesh.
+
+    Args:
+      trainable: shapes of what is trained.
+      optimizer: its averages lie where the weights do, its counters everywhere.
+      mesh: of devices.
+    """
+    state = jax.eval_shape(functools.partial(init_train_state, optimizer=optimizer), trainable)
+    everywhere = functools.partial(sharding.replicate, mesh=mesh)
+    opt_state = optax.tree.map_params(
+        optimizer, lambda _, like: like, state.opt_state, trainable, transform_non_params=everywhere
+    )
+    return TrainState(everywhere(state.step), trainable, opt_state)
 
 
 def whole_params(trainable: Params, frozen: Params | None) -> Params:

@@ -1,7 +1,7 @@
 """Decode throughput against context length, as a table and a plot.
 
-    python experiments/bench_context.py --plot=context.png
-    python experiments/bench_context.py --contexts=256,1024 --shared=0.5 --rows=16 --layers=8
+    python -m experiments.bench_context --plot=context.png
+    python -m experiments.bench_context --contexts=256,1024 --shared=0.5 --rows=16 --layers=8
 
 Rows of one prompt decode with that many tokens behind them at the end. A share of the prompt lies in a system
 prompt that all rows attend to together, the rest is each row's own. SmolLM2-135M's shapes, random weights.

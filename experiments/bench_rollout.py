@@ -1,7 +1,7 @@
 """New tokens per second: our sampler beside transformers' `generate` and google-tunix's sampler.
 
-    python experiments/bench_rollout.py --out=results.json
-    python experiments/bench_rollout.py --peers=ours,transformers --repeats=5 --torch="torch==2.13.0"
+    python -m experiments.bench_rollout --out=results.json
+    python -m experiments.bench_rollout --peers=ours,transformers --repeats=5 --torch="torch==2.13.0"
 
 The standard workload: 3 system prompts of about 200 tokens, 4 problems of about 40, groups of 5, which is 60
 rows, and exactly 64 new tokens a row at temperature 1, SmolLM2-135M-Instruct. A call is timed whole, prefill
@@ -24,24 +24,19 @@ import platform
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ROOT / "experiments" / "bench"
-FOLDER = ROOT / ".bench"
+from experiments.bench import peers
+
+SCRIPTS = Path(__file__).resolve().parent / "bench"
 
 OURS = {
     "dtype": "float32",
     "param_dtype": "bfloat16",
     "matmul_precision": "bfloat16",
     "slice_as_integers": True,
-}
-REQUIREMENTS = {
-    "transformers": ["transformers==5.23.0"],
-    "tunix": ["google-tunix==0.1.7", "jax==0.10.2", "flax==0.12.8"],
 }
 
 
@@ -65,65 +60,17 @@ VARIANTS = (
 PEERS = tuple(dict.fromkeys(variant.peer for variant in VARIANTS))
 
 
-def install(peer: str, steps: list[list[str]]) -> None:
-    """Makes the environment of a peer, unless it is there and was made of the same.
-
-    Args:
-      peer: names its folder.
-      steps: arguments of `pip install`, one call after another.
-
-    Raises:
-      RuntimeError: with the end of pip's output, if it fails.
-    """
-    folder, wanted = FOLDER / peer, "".join(f"{shlex.join(step)}\n" for step in steps)
-    marker = folder / "requirements.txt"
-    if marker.exists() and marker.read_text(encoding="utf-8") == wanted:
-        return
-    print(f"installing {peer}: {', then '.join(wanted.splitlines())}", flush=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    run([sys.executable, "-m", "venv", str(folder)])
-    for step in steps:
-        run([str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *step])
-    marker.write_text(wanted, encoding="utf-8")
-
-
-def run(command: list[str], timeout: float | None = None) -> str:
-    """The standard output of a command that succeeds.
-
-    Our own scripts import espl_jax from PYTHONPATH or this checkout; the environments of peers see neither.
-
-    Raises:
-      RuntimeError: with the last lines of what it said, if it fails or takes longer than `timeout` seconds.
-    """
-    environment = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", **os.environ}
-    path = environment.pop("PYTHONPATH", None)
-    if command[0] == sys.executable:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [path, str(ROOT)]))
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, cwd=FOLDER, timeout=timeout
-        )
-    except subprocess.TimeoutExpired as late:
-        raise RuntimeError(f"not done after {timeout:.0f} s") from late
-    if done.returncode:
-        tail = (done.stderr or done.stdout).strip().splitlines()[-5:]
-        if done.returncode < 0 or not tail:  # killed, by a lack of memory perhaps, it says nothing itself
-            tail.append(f"ended with exit code {done.returncode}")
-        raise RuntimeError("\n".join(tail))
-    return done.stdout
-
-
 def measure(variant: Variant, repeats: int, timeout: float) -> dict[str, Any]:
     """What a variant's process reports; see bench/measure.py.
 
     Raises:
       RuntimeError: if it fails, or does not begin a greedy continuation as ours does in float32.
     """
-    python = sys.executable if variant.peer == "ours" else str(FOLDER / variant.peer / "bin" / "python")
+    python = sys.executable if variant.peer == "ours" else peers.python(variant.peer)
     asked = json.dumps({"repeats": repeats, "settings": variant.settings})
-    said = run([python, str(SCRIPTS / f"run_{variant.peer}.py"), str(FOLDER), asked], timeout)
+    said = peers.run([python, str(SCRIPTS / f"run_{variant.peer}.py"), str(peers.FOLDER), asked], timeout)
     result = json.loads(said.splitlines()[-1])
-    wanted = json.loads((FOLDER / "workload.json").read_text(encoding="utf-8"))["greedy"]
+    wanted = json.loads((peers.FOLDER / "workload.json").read_text(encoding="utf-8"))["greedy"]
     if result["greedy"] != wanted:
         raise RuntimeError(f"its greedy continuation is {result['greedy']} and not {wanted}")
     return result
@@ -195,24 +142,23 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Runs everything; exits with 1 if any variant failed."""
     args = arguments()
-    FOLDER.mkdir(exist_ok=True)
-    (FOLDER / ".gitignore").write_text("*\n", encoding="utf-8")
-    shutil.rmtree(FOLDER / "model", ignore_errors=True)
-    run([sys.executable, str(SCRIPTS / "workload.py"), str(FOLDER)])
-    workload = json.loads((FOLDER / "workload.json").read_text(encoding="utf-8"))
+    peers.make_folder()
+    shutil.rmtree(peers.FOLDER / "model", ignore_errors=True)
+    peers.run([sys.executable, str(SCRIPTS / "workload.py"), str(peers.FOLDER)])
+    workload = json.loads((peers.FOLDER / "workload.json").read_text(encoding="utf-8"))
     prompts = sum(map(len, workload["prompts"]))
     new_tokens = prompts * workload["group_size"] * workload["max_new_tokens"]
 
     # By itself and first: its options are not meant for what the others need.
-    first = {"transformers": [shlex.split(args.torch)]}
+    first = {"transformers": shlex.split(args.torch)}
     rows = []
     for variant in VARIANTS:
         if variant.peer not in args.peers:
             continue
         row = {"peer": variant.peer, "variant": variant.name}
         try:
-            if variant.peer in REQUIREMENTS:
-                install(variant.peer, [*first.get(variant.peer, []), REQUIREMENTS[variant.peer]])
+            if variant.peer in peers.REQUIREMENTS:
+                peers.install(variant.peer, first.get(variant.peer, ()))
             row |= measure(variant, args.repeats, args.timeout)
             said = ", ".join(f"{second:.1f}" for second in row["seconds"])
             print(f"{variant.peer}, {variant.name}: {row['first_call']:.1f} s, then {said} s", flush=True)

@@ -1,13 +1,18 @@
 """What the programs of a run cost on TPU, told without one: compiled for a named topology and read.
 
-    python experiments/bench_tpu.py --topology=v5e:2x4
+    python -m experiments.bench_tpu --topology=v5e:2x4
+    python -m experiments.bench_tpu --mesh=data=2,tensor=4 --programs=decode --notunix
+
+What differs from configs/hmmt.py is said in the flags: the mesh has all devices on its `tensor` axis unless
+another one is given. Truncation, temperature and adapters are that file's.
 
 For each program: bytes that a device moves between its HBM and the chip (counted from the optimized HLO, see
 espl_jax/hlo_traffic) and flops, a decode step; beside it the least that could be moved, weights and filled
 caches once; memory of a device; and seconds to compile. No weight is ever allocated.
 
 Besides ours, the decode step of google-tunix's sampler with its own Qwen3 goes through the same reader. Its
-packages are installed into an environment of its own, `.bench/tunix`; leave it out with `--notunix`.
+packages are installed into an environment of its own, `.bench/tunix`; leave it out with `--notunix`. Its
+caches are sharded over the tensor axis, whatever `--mesh` says.
 
 libtpu serves one process at a time on a machine; the script waits for its turn.
 """
@@ -19,7 +24,6 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -31,21 +35,25 @@ os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from bench.tpu_shapes import MODELS, Shapes
 from jax.experimental import topologies
 
+from configs import hmmt
 from espl_jax import sharding
 from espl_jax.hlo_traffic import breakdown, traffic
 from espl_jax.metrics import table
 from espl_jax.optimizer import make_optimizer
 from espl_jax.pretrained.hf_config import from_hf_config
 from espl_jax.sampling import decode
+from espl_jax.sampling.truncation import HALVINGS, UNTRUNCATED, Truncation
 from espl_jax.train_step import policy_gradient_step
+from experiments.bench import peers
+from experiments.bench.tpu_shapes import MODELS, Shapes
 
 PROGRAMS = ["decode", "prefill", "train"]
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("topology", "v5e:2x4", "TPU to compile for, e.g. v5e:2x4, v4:2x2x2, v6e:4x4.")
+flags.DEFINE_list("mesh", ["tensor=-1"], "Devices by axis, e.g. fsdp=2,tensor=4; one may be -1.")
 flags.DEFINE_enum("model", "qwen3-8b", sorted(MODELS), "Whose shapes.")
 flags.DEFINE_list("programs", PROGRAMS, f"Which of ours: some of {', '.join(PROGRAMS)}.")
 flags.DEFINE_bool("tunix", True, "Compile google-tunix's decode step too.")
@@ -55,9 +63,8 @@ flags.DEFINE_integer("capacity", 4096, "Columns of a slot; those that are not fi
 flags.DEFINE_integer("steps", 32, "Steps of a decode chunk.")
 flags.DEFINE_integer("train_rows", 8, "Rollouts of a policy-gradient step, a power of two and at least 4.")
 flags.DEFINE_integer("breakdown", 0, "How many of each program's costliest operations to list.")
-flags.DEFINE_string("cache", ".bench", "Folder of tunix's environment.")
 
-MICROBATCH, RANK = 4, 32
+MICROBATCH = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +86,15 @@ class Case:
     unknown_trips: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-def decode_case(shapes: Shapes, name: str, lanes: int, shared: int, aligned: bool = True) -> Case:
-    """A decode chunk of rows that share `shared` of their filled positions, lane by lane."""
+def decode_case(
+    shapes: Shapes,
+    name: str,
+    lanes: int,
+    shared: int,
+    aligned: bool = True,
+    truncation: Truncation = UNTRUNCATED,
+) -> Case:
+    """A decode chunk of rows that share `shared` of their filled positions, lane by lane or in any order."""
     rows, own, steps = FLAGS.rows, FLAGS.filled - shared, FLAGS.steps
     filled = [shapes.keys_and_values(rows, own, False)]
     if shared:
@@ -98,11 +112,13 @@ def decode_case(shapes: Shapes, name: str, lanes: int, shared: int, aligned: boo
             columns=own,
             steps=steps,
             aligned=aligned,
+            truncation=truncation,
             mesh=shapes.mesh,
         )
 
     floor = shapes.weight_bytes(with_head=True) + shapes.bytes_per_device(filled)
-    loop = {"jit(decode_chunk)/while": steps}
+    # The other loops search for the cut-offs, and end early.
+    loop = {"jit(decode_chunk)/while": steps, "/while": HALVINGS}
     return Case(f"decode step, {rows} x {FLAGS.filled}, {name}", lower, floor, steps, loop)
 
 
@@ -121,7 +137,7 @@ def prefill_case(shapes: Shapes, nodes: int, tokens: int) -> Case:
 def train_case(shapes: Shapes, rows: int) -> Case:
     """The policy gradient: weights once forward and once backward, adapters and averages read and written."""
     optimizer = make_optimizer(1e-5)
-    state = shapes.train_state(optimizer, RANK)
+    state = shapes.train_state(hmmt.get_config(), optimizer)
 
     def lower() -> Any:
         batch = shapes.train_batch(rows, FLAGS.filled)
@@ -129,17 +145,21 @@ def train_case(shapes: Shapes, rows: int) -> Case:
         return policy_gradient_step.lower(*arguments, microbatch_rows=MICROBATCH)
 
     floor = 2 * (shapes.weight_bytes(with_head=True) + shapes.bytes_per_device(state))
-    return Case(f"policy gradient, {rows} x {FLAGS.filled}, LoRA {RANK}", lower, floor)
+    return Case(f"policy gradient, {rows} x {FLAGS.filled}, LoRA and cut-offs", lower, floor)
 
 
 def cases(shapes: Shapes) -> Iterator[Case]:
     """Our lines of the table."""
     if "decode" in FLAGS.programs:
-        half = FLAGS.filled // 2
+        half, sampling = FLAGS.filled // 2, hmmt.get_config().sampling
+        cut = Truncation(sampling.top_k, sampling.top_p, sampling.min_p)
         yield decode_case(shapes, "nothing shared", 1, 0)
-        yield decode_case(shapes, f"{half} shared by 8 lanes", 8, half)
-        yield decode_case(shapes, f"{half} shared by 4 lanes", 4, half)
-        yield decode_case(shapes, f"{half} shared by 8 lanes, in any order", 8, half, aligned=False)
+        yield decode_case(shapes, f"nothing shared, top-p {sampling.top_p}", 1, 0, truncation=cut)
+        for lanes in (8, 4):
+            yield decode_case(shapes, f"{half} shared by {lanes} lanes", lanes, half)
+            name = f"{half} shared by {lanes} lanes, in any order"
+            yield decode_case(shapes, name, lanes, half, aligned=False)
+            yield decode_case(shapes, f"{name}, top-p {sampling.top_p}", lanes, half, False, cut)
         yield decode_case(shapes, f"{half} shared by 1 lane", 1, half)
     if "prefill" in FLAGS.programs:
         yield prefill_case(shapes, 4, 1536)
@@ -188,12 +208,11 @@ def ours(case: Case) -> list[str]:
 
 def tunix() -> subprocess.CompletedProcess[str]:
     """Compiles google-tunix's decode loop in an environment of its own; its HLO goes to `tunix_hlo`."""
-    folder = Path(FLAGS.cache) / "tunix"
-    python = folder / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    packages = ["google-tunix==0.1.7", f"libtpu=={version('libtpu')}"]  # one compiler for both
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+    peers.make_folder()
+    peers.install("tunix")
+    python = peers.python("tunix")
+    # One compiler for both.
+    peers.run([python, "-m", "pip", "install", "--quiet", f"libtpu=={version('libtpu')}"])
     request = {"config": MODELS[FLAGS.model], "rows": FLAGS.rows, "filled": FLAGS.filled}
     request |= {"topology": FLAGS.topology, "hlo": str(tunix_hlo())}
     command = [python, Path(__file__).parent / "bench" / "lower_tunix.py"]
@@ -204,7 +223,7 @@ def tunix() -> subprocess.CompletedProcess[str]:
 
 def tunix_hlo() -> Path:
     """Where tunix's HLO is written."""
-    return Path(FLAGS.cache) / "tunix_decode.hlo"
+    return peers.FOLDER / "tunix_decode.hlo"
 
 
 def _run(command: list[Any], text: str) -> subprocess.CompletedProcess[str]:
@@ -241,14 +260,17 @@ def main(_: list[str]) -> None:
     config = from_hf_config(MODELS[FLAGS.model], dtype="bfloat16", param_dtype="bfloat16")
     peer = tunix() if FLAGS.tunix else None  # first: once this process has libtpu, no other can
     devices = topology_devices()
-    shapes = Shapes(config, sharding.make_mesh({"tensor": len(devices)}, devices))
+    sizes = dict(pair.split("=") for pair in FLAGS.mesh)
+    mesh = sharding.make_mesh({axis: int(size) for axis, size in sizes.items()}, devices)
+    shapes = Shapes(config, mesh)
     rows = [HEADER]
     for case in cases(shapes):
         rows.append(ours(case))
         print(f"{case.name}: {rows[-1][1]}", flush=True)
     if peer is not None:
         rows.append(tunix_line(shapes, peer))
-    print(f"\n{FLAGS.model} on {FLAGS.topology}, tensor={len(devices)}; figures of one device and one step")
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    print(f"\n{FLAGS.model} on {FLAGS.topology}, {axes}; figures of one device and one step")
     print(table(rows))
 
 

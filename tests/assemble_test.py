@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from espl_jax import assemble as assembling
-from espl_jax.assemble import abstract_train_state, assemble, first_population, first_train_state, stream_key
+from espl_jax.assemble import abstract_run_state, assemble, first_population, first_train_state, stream_key
 from espl_jax.environments.arithmetic import Arithmetic
 from espl_jax.environments.math import Math
 from espl_jax.evolution import population as populations
@@ -157,7 +157,7 @@ def test_full_fine_tuning_trains_a_float32_copy():
 def test_the_abstract_state_is_that_of_the_run(rank):
     config = fakes.config(lora__rank=rank)
     parts = assemble(config)
-    abstract, real = abstract_train_state(config, parts), first_train_state(config, parts)
+    abstract, real = abstract_run_state(config, parts), first_train_state(config, parts)
     assert jax.tree.structure(abstract) == jax.tree.structure(real)
     for shape, array in zip(jax.tree.leaves(abstract), jax.tree.leaves(real), strict=True):
         assert (shape.shape, shape.dtype) == (array.shape, array.dtype)

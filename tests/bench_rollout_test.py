@@ -1,8 +1,8 @@
 """The benchmark's table, on figures worked out by hand."""
 
+import bench_rollout
 import pytest
-
-from experiments import bench_rollout
+from bench import peers
 
 OURS = {"peer": "ours", "variant": "a", "seconds": [2.0, 4.0, 8.0]}
 SLOWER = {"peer": "ours", "variant": "b", "seconds": [4.0]}
@@ -44,20 +44,20 @@ def test_every_variant_has_a_runner_and_settings_of_its_own(settings):
 
 
 def test_a_command_that_fails_says_so_with_its_last_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_rollout, "FOLDER", tmp_path)
+    monkeypatch.setattr(peers, "FOLDER", tmp_path)
     script = "import sys; [print(i, file=sys.stderr) for i in range(9)]; sys.exit(3)"
     with pytest.raises(RuntimeError, match=r"^4\n5\n6\n7\n8$"):
-        bench_rollout.run([bench_rollout.sys.executable, "-c", script])
+        peers.run([peers.sys.executable, "-c", script])
 
 
 def test_a_command_that_is_killed_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_rollout, "FOLDER", tmp_path)
+    monkeypatch.setattr(peers, "FOLDER", tmp_path)
     script = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     with pytest.raises(RuntimeError, match=r"^ended with exit code -9$"):
-        bench_rollout.run([bench_rollout.sys.executable, "-c", script])
+        peers.run([peers.sys.executable, "-c", script])
 
 
 def test_a_command_that_takes_too_long_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_rollout, "FOLDER", tmp_path)
+    monkeypatch.setattr(peers, "FOLDER", tmp_path)
     with pytest.raises(RuntimeError, match="not done after 1 s"):
-        bench_rollout.run([bench_rollout.sys.executable, "-c", "import time; time.sleep(60)"], timeout=1)
+        peers.run([peers.sys.executable, "-c", "import time; time.sleep(60)"], timeout=1)

@@ -1,6 +1,8 @@
 """Prompts and problems in, rollouts out, and the tree of a policy-gradient step out of them."""
 
+import concurrent.futures
 import dataclasses
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -17,6 +19,7 @@ from espl_jax.rollout import (
     stop_ids_of,
     train_batch,
 )
+from espl_jax.sampling.truncation import Truncation
 from espl_jax.text.chat import encode, render
 from espl_jax.train_step import gradients
 from espl_jax.types import Grade, Rollouts
@@ -323,6 +326,96 @@ def test_train_batch_scores_as_the_sampler_did(rollouts):
     batch = train_batch(collect(temperature=0.7), gains)
     right, wrong = (score(model().params, None, None, batch, CONFIG, temperature=t)[1] for t in (0.7, 1.0))
     assert float(right["log_ratio_abs"]) < 1e-5 < 1e-2 < float(wrong["log_ratio_abs"])
+
+
+@pytest.mark.parametrize(
+    "truncation", [Truncation(top_p=0.9), Truncation(top_k=20, top_p=0.9, min_p=0.02)], ids=str
+)
+def test_train_batch_is_cut_where_the_sampler_cut(truncation):
+    """Drawn in turns with ends taken back, so that every column moves about before it is trained on."""
+    gains = np.full((3, 4, 3), 1, np.float32)
+    settings = {"max_new_tokens": 40, "temperature": 0.8, "stop_strings": ("e", "1"), "max_rows": 2}
+    rollouts = collect(truncation=truncation, environment=Talker(), **settings)
+    assert (rollouts.cutoffs[rollouts.drawn] > -20).all() and np.isneginf(
+        rollouts.cutoffs[~rollouts.drawn]
+    ).all()
+    batch = train_batch(rollouts, gains)
+    _, metrics = score(model().params, None, None, batch, CONFIG, temperature=0.8)
+    assert float(metrics["log_ratio_abs"]) < 1e-5 and float(metrics["cut_disagreements"]) == 0
+    shifted = batch._replace(cutoffs=np.roll(batch.cutoffs, 1, axis=-1))
+    _, wrong = score(model().params, None, None, shifted, CONFIG, temperature=0.8)
+    assert float(wrong["log_ratio_abs"]) > 1e-2
+
+
+class Talker(Letters):
+    """Says something after each of the first two turns, every other time as a future."""
+
+    def respond(self, problem, text):
+        said = text.count("<said>")
+        if said == 2:
+            return None
+        answer = f"<said> {problem.answer} e {len(text)}\n"
+        if len(text) % 2:
+            return answer
+        future = concurrent.futures.Future()
+        threading.Timer(0.05, lambda: future.set_result(answer)).start()
+        return future
+
+
+class TestTurns:
+    """Text in, text out: what an environment says is appended as it says it, and ends no turn."""
+
+    STOPS = tuple("etaoinshrdlucm01")
+
+    @pytest.fixture(scope="class")
+    def talked(self):
+        return collect(environment=Talker(), max_new_tokens=96, stop_strings=self.STOPS)
+
+    def test_every_turn_ends_with_a_stop_and_is_answered(self, talked):
+        for m, b, n in np.ndindex(talked.lengths.shape):
+            length, drawn = talked.lengths[m, b, n], talked.drawn[m, b, n]
+            tokens = talked.tokens[m, b, n, :length]
+            edges = np.flatnonzero(np.diff(drawn[:length].astype(int))) + 1
+            said = [piece for piece, own in self.pieces(tokens, drawn, edges) if not own]
+            so_far = ""
+            for text, own in self.pieces(tokens, drawn, edges):
+                if own:
+                    # A stop string is the end of what the model says, and nowhere before.
+                    ended = [text.find(stop) for stop in self.STOPS if stop in text]
+                    assert not ended or min(ended) == len(text) - 1
+                else:
+                    assert text == f"<said> {talked.problems[b].answer} e {len(so_far)}\n"
+                so_far += text
+            assert talked.replies[m][b][n] == so_far
+            assert len(said) == 2 or talked.truncated[m, b, n]
+        assert (~talked.truncated).any()
+
+    @staticmethod
+    def pieces(tokens, drawn, edges):
+        for piece in np.split(np.arange(len(tokens)), edges):
+            text = tokenizer().decode(tokens[piece], skip_special_tokens=True)
+            yield text, bool(drawn[piece[0]])
+
+    def test_only_the_models_own_tokens_are_trained_on(self, talked):
+        batch = train_batch(talked, np.ones((3, 4, 3), np.float32))
+        np.testing.assert_array_equal(batch.mask, talked.drawn)
+        assert (~talked.drawn & (np.arange(96) < talked.lengths[..., None])).any()
+
+    def test_a_tool_that_fails_later_is_an_error(self):
+        class Broken(Letters):
+            def respond(self, problem, text):
+                future = concurrent.futures.Future()
+                future.set_exception(RuntimeError("the tool is down"))
+                return future
+
+        with pytest.raises(RuntimeError, match="the tool is down"):
+            collect(environment=Broken(), stop_strings=self.STOPS)
+
+    def test_without_turns_a_reply_ends_before_its_stop(self):
+        stopped = collect(max_new_tokens=40, stop_strings=self.STOPS)
+        flat = [text for slot in stopped.replies for group in slot for text in group]
+        assert not any(stop in text for text in flat for stop in self.STOPS)
+        assert (~stopped.truncated).any()
 
 
 def test_groups_left_out_do_not_change_the_gradient(rollouts):

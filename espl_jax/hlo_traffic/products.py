@@ -13,9 +13,10 @@ from espl_jax.hlo_traffic.text import Computation, Instruction
 def flops(computations: Mapping[str, Computation], computation: Computation, x: Instruction) -> int:
     """Two for each product that one execution of an instruction needs; 0 where it multiplies elementwise.
 
-    A fusion has those of its insides, and a custom kernel those that its author estimated.
+    A fusion, or what runs asynchronously, has those of its insides; a custom kernel has those that its author
+    estimated.
     """
-    if x.opcode == "fusion":
+    if x.opcode == "fusion" or (x.opcode == "async-start" and "calls=" in x.attributes):
         inner = computations[x.called("calls")]
         return sum(flops(computations, inner, y) for y in inner.instructions.values())
     if x.opcode == "custom-call":

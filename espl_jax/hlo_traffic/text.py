@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +88,14 @@ class Computation:
 
 
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
     """HLO text to its computations by name, and the name of the entry."""
     computations, entry, header, instructions, root = {}, "", None, {}, ""
-    for line in text.splitlines():
+    for line in _lines(text):
         if (
             line[:1] in ("%", "E")
             and line.endswith("{")
@@ -112,6 +114,24 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     return computations, entry
 
 
+def _lines(text: str) -> Iterator[str]:
+    """Lines, those of an instruction joined into one: what kernels say of themselves may have several."""
+    begun = ""
+    for line in text.splitlines():
+        line = f"{begun} {line}" if begun else line
+        begun = "" if not line.startswith("  ") or _closed_braces(line) else line
+        if not begun:
+            yield line
+
+
+def _closed_braces(line: str) -> bool:
+    """Whether all braces outside of strings are closed."""
+    if line.count("{") == line.count("}"):
+        return True
+    bare = _STRING.sub("", line)
+    return bare.count("{") <= bare.count("}")
+
+
 def _instruction(name: str, text: str) -> Instruction:
     shape, rest = _closed(text) if text.startswith("(") else text.split(" ", 1)
     opcode, rest = rest.strip().split("(", 1)
@@ -119,6 +139,8 @@ def _instruction(name: str, text: str) -> Instruction:
     arrays = tuple(_array(*found) for found in _ARRAY.findall(shape))
     literal = literal[1:-1]
     operands = () if opcode in ("constant", "parameter") else tuple(re.findall(r"%([\w.\-]+)", literal))
+    if literal and not operands and opcode not in ("constant", "parameter"):
+        raise ValueError(f"{name} = {text[:80]}: operands without %; give compiled.as_text() as it is")
     return Instruction(name, arrays, opcode, operands, literal, attributes)
 
 

@@ -21,7 +21,9 @@ CANDIDATES = 192
 # Logs of probabilities relative to the most likely token's:
 _FLOOR = -87.0  # about where they become zero in float32
 _NEGLIGIBLE = -30.0  # where a whole vocabulary of them is less than the rounding of their sum
-_HALVINGS = 40  # take any bracket of them to neighbouring float32 numbers
+
+HALVINGS = 40
+"""Most steps of a search: they take any bracket to neighbouring float32 numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +179,7 @@ def _bisect(
 
     def undecided(state):
         step, *bracket = state
-        return (step < _HALVINGS) & ~decided(*bracket).all()
+        return (step < HALVINGS) & ~decided(*bracket).all()
 
     def halve(state):
         step, low, high, held, held_high = state

@@ -25,7 +25,7 @@ class Request:
       prompts: [M][B] token lists; those of one m begin with the same system prompt.
       group_size: continuations of every prompt.
       max_new_tokens: tokens of every continuation, whatever they are.
-      greedy: the first tokens of the most likely continuation of prompts[0][0], in float32.
+      greedy: the first tokens of the most likely continuations of `checked`, in float32.
       repeats: calls after the first one.
       settings: the variant's own.
     """
@@ -34,7 +34,7 @@ class Request:
     prompts: list[list[list[int]]]
     group_size: int
     max_new_tokens: int
-    greedy: list[int]
+    greedy: list[list[int]]
     repeats: int
     settings: dict[str, Any]
 
@@ -42,6 +42,11 @@ class Request:
     def flat(self) -> list[list[int]]:
         """The prompts, one after another."""
         return [prompt for lane in self.prompts for prompt in lane]
+
+    @property
+    def checked(self) -> list[list[int]]:
+        """The shortest and the longest prompt: side by side, one of them is padded."""
+        return checked(self.prompts)
 
     @property
     def rows(self) -> list[list[int]]:
@@ -54,6 +59,12 @@ class Request:
         return len(self.rows) * self.max_new_tokens
 
 
+def checked(prompts: list[list[list[int]]]) -> list[list[int]]:
+    """The shortest and the longest of [M][B] token lists."""
+    flat = sorted((prompt for lane in prompts for prompt in lane), key=len)
+    return [flat[0], flat[-1]]
+
+
 def read_request() -> Request:
     """The request out of the command line: the workload's folder, and repeats and settings as JSON."""
     folder, asked = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -64,7 +75,7 @@ def read_request() -> Request:
 def report(
     request: Request,
     sample: Callable[[int], int],
-    greedy: Callable[[list[int], int], list[int]],
+    greedy: Callable[[list[list[int]], int], list[list[int]]],
     packages: tuple[str, ...],
 ) -> None:
     """Times `sample`, checks `greedy`, and prints the result as one line of JSON.
@@ -72,7 +83,7 @@ def report(
     Args:
       request: as read.
       sample: one whole call, prefill included: seed -> number of new tokens.
-      greedy: (prompt, count) -> its `count` most likely next tokens.
+      greedy: (prompts, count) -> the `count` most likely next tokens of each, sampled in one call.
       packages: whose versions to name.
     """
     seconds = []
@@ -88,7 +99,7 @@ def report(
         "first_call": seconds[0],
         "seconds": seconds[1:],
         "peak_bytes": peak * (1 if sys.platform == "darwin" else 1024),
-        "greedy": [int(token) for token in greedy(request.prompts[0][0], len(request.greedy))],
+        "greedy": [[int(t) for t in row] for row in greedy(request.checked, len(request.greedy[0]))],
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
     print(json.dumps(result), flush=True)

@@ -24,18 +24,18 @@ def sample(seed: int) -> int:
     return int(samples.lengths.sum())
 
 
-def greedy(prompt: list[int], count: int) -> list[int]:
-    """The most likely continuation of one prompt."""
+def greedy(prompts: list[list[int]], count: int) -> list[list[int]]:
+    """The most likely continuation of each prompt."""
     samples = espl_jax.generate(
         model.params,
         model.config,
-        [prompt],
+        prompts,
         key=jax.random.key(0),
         group_size=1,
         max_new_tokens=count,
         temperature=0.0,
     )
-    return samples.tokens[0, 0].tolist()
+    return samples.tokens[:, 0].tolist()
 
 
 report(request, sample, greedy, ("jax", "jaxlib"))

@@ -47,9 +47,9 @@ def sample(seed: int) -> int:
     return new.numel()
 
 
-def greedy(prompt: list[int], count: int) -> list[int]:
-    """The most likely continuation of one prompt."""
-    return generate([prompt], max_new_tokens=count, do_sample=False)[0].tolist()
+def greedy(prompts: list[list[int]], count: int) -> list[list[int]]:
+    """The most likely continuation of each prompt."""
+    return generate(prompts, max_new_tokens=count, do_sample=False).tolist()
 
 
 report(request, sample, greedy, ("torch", "transformers"))

@@ -84,9 +84,10 @@ def sample(seed: int) -> int:
     return sum(map(len, out.tokens))
 
 
-def greedy(prompt: list[int], count: int) -> list[int]:
-    """The most likely continuation of one prompt."""
-    return sampler([prompt], max_generation_steps=count, max_prompt_length=width).tokens[0].tolist()
+def greedy(prompts: list[list[int]], count: int) -> list[list[int]]:
+    """The most likely continuation of each prompt."""
+    out = sampler(prompts, max_generation_steps=count, max_prompt_length=width)
+    return [tokens.tolist() for tokens in out.tokens]
 
 
 report(request, sample, greedy, ("google-tunix", "jax", "flax"))

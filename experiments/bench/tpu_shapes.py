@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -13,12 +12,12 @@ import optax
 from jax.sharding import Mesh
 
 from espl_jax import sharding
-from espl_jax.models import lora
+from espl_jax.assemble import abstract_trainable
 from espl_jax.models.attention import KVCache
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.transformer import abstract
 from espl_jax.sampling import decode
-from espl_jax.train_step import TrainState, init_train_state
+from espl_jax.train_step import TrainState, abstract_train_state
 from espl_jax.types import TrainBatch
 
 QWEN3 = {
@@ -75,14 +74,7 @@ class Shapes:
 
     def keys_and_values(self, nodes: int, capacity: int, everywhere: bool) -> tuple[Any, Any]:
         """Keys [L, K, A, H, C] and values [L, K, A, C, H]."""
-        c = self.config
-        begin = (c.num_layers, c.num_kv_heads, nodes)
-
-        def one(shape: tuple[int, ...]) -> Any:
-            where = sharding.cache_sharding(self.mesh, shape, everywhere)
-            return jax.ShapeDtypeStruct(shape, jnp.dtype(c.dtype), sharding=where)
-
-        return one((*begin, c.head_dim, capacity)), one((*begin, capacity, c.head_dim))
+        return decode.abstract_slots(self.config, nodes, capacity, self.mesh, everywhere)
 
     def shared_level(self, nodes: int, capacity: int) -> KVCache:
         """The cache of a level that rows share."""
@@ -91,8 +83,7 @@ class Shapes:
 
     def rows(self, count: int) -> decode.Rows:
         """Rows in flight."""
-        integers = self.array((count,), jnp.int32, ("rows",))
-        return decode.Rows(*[integers] * 6, key=self.array((count, 2), jnp.uint32, ("rows",)))
+        return decode.abstract_rows(count, self.mesh)
 
     def train_batch(self, rows: int, tokens: int) -> TrainBatch:
         """One system prompt of 1,024 tokens, problems of 128, groups of 4 rollouts."""
@@ -107,21 +98,16 @@ class Shapes:
             targets=self.array(columns, jnp.int32),
             mask=self.array(columns, jnp.bool_),
             sampler_logprobs=self.array(columns, jnp.float32),
-            cutoffs=None,
+            cutoffs=self.array(columns, jnp.float32),
             advantages=self.array(shape, jnp.float32),
             num_rollouts=self.array((), jnp.float32),
         )
         return sharding.place_batch(batch, self.mesh)
 
-    def train_state(self, optimizer: optax.GradientTransformation, rank: int) -> TrainState:
-        """Adapters and Adam's averages of them, which lie where they do."""
-        adapters = self.place(lora.abstract_adapters(self.config, rank))
-        state = jax.eval_shape(functools.partial(init_train_state, optimizer=optimizer), adapters)
-        everywhere = functools.partial(sharding.replicate, mesh=self.mesh)
-        opt_state = optax.tree.map_params(
-            optimizer, lambda _, like: like, state.opt_state, adapters, transform_non_params=everywhere
-        )
-        return TrainState(everywhere(state.step), adapters, opt_state)
+    def train_state(self, config: Any, optimizer: optax.GradientTransformation) -> TrainState:
+        """What a run of this ConfigDict trains, and Adam's averages of it."""
+        trainable = abstract_trainable(config, self.config, self.mesh)
+        return abstract_train_state(trainable, optimizer, self.mesh)
 
     def bytes_per_device(self, tree: Any) -> int:
         """What the arrays of a tree take on one device, unpadded."""

@@ -3,8 +3,8 @@
     python workload.py FOLDER
 
 writes FOLDER/model (SmolLM2-135M-Instruct in float32, safetensors) and FOLDER/workload.json: three system
-prompts of about 200 tokens, four problems of about 40, and what our decoder answers greedily to one of them
-in float32, which every sampler has to reproduce before its figures count.
+prompts of about 200 tokens, four problems of about 40, and what our decoder answers greedily to the shortest
+and the longest of them in float32, which every sampler has to reproduce before its figures count.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import jax
+from measure import checked
 
 import espl_jax
 
@@ -74,7 +75,7 @@ def main() -> None:
     greedy = espl_jax.generate(
         model.params,
         model.config,
-        tree[0][:1],
+        checked(tree),
         key=jax.random.key(0),
         group_size=1,
         max_new_tokens=CHECKED_TOKENS,
@@ -84,7 +85,7 @@ def main() -> None:
         "prompts": tree,
         "group_size": GROUP_SIZE,
         "max_new_tokens": MAX_NEW_TOKENS,
-        "greedy": greedy.tokens[0, 0].tolist(),
+        "greedy": greedy.tokens[:, 0].tolist(),
     }
     (folder / "workload.json").write_text(json.dumps(workload), encoding="utf-8")
 

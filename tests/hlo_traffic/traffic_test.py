@@ -79,6 +79,43 @@ def test_a_slice_reads_what_it_takes(opcode):
   ROOT %y = f32[2,10]{{1,0}} {opcode}({operands}){extra}""") == (80, 80)
 
 
+def test_operands_in_a_form_that_is_not_read_are_refused():
+    with pytest.raises(ValueError, match="operands without %"):
+        moved("""
+  p0 = f32[100]{0} parameter(0)
+  ROOT n = f32[100]{0} negate(p0)""")
+
+
+def test_an_instruction_may_have_several_lines():
+    """A kernel's metadata does, with a brace at the start of one."""
+    assert moved("""
+  %x = f32[100]{0} parameter(0)
+  %k = f32[100]{0} custom-call(%x), custom_call_target="mine", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512, \\"odd\\": \\"}\\"}"
+}}
+  ROOT %z = f32[100]{0} negate(%k)""") == (800, 800)
+
+
+def test_products_that_run_asynchronously_count():
+    others = """
+%product (x: f32[4,8], y: f32[8,2]) -> f32[4,2] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %y = f32[8,2]{1,0} parameter(1)
+  ROOT %d = f32[4,2]{1,0} dot(%x, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+    text = entry(
+        """
+  %a = f32[4,8]{1,0} parameter(0)
+  %b = f32[8,2]{1,0} parameter(1)
+  %s = ((f32[4,8]{1,0}, f32[8,2]{1,0}), f32[4,2]{1,0}, u32[]) async-start(%a, %b), calls=%product
+  ROOT %d = f32[4,2]{1,0} async-done(%s)""",
+        others,
+    )
+    counted = traffic(text)
+    assert (counted.flops, counted.read, counted.written) == (2 * 4 * 8 * 2, 128 + 64, 32)
+
+
 def test_an_asynchronous_slice_reads_what_it_takes():
     assert moved("""
   %x = bf16[36,64]{1,0} parameter(0)

@@ -95,8 +95,10 @@ class TestOccupancy:
 
 class TestPrograms:
     def test_other_problems_of_the_same_sizes_compile_nothing(self):
-        """Lengths and random numbers differ; the longest problem that may come is known. (No row ends early, or
-        chunks would come in other ones of their widths.)"""
+        """Lengths and random numbers differ; the longest problem that may come is known.
+
+        No row ends early, or chunks would come in other ones of their widths.
+        """
 
         def run(lengths, seed):
             problems = [[list(range(2, 2 + length)) for length in lengths] for _ in range(2)]
