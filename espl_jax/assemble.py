@@ -17,13 +17,14 @@ from espl_jax.environments.arithmetic import Arithmetic
 from espl_jax.environments.base import Environment
 from espl_jax.environments.math import Math
 from espl_jax.evolution import population as populations
+from espl_jax.memory import bytes_per_device
 from espl_jax.models import lora
 from espl_jax.models.config import NUMERICS, DecoderConfig
 from espl_jax.models.transformer import abstract
 from espl_jax.optimizer import make_optimizer
 from espl_jax.pretrained import Pretrained, load_pretrained
 from espl_jax.rollout import longest_problem, stable_hash
-from espl_jax.sampling.sizes import Sizes, bytes_per_device, choose_sizes
+from espl_jax.sampling.sizes import Sizes, choose_sizes
 from espl_jax.sampling.truncation import Truncation
 from espl_jax.train_step import TrainState, abstract_train_state, init_train_state, whole_params
 from espl_jax.types import SystemPrompt, TrainBatch

@@ -40,6 +40,7 @@ from jax.experimental import topologies
 from configs import hmmt
 from espl_jax import sharding
 from espl_jax.hlo_traffic import breakdown, traffic
+from espl_jax.memory import bytes_per_device
 from espl_jax.metrics import table
 from espl_jax.optimizer import make_optimizer
 from espl_jax.pretrained.hf_config import from_hf_config
@@ -116,7 +117,7 @@ def decode_case(
             mesh=shapes.mesh,
         )
 
-    floor = shapes.weight_bytes(with_head=True) + shapes.bytes_per_device(filled)
+    floor = shapes.weight_bytes(with_head=True) + bytes_per_device(filled)
     # The other loops search for the cut-offs, and end early.
     loop = {"jit(decode_chunk)/while": steps, "/while": HALVINGS}
     return Case(f"decode step, {rows} x {FLAGS.filled}, {name}", lower, floor, steps, loop)
@@ -130,7 +131,7 @@ def prefill_case(shapes: Shapes, nodes: int, tokens: int) -> Case:
         return decode.prefill.lower(shapes.params(), shapes.config, *arguments, mesh=shapes.mesh)
 
     cache = shapes.keys_and_values(nodes, tokens, True)
-    floor = shapes.weight_bytes(with_head=False) + shapes.bytes_per_device(cache)
+    floor = shapes.weight_bytes(with_head=False) + bytes_per_device(cache)
     return Case(f"prefill, {nodes} x {tokens}", lower, floor)
 
 
@@ -144,7 +145,7 @@ def train_case(shapes: Shapes, rows: int) -> Case:
         arguments = (state, shapes.params(), None, batch, shapes.config, optimizer)
         return policy_gradient_step.lower(*arguments, microbatch_rows=MICROBATCH)
 
-    floor = 2 * (shapes.weight_bytes(with_head=True) + shapes.bytes_per_device(state))
+    floor = 2 * (shapes.weight_bytes(with_head=True) + bytes_per_device(state))
     return Case(f"policy gradient, {rows} x {FLAGS.filled}, LoRA and cut-offs", lower, floor)
 
 

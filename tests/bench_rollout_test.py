@@ -1,8 +1,9 @@
 """The benchmark's table, on figures worked out by hand."""
 
-import bench_rollout
 import pytest
-from bench import peers
+
+from experiments import bench_rollout
+from experiments.bench import peers
 
 OURS = {"peer": "ours", "variant": "a", "seconds": [2.0, 4.0, 8.0]}
 SLOWER = {"peer": "ours", "variant": "b", "seconds": [4.0]}

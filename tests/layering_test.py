@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "espl_jax"
 DEVICE = {"models", "sampling", "rl"}
 HOST = {"evolution", "environments", "data", "text"}
 LAYERS = [
-    {"types", "sharding", "durable", "command_line", "hlo_traffic"},
+    {"types", "sharding", "durable", "memory", "command_line", "hlo_traffic"},
     DEVICE | HOST,
     {"pretrained", "optimizer", "train_step", "check_config"},
     {"rollout", "reflectors", "run_state", "metrics", "report", "plan"},

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from espl_jax.memory import bytes_per_device
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.layers import as_integers
 from espl_jax.sampling import draw
 from espl_jax.sampling.lanes import Lanes
-from espl_jax.sampling.sizes import CHUNK, bytes_per_device, choose_sizes
+from espl_jax.sampling.sizes import CHUNK, choose_sizes
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
 
 FindEnd = Callable[[Sequence[int], int], int | None]

@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from espl_jax import sharding
+from espl_jax.memory import device_memory
 from espl_jax.models.config import DecoderConfig
 from espl_jax.sampling.buckets import bucket
 
@@ -38,11 +35,6 @@ EXTENDED_COLUMNS = 16_384
 
 SHARE = 0.8
 """Part of a device's memory to plan with; the rest is for caches of prompts and problems, and temporaries."""
-
-_CONTAINER_LIMITS = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
 
 _LOGITS = 3 * 4
 """Bytes that drawing needs for each row and token of the vocabulary: float32 logits and two copies."""
@@ -217,26 +209,3 @@ def slots_that_fit(
         )
     free = SHARE * memory - held - (EXTENDED_COLUMNS * column if extended else 0)
     return max(1, int(free // slot)) * parts
-
-
-def device_memory() -> int:
-    """Bytes of one device; on CPU the memory of the machine or container, divided among its devices."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in _CONTAINER_LIMITS:
-        if limit.is_file() and (text := limit.read_text().strip()).isdecimal():
-            memory = min(memory, int(text))
-    return memory // jax.local_device_count()
-
-
-def bytes_per_device(tree: Any) -> int:
-    """Bytes that arrays, or their shapes, take on one device."""
-
-    def size(x: Any) -> int:
-        where = getattr(x, "sharding", None)
-        shape = x.shape if where is None else where.shard_shape(x.shape)
-        return math.prod(shape) * jnp.dtype(x.dtype).itemsize
-
-    return sum(size(x) for x in jax.tree.leaves(tree))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from jax.sharding import Mesh
 
 from espl_jax import sharding
 from espl_jax.assemble import abstract_trainable
+from espl_jax.memory import bytes_per_device
 from espl_jax.models.attention import KVCache
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.transformer import abstract
@@ -109,15 +109,9 @@ class Shapes:
         trainable = abstract_trainable(config, self.config, self.mesh)
         return abstract_train_state(trainable, optimizer, self.mesh)
 
-    def bytes_per_device(self, tree: Any) -> int:
-        """What the arrays of a tree take on one device, unpadded."""
-        return sum(
-            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-        )
-
     def weight_bytes(self, with_head: bool) -> int:
         """Weights that a program uses whole, on one device: embeddings only where they are the head."""
         params = self.params()
         embedding = params.pop("embedding")
         head = params.pop("head", embedding)
-        return self.bytes_per_device((params, head) if with_head else params)
+        return bytes_per_device((params, head) if with_head else params)

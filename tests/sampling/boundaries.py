@@ -52,3 +52,17 @@ def boundary_distance(logits, uniform, temperature, truncation=None):
     bounds = np.broadcast_to(np.cumsum(probs, axis=-1), (len(uniform), probs.shape[-1]))
     inner = np.where((bounds > 0) & (bounds < 1 - 1e-12), bounds, np.inf)
     return np.abs(inner - uniform[:, None]).min(axis=-1).astype(np.float32)
+
+
+def cut_distance(logits, temperature, top_p):
+    """How near rounding is to keeping another set under top-p, float32 [R] for logits [R, V].
+
+    The least of how near the probability of some most likely tokens comes to `top_p`, and how far apart in
+    logprob the last token kept and the first one cut are.
+    """
+    probs = -np.sort(-distribution(logits, temperature), axis=-1)
+    held = np.cumsum(probs, axis=-1)
+    last = (held < top_p).sum(axis=-1, keepdims=True)
+    gap = -np.diff(np.log(probs), axis=-1)
+    apart = np.take_along_axis(gap, np.minimum(last, gap.shape[-1] - 1), axis=-1)[:, 0]
+    return np.minimum(np.abs(held - top_p).min(axis=-1), apart).astype(np.float32)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from espl_jax import sharding
+from espl_jax.memory import bytes_per_device
 from espl_jax.models import transformer
 from espl_jax.sampling import decode, draw, lanes
 from espl_jax.sampling import sizes as sizing
@@ -128,7 +129,7 @@ class TestPrograms:
         config = tiny.CONFIG.replace(num_kv_heads=4, head_dim=64)
         slots = decode.abstract_slots(config, 64, 1024, mesh)
         parts = sharding.row_parts(mesh)
-        whole = sizing.bytes_per_device(slots)
+        whole = bytes_per_device(slots)
         places = jax.ShapeDtypeStruct((parts, 64 // parts), np.int32)
         counts = jax.ShapeDtypeStruct((parts,), np.int32)
         params = jax.eval_shape(lambda: tiny.params(config))

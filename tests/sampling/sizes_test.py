@@ -1,7 +1,5 @@
 import itertools
 
-import jax
-import numpy as np
 import pytest
 
 from espl_jax import sharding
@@ -101,19 +99,3 @@ class TestMemory:
         chosen = only(mesh=mesh)
         assert (chosen.parts, chosen.per_part, chosen.slots) == (4, 3, 12)
         assert chosen.widths == [4, 8, 12]
-
-    def test_bytes_of_a_device(self):
-        mesh = sharding.make_mesh({"data": 8})
-        rows = sharding.place_rows(np.zeros((16, 3), np.float32), mesh)
-        assert sizes.bytes_per_device(rows) == 24
-        assert sizes.bytes_per_device([np.zeros(5, np.int32), jax.ShapeDtypeStruct((2, 2), "bfloat16")]) == 28
-
-    def test_a_container_may_have_less_than_the_machine(self, monkeypatch, tmp_path):
-        whole = sizes.device_memory()
-        assert whole > 2**20
-        (tmp_path / "max").write_text("max\n")
-        (tmp_path / "limit").write_text(f"{8 * 12_345_678}\n")
-        monkeypatch.setattr(
-            sizes, "_CONTAINER_LIMITS", [tmp_path / name for name in ("none", "max", "limit")]
-        )
-        assert sizes.device_memory() == 8 * 12_345_678 // jax.local_device_count()
