@@ -2,8 +2,8 @@
 
     python -m experiments.bench_draw
 
-60 rows by default, SmolLM2-135M's vocabulary and width. Probabilities fall with a token's rank as a power of it:
-`sure` has 0.7 nats of entropy, `open` 3.2, and `flat` nearly all there are. The more tokens are kept, the more of
+60 rows by default, SmolLM2-135M's vocabulary and width. Probabilities are powers of a token's rank: `sure`
+has 0.7 nats of entropy, `open` 3.2, and `flat` nearly all there are. The more tokens are kept, the more of
 the vocabulary has to be searched. Calls go in turns, the median of each is shown.
 """
 

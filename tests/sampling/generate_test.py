@@ -167,7 +167,8 @@ class TestLayout:
                 if np.array_equal(first.tokens[place], other.tokens[place]):
                     assert first.lengths[place] == other.lengths[place]
                     assert first.truncated[place] == other.truncated[place]
-                    np.testing.assert_allclose(first.logprobs[place], other.logprobs[place], atol=1e-4)
+                    pair = first.untruncated_logprobs[place], other.untruncated_logprobs[place]
+                    np.testing.assert_allclose(*pair, atol=1e-4)
                     continue
                 differing += 1
                 at = int(np.argmax(first.tokens[place] != other.tokens[place]))
@@ -181,7 +182,8 @@ class TestLayout:
                 assert near < 1e-4
         print(f"{differing} of {compared} rows differ, each first at a boundary")
         record_property(f"rows that differ under another layout, {truncation}", f"{differing} of {compared}")
-        assert differing < compared / 200
+        # A near tie at the cut of one row in the first layout counts in each of the others.
+        assert differing < compared / (50 if truncation else 200)
 
     def test_a_row_alone_draws_what_it_draws_in_company(self, params, samples):
         alone = sample_tree(
