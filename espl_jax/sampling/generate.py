@@ -238,7 +238,7 @@ def sample_tree(
                 if stopped:
                     answers[row] = end_turn(row)
                 elif lanes.position[row] >= lanes.limit[row]:
-                    lanes.finish(row)
+                    lanes.release(row)
         else:
             concurrent.futures.wait(waiting.values(), return_when=concurrent.futures.FIRST_COMPLETED)
         for row in [row for row, future in waiting.items() if future.done()]:
@@ -251,7 +251,7 @@ def sample_tree(
             answers[row] = [] if answer is None else [int(token) for token in answer]
             if not answers[row] or lanes.position[row] + len(answers[row]) >= lanes.limit[row]:
                 truncated[row] = bool(answers.pop(row))
-                lanes.finish(row)
+                lanes.release(row)
         lanes.append(answers)
         for row in answers:
             turn_start[row] = lanes.position[row]

@@ -107,7 +107,7 @@ class Lanes:
         """Fills free slots: with rows that return, then from the queue. With none of either left, and nothing
         running, goes on to the next stage."""
         for row in np.flatnonzero(self.running & self._too_long(self.length)).tolist():
-            self._give_up_slot(row)
+            self.release(row)
             self.outgrown.append(row)
         if self.outgrown and not (self.queue or self.returning or self.running.any()):
             self._begin_stage()
@@ -204,7 +204,7 @@ class Lanes:
             self.token[row] = answer[-1]
             length = len(self.prompts[self.node[row]]) - 1 + self.position[row]
             if self._too_long(length):
-                self._give_up_slot(row)
+                self.release(row)
                 self.outgrown.append(row)
             elif self.table.holds(row):
                 left[row] = fed
@@ -251,11 +251,8 @@ class Lanes:
                 if not left[row]:
                     del left[row]
 
-    def finish(self, row: int) -> None:
-        """Takes a row that is done out of its slot, if it has one."""
-        self._give_up_slot(row)
-
-    def _give_up_slot(self, row: int) -> None:
+    def release(self, row: int) -> None:
+        """Takes a row out of its slot, if it has one."""
         self.running[row] = False
         self.table.remove(row)
 
