@@ -19,8 +19,16 @@ Message = dict[str, str]
 Conversation = list[Message]
 """Messages in order. A last message of the assistant's is an opening that the reply must continue."""
 
-Reflect = Callable[[Sequence[Conversation]], list[str]]
-"""Conversations in, one reply each out, in order. A reply includes the opening, if one was given."""
+Schema = dict[str, Any]
+"""A JSON schema as plain values."""
+
+Reflect = Callable[[Sequence[Conversation]], list[str | None]]
+"""Conversations in, one reply each out, in order; None where no reply was to be had (a server that fails).
+
+A reply includes the opening, if one was given. The same conversation asked again gets another reply. A
+reflector may also have a method `constrained(conversations, schemas)`, which keeps every reply to the JSON
+schema of its conversation, as far as it can.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
