@@ -67,26 +67,52 @@ def get_config() -> ConfigDict:
     c.sampling.max_rows = 0  # times M: rollouts in flight at once; 0 for as many as fit into memory
 
     c.selection = ConfigDict()
-    c.selection.strategy = "softmax"  # softmax (the paper's equation 4) or uniform
+    c.selection.strategy = "softmax"  # softmax (the paper's equation 4), uniform, ucb or lucb
     c.selection.window = 10  # K, only so many newest members can be selected
     c.selection.optimism = 2.0  # lambda, score = mu + lambda * sigma
     c.selection.temperature = placeholder(float)  # of the softmax; None for the largest score, at least 1
 
+    c.ratings = ConfigDict()
+    c.ratings.system = "trueskill"  # trueskill, or openskill (no patents)
+    c.ratings.tie_margin = 0.01  # mean rewards this close tie, and win nothing in a crossover
+    c.ratings.drift_sigma = 0.0  # what every uncertainty grows by when the weights have moved
+
     c.evolution = ConfigDict()
+    c.evolution.form = "principles"  # what is edited: principles (a list) or prose (search and replace)
     c.evolution.mutation_sigma = 1.0  # what a mutated child's uncertainty grows by
     c.evolution.crossover_sigma = 1.0  # likewise for crossover
     c.evolution.crossover_prob = 0.2  # chance of a crossover in an iteration
     c.evolution.max_edits = 2  # K_ops, edits that one critique may propose
-    c.evolution.max_words = 32  # of one principle
-    c.evolution.max_principles = 32  # of one prompt; those beyond are left out
-    c.evolution.tie_margin = 0.01  # mean rewards this close tie, and win nothing in a crossover
+    c.evolution.max_words = 32  # of one principle; asked for, asked for again, then cut at a sentence
+    c.evolution.word_retries = 1  # times that a reply with too long a principle is asked for again
+    c.evolution.max_principles = 32  # of one prompt; edits that would make more are refused
+    c.evolution.max_prompt_tokens = 4096  # of one prompt; likewise
+    c.evolution.copied_tokens = 12  # edits with such a run of a training problem are refused; 0 for any
+    c.evolution.copied_answers = True  # refuse edits that hold an answer of the iteration's problems
+    c.evolution.allow_duplicates = False  # let children enter that equal a living member
+
+    c.deployment = ConfigDict()
+    c.deployment.rule = "ratings"  # ratings (best mu - 2 sigma), newest, or validation (best mean reward)
+    c.deployment.min_tournaments = 2  # ratings: only members with so many count
+    c.deployment.candidates = 5  # validation: so many members are tried
 
     c.reflection = ConfigDict()
-    c.reflection.policy = "reference"  # reference (initial weights) or current (those that made the rollouts)
+    c.reflection.reflector = "local"  # local (on device), openai (any compatible server) or replay (a record)
+    c.reflection.policy = "reference"  # local: reference (initial weights) or current (before the update)
+    c.reflection.constrained = True  # keep edits to their JSON schema: while decoding, or by the server
     c.reflection.temperature = 0.7  # of summaries, critiques and revisions
     c.reflection.max_new_tokens = 2048  # of one reply
-    c.reflection.max_input_tokens = 32_768  # longer conversations are cut in the middle
-    c.reflection.opening = False  # write the beginning of each reply for the model, a help to small ones
+    c.reflection.max_input_tokens = 32_768  # local: longer conversations are cut in the middle
+    c.reflection.opening = False  # local: write the beginning of replies for the model, a help to small ones
+    c.reflection.base_url = "https://api.openai.com/v1"  # of the server
+    c.reflection.model = ""  # what the server calls its model
+    c.reflection.api_key_variable = "OPENAI_API_KEY"  # environment variable with the key; may be unset
+    c.reflection.concurrency = 8  # requests at once
+    c.reflection.timeout = 300.0  # seconds for one attempt at a request
+    c.reflection.max_retries = 5  # of a request that fails; after that its reply is missing
+    c.reflection.price_input = 0.0  # of a million tokens, for the metric `cost`
+    c.reflection.price_output = 0.0  # likewise
+    c.reflection.replay = ""  # the reflections.jsonl or replies.jsonl that `replay` answers from
 
     c.loss = ConfigDict()
     c.loss.kind = "importance_sampling"  # the only one yet

@@ -26,7 +26,7 @@ _HOME = {
     "Population": "espl_jax.evolution.population",
     "select": "espl_jax.evolution.selection",
     "rate": "espl_jax.evolution.ratings",
-    "parse_edits": "espl_jax.evolution.edits",
+    "parse_edits": "espl_jax.evolution.edit_replies",
     "apply_edits": "espl_jax.evolution.edits",
     "mutate": "espl_jax.evolution.mutation",
     "crossover": "espl_jax.evolution.crossover",

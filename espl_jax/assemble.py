@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from espl_jax.environments.arithmetic import Arithmetic
 from espl_jax.environments.base import Environment
 from espl_jax.environments.math import Math
 from espl_jax.evolution import population as populations
+from espl_jax.evolution.guards import Guards
 from espl_jax.memory import bytes_per_device
 from espl_jax.models import lora
 from espl_jax.models.config import NUMERICS, DecoderConfig
@@ -27,7 +30,8 @@ from espl_jax.rollout import longest_problem, stable_hash
 from espl_jax.sampling.sizes import Sizes, choose_sizes
 from espl_jax.sampling.truncation import Truncation
 from espl_jax.train_step import TrainState, abstract_train_state, init_train_state, whole_params
-from espl_jax.types import SystemPrompt, TrainBatch
+from espl_jax.text.chat import encode
+from espl_jax.types import Problem, SystemPrompt, TrainBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +111,13 @@ def assemble(config: Any) -> Parts:
             "show_thinking": c.environment.show_thinking,
         },
         evolution={
-            **c.evolution,
+            "form": c.evolution.form,
+            "guards": guards(c, model.tokenizer, splits["train"].problems),
             "opening": c.reflection.opening,
+            "mutation_sigma": c.evolution.mutation_sigma,
+            "crossover_sigma": c.evolution.crossover_sigma,
             "crossover_prob": 0.0 if c.mode == "reflection" else c.evolution.crossover_prob,
+            "tie_margin": c.ratings.tie_margin,
         },
         loss={
             "temperature": c.sampling.temperature,
@@ -124,6 +132,17 @@ def assemble(config: Any) -> Parts:
         model.tokenizer, problems, environment, parts.sampling["chat_template_kwargs"]
     )
     return parts
+
+
+def guards(config: Any, tokenizer: Any, problems: Sequence[Problem]) -> Guards:
+    """What evolution accepts; prompts and problems are measured in tokens of the model."""
+    names = ("max_edits", "max_words", "word_retries", "max_principles", "max_prompt_tokens")
+    return Guards(
+        **{name: config.evolution[name] for name in (*names, "copied_tokens", "copied_answers")},
+        max_reply_tokens=config.reflection.max_new_tokens,
+        tokenize=functools.partial(encode, tokenizer),
+        problems=problems,
+    )
 
 
 def rollout_sizes(config: Any, parts: Parts) -> tuple[Sizes, ...]:

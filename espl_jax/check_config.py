@@ -7,9 +7,13 @@ which takes longer than all the checks.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from espl_jax.evolution.deployment import RULES
+from espl_jax.evolution.editors import EDITORS
+from espl_jax.evolution.ratings import SYSTEMS
 from espl_jax.evolution.selection import STRATEGIES
 from espl_jax.models.config import MATMUL_PRECISIONS
 
@@ -17,6 +21,7 @@ MODES = ("espl", "rl", "evolution", "reflection")
 ENVIRONMENTS = {"math": ("boxed", "expression"), "arithmetic": ("boxed", "last_number")}
 BASELINES = ("per_prompt", "marginalized")
 LOSSES = ("importance_sampling",)
+REFLECTORS = ("local", "openai", "replay")
 LORA_TARGETS = ("query", "key", "value", "out", "gate", "up", "down", "head")
 
 _CHOICES = {
@@ -26,6 +31,10 @@ _CHOICES = {
     "model.matmul_precision": MATMUL_PRECISIONS,
     "environment.name": tuple(ENVIRONMENTS),
     "selection.strategy": tuple(STRATEGIES),
+    "ratings.system": tuple(SYSTEMS),
+    "evolution.form": tuple(EDITORS),
+    "deployment.rule": RULES,
+    "reflection.reflector": REFLECTORS,
     "reflection.policy": ("reference", "current"),
     "loss.kind": LOSSES,
     "loss.baseline": BASELINES,
@@ -39,6 +48,10 @@ _AT_LEAST = {
     **dict.fromkeys(
         ("population.max_size", "selection.window", "evolution.max_edits", "evolution.max_words"), 1
     ),
+    **dict.fromkeys(("evolution.max_prompt_tokens", "deployment.candidates", "reflection.concurrency"), 1),
+    **dict.fromkeys(("evolution.word_retries", "evolution.copied_tokens", "deployment.min_tournaments"), 0),
+    **dict.fromkeys(("reflection.max_retries", "reflection.price_input", "reflection.price_output"), 0),
+    "ratings.drift_sigma": 0,
     **dict.fromkeys(("evaluation.validation_samples", "evaluation.test_samples", "data.validation_count"), 1),
     **dict.fromkeys(
         ("lora.rank", "loss.kl_coef", "loss.microbatch_rows", "sampling.max_rows", "evaluation.every"), 0
@@ -46,7 +59,7 @@ _AT_LEAST = {
     **dict.fromkeys(("sampling.top_k", "sampling.min_p", "sampling.context_limit"), 0),
     **dict.fromkeys(("sampling.temperature", "reflection.temperature", "evaluation.temperature"), 0),
     **dict.fromkeys(("evolution.mutation_sigma", "evolution.crossover_sigma", "evolution.crossover_prob"), 0),
-    **dict.fromkeys(("evolution.tie_margin", "optimizer.max_grad_norm", "optimizer.warmup_steps"), 0),
+    **dict.fromkeys(("ratings.tie_margin", "optimizer.max_grad_norm", "optimizer.warmup_steps"), 0),
     "profile_iteration": 0,
 }
 
@@ -88,6 +101,7 @@ def _check_together(c: Any) -> None:
         )
     files = {f"data.{split}": c.data[split] for split in ("train", "validation", "test")}
     files |= {"model.source": c.model.source, "population.start_from": c.population.start_from}
+    files |= {"reflection.replay": c.reflection.replay}
     for field, path in files.items():
         if path.endswith((".jsonl", ".json", ".gguf")) and not Path(path).expanduser().is_file():
             refuse(field, path, "there is no such file; correct the path")
@@ -128,6 +142,7 @@ def _check_together(c: Any) -> None:
             tuple(c.lora.targets),
             f"{sorted(unknown)} cannot be adapted; choose from {LORA_TARGETS}",
         )
+    _check_reflection(c.reflection, refuse)
     if not 0 <= c.evolution.crossover_prob <= 1:
         refuse("evolution.crossover_prob", c.evolution.crossover_prob, "a probability is between 0 and 1")
     if c.selection.temperature is not None and not c.selection.temperature > 0:
@@ -182,6 +197,29 @@ def _check_together(c: Any) -> None:
             f"give 0, a divisor of the {group} rollouts of a group, or {group} times a divisor of "
             f"batch_size={batch}",
         )
+
+
+def _check_reflection(r: Any, refuse: Callable[[str, Any, str], None]) -> None:
+    if r.reflector == "openai" and not r.model:
+        refuse("reflection.model", r.model, "say what the server at reflection.base_url calls its model")
+    if r.reflector == "openai" and not r.base_url.startswith(("http://", "https://")):
+        refuse("reflection.base_url", r.base_url, "give an address such as http://localhost:8000/v1")
+    if r.reflector == "replay" and not r.replay:
+        refuse("reflection.replay", r.replay, "give the reflections.jsonl or replies.jsonl of a run")
+    if r.reflector != "local" and r.opening:
+        refuse(
+            "reflection.opening",
+            r.opening,
+            "only the reflector `local` can go on from an opening; give False",
+        )
+    if r.reflector != "local" and r.policy == "current":
+        refuse(
+            "reflection.policy",
+            r.policy,
+            "current weights reflect on device alone; give reflector=local, or policy=reference",
+        )
+    if not r.timeout > 0:
+        refuse("reflection.timeout", r.timeout, "give seconds, more than 0")
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:

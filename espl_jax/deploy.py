@@ -1,4 +1,4 @@
-"""How the prompt to deploy does on problems that nothing was chosen on."""
+"""Which prompt to deploy, and how it does on problems that nothing was chosen on."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 from espl_jax.assemble import Parts, stream_key
 from espl_jax.evaluate import Evaluation, summarize
+from espl_jax.evolution.deployment import Choice, best_validated, deployed
+from espl_jax.evolution.lineage import lineage_text, members_of
 from espl_jax.evolution.population import Population
-from espl_jax.evolution.selection import deployed
 from espl_jax.metrics import Progress, table
 from espl_jax.pretrained import Pretrained
 from espl_jax.rollout import collect_rollouts, records
@@ -17,7 +18,7 @@ from espl_jax.run_state import WorkDir
 from espl_jax.types import SystemPrompt
 
 
-def two_by_two(
+def finish(
     parts: Parts,
     policy: Pretrained,
     root: SystemPrompt,
@@ -26,7 +27,10 @@ def two_by_two(
     workdir: WorkDir,
     progress: Progress,
 ) -> dict[str, Any]:
-    """The test: {initial, trained weights} x {root, deployed prompt}, shown and written to `results.json`.
+    """The end of a run: the choice of the prompt to deploy, the test, and the lineage as text.
+
+    The test is {initial, trained weights} x {root, deployed prompt}. It and the choice with its reason are
+    shown and written to `results.json`, the lineage to `lineage.txt`.
 
     Args:
       parts: of the run.
@@ -36,10 +40,15 @@ def two_by_two(
       c: the config.
       workdir, progress: of the run.
     """
-    best = deployed(population, c.mode)
+    best, reason = choose(parts, policy, population, c, workdir, progress)
     prompts = {"root": root} if best.id == root.id else {"root": root, "deployed": best}
     weights = {"initial": parts.reference} | ({"trained": policy} if parts.trains else {})
-    results: dict[str, Any] = {"deployed": dataclasses.asdict(best), "test": {}}
+    results: dict[str, Any] = {
+        "iteration": c.num_iterations,
+        "deployed": dataclasses.asdict(best),
+        "reason": reason,
+        "test": {},
+    }
     if "test" in parts.splits:
         rows = [["weights", *(f"{name} prompt ({prompt.id})" for name, prompt in prompts.items())]]
         for name, model in weights.items():
@@ -57,14 +66,37 @@ def two_by_two(
         )
         progress.say(f"\nTest accuracy: {Evaluation(**before)} before, {Evaluation(**after)} after.")
     workdir.write_json("results.json", results)
+    members = members_of(workdir.read("lineage"), population.members)
+    workdir.write_text(
+        "lineage.txt", lineage_text(members, [each.id for each in population.members], best.id)
+    )
     progress.say(f"Best prompt: {best.id}, rating {best.mu:.2f} ± {best.sigma:.2f}, made by {best.operator}")
+    progress.say(f"    ({reason})")
     progress.say(
         "\n".join("    " + line for line in (best.render() or "(empty: the template's default)").splitlines())
     )
     progress.say(
-        f"Written to {workdir.path}: results.json, population.json, checkpoints, and the logs *.jsonl"
+        f"Written to {workdir.path}: results.json, population.json, lineage.txt, checkpoints, and the logs "
+        "*.jsonl"
     )
     return results
+
+
+def choose(
+    parts: Parts, policy: Pretrained, population: Population, c: Any, workdir: WorkDir, progress: Progress
+) -> Choice:
+    """The prompt to deploy, by the config's rule; with `validation` the candidates are sampled for it."""
+    if c.deployment.rule != "validation" or not parts.evolves:
+        return deployed(population, c.mode, c.deployment)
+
+    def validate(members: Sequence[SystemPrompt]) -> list[float]:
+        with progress.phase("validation of candidates"):
+            cells = evaluate_on(
+                parts, "validation", policy, "deployment", members, c, c.num_iterations, workdir
+            )
+        return [cell.reward for cell in cells]
+
+    return best_validated(population, validate, c.deployment.candidates)
 
 
 def evaluate_on(

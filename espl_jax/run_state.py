@@ -120,8 +120,16 @@ class WorkDir:
 
         No part of a checkpoint: write it from the state again after `restore`.
         """
-        text = json.dumps(plain(value, name), sort_keys=True, indent=2) + "\n"
+        self.write_text(name, json.dumps(plain(value, name), sort_keys=True, indent=2) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Replaces the file `name` by a text, as `write_json` does."""
         durable.replace(self.path / name, text.encode())
+
+    def read(self, log: str) -> list[dict[str, Any]]:
+        """The lines of a log so far; none where nothing was appended."""
+        path = self.path / f"{log}.jsonl"
+        return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
     def save(self, iteration: int, arrays: Any, state: dict[str, Any]) -> None:
         """Makes everything up to now permanent, as the state after `iteration` iterations.

@@ -13,8 +13,8 @@ import jax
 from ml_collections import ConfigDict
 
 from espl_jax.assemble import abstract_trainable, load_reference, trains
+from espl_jax.evolution.deployment import deployed
 from espl_jax.evolution.population import Population, from_json, prompt_from_json
-from espl_jax.evolution.selection import deployed
 from espl_jax.models import lora
 from espl_jax.models.config import NUMERICS
 from espl_jax.models.transformer import Params
@@ -28,6 +28,7 @@ _READ = {
     "model": ("source", *NUMERICS, "chat_template_kwargs"),
     "lora": ("rank", "scale", "targets"),
     "environment": ("show_thinking",),
+    "deployment": ("rule", "min_tournaments"),
 }
 """What a reader of the run needs of its configuration: fields, and groups with their fields."""
 
@@ -62,13 +63,21 @@ class SavedRun:
           ValueError: if there is no such member.
         """
         if name == "deployed":
-            return deployed(self.population, self.config.mode)
+            return self._deployed()
         if name in ("root", self.root.id):
             return self.root
         ids = [member.id for member in self.population.members]
         if name not in ids:
             raise ValueError(f"prompt={name!r}: give deployed, root, or one of {', '.join(ids)}")
         return self.population.get(name)
+
+    def _deployed(self) -> SystemPrompt:
+        """As written down at the end of the run; before that, as ratings say."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            results = json.loads((self.path / "results.json").read_text(encoding="utf-8"))
+            if results["iteration"] == self.iteration:
+                return self.population.get(results["deployed"]["id"])
+        return deployed(self.population, self.config.mode, self.config.deployment).prompt
 
 
 def is_run(path: str | os.PathLike[str]) -> bool:

@@ -22,14 +22,16 @@ from espl_jax.assemble import (
     stream_key,
 )
 from espl_jax.data.order import Cursor, next_batch
-from espl_jax.deploy import evaluate_on, two_by_two
+from espl_jax.deploy import evaluate_on, finish
+from espl_jax.evolution import lineage
+from espl_jax.evolution.deployment import deployed
 from espl_jax.evolution.evolve import count_drops, evolve
 from espl_jax.evolution.population import Population, from_json, prompt_from_json
-from espl_jax.evolution.ratings import rate
-from espl_jax.evolution.selection import deployed, select
+from espl_jax.evolution.ratings import inflate, rate
+from espl_jax.evolution.reflection import Offspring
+from espl_jax.evolution.selection import select
 from espl_jax.metrics import Progress
-from espl_jax.pretrained import Pretrained
-from espl_jax.reflectors.local import local_reflector
+from espl_jax.reflection import Beside, MakeReflect, open_reflectors
 from espl_jax.rl.advantages import advantages
 from espl_jax.rollout import collect_rollouts, means, prompt_numbers, records, stable_hash, train_batch
 from espl_jax.run_state import WorkDir
@@ -43,6 +45,10 @@ MAY_CHANGE = (
     "checkpoint_keep",
     "compilation_cache",
     "profile_iteration",
+    *(
+        f"reflection.{name}"
+        for name in ("base_url", "api_key_variable", "concurrency", "timeout", "max_retries")
+    ),
 )
 
 
@@ -78,8 +84,11 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
     Returns:
       What `results.json` holds: the test by weights and prompt, and the prompt to deploy.
     """
-    with WorkDir(workdir, config.to_dict(), may_change=MAY_CHANGE, keep=config.checkpoint_keep) as folder:
+    with contextlib.ExitStack() as stack:
+        folder = WorkDir(workdir, config.to_dict(), may_change=MAY_CHANGE, keep=config.checkpoint_keep)
+        stack.enter_context(folder)
         parts = assemble(config)
+        make_reflect = stack.enter_context(open_reflectors(config, parts, folder.path))
         run = restore(folder, config, parts)
         with Progress(config.num_iterations, folder.append, done=run.iteration, console=console) as progress:
             progress.say(
@@ -89,14 +98,16 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
                 progress.say(f"resumed after iteration {run.iteration}")
             for iteration in range(run.iteration + 1, config.num_iterations + 1):
                 with profile(config, folder, iteration):
-                    run = iterate(run, parts, config, folder, progress)
+                    run = iterate(run, parts, make_reflect, config, folder, progress)
                 if iteration % config.checkpoint_every == 0 or iteration == config.num_iterations:
                     save(folder, run)
             policy = parts.policy(run.train_state)
-            return two_by_two(parts, policy, run.root, run.population, config, folder, progress)
+            return finish(parts, policy, run.root, run.population, config, folder, progress)
 
 
-def iterate(run: Run, parts: Parts, c: Any, workdir: WorkDir, progress: Progress) -> Run:
+def iterate(
+    run: Run, parts: Parts, make_reflect: MakeReflect, c: Any, workdir: WorkDir, progress: Progress
+) -> Run:
     """One iteration: rollouts, and the two branches that learn from them, weights and prompts."""
     iteration = run.iteration + 1
     rng = np.random.default_rng([c.seed, stable_hash("selection"), iteration])
@@ -119,23 +130,20 @@ def iterate(run: Run, parts: Parts, c: Any, workdir: WorkDir, progress: Progress
         )
     ids, values = list(rollouts.slots()), rollouts.score_matrix().mean(axis=1)
 
-    # Reflection by the current weights comes before the update, which gives their memory away.
-    train_state, learned, population, offspring = run.train_state, {}, run.population, {}
-    if c.reflection.policy == "reference":
-        train_state, learned = update(run.train_state, rollouts, parts, c, progress)
+    rated = run.population
     if parts.evolves:
-        population = rate(population, ids, values, c.evolution.tie_margin)
-        reflector = policy if c.reflection.policy == "current" else parts.reference
-        with progress.phase("reflection"):
-            reflect = make_reflect(reflector, parts, c, iteration)
-            offspring = evolve(population, rollouts, reflect, rng, **parts.evolution)
-    if c.reflection.policy == "current":
-        train_state, learned = update(run.train_state, rollouts, parts, c, progress)
+        rated = rate(rated, ids, values, c.ratings.tie_margin, c.ratings.system, iteration)
+    reflect = make_reflect(policy, iteration)
+    train_state, learned, offspring, times = learn(
+        run.train_state, rated, rollouts, reflect, rng, parts, c, progress
+    )
 
     children = [each.child for each in offspring.values() if each.child]
-    population, accepted, rejected = population.add(children, iteration)
+    population, accepted, rejected, evicted = rated.add(children, iteration, c.evolution.allow_duplicates)
+    drift = c.ratings.drift_sigma if learned else 0.0
+    population = inflate(population, drift)
     skipped = run.skipped + int(parts.trains and not learned)
-    best = deployed(population, c.mode)
+    best = deployed(population, c.mode, c.deployment).prompt
     record = {
         **means(rollouts),
         **{name: float(x) for name, x in jax.device_get(learned).items()},
@@ -147,14 +155,18 @@ def iterate(run: Run, parts: Parts, c: Any, workdir: WorkDir, progress: Progress
         "no_child": {operator: each.reason for operator, each in offspring.items() if each.reason}
         | {child.operator: reason for child, reason in rejected},
         "drops": count_drops(offspring),
+        "drift_sigma": drift,
+        "reflector": getattr(reflect, "counts", {}),
+        "time": times,
     }
     for each in records(rollouts):
         workdir.append("rollouts", {"iteration": iteration, **each})
     for operator, each in offspring.items():
         for transcript in each.transcripts:
             workdir.append("reflections", {"iteration": iteration, "operator": operator, **transcript})
-    for child in accepted:
-        workdir.append("lineage", dataclasses.asdict(child))
+    for event, members in (("born", accepted), ("left", evicted)):
+        for member in members:
+            workdir.append("lineage", lineage.entry(event, member, iteration))
     if c.evaluation.every and iteration % c.evaluation.every == 0:
         with progress.phase("evaluation"):
             model = parts.policy(train_state)
@@ -199,16 +211,38 @@ def update(
         return jax.block_until_ready(step)
 
 
-def make_reflect(model: Pretrained, parts: Parts, c: Any, iteration: int) -> Reflect:
-    """The reflector of one iteration."""
-    return local_reflector(
-        model,
-        key=stream_key(c.seed, "reflection", iteration),
-        max_new_tokens=c.reflection.max_new_tokens,
-        temperature=c.reflection.temperature,
-        max_input_tokens=c.reflection.max_input_tokens,
-        **parts.sampling,
-    )
+def learn(
+    state: TrainState | None,
+    population: Population,
+    rollouts: Rollouts,
+    reflect: Reflect,
+    rng: np.random.Generator,
+    parts: Parts,
+    c: Any,
+    progress: Progress,
+) -> tuple[TrainState | None, dict[str, Any], dict[str, Offspring], dict[str, float]]:
+    """Both branches: the weights' update, and what evolution makes of the prompts.
+
+    Returns:
+      (train state, metrics of the update, offspring by operator, seconds of reflection that nothing else
+      counts).
+    """
+
+    def generation() -> dict[str, Offspring]:
+        return evolve(population, rollouts, reflect, rng, **parts.evolution)
+
+    if not parts.evolves:
+        return *update(state, rollouts, parts, c, progress), {}, {}
+    if c.reflection.reflector != "local":
+        beside = Beside(generation)
+        state, learned = update(state, rollouts, parts, c, progress)
+        with progress.phase("reflection"):
+            offspring = beside.result()
+        return state, learned, offspring, beside.times()
+    # Reflection by the current weights comes before the update, which gives their memory away.
+    with progress.phase("reflection"):
+        offspring = generation()
+    return *update(state, rollouts, parts, c, progress), offspring, {}
 
 
 def save(workdir: WorkDir, run: Run) -> None:
@@ -229,6 +263,8 @@ def restore(workdir: WorkDir, config: Any, parts: Parts) -> Run:
     saved = workdir.restore(abstract_run_state(config, parts))
     if saved is None:
         population = first_population(config)
+        for member in population.members:
+            workdir.append("lineage", lineage.entry("root", member, 0))
         state = first_train_state(config, parts)
         return Run(0, population.members[0], state, population, Cursor(config.seed))
     iteration, train_state, state = saved

@@ -60,6 +60,8 @@ class SystemPrompt:
       iteration: the iteration that made it.
       edits: the edits that made it, in the order applied, as plain dicts.
       evidence: what the operator went by (problems won, suggestions), as plain JSON values.
+      tournaments: those it was rated in, oldest first: `{"iteration", "value", "rank", "players", "mu",
+        "sigma"}`, the rank counted from 0 and the rating the one after it.
     """
 
     text: str = ""
@@ -72,6 +74,7 @@ class SystemPrompt:
     iteration: int = 0
     edits: tuple[dict[str, Any], ...] = ()
     evidence: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tournaments: tuple[dict[str, Any], ...] = ()
 
     def render(self) -> str:
         """The system turn's content; empty means that there is no system turn at all."""

@@ -6,21 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from espl_jax.evolution.edit_limits import drop_not_allowed
-from espl_jax.evolution.edits import (
-    Add,
-    Modify,
-    Remove,
-    drop_conflicts,
-    drop_unknown,
-    edit_entries,
-    edit_to_json,
-    numbered,
-    parse_edits,
-)
+from espl_jax.evolution.editors import EDITORS, show_principles
+from espl_jax.evolution.edits import numbered
+from espl_jax.evolution.guards import Guards
 from espl_jax.evolution.ratings import crossover_rating, exceeds, ranking
-from espl_jax.evolution.reflection import Offspring, Record, fit, presentable, show_principles
-from espl_jax.evolution.templates import load_template
+from espl_jax.evolution.reflection import Offspring, Record, Unanswered
 from espl_jax.types import Problem, Reflect, Rollouts, SystemPrompt
 
 
@@ -48,32 +38,33 @@ def crossover(
     rollouts: Rollouts,
     reflect: Reflect,
     *,
-    max_words: int = 32,
-    max_principles: int | None = None,
+    form: str = "principles",
+    guards: Guards | None = None,
     tie_margin: float = 0.01,
     crossover_sigma: float = 1.0,
     opening: bool = True,
 ) -> Offspring:
     """A child of the best prompt that takes up what helped the other prompts on the problems they won.
 
-    One call of `reflect` shows every winning prompt's principles and the problems each won (set A is the
-    best prompt) and asks for edits of set A: `add`, `modify`, `remove`, each with its evidence. Whether an
-    iteration has a crossover at all is the caller's draw.
+    One call of `reflect` shows every winning prompt and the problems each won (set A is the best prompt) and
+    asks for edits of set A, each with its evidence: `add`, `modify` and `remove` of principles, or blocks of
+    prose. Whether an iteration has a crossover at all is the caller's draw.
 
     Args:
       parents: the distinct prompts that ran, in order of selection, with their ratings *after* the
         iteration's game; `[population.get(prompt.id) for prompt in rollouts.distinct()]`.
       rollouts: the iteration's.
       reflect: conversations in, replies out.
-      max_words: of each new principle; longer ones are cut.
-      max_principles: new principles beyond so many in all are left out; None for no limit.
+      form: `principles` edits the list, `prose` the text by search and replace.
+      guards: what is accepted; `Guards()` by default.
       tie_margin: mean rewards this close tie for the first place, and win no problem.
       crossover_sigma: Delta sigma, what the child's uncertainty grows by.
       opening: write the beginning of the reply for the model.
 
     Returns:
-      The child, or None with one of the reasons `one_prompt`, `no_wins` (the best prompt won no problem, or
-      no other did; `reflect` is not called), `no_edits`, `unchanged`.
+      The child, with the score matrix and the problems won as its evidence, or None with one of the reasons
+      `one_prompt`, `no_wins` (the best prompt won no problem, or no other did; `reflect` is not called),
+      `no_edits`, `unchanged`, `no_replies` (the reflector did not answer).
 
     Raises:
       ValueError: `parents` are not the distinct prompts of the rollouts, or `reflect` gave a wrong number of
@@ -82,7 +73,7 @@ def crossover(
     ids = [parent.id for parent in parents]
     if ids != list(rollouts.slots()):
         raise ValueError(f"parents={ids}: must be the prompts that ran, in order, {list(rollouts.slots())}")
-    record = Record(reflect)
+    record = Record(reflect, guards or Guards(), opening)
     if len(parents) < 2:
         return record.offspring(None, "one_prompt")
     scores = rollouts.score_matrix()
@@ -93,50 +84,47 @@ def crossover(
     if not won[best_id] or not others:
         return record.offspring(None, "no_wins")
 
-    principles = numbered(best.principles)
-    conversation = load_template("crossover").conversation(
-        opening=opening,
-        sets="\n\n".join(
-            _show_set(chr(ord("A") + i), parent, [rollouts.problems[b] for b in won[parent.id]])
-            for i, parent in enumerate([best, *others])
-        ),
-        max_words=max_words,
-    )
-    (reply,) = record.ask("crossover", [conversation])
-    edits = record.kept(drop_not_allowed(record.kept(parse_edits(reply)), (Add, Modify, Remove)))
-    edits = record.kept(drop_unknown(edits, principles))
-    problems = [problem.text for problem in rollouts.problems]
-    edits = record.kept(drop_conflicts(presentable(edits, principles, problems, max_words, record)))
-    if not edits:
+    sets = [
+        _show_set(chr(ord("A") + i), parent, form, [rollouts.problems[b] for b in won[parent.id]])
+        for i, parent in enumerate([best, *others])
+    ]
+    try:
+        draft, usable = EDITORS[form](best, record, rollouts.problems).cross({"sets": "\n\n".join(sets)})
+    except Unanswered:
+        return record.offspring(None, "no_replies")
+    if not usable:
         return record.offspring(None, "no_edits")
-    revised, cut = fit(best, edit_entries(principles, edits), max_principles, record)
-    if revised == best.principles:
+    if draft.prompt == best:
         return record.offspring(None, "unchanged")
     mu, sigma = crossover_rating([best, *others], crossover_sigma)
     child = SystemPrompt(
-        text=best.text,
-        principles=revised,
+        text=draft.prompt.text,
+        principles=draft.prompt.principles,
         mu=mu,
         sigma=sigma,
         parents=(best_id, *[parent.id for parent in others]),
         operator="crossover",
-        edits=(*map(edit_to_json, edits), *cut),
+        edits=draft.edits,
         evidence={
             "won": {
                 parent.id: [rollouts.problems[b].id for b in won[parent.id]] for parent in [best, *others]
-            }
+            },
+            "problems": [problem.id for problem in rollouts.problems],
+            "scores": dict(zip(ids, scores.tolist(), strict=True)),
         },
     )
     return record.offspring(child)
 
 
-def _show_set(letter: str, prompt: SystemPrompt, won: Sequence[Problem]) -> str:
+def _show_set(letter: str, prompt: SystemPrompt, form: str, won: Sequence[Problem]) -> str:
     """One prompt and its wins. Only set A has ids, so that no edit can name another set's principle."""
-    listed = (
-        show_principles(numbered(prompt.principles))
-        if letter == "A"
-        else "\n".join(f"- {principle}" for principle in prompt.principles) or "(none)"
-    )
     instructions = f"Instructions: {prompt.text}\n" if prompt.text else ""
+    if form == "prose":
+        listed = instructions or "(empty)\n"
+    elif letter == "A":
+        listed = f"{instructions}{show_principles(numbered(prompt.principles))}\n"
+    else:
+        shown = "\n".join(f"- {principle}" for principle in prompt.principles)
+        listed = f"{instructions}{shown or '(none)'}\n"
     tasks = "\n".join(f"- {problem.text}" for problem in won)
-    return f"Set {letter}\n{instructions}{listed}\nTasks won by set {letter}:\n{tasks}"
+    return f"Set {letter}\n{listed}Tasks won by set {letter}:\n{tasks}"

@@ -1,4 +1,4 @@
-"""Edits of a list of principles: read from a model's reply, checked, and applied.
+"""Edits of a system prompt: what they are, how they are written, and how they are applied.
 
 In a reply an edit is a JSON object, `evidence` being optional:
 
@@ -6,19 +6,24 @@ In a reply an edit is a JSON object, `evidence` being optional:
     {"op": "modify", "id": "G0", "principle": ...}
     {"op": "merge", "ids": ["G0", "C1"], "principle": ...}
     {"op": "remove", "id": "G0"}
+    {"search": ..., "replace": ...}
 
-Principles of the prompt are G0, G1, ..., candidates for it C0, C1, ...
+Principles of the prompt are G0, G1, ..., candidates for it C0, C1, ... The last is for prose; it may also be
+written between the marks of a merge conflict:
+
+    <<<<<<< SEARCH
+    ...
+    =======
+    ...
+    >>>>>>> REPLACE
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
-import unicodedata
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from espl_jax.evolution.json_replies import begins_with_json, has_empty_list, json_lists
 from espl_jax.types import SystemPrompt
 
 REASONS = {
@@ -30,10 +35,16 @@ REASONS = {
     "wrong_ids": "a modify or remove that does not name one id, or a merge that does not name two",
     "unknown_id": "an id that is not in the list",
     "conflict": "an earlier edit touches the same id",
+    "not_found": "the text to be replaced is not in the prompt",
+    "ambiguous": "the text to be replaced is in the prompt more than once",
+    "no_change": "a block whose two texts are the same",
     "repeat": "the principle is in the list already",
-    "copies_problem": "the principle repeats the text of a problem",
+    "copies_problem": "the edit repeats the text of a problem",
+    "copies_answer": "the edit gives the answer to a problem",
     "too_many": "more edits than one reply may propose",
     "not_allowed": "an operation that this stage does not offer",
+    "no_room": "the prompt would have too many principles",
+    "over_budget": "the prompt would have too many tokens",
 }
 
 Drop = tuple[str, str]
@@ -74,38 +85,33 @@ class Remove:
     evidence: str = ""
 
 
-Edit = Add | Modify | Merge | Remove
+@dataclasses.dataclass(frozen=True)
+class Replace:
+    """Another text for a passage of the prose; an empty `search` appends a paragraph."""
 
-_OPERATION_KEYS = ("op", "operation", "action", "type", "edit")
-_PRINCIPLE_KEYS = ("principle", "new_principle", "text", "content", "rule", "experience")
-_ID_KEYS = ("ids", "id", "principle_id", "principle_ids", "target", "targets", "merged_from", "modified_from")
-_EVIDENCE_KEYS = ("evidence", "reason", "why", "rationale")
+    search: str
+    replace: str
+    evidence: str = ""
+
+
+Edit = Add | Modify | Merge | Remove | Replace
 
 
 def edit_to_json(edit: Edit) -> dict[str, Any]:
-    """The edit as plain JSON values, in the form that replies have."""
+    """The edit as plain JSON values, in the form that replies have, with its `op` always."""
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(edit).items()}
-    return {"op": type(edit).__name__.lower(), **{name: value for name, value in fields.items() if value}}
+    kept = {name: value for name, value in fields.items() if value or name in ("search", "replace")}
+    return {"op": type(edit).__name__.lower(), **kept}
 
 
-def parse_edits(text: str) -> tuple[tuple[Edit, ...], tuple[Drop, ...]]:
-    """Reads the edits of a reply; never raises.
-
-    Where a reply holds several JSON lists, the first with an edit counts if the reply begins with JSON, the
-    last otherwise (a reasoning model drafts before it answers). A deliberate empty list gives no edit and no
-    drop.
-
-    Returns:
-      (edits, drops): the edits in order, and (reason, what) for everything that looked like one but was none.
-    """
-    lists = [[_read_edit(*found) for found in found_list] for found_list in json_lists(text)]
-    if not lists:
-        return (), () if has_empty_list(text) else (("no_json", _excerpt(text)),)
-    if not begins_with_json(text):
-        lists.reverse()
-    chosen = next((read for read in lists if any(not isinstance(item, tuple) for item in read)), lists[0])
-    edits = tuple(item for item in chosen if not isinstance(item, tuple))
-    return edits, tuple(item for item in chosen if isinstance(item, tuple))
+def edit_from_json(value: Mapping[str, Any]) -> Edit:
+    """The edit that `edit_to_json` wrote. Raises ValueError for anything else."""
+    fields = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items()}
+    kinds = {kind.__name__.lower(): kind for kind in (Add, Modify, Merge, Remove, Replace)}
+    try:
+        return kinds.get(fields.pop("op", None))(**fields)
+    except TypeError:
+        raise ValueError(f"{dict(value)} is no edit as `edit_to_json` writes them") from None
 
 
 def partition(
@@ -121,7 +127,7 @@ def partition(
 
 def describe(edit: Edit) -> str:
     """A short line for drops and logs."""
-    return _excerpt(str(edit_to_json(edit)))
+    return excerpt(str(edit_to_json(edit)))
 
 
 def drop_unknown(edits: Sequence[Edit], known: Collection[str]) -> tuple[tuple[Edit, ...], tuple[Drop, ...]]:
@@ -144,8 +150,8 @@ def drop_conflicts(edits: Sequence[Edit]) -> tuple[tuple[Edit, ...], tuple[Drop,
 
 
 def touched_ids(edit: Edit) -> tuple[str, ...]:
-    """The ids that an edit changes; none for an add."""
-    return edit.ids if isinstance(edit, Merge) else () if isinstance(edit, Add) else (edit.id,)
+    """The ids that an edit changes; none for an add or a block of prose."""
+    return edit.ids if isinstance(edit, Merge) else () if isinstance(edit, Add | Replace) else (edit.id,)
 
 
 def edit_entries(entries: Mapping[str, str], edits: Sequence[Edit]) -> tuple[str, ...]:
@@ -179,65 +185,50 @@ def numbered(principles: Sequence[str], letter: str = "G") -> dict[str, str]:
 
 
 def apply_edits(system_prompt: SystemPrompt, edits: Sequence[Edit]) -> SystemPrompt:
-    """The prompt with its principles edited and numbered anew from G0; nothing else of it changes.
+    """The prompt with its principles edited and numbered anew from G0, and its prose by blocks, in order.
 
-    Ids mean the principles before any edit. Edits with an unknown id, and later ones that touch an id already
-    touched, change nothing.
+    Ids mean the principles before any edit. Edits with an unknown id, later ones that touch an id already
+    touched, and blocks whose text is not found exactly once, change nothing.
     """
     principles = edit_entries(numbered(system_prompt.principles), edits)
-    return dataclasses.replace(system_prompt, principles=principles)
+    text = system_prompt.text
+    for edit in edits:
+        if isinstance(edit, Replace) and not why_not_replaced(text, edit):
+            text = replace_once(text, edit)
+    return dataclasses.replace(system_prompt, text=text, principles=principles)
 
 
-def _read_edit(value: dict[str, Any] | None, text: str, problem: str) -> Edit | Drop:
-    edit = _as_edit(value or {})
-    return (problem or edit, _excerpt(text)) if isinstance(edit, str) else edit
+def replay_edits(system_prompt: SystemPrompt, record: Sequence[Mapping[str, Any]]) -> SystemPrompt:
+    """The prompt after the edits that a child's `edits` record, applied to its parent.
+
+    An add that has an id (C0, C1, ...) is a candidate, which later edits of the record may change.
+
+    Raises:
+      ValueError: the record holds something else than edits.
+    """
+    added = [item for item in record if item.get("op") == "add" and "id" in item]
+    candidates = {item["id"]: item["principle"] for item in added}
+    edits = [edit_from_json(item) for item in record if item not in added]
+    principles = edit_entries(numbered(system_prompt.principles) | candidates, edits)
+    blocks = [edit for edit in edits if isinstance(edit, Replace)]
+    return dataclasses.replace(apply_edits(system_prompt, blocks), principles=principles)
 
 
-def _as_edit(value: dict[str, Any]) -> Edit | str:
-    """The edit that a JSON object is, or the reason why it is none."""
-    fields = {str(key).strip().lower(): item for key, item in value.items()}
-    principle = clean(_first(fields, _PRINCIPLE_KEYS))
-    evidence = clean(_first(fields, _EVIDENCE_KEYS))
-    ids = _read_ids(_first(fields, _ID_KEYS))
-    operation = _first(fields, _OPERATION_KEYS)
-    if operation is None and principle:
-        operation = ("add", "modify", "merge")[min(len(ids), 2)]
-    operation = str(operation).strip().lower()
-    if operation not in ("add", "modify", "merge", "remove"):
-        return "not_an_edit"
-    if operation == "remove":
-        return Remove(ids[0], evidence) if len(ids) == 1 else "wrong_ids"
-    if not any(character.isalpha() for character in principle):
-        return "no_principle"
-    if operation == "add":
-        return Add(principle, evidence)
-    if operation == "modify":
-        return Modify(ids[0], principle, evidence) if len(ids) == 1 else "wrong_ids"
-    return Merge(ids, principle, evidence) if len(ids) >= 2 else "wrong_ids"
+def why_not_replaced(text: str, block: Replace) -> str:
+    """The reason why a block cannot be applied to this text, or nothing."""
+    if block.search == block.replace:
+        return "no_change"
+    times = text.count(block.search) if block.search else 1
+    return ("not_found", "")[times] if times < 2 else "ambiguous"
 
 
-def _read_ids(value: Any) -> tuple[str, ...]:
-    """Ids from "G0", "[g0]", 0, "G0, G1" or a list of such; a bare number means a principle of the prompt."""
-    items = value if isinstance(value, list) else [value]
-    named = " ".join(
-        str(item) for item in items if isinstance(item, str | int) and not isinstance(item, bool)
-    )
-    found = re.findall(r"\b([GCgc]?)(\d{1,6})\b", named)
-    return tuple(dict.fromkeys(f"{letter.upper() or 'G'}{int(number)}" for letter, number in found))
+def replace_once(text: str, block: Replace) -> str:
+    """The text with the block's passage replaced, white space at its ends aside."""
+    if not block.search:
+        return f"{text}\n\n{block.replace}".strip()
+    return text.replace(block.search, block.replace).strip()
 
 
-def clean(value: Any) -> str:
-    """One line of text without control characters, lone surrogates or a leading number such as "G0."."""
-    if not isinstance(value, str):
-        value = " ".join(str(item) for item in value) if isinstance(value, list) else ""
-    printable = (" " if unicodedata.category(character) in ("Cc", "Cs") else character for character in value)
-    line = " ".join("".join(printable).split())
-    return re.sub(r"^\[?[GC]\d+\]?[.:)]\s*", "", line)
-
-
-def _first(fields: dict[str, Any], names: Sequence[str]) -> Any:
-    return next((fields[name] for name in names if fields.get(name) not in (None, "")), None)
-
-
-def _excerpt(text: str, length: int = 200) -> str:
-    return clean(text[: 2 * length])[:length]
+def excerpt(text: str, length: int = 200) -> str:
+    """The beginning of a text, on one line, for drops and logs."""
+    return " ".join(text[: 2 * length].split())[:length]

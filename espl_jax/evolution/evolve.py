@@ -25,8 +25,7 @@ def evolve(
     crossover_sigma: float = 1.0,
     mutation_sigma: float = 1.0,
     tie_margin: float = 0.01,
-    max_edits: int = 2,
-    **limits: Any,
+    **shared: Any,
 ) -> dict[str, Offspring]:
     """Perhaps a crossover, then a mutation of the iteration's best prompt (Zhang et al. 2026, section 3).
 
@@ -38,8 +37,7 @@ def evolve(
       crossover_prob: chance of a crossover where at least two distinct prompts ran.
       crossover_sigma, mutation_sigma: what the children's uncertainty grows by.
       tie_margin: mean rewards this close tie, and win no problem.
-      max_edits: K_ops.
-      **limits: `max_words`, `max_principles` and `opening`, as `mutate` and `crossover` have them.
+      **shared: `form`, `guards` and `opening`, as `mutate` and `crossover` have them.
 
     Returns:
       operator -> Offspring, in the order in which children enter: crossover first.
@@ -50,15 +48,10 @@ def evolve(
     offspring = {}
     if rng.random() < crossover_prob and len(parents) > 1:
         offspring["crossover"] = crossover(
-            parents, rollouts, reflect, tie_margin=tie_margin, crossover_sigma=crossover_sigma, **limits
+            parents, rollouts, reflect, tie_margin=tie_margin, crossover_sigma=crossover_sigma, **shared
         )
     offspring["mutation"] = mutate(
-        population.get(best),
-        rollouts,
-        reflect,
-        max_edits=max_edits,
-        mutation_sigma=mutation_sigma,
-        **limits,
+        population.get(best), rollouts, reflect, mutation_sigma=mutation_sigma, **shared
     )
     return offspring
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import json_repair
 
 _MAX_CHARS = 100_000
-_MAX_OBJECTS = 500
+_MAX_OBJECTS = 100
 _MAX_REPAIR_CHARS = 10_000
 _MAX_DEPTH = 8
 

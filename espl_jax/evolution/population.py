@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from espl_jax.types import SystemPrompt
@@ -17,11 +17,13 @@ class Added(NamedTuple):
       population: the population with the accepted children.
       accepted: the children that entered, with the ids they were given, in order.
       rejected: (child, reason) pairs; the reason is `empty` or `equal to <id of the living member>`.
+      evicted: the members that had to leave, in order.
     """
 
     population: Population
     accepted: tuple[SystemPrompt, ...]
     rejected: tuple[tuple[SystemPrompt, str], ...]
+    evicted: tuple[SystemPrompt, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +34,11 @@ class Population:
       members: oldest first, each with its rating; never empty, ids unique.
       max_size: at most so many members; the oldest leave first.
       created: how many ids were ever given, so that `p<created>` is the next one.
-      rated: ids of living members that have taken part in a rated tournament.
     """
 
     members: tuple[SystemPrompt, ...]
     max_size: int
     created: int
-    rated: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         ids = [member.id for member in self.members]
@@ -62,56 +62,47 @@ class Population:
             raise ValueError(f"window={window}: must be at least 1")
         return self.members[-window:]
 
-    def best(self) -> SystemPrompt:
-        """The member to deploy by ratings alone: the highest mu - 2 sigma.
-
-        Members that have never been rated come after all that have: a fresh root's mu - 2 sigma is 25 - 50/3
-        = 8.3, more than that of a root that has lost a game (18.3 - 13.3), and a crossover child may begin
-        with a smaller sigma than its parents, so the bound alone could choose one that nobody has played.
-        Equal bounds go to the older. Where nobody was ever rated (one prompt an iteration) this is the best
-        of the birth ratings, usually the root: choose on validation there.
-        """
-        played = [member for member in self.members if member.id in self.rated]
-        return max(played or self.members, key=lambda member: member.mu - 2 * member.sigma)
-
-    def add(self, children: Iterable[SystemPrompt], iteration: int) -> Added:
+    def add(self, children: Iterable[SystemPrompt], iteration: int, duplicates: bool = False) -> Added:
         """Lets children enter, in the order given (crossover child first, mutation child last).
 
-        A child without any content, or whose rendered text equals that of a living member (an earlier child
-        of this call included), does not enter and uses up no id.
+        A child without any content does not enter and uses up no id, nor does one whose rendered text equals
+        that of a living member (an earlier child of this call included); white space, case, and punctuation
+        at the ends of lines make no difference.
 
         Args:
           children: system prompts without ids, with their birth ratings.
           iteration: the iteration that made them, recorded in each.
+          duplicates: let equals of living members enter too.
         """
-        population, accepted, rejected = self, [], []
+        population, accepted, rejected, evicted = self, [], [], []
         for child in children:
-            rendered = child.render()
-            equal = [member.id for member in population.members if member.render() == rendered]
-            if not rendered.strip():
+            text = _essence(child)
+            equal = [member.id for member in population.members if _essence(member) == text]
+            if not child.render().strip():
                 rejected.append((child, "empty"))
-            elif equal:
+            elif equal and not duplicates:
                 rejected.append((child, f"equal to {equal[0]}"))
             else:
                 born = dataclasses.replace(child, id=f"p{population.created}", iteration=iteration)
-                members = (*population.members, born)[-self.max_size :]
-                population = Population(
-                    members, self.max_size, population.created + 1, _living(population.rated, members)
-                )
+                members = (*population.members, born)
+                evicted.extend(members[: -self.max_size])
+                population = Population(members[-self.max_size :], self.max_size, population.created + 1)
                 accepted.append(born)
-        return Added(population, tuple(accepted), tuple(rejected))
+        return Added(population, tuple(accepted), tuple(rejected), tuple(evicted))
 
-    def with_ratings(self, ratings: dict[str, tuple[float, float]]) -> Population:
-        """The same members, those in `ratings` (id -> (mu, sigma)) with new ratings and marked rated."""
-        for member_id in ratings:
-            self.get(member_id)
-        members = tuple(
-            dataclasses.replace(member, mu=ratings[member.id][0], sigma=ratings[member.id][1])
-            if member.id in ratings
-            else member
-            for member in self.members
+    def with_ratings(self, ratings: Mapping[str, tuple[float, float]]) -> Population:
+        """The same members, those in `ratings` (id -> (mu, sigma)) with new ratings. Raises KeyError."""
+        return self.replace(
+            dataclasses.replace(self.get(member_id), mu=mu, sigma=sigma)
+            for member_id, (mu, sigma) in ratings.items()
         )
-        return dataclasses.replace(self, members=members, rated=self.rated | frozenset(ratings))
+
+    def replace(self, members: Iterable[SystemPrompt]) -> Population:
+        """The same population with other versions of some members. Raises KeyError for one not alive."""
+        new = {member.id: member for member in members}
+        for member_id in new:
+            self.get(member_id)
+        return dataclasses.replace(self, members=tuple(new.get(member.id, member) for member in self.members))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `from_json` gives back an equal population, every float bit for bit.
@@ -121,7 +112,6 @@ class Population:
         saved = {
             "max_size": self.max_size,
             "created": self.created,
-            "rated": sorted(self.rated),
             "members": [dataclasses.asdict(member) for member in self.members],
         }
         return json.loads(json.dumps(saved, allow_nan=False))
@@ -148,20 +138,22 @@ def start(roots: Sequence[SystemPrompt], max_size: int) -> Population:
 
 def from_json(saved: dict[str, Any]) -> Population:
     """The population that `Population.to_json` saved. Raises ValueError naming a field missing or unknown."""
-    _check_fields("population", saved, {"max_size", "created", "rated", "members"})
+    _check_fields("population", saved, {"max_size", "created", "members"})
     members = tuple(prompt_from_json(member, f"members[{i}]") for i, member in enumerate(saved["members"]))
-    return Population(members, saved["max_size"], saved["created"], frozenset(saved["rated"]))
+    return Population(members, saved["max_size"], saved["created"])
 
 
 def prompt_from_json(saved: dict[str, Any], where: str = "the prompt") -> SystemPrompt:
     """The system prompt whose fields were saved, tuples as lists. Raises ValueError as `from_json` does."""
     _check_fields(where, saved, {field.name for field in dataclasses.fields(SystemPrompt)})
-    tuples = {name: tuple(saved[name]) for name in ("principles", "parents", "edits")}
+    tuples = {name: tuple(saved[name]) for name in ("principles", "parents", "edits", "tournaments")}
     return SystemPrompt(**{**saved, **tuples})
 
 
-def _living(ids: frozenset[str], members: Iterable[SystemPrompt]) -> frozenset[str]:
-    return ids & {member.id for member in members}
+def _essence(prompt: SystemPrompt) -> list[str]:
+    """What two prompts have in common that say the same."""
+    lines = (" ".join(line.split()) for line in prompt.render().splitlines())
+    return [line.rstrip(" .;,:").casefold() for line in lines if line]
 
 
 def _check_fields(where: str, found: dict[str, Any], expected: set[str]) -> None:

@@ -7,9 +7,11 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from espl_jax.evolution.edit_limits import drop_copies, drop_repeats, shorten_edits
+from espl_jax.evolution.edit_replies import parse_edits
 from espl_jax.evolution.edits import Drop, Edit
-from espl_jax.types import Conversation, Reflect, Rollouts, SystemPrompt
+from espl_jax.evolution.guards import Guards, drop_copies, drop_not_allowed, drop_repeats, shorten_edits
+from espl_jax.evolution.templates import load_template
+from espl_jax.types import Conversation, Problem, Reflect, Rollouts, Schema, SystemPrompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,10 +20,12 @@ class Offspring:
 
     Attributes:
       child: the new prompt with its birth rating, without an id; None if there is none.
-      transcripts: one `{"stage", "conversation", "reply"}` for every call of the reflector, in order.
-      drops: how often each reason of `edits.REASONS` dropped an edit; besides, `shortened` (principles cut to
-        the word limit), `no_room` (new principles left out because the list was full) and
-        `revision_unusable` (the critiques' own edits were applied because the revision held none).
+      transcripts: one `{"stage", "conversation", "reply"}` for every call of the reflector, in order; without
+        an answer the reply is None.
+      drops: how often each reason of `edits.REASONS` dropped an edit; besides, `no_reply` (replies that were
+        not to be had), `retried` (replies asked for again because a principle was too long), `shortened`
+        (principles cut to the word limit) and `revision_unusable` (the critiques' own edits were applied
+        because the revision held none).
       reason: why there is no child, or empty.
     """
 
@@ -31,17 +35,91 @@ class Offspring:
     reason: str = ""
 
 
-class Record:
-    """Collects the transcripts and drops of one mutation or crossover."""
+class Unanswered(Exception):
+    """No conversation of a stage was answered: the reflector is out of order, and the operator is skipped."""
 
-    def __init__(self, reflect: Reflect):
+
+class Record:
+    """Asks the reflector for one mutation or crossover, and collects its transcripts and drops.
+
+    Attributes:
+      guards: what is accepted.
+      constrained: whether the reflector keeps replies to a schema.
+    """
+
+    def __init__(self, reflect: Reflect, guards: Guards, opening: bool):
+        self.guards = guards
+        self.constrained = hasattr(reflect, "constrained")
         self._reflect = reflect
+        self._opening = opening
         self._transcripts: list[dict[str, Any]] = []
         self._drops: collections.Counter[str] = collections.Counter()
 
-    def ask(self, stage: str, conversations: Sequence[Conversation]) -> list[str]:
+    def summaries(self, values: Sequence[dict[str, Any]]) -> list[str | None]:
+        """Free text for each set of values of the template `summary`. Raises `Unanswered`."""
+        template = load_template("summary")
+        return self._ask("summary", [template.conversation(opening=self._opening, **each) for each in values])
+
+    def edits(
+        self,
+        stage: str,
+        template: str,
+        values: Sequence[dict[str, Any]],
+        schema: Schema,
+        allowed: tuple[type, ...],
+    ) -> list[tuple[tuple[Edit, ...], bool]]:
+        """The edits of each reply: of operations that the stage allows, dropped ones counted.
+
+        A reply with a principle of too many words is asked for again. Raises `Unanswered`.
+
+        Args:
+          stage: its name in the transcripts.
+          template: name of the template.
+          values: its placeholders, for each conversation.
+          schema: of every reply, for reflectors that keep to one; others get an opening if they are to.
+          allowed: types of edits.
+
+        Returns:
+          For each conversation its edits, and whether it asked for none by an empty list.
+        """
+        opening = self._opening and not self.constrained
+        loaded = load_template(template)
+        conversations = [loaded.conversation(opening=opening, **each) for each in values]
+        read = [reply and parse_edits(reply) for reply in self._ask(stage, conversations, schema)]
+        for _ in range(self.guards.word_retries):
+            long = [i for i, found in enumerate(read) if found and any(map(self.guards.too_long, found[0]))]
+            if not long:
+                break
+            self.count("retried", len(long))
+            try:
+                replies = self._ask(stage, [conversations[i] for i in long], schema)
+            except Unanswered:
+                break
+            for i, reply in zip(long, replies, strict=True):
+                again = reply and parse_edits(reply)
+                if again and again[0] and not any(map(self.guards.too_long, again[0])):
+                    read[i] = again
+        return [
+            (self.kept(drop_not_allowed(self.kept(found or ((), ())), allowed)), found == ((), ()))
+            for found in read
+        ]
+
+    def presentable(
+        self, edits: Sequence[Edit], problems: Sequence[Problem], entries: Mapping[str, str]
+    ) -> tuple[Edit, ...]:
+        """Edits whose principles are short, say something new and give no problem away; others are counted."""
+        edits, shortened = shorten_edits(edits, self.guards)
+        self.count("shortened", shortened)
+        return self.kept(drop_repeats(self.kept(drop_copies(edits, problems, self.guards)), entries))
+
+    def _ask(
+        self, stage: str, conversations: Sequence[Conversation], schema: Schema | None = None
+    ) -> list[str | None]:
         """The replies to all conversations of a stage, in one batch. Raises ValueError for a wrong number."""
-        replies = self._reflect(conversations)
+        if schema is not None and self.constrained:
+            replies = self._reflect.constrained(conversations, [schema] * len(conversations))
+        else:
+            replies = self._reflect(conversations)
         if len(replies) != len(conversations):
             raise ValueError(
                 f"reflect gave {len(replies)} replies to the {len(conversations)} conversations of the stage "
@@ -49,7 +127,11 @@ class Record:
             )
         for conversation, reply in zip(conversations, replies, strict=True):
             self._transcripts.append({"stage": stage, "conversation": conversation, "reply": reply})
-        return replies
+        missing = sum(reply is None for reply in replies)
+        self.count("no_reply", missing)
+        if missing == len(replies):
+            raise Unanswered(stage)
+        return list(replies)
 
     def kept(self, checked: tuple[Sequence[Any], Iterable[Drop]]) -> tuple[Any, ...]:
         """The edits that a check kept; those it dropped are counted."""
@@ -67,43 +149,8 @@ class Record:
         return Offspring(child, tuple(self._transcripts), dict(self._drops), reason)
 
 
-def show_principles(entries: Mapping[str, str]) -> str:
-    """One line for each principle with its id; `(none)` for an empty list."""
-    return "\n".join(f"{name}. {principle}" for name, principle in entries.items()) or "(none)"
-
-
 def verdict(rollouts: Rollouts, i: int, b: int, j: int) -> str:
     """`right` or `wrong`, with the reward where it says more than that."""
     success, reward = bool(rollouts.success[i, b, j]), float(rollouts.rewards[i, b, j])
     word = "right" if success else "wrong"
     return word if reward == success else f"{word} (reward {reward:.3g})"
-
-
-def presentable(
-    edits: Sequence[Edit],
-    entries: Mapping[str, str],
-    problems: Sequence[str],
-    max_words: int,
-    record: Record,
-) -> tuple[Edit, ...]:
-    """Edits whose principles are short, say something new and quote no problem; the rest is counted."""
-    edits, shortened = shorten_edits(edits, max_words)
-    record.count("shortened", shortened)
-    return record.kept(drop_repeats(record.kept(drop_copies(edits, problems)), entries))
-
-
-def fit(
-    parent: SystemPrompt, principles: tuple[str, ...], max_principles: int | None, record: Record
-) -> tuple[tuple[str, ...], tuple[dict[str, Any], ...]]:
-    """Leaves out the newest principles beyond `max_principles`, never fewer than the parent has.
-
-    Returns:
-      (principles, edits): what is kept, and `{"op": "keep", "first": ...}` if anything was left out.
-    """
-    if max_principles is None:
-        return principles, ()
-    room = max(max_principles, len(parent.principles))
-    if len(principles) <= room:
-        return principles, ()
-    record.count("no_room", len(principles) - room)
-    return principles[:room], ({"op": "keep", "first": room},)

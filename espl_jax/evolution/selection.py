@@ -1,6 +1,4 @@
-"""Which prompts run in an iteration, drawn from the newest members (Zhang et al. 2026, equation 4), and which
-one is deployed.
-"""
+"""Which prompts run in an iteration, chosen among the newest members (Zhang et al. 2026, equation 4)."""
 
 from __future__ import annotations
 
@@ -44,7 +42,42 @@ def uniform(
     return [candidates[i] for i in rng.permutation(len(candidates))[:count]]
 
 
-STRATEGIES: dict[str, Callable[..., list[SystemPrompt]]] = {"softmax": softmax, "uniform": uniform}
+def ucb(
+    candidates: Sequence[SystemPrompt],
+    count: int,
+    rng: np.random.Generator,
+    *,
+    optimism: float,
+    **_: float | None,
+) -> list[SystemPrompt]:
+    """The `count` highest scores, mu + optimism * sigma; of equals the older first."""
+    order = np.argsort(-optimistic_scores(candidates, optimism), kind="stable")
+    return [candidates[i] for i in order[:count]]
+
+
+def lucb(
+    candidates: Sequence[SystemPrompt],
+    count: int,
+    rng: np.random.Generator,
+    *,
+    optimism: float,
+    **_: float | None,
+) -> list[SystemPrompt]:
+    """The champion, best by mu - optimism * sigma, and then challengers as `ucb` chooses them.
+
+    Kalyanakrishnan et al., "PAC subset selection in stochastic multi-armed bandits", ICML 2012.
+    """
+    champion = candidates[int(np.argmax(optimistic_scores(candidates, -optimism)))]
+    others = [member for member in candidates if member is not champion]
+    return [champion, *ucb(others, count - 1, rng, optimism=optimism)]
+
+
+STRATEGIES: dict[str, Callable[..., list[SystemPrompt]]] = {
+    "softmax": softmax,
+    "uniform": uniform,
+    "ucb": ucb,
+    "lucb": lucb,
+}
 
 
 def select(
@@ -58,14 +91,15 @@ def select(
 ) -> tuple[SystemPrompt, ...]:
     """The system prompts of one iteration, drawn from the newest members without replacement.
 
-    The newest member always runs: where it was not drawn it takes the place of the weakest that was. With
-    fewer than `count` candidates the rest of the slots are copies of the newest.
+    The newest member always runs: where it was not chosen it takes the place of the weakest that was, the
+    lowest score (in `lucb` of the challengers; the champion stays unless it is alone). With fewer than
+    `count` candidates the rest of the slots are copies of the newest.
 
     Args:
       population: whom to draw from.
       count: M, how many slots to fill.
       strategy: a name in `STRATEGIES`.
-      rng: advanced by one draw.
+      rng: advanced by one draw of `softmax` or `uniform`; the others draw nothing.
       window: K, only so many of the newest members can be chosen.
       optimism: lambda in the score mu + lambda * sigma.
       temperature: of the softmax over scores; None for max(1, highest score), which is nearly flat.
@@ -86,18 +120,9 @@ def select(
     newest = candidates[-1]
     chosen = STRATEGIES[strategy](candidates, count, rng, optimism=optimism, temperature=temperature)
     if newest.id not in [member.id for member in chosen]:
-        scores = optimistic_scores(chosen, optimism)
-        # Of equally weak members the one drawn last gives way.
+        stays = int(strategy == "lucb" and len(chosen) > 1)
+        scores = optimistic_scores(chosen[stays:], optimism)
+        # Of equally weak members the one chosen last gives way.
         weakest = max(i for i, score in enumerate(scores) if score == scores.min())
-        chosen[weakest] = newest
+        chosen[stays + weakest] = newest
     return (*chosen, *[newest] * (count - len(chosen)))
-
-
-def deployed(population: Population, mode: str) -> SystemPrompt:
-    """The prompt to deploy: the best by ratings, never by the test.
-
-    In `rl` there is only the root; in `reflection` nobody is rated, and each prompt replaces the one before.
-    """
-    if mode == "rl":
-        return population.members[0]
-    return population.members[-1] if mode == "reflection" else population.best()

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from espl_jax.evolution.crossover import crossover, problems_won
+from espl_jax.evolution.edits import replay_edits
+from espl_jax.evolution.guards import Guards
 from espl_jax.types import Problem, Rollouts, SystemPrompt
 
 A = SystemPrompt(text="Add.", principles=("Add the ones.", "Be brief."), id="p1", mu=30.0, sigma=2.0)
@@ -73,7 +75,11 @@ def test_edits_of_the_best_prompt():
     assert child.mu == pytest.approx(28.0)  # weights 1/4 and 1/16
     assert child.sigma == pytest.approx(4.2**0.5)
     assert child.edits[0] == ADD
-    assert child.evidence == {"won": {"p1": ["q0", "q1"], "p2": ["q2"]}}
+    assert child.evidence == {
+        "won": {"p1": ["q0", "q1"], "p2": ["q2"]},
+        "problems": ["q0", "q1", "q2", "q3"],
+        "scores": {"p2": [0.0, 0.0, 1.0, 0.5], "p1": [1.0, 1.0, 0.0, 0.5]},
+    }
     assert [len(call) for call in calls] == [1]
     assert [record["stage"] for record in offspring.transcripts] == ["crossover"]
 
@@ -113,7 +119,8 @@ def test_copies_are_pooled():
     reflect, _ = scripted(ADD)
     rollouts = rollouts_of([A, B, A], [[1, 0], [0.4, 0.9], [1, 0]])
     offspring = crossover([A, B], rollouts, reflect)
-    assert offspring.child.evidence == {"won": {"p2": ["q1"], "p1": ["q0"]}}
+    assert offspring.child.evidence["won"] == {"p2": ["q1"], "p1": ["q0"]}
+    assert offspring.child.evidence["scores"]["p1"] == [1.0, 0.5]
     assert offspring.child.parents == ("p2", "p1")  # p2 has the higher mean, 0.65 against 0.5
 
 
@@ -143,8 +150,31 @@ def test_no_valid_edit_no_child(edits, reason, drops):
 
 def test_max_principles():
     reflect, _ = scripted(ADD)
-    offspring = crossover([A, B], rollouts_of([A, B], WINS), reflect, max_principles=2)
+    offspring = crossover([A, B], rollouts_of([A, B], WINS), reflect, guards=Guards(max_principles=2))
     assert (offspring.child, offspring.reason, offspring.drops) == (None, "unchanged", {"no_room": 1})
+
+
+def test_prose_is_crossed_by_blocks():
+    reflect, calls = scripted(
+        {"search": "Be brief.", "replace": "Carry the ten.", "evidence": "Set B won Statement number 2"},
+        {"search": "Add.", "replace": "Subtract."},
+        {"op": "add", "principle": "Not offered here."},
+    )
+    best = SystemPrompt(text="Add the ones. Be brief.", id="p1")
+    other = SystemPrompt(text="Carry.", id="p2")
+    offspring = crossover([best, other], rollouts_of([best, other], WINS), reflect, form="prose")
+    assert offspring.child.text == "Add the ones. Carry the ten."
+    assert offspring.child.edits[0]["evidence"] == "Set B won Statement number 2"
+    assert replay_edits(best, offspring.child.edits).text == offspring.child.text
+    assert offspring.drops == {"not_found": 1, "not_allowed": 1}
+    shown = calls[0][0][1]["content"]
+    assert "Set A\nInstructions: Add the ones. Be brief.\nTasks won by set A:" in shown
+
+
+def test_a_reflector_out_of_order_costs_the_crossover():
+    offspring = crossover([A, B], rollouts_of([A, B], WINS), lambda conversations: [None])
+    assert (offspring.child, offspring.reason, offspring.drops) == (None, "no_replies", {"no_reply": 1})
+    assert offspring.transcripts[0]["reply"] is None
 
 
 def test_parents_must_be_the_prompts_that_ran():

@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from espl_jax.evolution.edits import replay_edits
+from espl_jax.evolution.guards import Guards
 from espl_jax.evolution.mutation import mutate
 from espl_jax.types import Problem, Rollouts, SystemPrompt
 
@@ -143,7 +145,7 @@ def test_a_useless_revision_falls_back_on_the_critiques():
     suggestion = {"op": "modify", "id": "G0", "principle": "Add the ones first."}
     later = {"op": "modify", "id": "G0", "principle": "Another text for it."}
     reflect = Scripted("s", edits(add("Carry the ten."), suggestion, later), "I like them all!")
-    offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1]]]), reflect, max_edits=3)
+    offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1]]]), reflect, guards=Guards(max_edits=3))
     assert offspring.child.principles == ("Add the ones first.", "Be brief.", "Carry the ten.")
     assert offspring.drops == {"no_json": 1, "revision_unusable": 1, "conflict": 1}
     assert offspring.child.evidence["revision_unusable"] is True
@@ -188,11 +190,134 @@ def test_useless_critiques_make_no_child_and_no_revision():
 
 def test_limits_on_edits_words_and_principles():
     long = "Carry the ten over to the next column. " + "word " * 40
-    reflect = Scripted("s", edits(add(long), add("Second new."), add("Third new.")), "[]")
-    offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1]]]), reflect, max_edits=2, max_principles=3)
+    critique = edits(add(long), add("Second new."), add("Third new."))
+    reflect = Scripted("s", critique, critique, "[]")
+    guards = Guards(max_edits=2, max_principles=3)
+    offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1]]]), reflect, guards=guards)
     assert offspring.child.principles == (*PARENT.principles, "Carry the ten over to the next column.")
-    assert offspring.drops == {"too_many": 1, "shortened": 1, "no_room": 1}
-    assert offspring.child.edits[-1] == {"op": "keep", "first": 3}
+    assert offspring.drops == {"too_many": 1, "retried": 1, "shortened": 1, "no_room": 1}
+    assert replay_edits(PARENT, offspring.child.edits).principles == offspring.child.principles
+
+
+def test_a_reply_with_too_long_a_principle_is_asked_for_once_more():
+    long, short = edits(add("word " * 40)), edits(add("Carry the ten."))
+    reflect = Scripted("s", [short, long, long], [edits(add("Be exact.")), "nothing"], "[]")
+    offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1]] * 3]), reflect)
+    assert [len(call) for call in reflect.calls] == [6, 3, 2, 1]
+    assert reflect.calls[2] == reflect.calls[1][1:]  # the same conversations again
+    # The second reply counts if it is of use, else the first is cut.
+    cut = " ".join(["word"] * 32)
+    assert offspring.child.principles == (*PARENT.principles, "Carry the ten.", "Be exact.", cut)
+    assert offspring.drops == {"retried": 2, "shortened": 1}
+    never = Guards(word_retries=0)
+    offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1]]]), Scripted("s", long, "[]"), guards=never)
+    assert offspring.drops == {"shortened": 1}
+
+
+def test_the_budget_counts_candidates_that_a_merge_saves():
+    """Two candidates do not fit beside each other; merged into one principle of the list they do."""
+    guards = Guards(max_principles=2, max_edits=2)
+    merge = {"op": "merge", "ids": ["G0", "C0", "C1"], "principle": "Add the ones, carry the ten, check."}
+    reflect = Scripted("s", edits(add("Carry the ten."), add("Check it.")), edits(merge))
+    offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1]]]), reflect, guards=guards)
+    assert offspring.child.principles == ("Add the ones, carry the ten, check.", "Be brief.")
+    assert [edit["op"] for edit in offspring.child.edits] == ["add", "add", "merge"]
+    assert offspring.drops == {}
+    assert replay_edits(PARENT, offspring.child.edits).principles == offspring.child.principles
+
+
+def test_a_refused_merge_takes_its_candidates_with_it():
+    tokens = Guards(max_prompt_tokens=len(PARENT.render().split()) + 4)
+    merge = {"op": "merge", "ids": ["C0", "C1"], "principle": "Carry the ten over and check all of it."}
+    reflect = Scripted(
+        "s", [edits(add("Carry the ten."), add("Check it.")), edits(add("Think once."))], edits(merge)
+    )
+    offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1]] * 2]), reflect, guards=tokens)
+    assert offspring.child.principles == (*PARENT.principles, "Think once.")
+    assert offspring.drops == {"over_budget": 1}
+    assert offspring.child.edits == ({"op": "add", "id": "C2", "principle": "Think once."},)
+
+
+PROSE = SystemPrompt(text="You add numbers. Be brief.", id="p3", mu=31.0, sigma=4.0)
+
+
+def block(search, replace):
+    return {"search": search, "replace": replace}
+
+
+def test_prose_is_mutated_by_blocks():
+    critique = edits(block("Be brief.", "Give only the number."), block("nowhere", "x"), add("Not here."))
+    revision = edits(block("Be brief.", "Give the number alone."), block("", "Carry the ten."))
+    reflect = Scripted("s", critique, revision)
+    offspring = mutate(PROSE, rollouts_of([PROSE], [[[0, 1]]]), reflect, form="prose")
+    child = offspring.child
+    assert child.text == "You add numbers. Give the number alone.\n\nCarry the ten."
+    assert (child.principles, child.parents, child.mu) == ((), ("p3",), 31.0)
+    assert child.edits[1] == {"op": "replace", "search": "", "replace": "Carry the ten."}
+    assert child.evidence["suggestions"] == [{"op": "replace", **block("Be brief.", "Give only the number.")}]
+    assert offspring.drops == {"not_found": 1, "not_allowed": 1}
+    assert replay_edits(PROSE, child.edits).text == child.text
+    assert "Instructions:\nYou add numbers. Be brief." in user_turn(reflect.calls[1][0])
+    assert "Search: Be brief.\nReplace: Give only the number." in user_turn(reflect.calls[2][0])
+
+
+def test_blocks_that_no_longer_apply_are_dropped_one_by_one():
+    critiques = [
+        edits(block("Be brief.", "Think.")),
+        edits(block("Be brief.", "Be slow."), block("", "End.")),
+    ]
+    reflect = Scripted("s", critiques, "I cannot decide.")
+    offspring = mutate(PROSE, rollouts_of([PROSE], [[[0, 1]] * 2]), reflect, form="prose")
+    assert offspring.child.text == "You add numbers. Think.\n\nEnd."
+    assert offspring.drops == {"no_json": 1, "revision_unusable": 1, "not_found": 1}
+    small = Guards(max_prompt_tokens=5)
+    reflect = Scripted("s", critiques, "[]")
+    offspring = mutate(PROSE, rollouts_of([PROSE], [[[0, 1]] * 2]), reflect, form="prose", guards=small)
+    assert (offspring.child, offspring.reason) == (None, "unchanged")
+    reflect = Scripted("s", critiques, edits(block("", "More text than there is room for.")))
+    offspring = mutate(PROSE, rollouts_of([PROSE], [[[0, 1]] * 2]), reflect, form="prose", guards=small)
+    assert (offspring.reason, offspring.drops) == ("unchanged", {"over_budget": 1})
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_reflector_out_of_order_costs_the_mutation_alone(stage):
+    script = ["s", edits(add("Carry the ten.")), "[]"]
+    script[stage] = [None] * (2 if stage == 0 else 1)
+    offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1]]]), Scripted(*script))
+    assert (offspring.child, offspring.reason) == (None, "no_replies")
+    assert offspring.drops == {"no_reply": 2 if stage == 0 else 1}
+    assert len(offspring.transcripts) == 2 + stage
+
+
+def test_single_missing_replies_are_done_without():
+    reflect = Scripted(["s", None, "s", "s"], [None, edits(add("Carry the ten."))], "[]")
+    offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1]] * 2]), reflect)
+    assert offspring.child.principles == (*PARENT.principles, "Carry the ten.")
+    assert offspring.drops == {"no_reply": 2}
+    assert "right: (no summary)" in user_turn(reflect.calls[1][0])
+
+
+class Constrained(Scripted):
+    """A reflector that keeps to schemas, which it notes."""
+
+    def __init__(self, *stages):
+        super().__init__(*stages)
+        self.schemas = []
+
+    def constrained(self, conversations, schemas):
+        self.schemas.extend(schemas)
+        return self(conversations)
+
+
+def test_reflectors_that_keep_to_a_schema_get_one_and_no_opening():
+    reflect = Constrained("s", edits(add("Carry the ten.")), "[]")
+    mutate(PARENT, rollouts_of([PARENT], [[[0, 1]]]), reflect)
+    summaries, critiques, revisions = reflect.calls
+    assert summaries[0][-1]["role"] == "assistant"
+    assert {call[0][-1]["role"] for call in (critiques, revisions)} == {"user"}
+    critique, revision = map(json.dumps, reflect.schemas)
+    assert "G1" in critique and "C0" not in critique
+    assert "C0" in revision and "merge" in revision and '"add"' not in revision
 
 
 def test_problems_do_not_enter_the_prompt():

@@ -71,14 +71,28 @@ def test_ids_are_never_given_twice():
     assert [member.id for member in population.members] == ["p4"]
 
 
-def test_best_prefers_those_that_were_rated():
-    population = start(prompts("a", "b", "fresh"), max_size=9)
-    assert population.best().id == "p0"  # nobody rated: ratings alone, ties to the older
-    rated = population.with_ratings({"p0": (18.3, 6.6), "p1": (25.0, 6.2)})
-    assert rated.best().id == "p1"
-    lost = population.with_ratings({"p0": (18.3, 6.6)})  # 5.1 against the fresh ones' 8.3
-    assert lost.best().id == "p0"
-    assert rated.add(prompts("d"), 1).population.rated == {"p0", "p1"}
+def test_who_has_to_leave_is_named():
+    population = start(prompts("a", "b"), max_size=2)
+    added = population.add(prompts("c", "a", "d", "e"), iteration=1)
+    assert [member.id for member in added.population.members] == ["p4", "p5"]
+    assert [member.id for member in added.evicted] == ["p0", "p1", "p2", "p3"]
+    assert added.evicted[:2] == population.members
+
+
+def test_prompts_that_say_the_same_are_duplicates():
+    population = start([SystemPrompt(text="Be brief.", principles=("Check  it.",))], max_size=9)
+    child = SystemPrompt(text="be brief", principles=("Check it",))
+    assert population.add([child], 1).rejected == ((child, "equal to p0"),)
+    assert [member.id for member in population.add([child], 1, duplicates=True).accepted] == ["p1"]
+    assert population.add([SystemPrompt(text="Be brief!", principles=("Check it",))], 1).accepted
+
+
+def test_members_are_replaced_in_their_places():
+    population = start(prompts("a", "b"), max_size=2)
+    other = dataclasses.replace(population.get("p0"), mu=30.0)
+    assert population.replace([other]).members == (other, population.get("p1"))
+    with pytest.raises(KeyError, match="p7"):
+        population.replace([dataclasses.replace(other, id="p7")])
 
 
 @hypothesis.given(

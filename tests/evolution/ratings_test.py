@@ -2,13 +2,24 @@
 
 import itertools
 import math
+import statistics
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pytest
+from trueskillthroughtime import Game, Gaussian, Player
 
 from espl_jax.evolution.population import start
-from espl_jax.evolution.ratings import crossover_rating, mutation_rating, ranking, rate
+from espl_jax.evolution.ratings import (
+    SYSTEMS,
+    crossover_rating,
+    inflate,
+    mutation_rating,
+    ranking,
+    rate,
+    trueskill_game,
+)
 from espl_jax.types import SystemPrompt
 
 
@@ -50,13 +61,81 @@ def test_two_players_match_the_closed_form():
     assert ratings_of(population) == [pytest.approx((up, sigma)), pytest.approx((down, sigma))]
 
 
+def test_two_players_that_tie_match_the_closed_form():
+    """A draw between equals: v = 0, and w from the mass of the margin around zero."""
+    beta, tau, sigma = 25 / 6, 25 / 300, 25 / 3
+    variance = sigma**2 + tau**2
+    c = math.sqrt(2 * beta**2 + 2 * variance)
+    normal = statistics.NormalDist()
+    margin = normal.inv_cdf(0.55) * math.sqrt(2) * beta / c
+    w = 2 * margin * normal.pdf(margin) / (normal.cdf(margin) - normal.cdf(-margin))
+    population = rate(population_of(2), ["p0", "p1"], [0.5, 0.5])
+    want = (25.0, math.sqrt(variance * (1 - variance / c**2 * w)))
+    assert ratings_of(population) == [pytest.approx(want, abs=1e-4)] * 2
+
+
+def test_two_hundred_tournaments_match_an_independent_implementation():
+    """TrueSkill Through Time (Landfried and Mocskos 2025) has the same model of one game."""
+    rng = np.random.default_rng(0)
+    worst = 0.0
+    for _ in range(200):
+        count = int(rng.integers(2, 7))
+        ratings = [(float(rng.uniform(15, 35)), float(rng.uniform(1, 25 / 3))) for _ in range(count)]
+        # The best first: for other orders the package hands some posteriors to the wrong players.
+        ranks = sorted(rng.integers(0, max(2, count - 1), count).tolist())
+        players = [
+            [Player(Gaussian(mu, math.hypot(sigma, 25 / 300)), beta=25 / 6, gamma=0.0)]
+            for mu, sigma in ratings
+        ]
+        theirs = Game(players, [-rank for rank in ranks], p_draw=0.10).posteriors()
+        for (mu, sigma), ((other,),) in zip(
+            trueskill_game(ratings, ranks), zip(theirs, strict=True), strict=True
+        ):
+            worst = max(worst, abs(mu - other.mu), abs(sigma - other.sigma))
+        if len(set(ranks)) == count:  # whatever the order of the players
+            order = rng.permutation(count)
+            shuffled = trueskill_game([ratings[i] for i in order], [ranks[i] for i in order])
+            assert shuffled == [pytest.approx(trueskill_game(ratings, ranks)[i]) for i in order]
+    print(f"largest difference of a mu or sigma: {worst:.1e}")
+    assert worst < 1e-3
+
+
+def test_openskill_by_hand():
+    """Weng and Lin 2011, algorithm 4, for two fresh players: every sum of strengths has two members."""
+    sigma, beta, tau = 25 / 3, 25 / 6, 25 / 300
+    variance = sigma**2 + tau**2
+    c = math.sqrt(2 * (variance + beta**2))
+    omega, delta = variance / c * 0.5, (math.sqrt(variance) / c) * variance / c**2 * 0.25
+    population = rate(population_of(2), ["p0", "p1"], [0.9, 0.1], system="openskill")
+    low = math.sqrt(variance * (1 - delta))
+    assert ratings_of(population) == [
+        pytest.approx((25 + omega, low)),
+        pytest.approx((25 - omega, low)),
+    ]
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_both_systems_behave_alike(system):
+    better = rate(population_of(3), ["p2", "p0", "p1"], [0.9, 0.5, 0.5], system=system)
+    # TrueSkill compares neighbours in a chain, so that two who tie are not quite alike in it.
+    assert better.get("p2").mu > 25 > better.get("p0").mu == pytest.approx(better.get("p1").mu, abs=0.01)
+    assert all(member.sigma < 25 / 3 for member in better.members)
+
+
+def test_drift_makes_everybody_less_certain():
+    population = population_of(3).with_ratings({"p0": (30.0, 3.0), "p1": (20.0, 8.3)})
+    after = inflate(population, 4.0)
+    assert ratings_of(after) == [(30.0, 5.0), (20.0, 25 / 3), (25.0, 25 / 3)]
+    assert inflate(population, 0.0) == population
+
+
 def test_only_players_change():
     before = population_of(4)
     after = rate(before, ["p3", "p1"], [0.0, 1.0])
     assert after.get("p0") == before.get("p0")
     assert after.get("p2") == before.get("p2")
     assert after.get("p1").mu > 25 > after.get("p3").mu
-    assert after.rated == {"p1", "p3"}
+    assert [len(member.tournaments) for member in after.members] == [0, 1, 0, 1]
 
 
 def test_ties_within_the_margin_are_draws():
@@ -83,6 +162,8 @@ def test_rate_names_what_is_wrong():
         rate(population_of(2), ["p0", "p7"], [0.0, 1.0])
     with pytest.raises(ValueError, match="'p1' is nan"):
         rate(population_of(2), ["p0", "p1"], [0.0, float("nan")])
+    with pytest.raises(ValueError, match=r"system='elo' is unknown: choose one of .*openskill"):
+        rate(population_of(2), ["p0", "p1"], [0.0, 1.0], system="elo")
     with pytest.raises(ValueError, match="one value for each"):
         rate(population_of(2), ["p0", "p1"], [0.0])
 

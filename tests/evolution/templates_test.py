@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from espl_jax.evolution.edits import drop_unknown, parse_edits
+from espl_jax.evolution.edit_replies import parse_edits
+from espl_jax.evolution.edits import drop_unknown, why_not_replaced
 from espl_jax.evolution.templates import load_template
 
 VALUES = {
@@ -14,6 +15,9 @@ VALUES = {
     },
     "revision": {"principles": "g", "candidates": "c", "suggestions": "s", "max_words": 32},
     "crossover": {"sets": "s", "max_words": 32},
+    "critique_prose": {"problem": "p", "answer": "a", "attempts": "t", "instructions": "i", "max_edits": 2},
+    "revision_prose": {"instructions": "i", "suggestions": "s"},
+    "crossover_prose": {"sets": "s"},
 }  # fmt: skip
 
 
@@ -22,7 +26,7 @@ def test_every_placeholder_is_known(name):
     system, user, opening = load_template(name).conversation(opening=True, **VALUES[name])
     assert [system["role"], user["role"], opening["role"]] == ["system", "user", "assistant"]
     assert "$" not in system["content"] + user["content"]
-    assert len(system["content"].split()) <= 165  # small models lose the thread in longer instructions
+    assert len(system["content"].split()) <= 180  # small models lose the thread in longer instructions
     assert load_template(name).conversation(opening=False, **VALUES[name]) == [system, user]
 
 
@@ -49,7 +53,16 @@ def test_worked_examples_are_valid_replies(name):
     assert drop_unknown(edits, shown)[1] == ()
 
 
-@pytest.mark.parametrize("name", ["critique", "revision", "crossover"])
+@pytest.mark.parametrize("name", ["critique_prose", "revision_prose", "crossover_prose"])
+def test_worked_examples_of_prose_apply(name):
+    system = load_template(name).system
+    edits, drops = parse_edits(re.search(r"```json.*?```", system, re.DOTALL)[0])
+    assert edits and drops == ()
+    prose = re.search(r"Instructions:\s(.*)", system)[1]
+    assert [why_not_replaced(prose, edit) for edit in edits] == [""] * len(edits)
+
+
+@pytest.mark.parametrize("name", [name for name in VALUES if name != "summary"])
 def test_openings_begin_the_example_reply(name):
     template = load_template(name)
     assert template.opening in template.system

@@ -1,0 +1,120 @@
+"""Reads the edits of a model's reply, whatever it wrote around and between them."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+from espl_jax.evolution.edits import Add, Drop, Edit, Merge, Modify, Remove, Replace, excerpt
+from espl_jax.evolution.json_replies import begins_with_json, has_empty_list, json_lists
+from espl_jax.evolution.prose import marked_blocks
+
+_OPERATION_KEYS = ("op", "operation", "action", "type", "edit")
+_PRINCIPLE_KEYS = ("principle", "new_principle", "text", "content", "rule", "experience")
+_ID_KEYS = ("ids", "id", "principle_id", "principle_ids", "target", "targets", "merged_from", "modified_from")
+_EVIDENCE_KEYS = ("evidence", "reason", "why", "rationale")
+_REPLACE_KEYS = ("replace", "replacement", "replace_with", "text")
+_LIST_OPERATIONS = ("add", "modify", "merge", "remove")
+
+
+def parse_edits(text: str) -> tuple[tuple[Edit, ...], tuple[Drop, ...]]:
+    """Reads the edits of a reply; never raises.
+
+    Where a reply holds several JSON lists, the first with an edit counts if the reply begins with JSON, the
+    last otherwise (a reasoning model drafts before it answers). A deliberate empty list gives no edit and no
+    drop.
+
+    Returns:
+      (edits, drops): the edits in order, and (reason, what) for everything that looked like one but was none.
+    """
+    if blocks := marked_blocks(text):
+        return _split([_edit_or_drop(_block(*block), "\n".join(block)) for block in blocks])
+    lists = [[_read_edit(*found) for found in found_list] for found_list in json_lists(text)]
+    if not lists:
+        return (), () if has_empty_list(text) else (("no_json", excerpt(text)),)
+    if not begins_with_json(text):
+        lists.reverse()
+    chosen = next((read for read in lists if any(not isinstance(item, tuple) for item in read)), lists[0])
+    return _split(chosen)
+
+
+def _split(read: Sequence[Edit | Drop]) -> tuple[tuple[Edit, ...], tuple[Drop, ...]]:
+    edits = tuple(item for item in read if not isinstance(item, tuple))
+    return edits, tuple(item for item in read if isinstance(item, tuple))
+
+
+def _read_edit(value: dict[str, Any] | None, text: str, problem: str) -> Edit | Drop:
+    edit = _as_edit(value or {})
+    return _edit_or_drop((problem or edit) if isinstance(edit, str) else edit, text)
+
+
+def _edit_or_drop(edit: Edit | str, text: str) -> Edit | Drop:
+    return (edit, excerpt(text)) if isinstance(edit, str) else edit
+
+
+def _as_edit(value: dict[str, Any]) -> Edit | str:
+    """The edit that a JSON object is, or the reason why it is none."""
+    fields = {str(key).strip().lower(): item for key, item in value.items()}
+    principle = clean(_first(fields, _PRINCIPLE_KEYS))
+    evidence = clean(_first(fields, _EVIDENCE_KEYS))
+    ids = _read_ids(_first(fields, _ID_KEYS))
+    operation = _first(fields, _OPERATION_KEYS)
+    if "search" in fields and str(operation or "replace").strip().lower() not in _LIST_OPERATIONS:
+        return _block(_first(fields, ("search",)), _first(fields, _REPLACE_KEYS), evidence)
+    if operation is None and principle:
+        operation = ("add", "modify", "merge")[min(len(ids), 2)]
+    operation = str(operation).strip().lower()
+    if operation not in _LIST_OPERATIONS:
+        return "not_an_edit"
+    if operation == "remove":
+        return Remove(ids[0], evidence) if len(ids) == 1 else "wrong_ids"
+    if not any(character.isalpha() for character in principle):
+        return "no_principle"
+    if operation == "add":
+        return Add(principle, evidence)
+    if operation == "modify":
+        return Modify(ids[0], principle, evidence) if len(ids) == 1 else "wrong_ids"
+    return Merge(ids, principle, evidence) if len(ids) >= 2 else "wrong_ids"
+
+
+def _block(search: Any, replace: Any, evidence: str = "") -> Replace | str:
+    """A block of prose, or the reason why it is none. Its texts are kept as they are written."""
+    search, replace = ("" if text is None else text for text in (search, replace))
+    if not (isinstance(search, str) and isinstance(replace, str)):
+        return "not_an_edit"
+    search, replace = (_printable(text, keep="\n\t").strip("\n") for text in (search, replace))
+    if not (search or any(character.isalpha() for character in replace)):
+        return "no_principle"
+    return Replace(search, replace, evidence)
+
+
+def _read_ids(value: Any) -> tuple[str, ...]:
+    """Ids from "G0", "[g0]", 0, "G0, G1" or a list of such; a bare number means a principle of the prompt."""
+    items = value if isinstance(value, list) else [value]
+    named = " ".join(
+        str(item) for item in items if isinstance(item, str | int) and not isinstance(item, bool)
+    )
+    found = re.findall(r"\b([GCgc]?)(\d{1,6})\b", named)
+    return tuple(dict.fromkeys(f"{letter.upper() or 'G'}{int(number)}" for letter, number in found))
+
+
+def clean(value: Any) -> str:
+    """One line of text without control characters, lone surrogates or a leading number such as "G0."."""
+    if not isinstance(value, str):
+        value = " ".join(str(item) for item in value) if isinstance(value, list) else ""
+    line = " ".join(_printable(value).split())
+    return re.sub(r"^\[?[GC]\d+\]?[.:)]\s*", "", line)
+
+
+def _printable(text: str, keep: str = "") -> str:
+    """The text with spaces for control characters and lone surrogates."""
+    return "".join(
+        " " if character not in keep and unicodedata.category(character) in ("Cc", "Cs") else character
+        for character in text
+    )
+
+
+def _first(fields: dict[str, Any], names: Sequence[str]) -> Any:
+    return next((fields[name] for name in names if fields.get(name) not in (None, "")), None)

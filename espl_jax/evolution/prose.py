@@ -1,0 +1,42 @@
+"""Prose that is edited by search and replace: blocks in a reply, and the passages that a block can name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+_MAX_CHARS = 100_000
+_MAX_BLOCKS = 100
+
+
+def marked_blocks(text: str) -> list[tuple[str, str]]:
+    """The (search, replace) pairs between the marks of a merge conflict; one not closed is left out."""
+    blocks: list[tuple[str, str]] = []
+    search: list[str] | None = None
+    replace: list[str] | None = None
+    for line in text[-_MAX_CHARS:].splitlines():
+        mark = line.strip()
+        if re.fullmatch(r"<{5,9} ?SEARCH", mark):
+            search, replace = [], None
+        elif search is None:
+            continue
+        elif replace is None and re.fullmatch(r"={5,9}", mark):
+            replace = []
+        elif replace is not None and re.fullmatch(r">{5,9} ?REPLACE", mark):
+            blocks.append(("\n".join(search), "\n".join(replace)))
+            search = replace = None
+        else:
+            (search if replace is None else replace).append(line)
+    return blocks[:_MAX_BLOCKS]
+
+
+def passages(text: str, most: int = 64) -> list[str]:
+    """Lines of the prose and, within lines, sentences, that occur in it once: what a block may search for."""
+    found = dict.fromkeys(piece for piece in _pieces(text) if piece and text.count(piece) == 1)
+    return list(found)[:most]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    for line in text.splitlines():
+        yield line.strip()
+        yield from (sentence.strip() for sentence in re.split(r"(?<=[.!?])\s+", line))

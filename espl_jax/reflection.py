@@ -1,0 +1,117 @@
+"""Who reflects in a run, and how reflection elsewhere runs beside the work of the device."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from espl_jax.assemble import Parts, stream_key
+from espl_jax.pretrained import Pretrained
+from espl_jax.reflectors.journal import Journal
+from espl_jax.reflectors.local import local_reflector
+from espl_jax.reflectors.openai import OpenAIReflector
+from espl_jax.reflectors.openai_server import OpenAIServer
+from espl_jax.reflectors.replay import ReplayReflector, Transcripts
+from espl_jax.types import Reflect
+
+MakeReflect = Callable[[Pretrained, int], Reflect]
+"""The policy now and the iteration; the reflector of that iteration."""
+
+
+@contextlib.contextmanager
+def open_reflectors(config: Any, parts: Parts, workdir: Path) -> Iterator[MakeReflect]:
+    """Gives the function that makes the reflector of each iteration.
+
+    Replies of a server are kept in `replies.jsonl` of the work directory as they arrive, so that a resumed run
+    asks nothing twice.
+
+    Args:
+      config: of the run.
+      parts: of the run.
+      workdir: of the run.
+
+    Raises:
+      ValueError: naming the field of `reflection` that cannot be used.
+    """
+    r = config.reflection
+    with contextlib.ExitStack() as stack:
+        if r.reflector == "local" or not parts.evolves:
+
+            def make(policy: Pretrained, iteration: int) -> Reflect:
+                return local_reflector(
+                    policy if r.policy == "current" else parts.reference,
+                    key=stream_key(config.seed, "reflection", iteration),
+                    max_new_tokens=r.max_new_tokens,
+                    temperature=r.temperature,
+                    max_input_tokens=r.max_input_tokens,
+                    **parts.sampling,
+                )
+
+        elif r.reflector == "openai":
+            server = OpenAIServer(
+                base_url=r.base_url,
+                model=r.model,
+                api_key_variable=r.api_key_variable,
+                concurrency=r.concurrency,
+                timeout=r.timeout,
+                max_retries=r.max_retries,
+                temperature=r.temperature,
+                max_new_tokens=r.max_new_tokens,
+                price_input=r.price_input,
+                price_output=r.price_output,
+            )
+            journal = stack.enter_context(Journal(workdir / "replies.jsonl"))
+
+            def make(policy: Pretrained, iteration: int) -> Reflect:
+                return OpenAIReflector(server, iteration=iteration, journal=journal)
+
+        else:
+            transcripts = Transcripts(r.replay)
+
+            def make(policy: Pretrained, iteration: int) -> Reflect:
+                return ReplayReflector(transcripts, iteration=iteration)
+
+        yield make
+
+
+class Beside:
+    """Runs a function in a thread of its own, beside whatever this thread does until it wants the result.
+
+    Attributes:
+      seconds: that the function took, once it is done.
+      waited: seconds of these that `result` had to wait for.
+    """
+
+    def __init__(self, function: Callable[[], Any]):
+        self.seconds = self.waited = 0.0
+        self._function = function
+        self._outcome: tuple[Any, BaseException | None] | None = None
+        # A daemon: a run that ends for another reason does not wait for a slow server.
+        self._thread = threading.Thread(target=self._run, name="reflection", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        start = time.monotonic()
+        try:
+            self._outcome = self._function(), None
+        except BaseException as error:
+            self._outcome = None, error
+        self.seconds = time.monotonic() - start
+
+    def result(self) -> Any:
+        """What the function returned, or its exception."""
+        start = time.monotonic()
+        self._thread.join()
+        self.waited = time.monotonic() - start
+        value, error = self._outcome
+        if error is not None:
+            raise error
+        return value
+
+    def times(self) -> dict[str, float]:
+        """Seconds of the whole, and of the part that other work hid."""
+        return {"reflection_total": self.seconds, "reflection_hidden": max(0.0, self.seconds - self.waited)}
