@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 LIBTPU = "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'"  # compiles for a TPU without one
 TEST = [
     *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "peft>=0.17", "accelerate>=1.1"),
+    "jsonschema>=4.20",
     LIBTPU,
 ]
 TEST_SLOW = [*TEST, "transformers[serving]"]
@@ -30,9 +31,11 @@ setup(
         "huggingface-hub>=1.0",
         "jax>=0.9",
         "json-repair>=0.40",
+        "llguidance>=1.7.5",
         "math-verify>=0.8",
         "ml-collections>=1.0",
         "numpy>=2.0",
+        "openai>=2.0",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.12.8",
         "protobuf>=4",  # it and sentencepiece: folders with tokenizer.model alone
@@ -40,6 +43,7 @@ setup(
         "safetensors>=0.6",
         "scipy>=1.11",
         "sentencepiece>=0.2",
+        "tenacity>=9.0",
         "tokenizers>=0.22",
         "transformers>=5.0",
         "trueskill>=0.4.5",

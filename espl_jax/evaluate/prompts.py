@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from espl_jax.evolution import population as populations
+from espl_jax.evolution.deployment import best_rated
 from espl_jax.types import SystemPrompt
 
 DEFAULT = "(the template's default)"
@@ -73,5 +74,5 @@ def _member(path: str, member: str) -> SystemPrompt:
     ids = ", ".join(prompt.id for prompt in population.members)
     raise ValueError(
         f"{f'there is no member {member!r}' if member else 'no member is named'}; write {path}#ID with one "
-        f"of {ids}; the best by rating is {population.best().id}"
+        f"of {ids}; the best by rating is {best_rated(population).prompt.id}"
     )

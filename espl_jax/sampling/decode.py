@@ -248,6 +248,7 @@ def decode_chunk(
     rows: Rows,
     stop_ids: jax.Array,
     temperature: jax.Array,
+    allowed: jax.Array | None = None,
     *,
     columns: int,
     steps: int,
@@ -269,6 +270,8 @@ def decode_chunk(
       rows: R rows, see `Rows`.
       stop_ids: int32 [any]; drawing one of them ends a row, the token included.
       temperature: float32 []; unused when greedy.
+      allowed: uint32 [R, ceil(V / 32)], the tokens that each row may draw, see `Constraint`; all by default.
+        Probabilities are then those among the allowed tokens. Goes with a chunk of one step.
       columns: how many of each slot are attended to: at least the longest `rows.length`.
       steps: columns of the chunk.
       greedy: take the most likely token instead of drawing.
@@ -279,7 +282,12 @@ def decode_chunk(
 
     Returns:
       (slots, what was drawn, in `steps` columns).
+
+    Raises:
+      ValueError: for `allowed` and more than one step.
     """
+    if allowed is not None and steps != 1:
+        raise ValueError(f"steps={steps}: what is allowed holds for one step")
     count = rows.token.shape[0]
     parts = sharding.row_parts(mesh)
     held = RowsView(*slots, rows.start, rows.length, columns, parts)
@@ -311,6 +319,8 @@ def decode_chunk(
         staged = KVCache(*staging, held.end, jnp.full(count, step, jnp.int32))
         hidden, new = forward(params, config, token[:, None], ancestors=(system, held, staged))
         logits = unembed(params, config, hidden[:, 0])
+        if allowed is not None:
+            logits = draw.only_allowed(logits, allowed)
         if greedy:
             token, untruncated = draw.greedy(logits)
             logprob, cutoff = jnp.zeros_like(untruncated), jnp.full_like(untruncated, -jnp.inf)

@@ -58,6 +58,17 @@ class Draw(NamedTuple):
     cutoff: jax.Array
 
 
+def only_allowed(logits: jax.Array, allowed: jax.Array) -> jax.Array:
+    """The logits with -inf for every token that a row may not draw.
+
+    Args:
+      logits: float32 [R, V].
+      allowed: uint32 [R, ceil(V / 32)]; token v is bit v % 32 of word v // 32.
+    """
+    bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return jnp.where(bits.reshape(len(allowed), -1)[:, : logits.shape[1]] > 0, logits, -jnp.inf)
+
+
 def draw(
     logits: jax.Array,
     uniform: jax.Array,
@@ -70,7 +81,7 @@ def draw(
     product, where a Gumbel draw would need a random number for every token of the vocabulary.
 
     Args:
-      logits: float32 [R, V].
+      logits: float32 [R, V]; a token of -inf is never drawn.
       uniform: float32 [R] in [0, 1).
       temperature: above zero.
       truncation: which tokens may be drawn.

@@ -13,6 +13,7 @@ from espl_jax.memory import bytes_per_device
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.layers import as_integers
 from espl_jax.sampling import draw
+from espl_jax.sampling.constraint import Constraint
 from espl_jax.sampling.lanes import Lanes
 from espl_jax.sampling.sizes import CHUNK, choose_sizes
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
@@ -132,6 +133,7 @@ def sample_tree(
     stop_ids: Sequence[int] = (),
     find_end: FindEnd | None = None,
     respond: Respond | None = None,
+    constraint: Constraint | None = None,
     context_limit: int | None = None,
     longest_problem: int = 0,
     max_rows: int | None = None,
@@ -160,26 +162,35 @@ def sample_tree(
       respond: what is said to a row whose turn ended by itself, see `Respond`; without it every turn is the
         last. A row that waits for long makes room for others, and is prefilled anew in another slot. When an
         answer does not fit into the row's limit, the row ends truncated.
+      constraint: decides on the host, before every token, what it may be; see `Constraint`. Chunks then have
+        one step, and logprobs are those among the allowed tokens.
       context_limit: most tokens of a row with its prompt; by default, and at most, `max_positions`.
       longest_problem: tokens of the longest problem that calls like this one may bring; they then share their
         programs.
       max_rows: M times as many rows are in flight at once, of whatever system prompts; by default as many as
         fit into memory, reckoned from its size, whatever else runs on the machine; see `choose_sizes`.
       held_bytes: memory of each device that stays taken; that of the params by default.
-      chunk: decode steps between two looks at which rows are done.
+      chunk: decode steps between two looks at which rows are done; 1 under a constraint.
       mesh: shard rows over its data axes.
 
     Returns:
       Samples, leading axes [M, B, N], T = the largest of max_new_tokens.
 
     Raises:
-      ValueError: if an argument is out of range, or a prompt leaves no room in the context.
+      ValueError: if an argument is out of range, a prompt leaves no room in the context, or `find_end` or
+        `respond` comes with a constraint.
     """
     if temperature < 0:
         raise ValueError(f"temperature={temperature}: give 0 for the most likely token, or a positive number")
     for name, value in (("max_rows", max_rows), ("chunk", chunk)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: give at least 1")
+    if constraint is not None:
+        if find_end is not None or respond is not None:
+            raise ValueError(
+                "constraint: rows under one end by their stop tokens alone; leave out find_end, respond"
+            )
+        chunk = 1
     context = config.max_positions if context_limit is None else context_limit
     if context > config.max_positions:
         raise ValueError(f"context_limit={context}: the model was made for {config.max_positions} tokens")
@@ -195,6 +206,7 @@ def sample_tree(
         context_limit=context_limit,
         chunk=chunk,
         turns=respond is not None,
+        coarse=constraint is not None,
         max_rows=max_rows,
         held=bytes_per_device(params) if held_bytes is None else held_bytes,
         mesh=mesh,
@@ -211,6 +223,7 @@ def sample_tree(
         temperature=temperature,
         truncation=truncation,
         stop_ids=stop_ids,
+        constraint=constraint,
         mesh=mesh,
     )
     truncated = lanes.limit > 0

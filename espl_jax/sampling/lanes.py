@@ -20,6 +20,7 @@ from espl_jax import sharding
 from espl_jax.models.config import DecoderConfig
 from espl_jax.sampling import decode
 from espl_jax.sampling.buckets import pad_right
+from espl_jax.sampling.constraint import Constraint
 from espl_jax.sampling.problem_blocks import ProblemBlocks
 from espl_jax.sampling.sizes import EXTENDED_COLUMNS, EXTENDED_ROWS, EXTENDED_TOKENS, SMALLEST, Sizes
 from espl_jax.sampling.slots import SlotTable
@@ -53,11 +54,13 @@ class Lanes:
         temperature: float,
         truncation: Truncation,
         stop_ids: Sequence[int],
+        constraint: Constraint | None,
         mesh: Mesh | None,
     ):
         """Prefills the system prompts and reserves the slots. keys uint32 [rows, 2], limits int32 [rows]."""
         self.params, self.config, self.mesh = params, config, mesh
         self.temperature, self.truncation = temperature, truncation
+        self.constraint = constraint
         self.stop_ids = jnp.asarray(sorted(stop_ids) or [-1], jnp.int32)
         self.blocks = ProblemBlocks(problem_tokens, stages[0].problem_widths, mesh)
         self.prompts = prompts = [tokens for lane in problem_tokens for tokens in lane]
@@ -98,7 +101,7 @@ class Lanes:
         self.sizes = self.stages.popleft()
         self.slots = None  # before the next ones are reserved
         self.slots = decode.reserve(self.config, self.sizes.slots, self.sizes.capacity, self.mesh)
-        self.table = SlotTable(self.sizes.parts, self.sizes.per_part)
+        self.table = SlotTable(self.sizes.parts, self.sizes.per_part, self.sizes.coarse)
 
     def _block(self, row: int) -> int:
         return self.blocks.place(int(self.node[row]))[0]
@@ -155,6 +158,7 @@ class Lanes:
             self._rows(numbers, live),
             self.stop_ids,
             jnp.float32(self.temperature or 1.0),
+            self._allowed(numbers, live),
             columns=self._columns(numbers[live]),
             steps=self.sizes.steps,
             greedy=self.temperature == 0,
@@ -178,6 +182,8 @@ class Lanes:
             self.drawn[row, where] = True
             self._move(row, count)
             ran.append((row, count, bool(drawn.stopped[i])))
+        if self.constraint is not None:
+            self.constraint.accept(numbers[live], drawn.tokens[live, 0])
         return ran
 
     def take_back(self, row: int, count: int) -> None:
@@ -282,6 +288,14 @@ class Lanes:
         there = (live, live, numbers >= 0, live, live, live)
         values = (np.where(ok, x[numbers], 0).astype(np.int32) for ok, x in zip(there, state, strict=True))
         return sharding.place_rows(decode.Rows(*values, self.keys[numbers]), self.mesh)
+
+    def _allowed(self, numbers: np.ndarray, live: np.ndarray) -> np.ndarray | jax.Array | None:
+        """What the rows of a chunk may draw, as `decode_chunk` takes it; everything where nothing runs."""
+        if self.constraint is None:
+            return None
+        allowed = np.full((len(numbers), -(-self.config.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+        allowed[live] = self.constraint.allowed(numbers[live])
+        return sharding.place_rows(allowed, self.mesh)
 
     def _columns(self, numbers: np.ndarray) -> int:
         """How many columns these rows need, in steps that keep programs few."""

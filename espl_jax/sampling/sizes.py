@@ -40,16 +40,17 @@ _LOGITS = 3 * 4
 """Bytes that drawing needs for each row and token of the vocabulary: float32 logits and two copies."""
 
 
-def rungs(most: int) -> list[int]:
+def rungs(most: int, coarse: bool = False) -> list[int]:
     """The widths that chunks come in: `most`, and 3/4, 1/2, 3/8, 1/4, ... of it, rounded up; ascending.
 
-    Neighbours are at most a half apart, so that few rows are run for nothing and few programs compiled.
+    Neighbours are at most a half apart, so that few rows are run for nothing and few programs compiled. A
+    `coarse` ladder has `most`, 1/4, 1/16, ... alone.
     """
     sizes = {1}
     part = 1
     while part < most:
-        sizes |= {-(-most // part), -(-3 * most // (4 * part))}
-        part *= 2
+        sizes |= {-(-most // part)} if coarse else {-(-most // part), -(-3 * most // (4 * part))}
+        part *= 4 if coarse else 2
     return sorted(sizes)
 
 
@@ -64,6 +65,8 @@ class Sizes:
       longest: columns that a row of this stage can fill before a chunk.
       problem: columns that hold any problem.
       steps: of a chunk.
+      coarse: whether chunks come in few widths and columns. When rows may end after every single step, a step
+        comes in all of its sizes, and compiling them would take longer than what they save.
     """
 
     parts: int
@@ -72,6 +75,7 @@ class Sizes:
     longest: int
     problem: int
     steps: int
+    coarse: bool = False
 
     @property
     def slots(self) -> int:
@@ -81,7 +85,7 @@ class Sizes:
     @property
     def widths(self) -> list[int]:
         """Rows of a chunk, ascending."""
-        return [self.parts * width for width in rungs(self.per_part)]
+        return [self.parts * width for width in rungs(self.per_part, self.coarse)]
 
     @property
     def columns(self) -> list[int]:
@@ -98,6 +102,8 @@ class Sizes:
 
     def columns_for(self, filled: int) -> int:
         """The columns that a chunk attends to when its longest row has filled so many."""
+        if self.coarse:
+            return min(self.capacity, max(SMALLEST, 1 << (filled - 1).bit_length()))
         return min(self.capacity, bucket(filled, SMALLEST))
 
     def __str__(self) -> str:
@@ -135,6 +141,7 @@ def choose_sizes(
     context_limit: int | None = None,
     chunk: int = CHUNK,
     turns: bool = False,
+    coarse: bool = False,
     max_rows: int | None = None,
     held: int = 0,
     mesh: Mesh | None = None,
@@ -149,6 +156,7 @@ def choose_sizes(
       context_limit: most tokens of a row with its prompt; the model's `max_positions` by default.
       chunk: decode steps at a time.
       turns: whether tokens may be appended to rows.
+      coarse: see `Sizes`.
       max_rows: M times as many slots are there for all lanes, in one stage; by default as many as fit into
         memory.
       held: bytes on one device that stay taken while rows are sampled, params included.
@@ -170,7 +178,7 @@ def choose_sizes(
             wanted = slots_that_fit(config, capacity, steps, extended, held, mesh)
         else:
             wanted = lanes * max_rows
-        return Sizes(parts, -(-min(wanted, rows) // parts), capacity, longest, problem, steps)
+        return Sizes(parts, -(-min(wanted, rows) // parts), capacity, longest, problem, steps, coarse)
 
     longest = min(problem + max_new_tokens, max(problem, context))
     stages = [stage(longest, turns)]

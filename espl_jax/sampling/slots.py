@@ -10,11 +10,14 @@ from espl_jax.sampling.sizes import rungs
 class SlotTable:
     """Rows in slots. A row stays in its part of the slots, and moves only when chunks become narrower.
 
+    Widths of chunks are `rungs` of a part's slots, `coarse` or not.
+
     Attributes:
       row: int64 [parts, slots of a part], each slot's row number, -1 for none.
     """
 
-    def __init__(self, parts: int, per_part: int):
+    def __init__(self, parts: int, per_part: int, coarse: bool = False):
+        self._widths = rungs(per_part, coarse)
         self.row = np.full((parts, per_part), -1)
 
     @property
@@ -62,7 +65,7 @@ class SlotTable:
         runs = ~empty & running[self.row]
         width = next(
             width
-            for width in rungs(self.row.shape[1])
+            for width in self._widths
             if (runs[:, width:].sum(axis=1) <= empty[:, :width].sum(axis=1)).all()
         )
         moves = np.zeros((*self.row.shape, 2), np.int32)

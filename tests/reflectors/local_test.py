@@ -1,16 +1,21 @@
 """The model reflects on device: replies in order, each a draw of its own, long conversations cut."""
 
+import copy
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
+import jsonschema
 import pytest
 
+from espl_jax.evolution.edit_replies import parse_edits
+from espl_jax.evolution.schemas import OPERATIONS, blocks_schema, edits_schema
 from espl_jax.models import transformer
 from espl_jax.reflectors import local
 from espl_jax.reflectors.local import CUT_MARK, local_reflector
 from espl_jax.text.chat import encode, encode_conversation, render
-from tests.fakes import model, tokenizer
+from tests.fakes import TEMPLATE, model, tokenizer
 
 NEW_TOKENS = 8
 logits = jax.jit(transformer.logits, static_argnames="config")
@@ -42,6 +47,19 @@ def test_the_same_conversation_twice_gets_two_replies():
     first, other, second = reflector()([asked("one"), asked("two"), asked("one")])
     assert first != second
     assert reflector()([asked("two"), asked("one")]) == [other, first]
+
+
+def test_the_same_conversation_in_a_later_call_gets_another_reply():
+    reflect = reflector()
+    calls = [*reflect([asked("one"), asked("two")]), *reflect([asked("one")]), *reflect([asked("one")])]
+    first, other, second, third = calls
+    assert len({first, second, third}) == 3
+    assert reflector()([asked("one"), asked("one"), asked("two"), asked("one")]) == [
+        first,
+        second,
+        other,
+        third,
+    ]
 
 
 def test_the_opening_begins_the_reply_and_the_model_continues_it():
@@ -113,3 +131,67 @@ def test_thinking_is_withheld(sampled):
 
 def test_no_conversations_no_replies(sampled):
     assert reflector()([]) == []
+
+
+LIMITS = {"max_reply_tokens": 160, "max_edits": 2, "max_chars": 100}
+SCHEMAS = [
+    edits_schema(OPERATIONS, ("G0", "G1", "C0"), **LIMITS),
+    edits_schema(("add", "modify"), ("G0",), min_edits=1, **LIMITS),
+    blocks_schema(["Add.", "Subtract."], min_edits=1, **LIMITS),
+]
+
+
+class TestConstrained:
+    """Random weights write what the schema says, and random text where it says nothing."""
+
+    CONVERSATIONS = [asked(f"task {i}") for i in range(9)]  # noqa: RUF012
+    SCHEMAS = [SCHEMAS[i % 3] for i in range(9)]  # noqa: RUF012
+
+    @pytest.fixture(scope="class")
+    def together(self):
+        return reflector(max_new_tokens=160).constrained(self.CONVERSATIONS, self.SCHEMAS)
+
+    @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+    def test_every_reply_parses_and_validates(self, together, temperature):
+        replies = together
+        if temperature != 1:
+            settings = {"max_new_tokens": 160, "temperature": temperature}
+            replies = reflector(**settings).constrained(self.CONVERSATIONS, self.SCHEMAS)
+        for reply, schema in zip(replies, self.SCHEMAS, strict=True):
+            value = json.loads(reply)
+            jsonschema.validate(value, schema)
+            edits, drops = parse_edits(reply)
+            assert not drops and len(edits) == len(value["edits"])
+
+    def test_replies_do_not_depend_on_the_batch(self, together):
+        assert len(set(together)) > 7
+        few = reflector(max_new_tokens=160, max_rows=2)
+        assert few.constrained(self.CONVERSATIONS[::-1], self.SCHEMAS[::-1]) == together[::-1]
+        (alone,) = reflector(max_new_tokens=160).constrained(self.CONVERSATIONS[4:5], self.SCHEMAS[4:5])
+        assert alone == together[4]
+
+    def test_a_retry_gets_another_reply(self, together):
+        again = reflector(max_new_tokens=160)
+        ask = self.CONVERSATIONS[1:2], self.SCHEMAS[1:2]
+        first, second = *again.constrained(*ask), *again.constrained(*ask)
+        assert first == together[1] != second
+
+    def test_there_is_no_opening(self):
+        with pytest.raises(ValueError, match="a conversation ends with an opening"):
+            reflector().constrained([asked("one", "Summary: it")], SCHEMAS[:1])
+
+    def test_a_thinking_block_of_the_template_is_closed(self, sampled):
+        thinking = copy.deepcopy(tokenizer())
+        thinking.chat_template = TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+        settings = {"key": jax.random.key(0), "max_new_tokens": 160, "temperature": 1.0}
+        reflect = local_reflector(dataclasses.replace(model(), tokenizer=thinking), **settings)
+        reflect.constrained([asked("one")], SCHEMAS[:1])
+        reflect([asked("one")])
+        ends = [tokenizer().decode(rest)[-30:] for _, rest in sampled]
+        assert ends[0].endswith("assistant\n<think>\n\n</think>\n\n") and ends[1].endswith(
+            "assistant\n<think>\n"
+        )
+        assert sampled[0][0] == sampled[1][0]
+
+    def test_no_conversations_no_replies(self, sampled):
+        assert reflector().constrained([], []) == [] == sampled
