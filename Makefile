@@ -76,7 +76,7 @@ $(VENV)/.gemma: $(VENV)/.created
 	@touch $@
 
 quickstart: $(VENV)/.installed $(VENV)/.model
-	@$(BIN)/python -m espl_jax.main --config=configs/quickstart.py --workdir=$(WORKDIR) $(ARGS)
+	@JAX_PLATFORMS=cpu $(BIN)/python -m espl_jax.main --config=configs/quickstart.py --workdir=$(WORKDIR) $(ARGS)
 
 test: $(VENV)/.test $(VENV)/.model
 	@JAX_PLATFORMS=cpu $(BIN)/pytest -n 2 --dist loadfile $(ARGS)

@@ -29,8 +29,8 @@ from espl_jax.pretrained import Pretrained, load_pretrained
 from espl_jax.rollout import longest_problem, stable_hash
 from espl_jax.sampling.sizes import Sizes, choose_sizes
 from espl_jax.sampling.truncation import Truncation
-from espl_jax.train_step import TrainState, abstract_train_state, init_train_state, whole_params
 from espl_jax.text.chat import encode
+from espl_jax.train_step import TrainState, abstract_train_state, init_train_state, whole_params
 from espl_jax.types import Problem, SystemPrompt, TrainBatch
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from espl_jax.evolution.deployment import RULES
 from espl_jax.evolution.editors import EDITORS
 from espl_jax.evolution.ratings import SYSTEMS
+from espl_jax.evolution.schemas import blocks_schema, edits_schema
 from espl_jax.evolution.selection import STRATEGIES
 from espl_jax.models.config import MATMUL_PRECISIONS
 
@@ -142,7 +143,9 @@ def _check_together(c: Any) -> None:
             tuple(c.lora.targets),
             f"{sorted(unknown)} cannot be adapted; choose from {LORA_TARGETS}",
         )
-    _check_reflection(c.reflection, refuse)
+    if c.mode != "rl":
+        _check_reflection(c.reflection, refuse)
+        _check_reply_length(c)
     if not 0 <= c.evolution.crossover_prob <= 1:
         refuse("evolution.crossover_prob", c.evolution.crossover_prob, "a probability is between 0 and 1")
     if c.selection.temperature is not None and not c.selection.temperature > 0:
@@ -206,11 +209,11 @@ def _check_reflection(r: Any, refuse: Callable[[str, Any, str], None]) -> None:
         refuse("reflection.base_url", r.base_url, "give an address such as http://localhost:8000/v1")
     if r.reflector == "replay" and not r.replay:
         refuse("reflection.replay", r.replay, "give the reflections.jsonl or replies.jsonl of a run")
-    if r.reflector != "local" and r.opening:
+    if r.reflector == "openai" and r.opening:
         refuse(
             "reflection.opening",
             r.opening,
-            "only the reflector `local` can go on from an opening; give False",
+            "a server cannot be given the beginning of its reply; give False",
         )
     if r.reflector != "local" and r.policy == "current":
         refuse(
@@ -220,6 +223,19 @@ def _check_reflection(r: Any, refuse: Callable[[str, Any, str], None]) -> None:
         )
     if not r.timeout > 0:
         refuse("reflection.timeout", r.timeout, "give seconds, more than 0")
+
+
+def _check_reply_length(c: Any) -> None:
+    """Whether the longest replies that schemas ask for have room. Raises ValueError."""
+    if not c.reflection.constrained or c.reflection.reflector == "replay":
+        return
+    room = {"max_reply_tokens": c.reflection.max_new_tokens, "max_edits": 1, "max_chars": 1}
+    if c.evolution.form == "prose":
+        blocks_schema((), evidence=True, **room)
+        return
+    names = [f"{letter}{number}" for letter in "GC" for number in (998, 999)]
+    edits_schema(("modify", "merge"), names, **room)
+    edits_schema(("add", "modify", "remove"), names, evidence=True, **room)
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -31,9 +31,9 @@ from espl_jax.evolution.ratings import inflate, rate
 from espl_jax.evolution.reflection import Offspring
 from espl_jax.evolution.selection import select
 from espl_jax.metrics import Progress
-from espl_jax.reflection import Beside, MakeReflect, open_reflectors
 from espl_jax.rl.advantages import advantages
 from espl_jax.rollout import collect_rollouts, means, prompt_numbers, records, stable_hash, train_batch
+from espl_jax.run_reflection import Beside, MakeReflect, open_reflectors
 from espl_jax.run_state import WorkDir
 from espl_jax.sampling.sizes import describe
 from espl_jax.train_step import TrainState, policy_gradient_step
@@ -228,8 +228,10 @@ def learn(
       counts).
     """
 
+    ask = reflect if c.reflection.constrained else reflect.__call__  # without its other methods
+
     def generation() -> dict[str, Offspring]:
-        return evolve(population, rollouts, reflect, rng, **parts.evolution)
+        return evolve(population, rollouts, ask, rng, **parts.evolution)
 
     if not parts.evolves:
         return *update(state, rollouts, parts, c, progress), {}, {}

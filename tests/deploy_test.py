@@ -10,7 +10,7 @@ from rich.console import Console
 
 from espl_jax import deploy
 from espl_jax.data.problems import ProblemSet
-from espl_jax.deploy import evaluate_on, two_by_two
+from espl_jax.deploy import evaluate_on, finish
 from espl_jax.evaluate import summarize
 from espl_jax.evolution import population as populations
 from espl_jax.metrics import Progress
@@ -32,6 +32,7 @@ def parts(trains=True, test=True):
         splits=splits,
         environment=fakes.Letters(),
         trains=trains,
+        evolves=True,
         sampling={},
         rollouts={},
     )
@@ -42,6 +43,8 @@ def folder(tmp_path):
     """A work directory that keeps what it is given."""
     written = types.SimpleNamespace(path=tmp_path, logs=[], files={})
     written.append = lambda log, record: written.logs.append((log, record))
+    written.read = lambda log: []
+    written.write_text = lambda name, text: written.files.update({name: text})
     written.write_json = lambda name, value: written.files.update({name: json.loads(json.dumps(value))})
     return written
 
@@ -84,7 +87,7 @@ def test_two_by_two(folder, sampled):
     trained = dataclasses.replace(model, params=model.params | louder)
     progress = Progress(2, lambda *_: None, done=2, console=Console(file=shown, width=200))
     first = populations.start([SystemPrompt(text="root")], 10)
-    results = two_by_two(parts(), trained, first.members[0], POPULATION, config, folder, progress)
+    results = finish(parts(), trained, first.members[0], POPULATION, config, folder, progress)
 
     # Both weights, both prompts, the test problems, and the same random numbers.
     assert [(call[0] is trained, call[1], call[2]) for call in sampled] == [
@@ -118,7 +121,7 @@ def test_the_root_alone_where_it_is_the_best(folder, sampled):
     progress = Progress(2, lambda *_: None, done=2, console=Console(file=io.StringIO()))
     first = populations.start([SystemPrompt(text="root")], 10)
     some = parts(trains=False)
-    results = two_by_two(
+    results = finish(
         some, some.reference, first.members[0], first, fakes.config(mode="evolution"), folder, progress
     )
     assert [call[1] for call in sampled] == [["p0"]]
@@ -128,8 +131,8 @@ def test_the_root_alone_where_it_is_the_best(folder, sampled):
 def test_without_test_problems_nothing_is_sampled(folder, sampled):
     progress = Progress(2, lambda *_: None, done=2, console=Console(file=io.StringIO()))
     some = parts(test=False)
-    results = two_by_two(
+    results = finish(
         some, some.reference, POPULATION.members[0], POPULATION, fakes.config(), folder, progress
     )
     assert sampled == [] and results["test"] == {} and results["deployed"]["id"] == "p1"
-    assert list(folder.files) == ["results.json"]
+    assert list(folder.files) == ["results.json", "lineage.txt"]

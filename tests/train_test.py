@@ -11,8 +11,9 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 from rich.console import Console
 
-from espl_jax import assemble
+from espl_jax import assemble, run_reflection
 from espl_jax import train as loop
+from espl_jax.evolution import lineage
 from espl_jax.evolution import population as populations
 from espl_jax.optimizer import make_optimizer
 from espl_jax.train import train
@@ -34,7 +35,9 @@ def tiny():
         monkeypatch.setattr(assemble, "Arithmetic", fakes.Letters)
         monkeypatch.setattr(assemble, "make_optimizer", optimizer)
         monkeypatch.setattr(assemble.sharding, "make_mesh", lambda sizes: None)
-        monkeypatch.setattr(loop, "local_reflector", lambda model, **settings: fakes.scripted_replies)
+        monkeypatch.setattr(
+            run_reflection, "local_reflector", lambda model, **settings: fakes.scripted_replies
+        )
         yield
 
 
@@ -69,7 +72,7 @@ def outcome(path):
     """All that a run leaves but the clock's numbers and its configuration."""
     metrics = [{k: v for k, v in record.items() if k != "time"} for record in lines(path, "metrics")]
     texts = {log: (path / f"{log}.jsonl").read_bytes() for log in LOGS if (path / f"{log}.jsonl").exists()}
-    texts |= {name: (path / name).read_bytes() for name in ("population.json", "results.json")}
+    texts |= {name: (path / name).read_bytes() for name in ("population.json", "results.json", "lineage.txt")}
     return {"metrics": metrics, **texts, "arrays": {k: v.tobytes() for k, v in arrays(path).items()}}
 
 
@@ -102,20 +105,21 @@ def test_modes(mode, tmp_path):
     else:
         assert saved == {} and "grad_norm" not in metrics[0]
     population = json.loads((tmp_path / "population.json").read_text())
-    lineage = lines(tmp_path, "lineage")
-    assert [member["id"] for member in population["members"]] == ["p0"] + [child["id"] for child in lineage]
+    root, *born = lines(tmp_path, "lineage")
+    assert (root["event"], root["id"]) == ("root", "p0") and {e["event"] for e in born} <= {"born"}
+    assert [member["id"] for member in population["members"]] == ["p0"] + [child["id"] for child in born]
     if evolves:
-        assert len(lineage) >= 2 and lines(tmp_path, "reflections")
-        assert metrics[0]["children"] == ["p1"] and lineage[0]["parents"] == ["p0"]
+        assert len(born) >= 2 and lines(tmp_path, "reflections")
+        assert metrics[0]["children"] == ["p1"] and born[0]["parents"] == ["p0"]
         # The newest member always runs.
         assert "p1" in {r["prompt"] for r in rollouts if r["iteration"] == 2}
     else:
-        assert lineage == [] and lines(tmp_path, "reflections") == []
+        assert born == [] and lines(tmp_path, "reflections") == []
         assert {r["prompt"] for r in rollouts} == {"p0"}
     if mode == "reflection":
-        assert {child["operator"] for child in lineage} == {"mutation"}
+        assert {child["operator"] for child in born} == {"mutation"}
         assert {r["prompt"] for r in rollouts if r["iteration"] == 2} == {"p1"}
-        assert results["deployed"]["id"] == lineage[-1]["id"]
+        assert results["deployed"]["id"] == born[-1]["id"]
 
     # The test is run for the weights that there are, and the prompts that there are.
     assert list(results["test"]) == ["initial", "trained"] if trains else ["initial"]
@@ -123,6 +127,7 @@ def test_modes(mode, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
     evaluations = lines(tmp_path, "evaluations")
     assert collections.Counter(e["split"] for e in evaluations)["validation"] == 2 * 2 * 3
+    assert results["reason"] and f"{results['deployed']['id']}  " in (tmp_path / "lineage.txt").read_text()
     assert "Test accuracy:" in shown and f"Best prompt: {results['deployed']['id']}" in shown
     assert "iteration 2/2" in shown and str(tmp_path) in shown
 
@@ -165,7 +170,7 @@ def test_who_reflects(policy, tmp_path, monkeypatch):
         seen.append(jax.device_get(weights.get("lora_b")) if "lora_b" in weights else None)
         return fakes.scripted_replies
 
-    monkeypatch.setattr(loop, "local_reflector", listen)
+    monkeypatch.setattr(run_reflection, "local_reflector", listen)
     run(tmp_path, reflection__policy=policy, checkpoint_keep=5)
     if policy == "reference":
         assert seen == [None, None]
@@ -179,7 +184,7 @@ def test_who_reflects(policy, tmp_path, monkeypatch):
 def test_the_models_own_reflection_runs(tmp_path, monkeypatch):
     from espl_jax.reflectors.local import local_reflector
 
-    monkeypatch.setattr(loop, "local_reflector", local_reflector)
+    monkeypatch.setattr(run_reflection, "local_reflector", local_reflector)
     run(tmp_path, mode="reflection", num_iterations=1, evaluation__every=0, reflection__opening=True)
     transcripts = lines(tmp_path, "reflections")
     # Noise is no summary to learn from, but asked and answered it was.
@@ -223,6 +228,37 @@ def test_a_run_that_fell_over_repeats_what_was_not_saved(straight, tmp_path, mon
     assert outcome(tmp_path) == straight[1]
 
 
+def test_every_rating_follows_from_the_logs(straight, tmp_path):
+    """Members that had to leave, and uncertainty that grows with the weights, included."""
+    settings = {"population__max_size": 2, "ratings__drift_sigma": 0.5, "ratings__system": "openskill"}
+    run(tmp_path, num_iterations=4, evaluation__every=0, **settings)
+    for path, options in ((straight[0], {}), (tmp_path, {"system": "openskill"})):
+        history, metrics = lines(path, "lineage"), lines(path, "metrics")
+        saved = populations.from_json(json.loads((path / "population.json").read_text()))
+        members = lineage.members_of(history, saved.members)
+        assert len(members) == saved.created > 3
+        again = lineage.recompute_ratings(history, metrics, **options)
+        assert again == {member.id: (member.mu, member.sigma) for member in members}
+        assert sum(len(member.tournaments) for member in members) == sum(
+            len(record["tournament"]["prompts"])
+            for record in metrics
+            if len(record["tournament"]["prompts"]) > 1
+        )
+    assert metrics[-1]["drift_sigma"] == 0.5 and "left" in {event["event"] for event in history}
+
+
+def test_the_prompt_to_deploy_can_be_chosen_on_validation(tmp_path):
+    settings = {"deployment__rule": "validation", "deployment__candidates": 2, "evaluation__every": 0}
+    results, shown = run(tmp_path, mode="evolution", **settings)
+    tried = [e for e in lines(tmp_path, "evaluations") if e["weights"] == "deployment"]
+    assert {e["split"] for e in tried} == {"validation"} and len({e["prompt"] for e in tried}) == 2
+    means = {
+        p: np.mean([e["reward"] for e in tried if e["prompt"] == p]) for p in {e["prompt"] for e in tried}
+    }
+    assert means[results["deployed"]["id"]] == max(means.values())
+    assert results["reason"].startswith("highest mean reward on validation") and results["reason"] in shown
+
+
 @pytest.mark.slow
 def test_resume_on_eight_devices(tmp_path, monkeypatch):
     monkeypatch.setattr(assemble.sharding, "make_mesh", make_mesh)
@@ -258,8 +294,9 @@ def test_start_from_a_population(straight, tmp_path):
     run(tmp_path, mode="evolution", num_iterations=1, **settings)
     first = {r["prompt"] for r in lines(tmp_path, "rollouts")}
     assert first <= {member.id for member in saved.members} and saved.members[-1].id in first
-    born = lines(tmp_path, "lineage")[0]["id"]
-    assert born == f"p{saved.created}"
+    events = [(event["event"], event["id"]) for event in lines(tmp_path, "lineage")]
+    assert events[: len(saved.members)] == [("root", member.id) for member in saved.members]
+    assert events[len(saved.members)] == ("born", f"p{saved.created}")
 
 
 def test_a_resumed_run_does_not_read_its_first_population_again(straight, tmp_path):

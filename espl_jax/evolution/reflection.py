@@ -107,7 +107,7 @@ class Record:
     def presentable(
         self, edits: Sequence[Edit], problems: Sequence[Problem], entries: Mapping[str, str]
     ) -> tuple[Edit, ...]:
-        """Edits whose principles are short, say something new and give no problem away; others are counted."""
+        """Edits whose principles are short, say something new and give no problem away; the rest counted."""
         edits, shortened = shorten_edits(edits, self.guards)
         self.count("shortened", shortened)
         return self.kept(drop_repeats(self.kept(drop_copies(edits, problems, self.guards)), entries))

@@ -27,6 +27,9 @@ CHUNK = 32
 SMALLEST = 32
 """The fewest columns that a chunk attends to, and what columns are a multiple of."""
 
+SMALLEST_COARSE = 128
+"""The fewest columns where they come in few steps."""
+
 EXTENDED_ROWS, EXTENDED_TOKENS = 8, 256
 """Most rows of a part, and most tokens of each, that are prefilled at once behind what their slots hold."""
 
@@ -103,7 +106,7 @@ class Sizes:
     def columns_for(self, filled: int) -> int:
         """The columns that a chunk attends to when its longest row has filled so many."""
         if self.coarse:
-            return min(self.capacity, max(SMALLEST, 1 << (filled - 1).bit_length()))
+            return min(self.capacity, max(SMALLEST_COARSE, 1 << (filled - 1).bit_length()))
         return min(self.capacity, bucket(filled, SMALLEST))
 
     def __str__(self) -> str:

@@ -133,7 +133,7 @@ def test_no_conversations_no_replies(sampled):
     assert reflector()([]) == []
 
 
-LIMITS = {"max_reply_tokens": 160, "max_edits": 2, "max_chars": 100}
+LIMITS = {"max_reply_tokens": 120, "max_edits": 2, "max_chars": 100}
 SCHEMAS = [
     edits_schema(OPERATIONS, ("G0", "G1", "C0"), **LIMITS),
     edits_schema(("add", "modify"), ("G0",), min_edits=1, **LIMITS),
@@ -144,18 +144,18 @@ SCHEMAS = [
 class TestConstrained:
     """Random weights write what the schema says, and random text where it says nothing."""
 
-    CONVERSATIONS = [asked(f"task {i}") for i in range(9)]  # noqa: RUF012
-    SCHEMAS = [SCHEMAS[i % 3] for i in range(9)]  # noqa: RUF012
+    CONVERSATIONS = [asked(f"task {i}") for i in range(8)]  # noqa: RUF012
+    SCHEMAS = [SCHEMAS[i % 3] for i in range(8)]  # noqa: RUF012
 
     @pytest.fixture(scope="class")
     def together(self):
-        return reflector(max_new_tokens=160).constrained(self.CONVERSATIONS, self.SCHEMAS)
+        return reflector(max_new_tokens=120).constrained(self.CONVERSATIONS, self.SCHEMAS)
 
-    @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+    @pytest.mark.parametrize("temperature", [0.7, 1.0])
     def test_every_reply_parses_and_validates(self, together, temperature):
         replies = together
         if temperature != 1:
-            settings = {"max_new_tokens": 160, "temperature": temperature}
+            settings = {"max_new_tokens": 120, "temperature": temperature}
             replies = reflector(**settings).constrained(self.CONVERSATIONS, self.SCHEMAS)
         for reply, schema in zip(replies, self.SCHEMAS, strict=True):
             value = json.loads(reply)
@@ -164,14 +164,14 @@ class TestConstrained:
             assert not drops and len(edits) == len(value["edits"])
 
     def test_replies_do_not_depend_on_the_batch(self, together):
-        assert len(set(together)) > 7
-        few = reflector(max_new_tokens=160, max_rows=2)
+        assert len(set(together)) > 6
+        few = reflector(max_new_tokens=120, max_rows=2)
         assert few.constrained(self.CONVERSATIONS[::-1], self.SCHEMAS[::-1]) == together[::-1]
-        (alone,) = reflector(max_new_tokens=160).constrained(self.CONVERSATIONS[4:5], self.SCHEMAS[4:5])
+        (alone,) = reflector(max_new_tokens=120).constrained(self.CONVERSATIONS[4:5], self.SCHEMAS[4:5])
         assert alone == together[4]
 
     def test_a_retry_gets_another_reply(self, together):
-        again = reflector(max_new_tokens=160)
+        again = reflector(max_new_tokens=120)
         ask = self.CONVERSATIONS[1:2], self.SCHEMAS[1:2]
         first, second = *again.constrained(*ask), *again.constrained(*ask)
         assert first == together[1] != second
@@ -183,7 +183,7 @@ class TestConstrained:
     def test_a_thinking_block_of_the_template_is_closed(self, sampled):
         thinking = copy.deepcopy(tokenizer())
         thinking.chat_template = TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-        settings = {"key": jax.random.key(0), "max_new_tokens": 160, "temperature": 1.0}
+        settings = {"key": jax.random.key(0), "max_new_tokens": 120, "temperature": 1.0}
         reflect = local_reflector(dataclasses.replace(model(), tokenizer=thinking), **settings)
         reflect.constrained([asked("one")], SCHEMAS[:1])
         reflect([asked("one")])

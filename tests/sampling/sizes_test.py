@@ -104,6 +104,6 @@ class TestMemory:
 def test_coarse_sizes_are_few():
     assert rungs(150, coarse=True) == [1, 3, 10, 38, 150] and rungs(1, coarse=True) == [1]
     fine, coarse = only(chunk=1, max_new_tokens=300), only(chunk=1, max_new_tokens=300, coarse=True)
-    assert coarse.widths == [1, 4, 15, 60] and coarse.columns == [32, 64, 128, 256]
+    assert coarse.widths == [1, 4, 15, 60] and coarse.columns == [128, 256]
     assert coarse.programs < fine.programs / 3 and set(coarse.columns) <= set(fine.columns)
-    assert all(filled <= coarse.columns_for(filled) <= max(32, 2 * filled) for filled in range(256))
+    assert all(filled <= coarse.columns_for(filled) <= max(128, 2 * filled) for filled in range(256))

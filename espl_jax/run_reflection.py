@@ -26,8 +26,8 @@ MakeReflect = Callable[[Pretrained, int], Reflect]
 def open_reflectors(config: Any, parts: Parts, workdir: Path) -> Iterator[MakeReflect]:
     """Gives the function that makes the reflector of each iteration.
 
-    Replies of a server are kept in `replies.jsonl` of the work directory as they arrive, so that a resumed run
-    asks nothing twice.
+    Replies of a server are kept in `replies.jsonl` of the work directory as they arrive, so that a resumed
+    run asks nothing twice.
 
     Args:
       config: of the run.

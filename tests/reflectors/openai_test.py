@@ -1,0 +1,470 @@
+"""A server that fails in every way: what is asked again, what is given up, what stops, and what is kept."""
+
+import asyncio
+import email.utils
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from absl import logging
+
+from espl_jax.reflectors.journal import Journal
+from espl_jax.reflectors.openai import OpenAIReflector
+from espl_jax.reflectors.openai_server import FAILURES, OpenAIServer
+from tests.conftest import ROOT
+from tests.messages import assistant, system, user
+from tests.reflectors import faulty_server as faulty
+
+KEY = "sk-this-is-a-secret"
+SCHEMA = {"type": "object", "properties": {"edits": {"type": "array"}}, "required": ["edits"]}
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+def asked(text):
+    return [system("Say what happened."), user(text)]
+
+
+def server_of(served, **settings):
+    settings = {"concurrency": 8, "timeout": 5.0, "max_retries": 2, "first_wait": 0.01} | settings
+    settings = {"model": "a-model", "temperature": 0.7, "max_new_tokens": 64} | settings
+    return OpenAIServer(base_url=served.address, **settings)
+
+
+def reflector(served, journal=None, iteration=1, **settings):
+    return OpenAIReflector(server_of(served, **settings), iteration=iteration, journal=journal)
+
+
+def counted(reflect):
+    """The counts that are not zero."""
+    return {name: count for name, count in reflect.counts.items() if count}
+
+
+def fails(*behaviours):
+    """A script that gives every question these behaviours in turn, and good answers after them."""
+    return lambda request, number: behaviours[number] if number < len(behaviours) else None
+
+
+def test_replies_come_in_order_and_the_request_is_as_configured():
+    wait = {"a": 0.2, "b": 0.0, "c": 0.1}
+    script = lambda request, number: faulty.answer(wait=wait[request["messages"][-1]["content"]])  # noqa: E731
+    with faulty.serve(script) as served:
+        reflect = reflector(served, price_input=2.0, price_output=10.0)
+        assert reflect([asked(text) for text in "abc"]) == [f"answer 0 to {text}" for text in "abc"]
+        request, headers = served.asked[0]
+    expected = {"model": "a-model", "temperature": 0.7, "max_tokens": 64}
+    assert request == {**expected, "messages": asked(request["messages"][-1]["content"])}
+    assert headers["authorization"] == f"Bearer {KEY}"
+    assert reflect.counts == {
+        **dict.fromkeys(("retries", "failed", *(f"failed_{reason}" for reason in FAILURES)), 0),
+        **{"requests": 3, "prompt_tokens": 30, "completion_tokens": 9},
+        "cost": (30 * 2.0 + 9 * 10.0) / 1e6,
+    }
+    assert reflect([]) == [] and reflect.counts["requests"] == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "reply"),
+    [
+        ("<think>Hm.</think>\n\nYes.", "Yes."),
+        ("Hm.</think>Yes.", "Yes."),
+        ("", ""),
+        ("half \ud83d", "half ?"),
+        ([{"type": "thinking", "thinking": []}, {"type": "text", "text": "Yes."}, {"type": "text"}], "Yes."),
+    ],
+)
+def test_what_a_reply_is(content, reply, tmp_path):
+    with faulty.serve(fails(faulty.answer(content))) as served, Journal(tmp_path / "j") as journal:
+        assert reflector(served, journal)([asked("a")]) == [reply]
+        assert reflector(served, journal)([asked("a")]) == [reply]
+        assert len(served.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "reason"),
+    [
+        (faulty.dribble(3.0), "timeout"),
+        (faulty.answer(wait=3.0), "timeout"),
+        (faulty.closed, "connection"),
+        (faulty.half, "connection"),
+        (faulty.error(429), "rate_limit"),
+        (faulty.error(408), "server_error"),
+        (faulty.error(409), "server_error"),
+        (faulty.error(500), "server_error"),
+        (faulty.error(503), "server_error"),
+        (faulty.body(b"<html>busy</html>"), "body"),
+        (faulty.body(faulty.good_body("x")[:30]), "body"),
+        (faulty.body(b"[" * 100_000), "body"),
+        (faulty.body(b"\xff\xfe"), "body"),
+        (faulty.body(b"[]"), "body"),
+        (faulty.body(b'{"error": {"message": "overloaded"}}'), "body"),
+        (faulty.body(b'{"choices": []}'), "body"),
+        (faulty.body(b'{"choices": [{"message": {}}], "usage": 3}'), "body"),
+        (faulty.body(b'{"choices": null, "usage": {"prompt_tokens": null}}'), "body"),
+    ],
+)
+def test_what_may_pass_is_asked_again_and_given_up_at_last(behaviour, reason, tmp_path):
+    settings = {"timeout": 0.3} if reason == "timeout" else {}
+    with faulty.serve(fails(behaviour, behaviour)) as served, Journal(tmp_path / "one") as journal:
+        begin = time.monotonic()
+        reflect = reflector(served, journal, **settings)
+        assert reflect([asked("a")]) == ["answer 2 to a"]
+        tokens = {"prompt_tokens": 10, "completion_tokens": 3}
+        assert counted(reflect) == {"requests": 1, "retries": 2, **tokens}
+        assert time.monotonic() - begin < 2.5
+    with faulty.serve(fails(*[behaviour] * 3)) as served, Journal(tmp_path / "two") as journal:
+        reflect = reflector(served, journal, **settings)
+        assert reflect([asked("a")]) == [None]
+        assert counted(reflect) == {"requests": 1, "retries": 2, "failed": 1, f"failed_{reason}": 1}
+        # It was final: the iteration done again takes the same course, though the server is well by now.
+        again = reflector(served, journal, **settings)
+        assert again([asked("a")]) == [None]
+        assert again.counts == reflect.counts and again.replayed == 1 and len(served.asked) == 3
+
+
+def test_tokens_of_attempts_without_a_reply_are_paid_too():
+    with faulty.serve(fails(faulty.body(faulty.good_body(None, 100, 50)))) as served:
+        reflect = reflector(served, price_input=1.0)
+        assert reflect([asked("a")]) == ["answer 1 to a"]
+    expected = {"requests": 1, "retries": 1, "prompt_tokens": 110, "completion_tokens": 53, "cost": 110 / 1e6}
+    assert counted(reflect) == expected
+
+
+@pytest.mark.parametrize("form", ["seconds", "date"])
+def test_a_server_says_how_long_to_wait(form):
+    date = email.utils.formatdate(time.time() + 2.5, usegmt=True)  # whole seconds: up to one less
+    told = {"seconds": "1.2", "date": date}[form]
+    with faulty.serve(fails(faulty.error(429, Retry_After=told))) as served:
+        begin = time.monotonic()
+        assert reflector(served)([asked("a")]) == ["answer 1 to a"]
+        assert 1.0 < time.monotonic() - begin < 4.0
+
+
+@pytest.mark.parametrize("told", ["3600", "inf", "nan", "-5", "soon", "Wed, 21 Oct 2099 07:28:00 GMT"])
+def test_no_server_says_to_wait_for_ever(told):
+    with faulty.serve(fails(faulty.error(503, Retry_After=told))) as served:
+        begin = time.monotonic()
+        assert reflector(served, longest_wait=0.1)([asked("a")]) == ["answer 1 to a"]
+        assert time.monotonic() - begin < 1.5
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refused_conversation_is_not_asked_again(status, tmp_path):
+    too_long = faulty.error(status, "the context length is 8192 tokens, you asked for max_tokens=64 more")
+    script = lambda request, number: too_long if request["messages"][-1]["content"] == "b" else None  # noqa: E731
+    with faulty.serve(script) as served, Journal(tmp_path / "j") as journal:
+        reflect = reflector(served, journal)
+        assert reflect([asked("a"), asked("b")]) == ["answer 0 to a", None]
+        counts = reflect.counts
+        assert (counts["requests"], counts["retries"], counts["failed_refused"]) == (2, 0, 1)
+        # Sent again with the other name of the part it names, refused too: later requests go as before.
+        assert served.questions() == {"a": 1, "b": 2}
+        assert reflect([asked("c")]) == ["answer 0 to c"] and "max_tokens" in served.asked[-1][0]
+        again = reflector(served, journal)
+        assert again([asked("a"), asked("b")]) == ["answer 0 to a", None] and again.replayed == 2
+    failures = [json.loads(line)["said"] for line in (tmp_path / "j").read_text().splitlines()]
+    assert any(said and said.startswith(f"{status}: ") and "8192" in said for said in failures)
+
+
+@pytest.mark.parametrize(
+    ("status", "fix"),
+    [
+        (401, "put a valid key"),
+        (402, "add funds"),
+        (403, "another model"),
+        (404, "correct reflection.base_url"),
+        (405, "correct reflection.base_url"),
+    ],
+)
+def test_errors_of_the_configuration_stop_at_once_and_keep_what_arrived(status, fix, tmp_path):
+    broken = True
+
+    def script(request, number):
+        if broken and request["messages"][-1]["content"] == "b":
+            return faulty.repeating_headers(status)
+
+    with faulty.serve(script) as served, Journal(tmp_path / "j") as journal:
+        with pytest.raises(RuntimeError, match=fix) as raised:
+            reflector(served, journal, concurrency=1)([asked(text) for text in "abc"])
+        message = str(raised.value)
+        for part in (served.address, "a-model", "OPENAI_API_KEY", f"answered {status}", "Bearer [key]"):
+            assert part in message
+        assert served.questions() == {"a": 1, "b": 1}
+        broken = False
+        reflect = reflector(served, journal)
+        assert reflect([asked(text) for text in "abc"]) == ["answer 0 to a", "answer 1 to b", "answer 0 to c"]
+        assert served.questions() == {"a": 1, "b": 2, "c": 1}
+        assert (reflect.counts["requests"], reflect.replayed) == (3, 1)
+
+
+def test_no_funds_is_no_rate_limit():
+    with (
+        faulty.serve(fails(faulty.error(429, "insufficient_quota: check your plan"))) as served,
+        pytest.raises(RuntimeError, match="add funds"),
+    ):
+        reflector(served)([asked("a")])
+
+
+def refusing(*names):
+    """A script of a server that takes none of these parts."""
+
+    def script(request, number):
+        for name in names:
+            if name in request:
+                return faulty.error(400, f"Unsupported parameter: '{name}' is not supported with this model.")
+
+    return script
+
+
+def test_a_schema_is_sent_and_left_out_where_the_server_refuses_it(tmp_path):
+    with faulty.serve() as served:
+        assert reflector(served).constrained([asked("a")], [SCHEMA]) == ["answer 0 to a"]
+        form = served.asked[0][0]["response_format"]
+        expected = {"name": "edits", "schema": SCHEMA, "strict": True}
+        assert form == {"type": "json_schema", "json_schema": expected}
+    with faulty.serve(refusing("response_format")) as served, Journal(tmp_path / "j") as journal:
+        server = server_of(served)
+        reflect = OpenAIReflector(server, iteration=1, journal=journal)
+        assert reflect.constrained([asked("a")], [SCHEMA]) == ["answer 1 to a"]
+        assert reflect.constrained([asked("b")], [SCHEMA]) == ["answer 0 to b"]
+        assert OpenAIReflector(server, iteration=2).constrained([asked("c")], [SCHEMA]) == ["answer 0 to c"]
+        assert served.questions() == {"a": 2, "b": 1, "c": 1}
+        assert (reflect.counts["requests"], reflect.counts["retries"], reflect.counts["failed"]) == (2, 0, 0)
+        # A new process has not learnt it, and what was journalled is the same for it.
+        again = reflector(served, journal)
+        conversations = [asked("a"), asked("b")]
+        assert again.constrained(conversations, [SCHEMA] * 2) == ["answer 1 to a", "answer 0 to b"]
+        assert again.counts == reflect.counts and again.replayed == 2
+        # Another schema, or none, is another request.
+        assert again.constrained([asked("d")], [SCHEMA]) != again.constrained([asked("d")], [{}])
+        assert again([asked("a")]) == ["answer 2 to a"]
+
+
+def test_several_parts_are_refused_one_after_the_other():
+    with faulty.serve(refusing("max_tokens", "temperature", "response_format")) as served:
+        reflect = reflector(served)
+        assert reflect.constrained([asked("a")], [SCHEMA]) == ["answer 3 to a"]
+        last = {"model": "a-model", "messages": asked("a"), "max_completion_tokens": 64}
+        assert served.asked[-1][0] == last
+        assert reflect.constrained([asked("b")], [SCHEMA]) == ["answer 0 to b"]
+        assert counted(reflect)["requests"] == 2 and "retries" not in counted(reflect)
+
+
+def test_what_was_refused_stays_refused_in_a_retry():
+    def script(request, number):
+        if "temperature" in request:
+            return faulty.error(400, "temperature must be left out")
+        return [None, faulty.error(500), None][number]
+
+    with faulty.serve(script) as served:
+        reflect = reflector(served)
+        assert reflect([asked("a")]) == ["answer 2 to a"]
+        assert ["temperature" in request for request, _ in served.asked] == [True, False, False]
+        assert reflect.counts["retries"] == 1
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_no_more_than_so_many_at_once(concurrency):
+    with faulty.serve(lambda request, number: faulty.answer(wait=0.1)) as served:
+        conversations = [asked(f"{i}") for i in range(9)]
+        replies = reflector(served, concurrency=concurrency)(conversations)
+        assert replies == [f"answer 0 to {i}" for i in range(9)]
+        assert served.most == concurrency
+
+
+def test_the_same_conversation_again_is_another_request(tmp_path):
+    with faulty.serve() as served, Journal(tmp_path / "j") as journal:
+        reflect = reflector(served, journal, concurrency=1)
+        assert reflect([asked("a"), asked("b"), asked("a")]) == [
+            "answer 0 to a",
+            "answer 0 to b",
+            "answer 1 to a",
+        ]
+        assert reflect([asked("a")]) == ["answer 2 to a"]
+        assert reflector(served, journal)([asked("a")] * 3) == [f"answer {i} to a" for i in range(3)]
+        assert served.questions() == {"a": 3, "b": 1}
+        # Another iteration, model or setting: other requests. Another address, concurrency or price: not.
+        for other in ({"iteration": 2}, {"model": "b"}, {"temperature": 0.0}, {"max_new_tokens": 9}):
+            assert reflector(served, journal, **other)([asked("b")]) == [
+                f"answer {served.questions()['b'] - 1} to b"
+            ]
+        assert served.questions()["b"] == 5
+        assert reflector(served, journal, concurrency=2, price_input=1.0)([asked("b")]) == ["answer 0 to b"]
+    with Journal(tmp_path / "j") as journal:
+        reflect = reflector(served, journal)  # the server is gone
+        assert reflect([asked("b")]) == ["answer 0 to b"] and reflect.replayed == 1
+
+
+def test_replies_are_journalled_as_they_arrive(tmp_path):
+    path = tmp_path / "j"
+    lines = []
+
+    def script(request, number):
+        if request["messages"][-1]["content"] == "slow":
+            deadline = time.monotonic() + 5
+            while not path.read_bytes().count(b"\n") and time.monotonic() < deadline:
+                time.sleep(0.01)
+            lines.extend(path.read_text().splitlines())
+
+    with faulty.serve(script) as served, Journal(path) as journal:
+        assert reflector(served, journal)([asked("slow"), asked("fast")]) == [
+            "answer 0 to slow",
+            "answer 0 to fast",
+        ]
+    (entry,) = map(json.loads, lines)
+    assert entry["conversation"] == asked("fast") and entry["reply"] == "answer 0 to fast"
+    assert entry["usage"] == {"prompt_tokens": 10, "completion_tokens": 3}
+    assert (entry["iteration"], entry["model"], entry["failure"]) == (1, "a-model", None)
+
+
+def test_the_key_is_nowhere(tmp_path, caplog):
+    script = fails(*[faulty.repeating_headers(500)] * 3)
+    logging.use_python_logging()
+    with caplog.at_level("DEBUG"), faulty.serve(script) as served, Journal(tmp_path / "j") as journal:
+        reflect = reflector(served, journal)
+        assert reflect([asked("a")]) == [None]
+        assert "1 of 1 replies could not be had" in caplog.text and "Bearer [key]" in caplog.text
+        assert served.asked[0][1]["authorization"] == f"Bearer {KEY}"
+    assert KEY not in caplog.text and KEY not in (tmp_path / "j").read_text()
+    assert KEY not in repr(vars(reflect))
+
+
+@pytest.mark.parametrize("variable", ["", "UNSET_VARIABLE"])
+def test_a_server_without_keys_gets_a_placeholder(variable):
+    with faulty.serve(fails(None, faulty.error(401))) as served:
+        reflect = reflector(served, api_key_variable=variable)
+        assert reflect([asked("a")]) == ["answer 0 to a"]
+        assert served.asked[0][1]["authorization"] == "Bearer none"
+        with pytest.raises(RuntimeError, match=f"api_key_variable='{variable}', which is not set"):
+            reflect([asked("a")])
+
+
+def test_an_opening_is_refused():
+    with faulty.serve() as served:
+        with pytest.raises(ValueError, match=r"reflection\.opening"):
+            reflector(served)([[*asked("a"), assistant("Summary:")]])
+        assert served.asked == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"base_url": ""}, "reflection.base_url='': give an address"),
+        ({"base_url": "localhost:8000/v1"}, "reflection.base_url='localhost:8000/v1': give an address"),
+        ({"base_url": "http://"}, "reflection.base_url='http://': give an address"),
+        ({"base_url": "http://x:y/v1"}, "reflection.base_url='http://x:y/v1': give an address"),
+        ({"base_url": "http://x/v1/chat/completions"}, "leave out /chat/completions"),
+        ({"model": ""}, "reflection.model='': give the name"),
+        ({"concurrency": 0}, "reflection.concurrency=0: give at least 1"),
+        ({"timeout": 0}, "reflection.timeout=0: give more"),
+        ({"max_retries": -1}, "reflection.max_retries=-1: give at least 0"),
+        ({"price_input": -1.0}, "reflection.price_input=-1.0: give at least 0"),
+        ({"price_output": float("nan")}, "reflection.price_output=nan: give at least 0"),
+        ({"api_key_variable": "sk-pasted-here"}, "reflection.api_key_variable is not the name"),
+        ({"api_key_variable": "CURLY"}, "reflection.api_key_variable='CURLY': the value"),
+    ],
+)
+def test_bad_settings_are_named(settings, complaint, monkeypatch):
+    monkeypatch.setenv("CURLY", "sk-“quoted”")
+    good = {"base_url": "http://x/v1", "model": "m", "temperature": 1.0, "max_new_tokens": 1}
+    good |= {"concurrency": 1, "timeout": 1.0, "max_retries": 0}
+    OpenAIServer(**good)
+    with pytest.raises(ValueError) as raised:
+        OpenAIServer(**good | settings)
+    assert complaint in str(raised.value)
+    assert "sk-" not in str(raised.value)
+
+
+def test_any_thread_may_ask():
+    with faulty.serve() as served:
+        replies = []
+        thread = threading.Thread(target=lambda: replies.extend(reflector(served)([asked("a")])))
+        thread.start()
+        thread.join()
+        assert replies == ["answer 0 to a"]
+
+        async def elsewhere():
+            return await asyncio.to_thread(reflector(served), [asked("b")])
+
+        assert asyncio.run(elsewhere()) == ["answer 0 to b"]
+
+
+ASKING = """
+import sys
+from tests.reflectors.openai_test import ask_twenty
+print(ask_twenty(*sys.argv[1:]))
+"""
+
+
+def ask_twenty(address, path):
+    """Two batches, equal conversations among them."""
+    with Journal(path) as journal:
+        server = server_of(faulty.Served(address), concurrency=3)
+        reflect = OpenAIReflector(server, iteration=5, journal=journal)
+        replies = reflect([asked(f"{i % 6}") for i in range(12)])
+        replies += reflect.constrained([asked(f"{i % 8}") for i in range(8)], [SCHEMA] * 8)
+        return replies, reflect.counts, reflect.replayed
+
+
+def test_killed_and_resumed_no_reply_that_arrived_is_asked_for_again(tmp_path):
+    path = tmp_path / "replies.jsonl"
+    unstable = fails(faulty.error(503))
+
+    def script(request, number):
+        return unstable(request, number) or faulty.answer("the same", wait=0.15)
+
+    with faulty.serve(script) as served:
+        expected, expected_counts, _ = ask_twenty(served.address, tmp_path / "whole.jsonl")
+        served.asked.clear()
+        entries = []
+        for lines in (4, 11):
+            process = subprocess.Popen([sys.executable, "-c", ASKING, served.address, path], cwd=ROOT)
+            deadline = time.monotonic() + 60
+            while not path.exists() or path.read_bytes().count(b"\n") < lines:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.005)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            entries.append([json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]])
+        arrived = entries[-1]
+        assert 11 <= len(arrived) < 20
+        before = len(served.asked)
+        replies, counts, replayed = ask_twenty(served.address, path)
+    assert replayed == len(arrived) and len(served.asked) - before >= 20 - len(arrived)
+    assert replies == expected
+    everything = [json.loads(line) for line in path.read_bytes().splitlines()]
+    assert len(everything) == len({entry["key"] for entry in everything}) == 20
+    # Each that had not arrived was asked once more, and a 503 was all that a retry was for.
+    retries = {"retries": sum(entry["retries"] for entry in everything)}
+    assert {**counts, **retries} == counts
+    assert {**counts, "retries": 0} == {**expected_counts, "retries": 0}
+    assert len(served.asked) - before == 20 - len(arrived) + sum(
+        entry["retries"] for entry in everything[len(arrived) :]
+    )
+
+
+def test_the_environment_variable_is_what_decides(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "  another-key\n")
+    with faulty.serve() as served:
+        reflector(served, api_key_variable="MY_KEY")([asked("a")])
+        assert served.asked[0][1]["authorization"] == "Bearer another-key"
+        assert os.environ["OPENAI_API_KEY"] == KEY
+
+
+def test_a_full_disk_stops_the_run(tmp_path, monkeypatch):
+    def full(key, entry):
+        raise OSError(28, "the disk is full")
+
+    with faulty.serve() as served, Journal(tmp_path / "j") as journal:
+        monkeypatch.setattr(journal, "add", full)
+        with pytest.raises(OSError, match="the disk is full"):
+            reflector(served, journal)([asked("a"), asked("b")])

@@ -1,0 +1,206 @@
+"""Rows whose tokens the host decides about: what is drawn is allowed, and drawn as it should be."""
+
+import jax
+import numpy as np
+import pytest
+from scipy import stats
+
+from espl_jax import sharding
+from espl_jax.models import transformer
+from espl_jax.sampling import draw
+from espl_jax.sampling.generate import sample_tree
+from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
+from tests import tiny
+from tests.sampling.boundaries import distribution
+
+SYSTEMS = [[5, 6, 7, 8], []]
+PROBLEMS = [[[9, 10], [11]], [[12, 13, 14], [15, 16]]]
+SHAPE = (2, 2, 3)
+NEW = 20
+STOPS = (3, 33)
+V = tiny.CONFIG.vocab_size
+
+
+class RandomThirds:
+    """Allows a third of the vocabulary or so at each place of a row, and keeps what was asked and drawn.
+
+    `names` are the rows by their number, so that a row alone can be the one that it was in company.
+    """
+
+    def __init__(self, names, always=()):
+        self.names, self.always = names, list(always)
+        self.drawn = {name: [] for name in names}
+        self.asked = []
+
+    def at(self, name, place):
+        """What row `name` may draw after `place` tokens: bool [V]."""
+        allowed = np.random.default_rng([name, place]).random(V) < 0.3
+        allowed[[*self.always, 40]] = True
+        return allowed
+
+    def allowed(self, rows):
+        names = [self.names[row] for row in rows]
+        self.asked.append(names)
+        bits = np.zeros((len(rows), 64), bool)
+        bits[:, :V] = [self.at(name, len(self.drawn[name])) for name in names]
+        bits[:, V:] = True  # tokens that the model does not have
+        return np.packbits(bits, axis=1, bitorder="little").view(np.uint32)
+
+    def accept(self, rows, tokens):
+        for row, token in zip(rows, tokens, strict=True):
+            name = self.names[row]
+            assert self.at(name, len(self.drawn[name]))[token]
+            self.drawn[name].append(int(token))
+
+
+def keys_of(shape=SHAPE, seed=0):
+    return draw.row_keys(jax.random.key(seed, impl="threefry2x32"), *np.ogrid[tuple(slice(n) for n in shape)])
+
+
+def sample(constraint, params=None, **changes):
+    settings = {"max_new_tokens": NEW, "temperature": 1.0, "stop_ids": STOPS} | changes
+    return sample_tree(
+        params or tiny.params(), tiny.CONFIG, SYSTEMS, PROBLEMS, keys_of(), constraint=constraint, **settings
+    )
+
+
+def in_order(**options):
+    return RandomThirds(list(range(np.prod(SHAPE))), **options)
+
+
+@pytest.fixture(scope="module")
+def company():
+    constraint = in_order(always=STOPS)
+    return constraint, sample(constraint)
+
+
+def scores(place, tokens):
+    """Uncached logits [T, V] where each of a row's new tokens was drawn."""
+    prompt = SYSTEMS[place[0]] + PROBLEMS[place[0]][place[1]]
+    whole = np.array([*prompt, *tokens, *[0] * (NEW + 8 - len(prompt) - len(tokens))])
+    return np.asarray(tiny.logits(tiny.params(), tiny.CONFIG, whole[None])[0])[len(prompt) - 1 :][
+        : len(tokens)
+    ]
+
+
+class TestDraws:
+    @pytest.mark.parametrize(
+        "truncation", [UNTRUNCATED, Truncation(top_p=0.8), Truncation(top_k=5)], ids=["all", "top-p", "top-k"]
+    )
+    def test_twenty_thousand_under_one_mask(self, truncation):
+        """The distribution among the allowed tokens, exactly as if the model knew no others."""
+        count, context, temperature = 20_000, [5, 6, 7, 9, 10], 0.8
+
+        class Same(RandomThirds):
+            def at(self, name, place):
+                return np.arange(V) % 3 == 1
+
+        drawn = sample_tree(
+            tiny.params(),
+            tiny.CONFIG,
+            [context[:3]],
+            [[context[3:]]],
+            keys_of((1, 1, count), seed=11),
+            max_new_tokens=1,
+            temperature=temperature,
+            truncation=truncation,
+            constraint=Same(range(count)),
+            max_rows=5_000,
+        )
+        allowed = np.arange(V) % 3 == 1
+        logits = np.asarray(tiny.logits(tiny.params(), tiny.CONFIG, np.array([context])))[0, -1:]
+        exact = np.zeros(V)
+        exact[allowed] = distribution(logits[:, allowed], temperature, truncation)[0]
+        tokens = drawn.tokens[0, 0, :, 0]
+        assert (exact[tokens] > 0).all() and len(np.unique(tokens)) > 3
+        np.testing.assert_allclose(drawn.logprobs[0, 0, :, 0], np.log(exact[tokens]), atol=1e-4)
+        observed, expected = np.bincount(tokens, minlength=V), exact * count
+        likely = expected >= 5
+        observed = np.append(observed[likely], observed[~likely].sum())
+        expected = np.append(expected[likely], expected[~likely].sum())
+        observed, expected = observed[expected > 0], expected[expected > 0]
+        assert stats.chisquare(observed, expected * count / expected.sum()).pvalue > 1e-3
+
+    def test_logprobs_along_a_row_are_those_among_the_allowed(self, company):
+        constraint, samples = company
+        for row, place in enumerate(np.ndindex(SHAPE)):
+            tokens = samples.tokens[place][: samples.lengths[place]]
+            assert constraint.drawn[row] == tokens.tolist()
+            masks = np.array([constraint.at(row, t) for t in range(len(tokens))])
+            expected = jax.nn.log_softmax(np.where(masks, scores(place, tokens), -np.inf), axis=-1)
+            expected = np.asarray(expected)[np.arange(len(tokens)), tokens]
+            np.testing.assert_allclose(samples.logprobs[place][: len(tokens)], expected, atol=1e-4)
+        np.testing.assert_array_equal(samples.logprobs, samples.untruncated_logprobs)
+
+    def test_greedy_takes_the_most_likely_of_the_allowed(self):
+        constraint = in_order()
+        samples = sample(constraint, temperature=0.0, stop_ids=())
+        unmasked = 0
+        for row, place in enumerate(np.ndindex(SHAPE)):
+            tokens = samples.tokens[place]
+            logits = scores(place, tokens)
+            masks = np.array([constraint.at(row, t) for t in range(NEW)])
+            np.testing.assert_array_equal(tokens, np.where(masks, logits, -np.inf).argmax(axis=-1))
+            unmasked += (tokens == logits.argmax(axis=-1)).sum()
+        assert unmasked < samples.tokens.size / 2
+
+    def test_a_mask_of_all_tokens_changes_nothing(self):
+        class All(RandomThirds):
+            def at(self, name, place):
+                return np.ones(V, bool)
+
+        free, under = sample(None), sample(All(range(np.prod(SHAPE))))
+        np.testing.assert_array_equal(free.tokens, under.tokens)
+        np.testing.assert_allclose(free.logprobs, under.logprobs, atol=1e-5)
+
+
+class TestRows:
+    def test_a_row_is_asked_about_once_a_token_and_no_longer(self, company):
+        constraint, samples = company
+        times = np.bincount(np.concatenate(constraint.asked), minlength=np.prod(SHAPE))
+        np.testing.assert_array_equal(times, samples.lengths.reshape(-1))
+        ended = ~samples.truncated
+        assert ended.any() and (samples.lengths[ended] < NEW).all()
+        for place in np.argwhere(ended):
+            place = tuple(place)
+            assert samples.tokens[place][samples.lengths[place] - 1] in STOPS
+
+    def test_rows_that_may_draw_nothing_are_never_asked_about(self, company):
+        limits = np.array([[[0, 1, 7], [0, 0, 0]], [[3, 0, 0], [0, 0, NEW]]])
+        constraint = in_order(always=STOPS)
+        samples = sample(constraint, max_new_tokens=limits)
+        assert set(np.concatenate(constraint.asked)) == set(np.flatnonzero(limits.reshape(-1)))
+        kept = np.arange(NEW) < samples.lengths[..., None]
+        np.testing.assert_array_equal(samples.lengths, np.minimum(company[1].lengths, limits))
+        np.testing.assert_array_equal(samples.tokens, np.where(kept, company[1].tokens, 0))
+
+    @pytest.mark.parametrize(
+        ("max_rows", "sizes"), [(1, None), (4, None), (4, {"data": 2, "fsdp": 2, "tensor": 2})]
+    )
+    def test_the_layout_does_not_matter(self, company, max_rows, sizes):
+        mesh = sizes and sharding.make_mesh(sizes)
+        params = sharding.place(tiny.params(), transformer.abstract(tiny.CONFIG), mesh)
+        constraint = in_order(always=STOPS)
+        samples = sample(constraint, params, max_rows=max_rows, mesh=mesh)
+        assert max(map(len, constraint.asked)) == 2 * max_rows
+        np.testing.assert_array_equal(samples.tokens, company[1].tokens)
+        np.testing.assert_array_equal(samples.lengths, company[1].lengths)
+
+    def test_a_row_alone_draws_what_it_draws_in_company(self, company):
+        alone = sample_tree(
+            tiny.params(),
+            tiny.CONFIG,
+            SYSTEMS[1:],
+            [PROBLEMS[1][:1]],
+            keys_of()[1:, :1, 2:],
+            max_new_tokens=NEW,
+            temperature=1.0,
+            stop_ids=STOPS,
+            constraint=RandomThirds([8], always=STOPS),
+        )
+        np.testing.assert_array_equal(alone.tokens[0, 0, 0], company[1].tokens[1, 0, 2])
+
+    @pytest.mark.parametrize("settings", [{"respond": lambda *_: None}, {"find_end": lambda *_: None}])
+    def test_what_takes_tokens_back_or_adds_some_is_refused(self, settings):
+        with pytest.raises(ValueError, match="constraint: rows under one end by their stop tokens alone"):
+            sample(in_order(), **settings)
