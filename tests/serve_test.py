@@ -1,14 +1,6 @@
 """A server that nobody here wrote, `transformers serve`, answers under the exported system prompt unasked."""
 
-import contextlib
-import importlib.util
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
 import urllib.request
 
 import pytest
@@ -16,9 +8,7 @@ import pytest
 from espl_jax.pretrained import load_pretrained
 from espl_jax.pretrained.save import save_pretrained
 from espl_jax.types import SystemPrompt
-
-PACKAGES = ("fastapi", "uvicorn", "openai", "accelerate", "torch")
-MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+from tests.served import MISSING, transformers_serve
 
 PROMPT = SystemPrompt(
     text='You are a pirate called "Réd\\Beard {{ 🦜 }}".\nEvery answer begins with "Arrr!".',
@@ -41,29 +31,8 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """The address of a server on the CPU, without network."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve"]
-    command += ["--host=127.0.0.1", f"--port={port}", "--device=cpu"]
-    log = tmp_path_factory.mktemp("server") / "log"
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-        )
-    try:
-        address = f"http://127.0.0.1:{port}"
-        for _ in range(240):
-            if process.poll() is not None:
-                break
-            with contextlib.suppress(urllib.error.URLError), urllib.request.urlopen(f"{address}/health"):
-                break
-            time.sleep(0.5)
-        assert process.poll() is None, log.read_text()
+    with transformers_serve(tmp_path_factory.mktemp("server") / "log") as address:
         yield address
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
 
 
 def ask(server, folder, *messages):

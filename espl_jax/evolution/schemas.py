@@ -142,6 +142,27 @@ def blocks_schema(
             passages.pop()
 
 
+def relaxed(schema: Schema) -> Schema:
+    """The same structure for servers: enumerations and numbers of items stay, patterns and lengths go.
+
+    The strict mode of some servers takes only a part of JSON schema, and length is bounded by their tokens. A
+    merge may then name an id twice, which `parse_edits` drops.
+    """
+    if "anyOf" in schema:
+        choices = [relaxed(choice) for choice in schema["anyOf"]]
+        return _any_of([choice for i, choice in enumerate(choices) if choice not in choices[:i]])
+    kept = {
+        name: value for name, value in schema.items() if name not in ("pattern", "maxLength", "prefixItems")
+    }
+    if "properties" in schema:
+        kept["properties"] = {name: relaxed(inner) for name, inner in schema["properties"].items()}
+    if "items" in schema:
+        kept["items"] = relaxed(schema["items"])
+    for first in schema.get("prefixItems", ()):
+        kept["items"] = _one_of(sorted({*first["enum"], *kept["items"]["enum"]}))
+    return kept
+
+
 def most_bytes(schema: Schema) -> int:
     """Most bytes of a reply under a schema, written as `json.dumps(..., ensure_ascii=False)` writes it.
 

@@ -16,6 +16,7 @@ import openai
 import tenacity
 from absl import logging
 
+from espl_jax.evolution.schemas import relaxed
 from espl_jax.text.thinking import strip_thinking
 from espl_jax.types import Conversation, Schema
 
@@ -114,7 +115,7 @@ class OpenAIServer:
         """
         parts: dict[str, Any] = {"max_tokens": self.max_new_tokens, "temperature": self.temperature}
         if schema is not None:
-            form = {"name": "edits", "schema": schema, "strict": True}
+            form = {"name": "edits", "schema": relaxed(schema), "strict": True}
             parts["response_format"] = {"type": "json_schema", "json_schema": form}
         refused = set(self._refused)
         usage = {"prompt_tokens": 0, "completion_tokens": 0}

@@ -27,7 +27,7 @@ These edits help because the attempts [1] and {2} were wrong.""",
     """<think>
 The list has G0, G1. Maybe {"op": "remove", "id": "G1"}?
 </think>
-{"edits": [{"op": "merge", "ids": ["G0", "G1"], "principle": "A \\frac{1}{2}, \\\\times too.", "why": "B"}]}""",
+{"edits": [{"op": "merge", "ids": ["G0", "G1"], "principle": "A \\frac{1}{2}, \\\\times.", "why": "B"}]}""",
     '{"edits": [{"search": "Be brief.", "replace": "Think\\nfirst."}, {"search": "", "replace": "End."}]}',
     '1. **Add**: "Check the sum."\n2. {"op": "add", "principle": "Check the sum.", "evidence": null}',
 ]
