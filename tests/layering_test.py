@@ -15,7 +15,7 @@ LAYERS = [
     DEVICE | HOST,
     {"pretrained", "optimizer", "train_step", "check_config"},
     {"rollout", "reflectors", "run_state", "metrics", "report", "plan"},
-    {"assemble", "run_reflection", "evaluate", "deploy", "train", "dry_run", "saved_run", "export"},
+    {"assemble", "resume", "run_reflection", "evaluate", "deploy", "train", "dry_run", "saved_run", "export"},
     {"main"},
 ]
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
@@ -26,12 +26,14 @@ SAME_LAYER = {
     # Reflection on device samples as rollouts do.
     ("reflectors", "rollout"),
     # The loop in parts: what it is made of, what it ends with, and a look before it.
+    ("resume", "assemble"),
     ("run_reflection", "assemble"),
     ("evaluate", "assemble"),
     ("deploy", "assemble"),
     ("deploy", "evaluate"),
     ("train", "assemble"),
     ("train", "deploy"),
+    ("train", "resume"),
     ("train", "run_reflection"),
     ("dry_run", "assemble"),
     ("dry_run", "train"),

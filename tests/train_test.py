@@ -16,6 +16,7 @@ from espl_jax import train as loop
 from espl_jax.evolution import lineage
 from espl_jax.evolution import population as populations
 from espl_jax.optimizer import make_optimizer
+from espl_jax.reflectors.local import local_reflector
 from espl_jax.train import train
 from espl_jax.types import Grade, SystemPrompt
 from tests import fakes
@@ -181,17 +182,24 @@ def test_who_reflects(policy, tmp_path, monkeypatch):
     assert np.array_equal(seen[1], arrays(tmp_path)[".trainable['layers']['mlp']['up']['lora_b']"])
 
 
-def test_the_models_own_reflection_runs(tmp_path, monkeypatch):
-    from espl_jax.reflectors.local import local_reflector
-
+@pytest.mark.parametrize("constrained", [False, True])
+def test_the_models_own_reflection_runs(constrained, tmp_path, monkeypatch):
     monkeypatch.setattr(run_reflection, "local_reflector", local_reflector)
-    run(tmp_path, mode="reflection", num_iterations=1, evaluation__every=0, reflection__opening=True)
+    settings = {"evaluation__every": 0, "reflection__opening": True, "reflection__constrained": constrained}
+    settings["reflection__max_new_tokens"] = 112 if constrained else 8
+    run(tmp_path, mode="reflection", num_iterations=1, **settings)
     transcripts = lines(tmp_path, "reflections")
-    # Noise is no summary to learn from, but asked and answered it was.
     stages = collections.Counter(t["stage"] for t in transcripts)
     assert stages["summary"] == 12 and stages["critique"] == 2
     assert all(t["reply"].startswith("Summary: The attempt") for t in transcripts if t["stage"] == "summary")
     assert len({t["reply"] for t in transcripts}) == len(transcripts)
+    (record,) = lines(tmp_path, "metrics")
+    if constrained:
+        # Noise it is, but every edit of it could be read.
+        assert stages["revision"] == 1 and record["children"] and record["drops"] == {}
+        assert all(json.loads(t["reply"])["edits"] for t in transcripts if t["stage"] == "critique")
+    else:
+        assert record["no_child"] == {"mutation": "no_edits"} and record["drops"]
 
 
 @pytest.fixture(scope="module")

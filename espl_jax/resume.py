@@ -1,0 +1,81 @@
+"""What a run is between two iterations: made at its beginning, saved, and taken up again."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from espl_jax.assemble import Parts, abstract_run_state, first_population, first_train_state
+from espl_jax.data.order import Cursor
+from espl_jax.evolution import lineage
+from espl_jax.evolution.population import Population, from_json, prompt_from_json
+from espl_jax.run_state import WorkDir
+from espl_jax.train_step import TrainState
+from espl_jax.types import SystemPrompt
+
+MAY_CHANGE = (
+    "num_iterations",
+    "checkpoint_every",
+    "checkpoint_keep",
+    "compilation_cache",
+    "profile_iteration",
+    *(
+        f"reflection.{name}"
+        for name in ("base_url", "api_key_variable", "concurrency", "timeout", "max_retries")
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What an iteration changes, and what a checkpoint holds.
+
+    Attributes:
+      iteration: iterations done.
+      root: the oldest of the first prompts.
+      train_state: trainable weights and optimizer state; None where only prompts change.
+      population: the prompts with their ratings.
+      cursor: which problems come next.
+      skipped: updates left out because no group was mixed.
+    """
+
+    iteration: int
+    root: SystemPrompt
+    train_state: TrainState | None
+    population: Population
+    cursor: Cursor
+    skipped: int = 0
+
+
+def save(workdir: WorkDir, run: Run) -> None:
+    """Makes a checkpoint of everything that a later iteration depends on."""
+    population = run.population.to_json()
+    state = {
+        "root": dataclasses.asdict(run.root),
+        "population": population,
+        "cursor": dataclasses.asdict(run.cursor),
+        "skipped": run.skipped,
+    }
+    workdir.save(run.iteration, run.train_state, state)
+    workdir.write_json("population.json", population)
+
+
+def restore(workdir: WorkDir, config: Any, parts: Parts) -> Run:
+    """The run as of the newest checkpoint, or its beginning."""
+    saved = workdir.restore(abstract_run_state(config, parts))
+    if saved is None:
+        population = first_population(config)
+        for member in population.members:
+            workdir.append("lineage", lineage.entry("root", member, 0))
+        state = first_train_state(config, parts)
+        return Run(0, population.members[0], state, population, Cursor(config.seed))
+    iteration, train_state, state = saved
+    workdir.write_json("population.json", state["population"])
+    return Run(
+        iteration,
+        prompt_from_json(state["root"]),
+        train_state,
+        from_json(state["population"]),
+        Cursor(**state["cursor"]),
+        state["skipped"],
+    )
