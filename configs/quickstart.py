@@ -32,7 +32,7 @@ def get_config():
     c.sampling.max_new_tokens = 12
     c.evolution.max_principles = 4
     c.reflection.temperature = 0.7
-    c.reflection.max_new_tokens = 192
+    c.reflection.max_new_tokens = 256
     c.reflection.opening = True
     c.optimizer.learning_rate = 1e-3
     c.evaluation.every = 5

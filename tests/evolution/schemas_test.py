@@ -7,7 +7,7 @@ import pytest
 
 from espl_jax.evolution import schemas
 from espl_jax.evolution.edit_replies import parse_edits
-from espl_jax.evolution.schemas import blocks_schema, edits_schema, most_bytes
+from espl_jax.evolution.schemas import blocks_schema, edits_schema, most_bytes, relaxed
 
 ALL = schemas.OPERATIONS
 ROOMY = {"max_reply_tokens": 4000, "max_edits": 2, "max_chars": 200}
@@ -185,3 +185,24 @@ class TestBytes:
             edits_schema(("add", "swap"), (), **ROOMY)
         with pytest.raises(ValueError, match=r"none is possible with ids=\('G0',\)"):
             edits_schema(("merge",), ("G0",), **ROOMY)
+
+
+def test_servers_are_sent_the_structure_alone():
+    schema = edits_schema(
+        ("modify", "merge"), ("G1", "G0"), max_reply_tokens=400, max_edits=3, min_edits=1, max_chars=60
+    )
+    sent = relaxed(schema)
+    edits = sent["properties"]["edits"]
+    assert (edits["type"], edits["minItems"], edits["maxItems"]) == ("array", 1, 3)
+    modify, merge = edits["items"]["anyOf"]
+    assert modify["properties"] == {
+        "op": {"type": "string", "enum": ["modify"]},
+        "id": {"type": "string", "enum": ["G1", "G0"]},
+        "principle": {"type": "string"},
+    }
+    # One kind of list, whichever id stood first.
+    ids = {"type": "string", "enum": ["G0", "G1"]}
+    assert merge["properties"]["ids"] == {"type": "array", "items": ids, "minItems": 2, "maxItems": 2}
+    assert merge["required"] == ["op", "ids", "principle"] and merge["additionalProperties"] is False
+    assert not any(word in json.dumps(sent) for word in ("pattern", "maxLength", "prefixItems"))
+    assert relaxed(sent) == sent

@@ -1,4 +1,4 @@
-"""SmolLM2 writes critiques and revisions under their schemas: every reply validates and parses, none is dropped."""
+"""SmolLM2 writes critiques and revisions under their schemas: every reply validates and parses."""
 
 import json
 
@@ -71,11 +71,20 @@ def revision(i):
     return conversation, edits_schema(("modify", "merge"), ids(rules) + ids(candidates, "C"), **LIMITS)
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_a_hundred_replies_of_a_hundred(model, temperature, record_property):
+@pytest.mark.parametrize(
+    ("critiques", "revisions", "temperature"),
+    [
+        (7, 1, 1.0),
+        pytest.param(60, 40, 0.7, marks=pytest.mark.slow),
+        pytest.param(60, 40, 1.0, marks=pytest.mark.slow),
+    ],
+)
+def test_every_reply_parses_and_validates(model, critiques, revisions, temperature, record_property):
     settings = {"key": jax.random.key(0), "max_new_tokens": TOKENS, "temperature": temperature}
     reflect = LocalReflector(model=model, **settings)
-    conversations, schemas = zip(*map(critique, range(60)), *map(revision, range(40)), strict=True)
+    conversations, schemas = zip(
+        *map(critique, range(critiques)), *map(revision, range(revisions)), strict=True
+    )
     replies = reflect.constrained(conversations, schemas)
     good, proposed = 0, []
     for reply, schema in zip(replies, schemas, strict=True):
@@ -88,5 +97,5 @@ def test_a_hundred_replies_of_a_hundred(model, temperature, record_property):
     said = f"T={temperature}: {good} of {len(replies)} replies, {len(proposed)} edits, {sum(tokens)} tokens"
     print(said, *replies[:2], *replies[-2:], sep="\n")
     record_property("constrained replies", said)
-    assert good == len(replies) == 100
-    assert len({edit.principle for edit in proposed}) > 50
+    assert good == len(replies)
+    assert len({edit.principle for edit in proposed}) > len(replies) / 2
