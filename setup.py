@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 LIBTPU = "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'"  # compiles for a TPU without one
 TEST = [
     *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "peft>=0.17", "accelerate>=1.1"),
-    "jsonschema>=4.20",
+    *("jsonschema>=4.20", "trueskillthroughtime>=1.1"),
     LIBTPU,
 ]
 TEST_SLOW = [*TEST, "transformers[serving]"]
@@ -36,6 +36,7 @@ setup(
         "ml-collections>=1.0",
         "numpy>=2.0",
         "openai>=2.0",
+        "openskill>=6.0",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.12.8",
         "protobuf>=4",  # it and sentencepiece: folders with tokenizer.model alone
