@@ -9,6 +9,7 @@ from rich.console import Console
 
 from espl_jax import assemble as assembling
 from espl_jax import dry_run as dry
+from espl_jax import run_reflection
 from espl_jax import train as loop
 from espl_jax.assemble import assemble
 from espl_jax.data.order import Cursor, next_batch
@@ -88,7 +89,7 @@ def test_shapes_are_those_that_the_run_compiles(monkeypatch, tmp_path):
 
     monkeypatch.setattr(decode, "decode_chunk", listen)
     monkeypatch.setattr(loop, "policy_gradient_step", listen_to_step)
-    monkeypatch.setattr(loop, "local_reflector", lambda model, **settings: fakes.scripted_replies)
+    monkeypatch.setattr(run_reflection, "local_reflector", lambda model, **settings: fakes.scripted_replies)
     said = io.StringIO()
     loop.train(config, tmp_path, Console(file=said, width=1000))
     *chunks, batch = seen

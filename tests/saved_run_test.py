@@ -10,6 +10,7 @@ import pytest
 
 from espl_jax import assemble, run_state, saved_run
 from espl_jax import train as loop
+from espl_jax.evolution.deployment import best_rated
 from espl_jax.models import lora
 from espl_jax.run_state import WorkDir
 from espl_jax.saved_run import check_run, is_run, read_run
@@ -117,7 +118,7 @@ def test_on_a_mesh_in_other_dtypes(tmp_path, rank):
 def test_prompts_by_name(workdir):
     read = read_run(workdir)
     assert read.prompt("root") == read.prompt("p0") == read.root
-    assert read.prompt("p1").id == "p1" and read.prompt() == read.population.best()
+    assert read.prompt("p1").id == "p1" and read.prompt() == best_rated(read.population).prompt
     with pytest.raises(ValueError, match=r"prompt='p99': give deployed, root, or one of p0, p1"):
         read.prompt("p99")
 
@@ -174,7 +175,7 @@ def test_every_field_that_loading_reads_is_asked_for(workdir, tmp_path):
                 assert f"it has no {group}.{name})" in str(error)
 
 
-@pytest.mark.parametrize("damage", ["root", "population", "population.rated"])
+@pytest.mark.parametrize("damage", ["root", "population", "population.created"])
 def test_a_state_of_another_version(workdir, monkeypatch, damage):
     read = saved_run.read_checkpoint
 
@@ -189,6 +190,17 @@ def test_a_state_of_another_version(workdir, monkeypatch, damage):
         ValueError, match=r"written by another version of espl_jax .*evaluate or export it with"
     ):
         read_run(workdir)
+
+
+def test_the_choice_that_the_run_wrote_down_stands(tmp_path):
+    path = fakes.workdir(tmp_path, mode="evolution")
+    read = read_run(path)
+    by_ratings = best_rated(read.population).prompt
+    for iteration, expected in ((read.iteration, "p2"), (read.iteration - 1, by_ratings.id)):
+        results = {"iteration": iteration, "deployed": {"id": "p2"}}
+        (path / "results.json").write_text(json.dumps(results))
+        assert read.prompt().id == expected != "p0"
+    assert by_ratings.id != "p2"
 
 
 def test_adapters_that_do_not_fit(workdir, monkeypatch):

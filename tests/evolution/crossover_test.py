@@ -120,7 +120,7 @@ def test_copies_are_pooled():
     rollouts = rollouts_of([A, B, A], [[1, 0], [0.4, 0.9], [1, 0]])
     offspring = crossover([A, B], rollouts, reflect)
     assert offspring.child.evidence["won"] == {"p2": ["q1"], "p1": ["q0"]}
-    assert offspring.child.evidence["scores"]["p1"] == [1.0, 0.5]
+    assert offspring.child.evidence["scores"]["p1"] == [1.0, 0.0]
     assert offspring.child.parents == ("p2", "p1")  # p2 has the higher mean, 0.65 against 0.5
 
 
