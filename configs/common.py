@@ -86,8 +86,8 @@ def get_config() -> ConfigDict:
     c.evolution.max_words = 32  # of one principle; asked for, asked for again, then cut at a sentence
     c.evolution.word_retries = 1  # times that a reply with too long a principle is asked for again
     c.evolution.max_principles = 32  # of one prompt; edits that would make more are refused
-    c.evolution.max_prompt_tokens = 4096  # of one prompt; likewise
-    c.evolution.copied_tokens = 12  # edits with such a run of a training problem are refused; 0 for any
+    c.evolution.max_prompt_tokens = 4096  # of one prompt; likewise, or what the context leaves
+    c.evolution.copied_tokens = 12  # edits with such a run of a training problem are refused; 0 allows all
     c.evolution.copied_answers = True  # refuse edits that hold an answer of the iteration's problems
     c.evolution.allow_duplicates = False  # let children enter that equal a living member
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from espl_jax.sampling.sizes import Sizes, choose_sizes
 from espl_jax.sampling.truncation import Truncation
 from espl_jax.text.chat import encode
 from espl_jax.train_step import TrainState, abstract_train_state, init_train_state, whole_params
-from espl_jax.types import Problem, SystemPrompt, TrainBatch
+from espl_jax.types import SystemPrompt, TrainBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +111,7 @@ def assemble(config: Any) -> Parts:
         },
         evolution={
             "form": c.evolution.form,
-            "guards": guards(c, model.tokenizer, splits["train"].problems),
+            "guards": None,  # below: they need to know the longest problem
             "opening": c.reflection.opening,
             "mutation_sigma": c.evolution.mutation_sigma,
             "crossover_sigma": c.evolution.crossover_sigma,
@@ -131,17 +130,26 @@ def assemble(config: Any) -> Parts:
     parts.rollouts["longest_problem"] = longest_problem(
         model.tokenizer, problems, environment, parts.sampling["chat_template_kwargs"]
     )
+    parts.evolution["guards"] = guards(c, parts)
     return parts
 
 
-def guards(config: Any, tokenizer: Any, problems: Sequence[Problem]) -> Guards:
-    """What evolution accepts; prompts and problems are measured in tokens of the model."""
-    names = ("max_edits", "max_words", "word_retries", "max_principles", "max_prompt_tokens")
+def guards(config: Any, parts: Parts) -> Guards:
+    """What evolution accepts; prompts and problems are measured in tokens of the model.
+
+    A prompt leaves room in the context for the longest problem and a whole rollout, or where these fill it
+    themselves, takes a quarter of it at most.
+    """
+    model = parts.reference
+    context = parts.rollouts["context_limit"] or model.config.max_positions
+    room = context - parts.rollouts["longest_problem"] - config.sampling.max_new_tokens
+    names = ("max_edits", "max_words", "word_retries", "max_principles", "copied_tokens", "copied_answers")
     return Guards(
-        **{name: config.evolution[name] for name in (*names, "copied_tokens", "copied_answers")},
+        **{name: config.evolution[name] for name in names},
+        max_prompt_tokens=min(config.evolution.max_prompt_tokens, max(room, context // 4)),
         max_reply_tokens=config.reflection.max_new_tokens,
-        tokenize=functools.partial(encode, tokenizer),
-        problems=problems,
+        tokenize=functools.partial(encode, model.tokenizer),
+        problems=parts.splits["train"].problems,
     )
 
 
@@ -263,16 +271,36 @@ def first_population(config: Any) -> populations.Population:
         return populations.start([SystemPrompt(text=c.text, principles=tuple(c.principles))], c.max_size)
     text = Path(c.start_from).expanduser().read_text(encoding="utf-8")
     try:
-        if not c.start_from.endswith(".jsonl"):
-            saved = populations.from_json(json.loads(text))
-            return dataclasses.replace(saved, members=saved.members[-c.max_size :], max_size=c.max_size)
-        given = [json.loads(line) for line in text.splitlines() if line.strip()]
-        if unknown := {name for prompt in given for name in prompt} - {"text", "principles"}:
-            raise ValueError(f"unknown fields {sorted(unknown)}; a prompt has text, principles or both")
-        roots = [SystemPrompt(each.get("text", ""), tuple(each.get("principles", ()))) for each in given]
-        return populations.start(roots, c.max_size)
+        return _no_principles_in_prose(_read_population(text, c), config)
     except (ValueError, AttributeError) as error:
         raise ValueError(
             f"population.start_from={c.start_from!r}: {error}; give the population.json of a run, or "
             'a .jsonl file with one prompt a line, {"text": ..., "principles": [...]}'
         ) from None
+
+
+def _read_population(text: str, c: Any) -> populations.Population:
+    if not c.start_from.endswith(".jsonl"):
+        saved = populations.from_json(json.loads(text))
+        return dataclasses.replace(saved, members=saved.members[-c.max_size :], max_size=c.max_size)
+    roots = [_root(json.loads(line), i) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return populations.start(roots, c.max_size)
+
+
+def _root(given: dict[str, Any], line: int) -> SystemPrompt:
+    if unknown := given.keys() - {"text", "principles"}:
+        raise ValueError(f"line {line} has unknown fields {sorted(unknown)}")
+    text, principles = given.get("text", ""), given.get("principles", [])
+    listed = isinstance(principles, list) and all(isinstance(each, str) for each in principles)
+    if not (isinstance(text, str) and listed):
+        raise ValueError(f"line {line}: text is a string, principles a list of strings")
+    return SystemPrompt(text, tuple(principles))
+
+
+def _no_principles_in_prose(population: populations.Population, config: Any) -> populations.Population:
+    with_principles = [member.id for member in population.members if member.principles]
+    if config.evolution.form == "prose" and with_principles:
+        raise ValueError(
+            f"evolution.form=prose edits the text alone, but {', '.join(with_principles)} have principles"
+        )
+    return population

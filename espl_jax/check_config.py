@@ -143,6 +143,19 @@ def _check_together(c: Any) -> None:
             tuple(c.lora.targets),
             f"{sorted(unknown)} cannot be adapted; choose from {LORA_TARGETS}",
         )
+    if c.evolution.form == "prose" and c.population.principles:
+        refuse(
+            "population.principles",
+            tuple(c.population.principles),
+            "evolution.form=prose edits the text alone; put them into population.text",
+        )
+    alone = c.num_prompts == 1 or c.selection.window == 1
+    if c.mode in ("espl", "evolution") and alone and c.deployment.rule == "ratings":
+        refuse(
+            "deployment.rule",
+            c.deployment.rule,
+            "with one prompt an iteration nobody is ever rated; give newest or validation",
+        )
     if c.mode != "rl":
         _check_reflection(c.reflection, refuse)
         _check_reply_length(c)
@@ -173,7 +186,7 @@ def _check_together(c: Any) -> None:
         refuse(
             "evolution.max_principles",
             c.evolution.max_principles,
-            "give room for a principle more than the root's",
+            "give room for the root's principles, and for one at least",
         )
     for name in ("b1", "b2"):
         if not 0 <= c.optimizer[name] < 1:

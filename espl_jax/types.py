@@ -54,7 +54,7 @@ class SystemPrompt:
       id: unique in a run (`p0`, `p1`, ...), never given twice; empty for a child not yet in a population.
       text: prose that comes before the principles; may be empty.
       principles: numbered G0, G1, ... by their place in this tuple.
-      mu, sigma: TrueSkill mean and standard deviation (25 and 25/3 at first).
+      mu, sigma: mean and standard deviation of the rating (25 and 25/3 at first).
       parents: ids of the parents; empty for a root.
       operator: `root`, `mutation` or `crossover`.
       iteration: the iteration that made it.

@@ -225,12 +225,34 @@ def test_first_prompts_of_the_users_own(tmp_path):
         ("a.jsonl", '{"text": "a", "rules": []}', r"unknown fields \['rules'\]"),
         ("a.jsonl", '{"text": "a"}\n{"text": "a"}', "roots 0 and 1 are the same prompt"),
         ("a.jsonl", "", "needs at least one"),
+        ("a.jsonl", '{"text": "a"}\n\n{"principles": "abc"}', "line 3: text is a string, principles a list"),
+        ("a.jsonl", '{"text": null}', "line 1: text is a string"),
+        ("a.jsonl", '{"principles": null}', "line 1: text is a string"),
+        ("a.jsonl", '["text"]', "'list' object"),
     ],
 )
 def test_what_is_no_population_is_refused_by_name(name, content, message, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=rf"population\.start_from='.*{name}': .*{message}.*; give"):
         first_population(fakes.config(population__start_from=str(tmp_path / name), population__text=""))
+
+
+def test_prose_has_no_principles(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b", "principles": ["c"]}')
+    settings = {"population__start_from": str(tmp_path / "a.jsonl"), "population__text": ""}
+    with pytest.raises(ValueError, match=r"population\.start_from=.*the text alone, but p1 have principles"):
+        first_population(fakes.config(evolution__form="prose", **settings))
+
+
+@pytest.mark.parametrize(
+    ("limit", "new_tokens", "budget"),
+    [(0, 96, 4096 - 96), (1000, 96, 1000 - 96), (1000, 990, 250), (0, 4096 - 300, 1024)],
+)
+def test_prompts_leave_room_in_the_context(limit, new_tokens, budget):
+    parts = assemble(fakes.config(sampling__context_limit=limit, sampling__max_new_tokens=new_tokens))
+    guards, longest = parts.evolution["guards"], parts.rollouts["longest_problem"]
+    assert guards.max_prompt_tokens == (budget if budget in (250, 1024) else budget - longest)
+    assert len(guards.tokenize("abc")) == 3 and guards.problems == parts.splits["train"].problems
 
 
 @pytest.mark.parametrize(("mode", "rank"), [("espl", 4), ("rl", 0), ("evolution", 4)])

@@ -71,7 +71,9 @@ def deployed(population: Population, mode: str, settings: Any) -> Choice:
     """
     if mode == "rl":
         return Choice(population.members[0], "the root, which mode=rl trains under")
-    if mode == "reflection" or settings.rule == "newest":
+    if mode == "reflection":
+        return Choice(population.members[-1], "the newest, since nobody is rated in mode=reflection")
+    if settings.rule == "newest":
         return newest(population)
     return best_rated(population, settings.min_tournaments)
 

@@ -29,9 +29,13 @@ def parse_edits(text: str) -> tuple[tuple[Edit, ...], tuple[Drop, ...]]:
     Returns:
       (edits, drops): the edits in order, and (reason, what) for everything that looked like one but was none.
     """
-    if blocks := marked_blocks(text):
-        return _split([_edit_or_drop(_block(*block), "\n".join(block)) for block in blocks])
+    blocks, left_out = marked_blocks(text)
+    left_out = [(reason, excerpt(what)) for reason, what in left_out]
+    if blocks:
+        return _split([*[_edit_or_drop(_block(*block), "\n".join(block)) for block in blocks], *left_out])
     lists = [[_read_edit(*found) for found in found_list] for found_list in json_lists(text)]
+    if not lists and left_out:
+        return (), tuple(left_out)
     if not lists:
         return (), () if has_empty_list(text) else (("no_json", excerpt(text)),)
     if not begins_with_json(text):
@@ -61,11 +65,13 @@ def _as_edit(value: dict[str, Any]) -> Edit | str:
     evidence = clean(_first(fields, _EVIDENCE_KEYS))
     ids = _read_ids(_first(fields, _ID_KEYS))
     operation = _first(fields, _OPERATION_KEYS)
-    if "search" in fields and str(operation or "replace").strip().lower() not in _LIST_OPERATIONS:
-        return _block(_first(fields, ("search",)), _first(fields, _REPLACE_KEYS), evidence)
-    if operation is None and principle:
+    if operation is None and principle and "search" not in fields:
         operation = ("add", "modify", "merge")[min(len(ids), 2)]
-    operation = str(operation).strip().lower()
+    operation = operation.strip().lower() if isinstance(operation, str) else ""
+    if "search" in fields and operation not in _LIST_OPERATIONS:
+        # Both texts have to be there: without the second the passage would be deleted.
+        replace = next((fields[name] for name in _REPLACE_KEYS if name in fields), None)
+        return _block(fields["search"], replace, evidence)
     if operation not in _LIST_OPERATIONS:
         return "not_an_edit"
     if operation == "remove":
@@ -81,10 +87,9 @@ def _as_edit(value: dict[str, Any]) -> Edit | str:
 
 def _block(search: Any, replace: Any, evidence: str = "") -> Replace | str:
     """A block of prose, or the reason why it is none. Its texts are kept as they are written."""
-    search, replace = ("" if text is None else text for text in (search, replace))
     if not (isinstance(search, str) and isinstance(replace, str)):
         return "not_an_edit"
-    search, replace = (_printable(text, keep="\n\t").strip("\n") for text in (search, replace))
+    search, replace = (_printable(text, keep="\n\t") for text in (search, replace))
     if not (search or any(character.isalpha() for character in replace)):
         return "no_principle"
     return Replace(search, replace, evidence)
@@ -103,7 +108,7 @@ def _read_ids(value: Any) -> tuple[str, ...]:
 def clean(value: Any) -> str:
     """One line of text without control characters, lone surrogates or a leading number such as "G0."."""
     if not isinstance(value, str):
-        value = " ".join(str(item) for item in value) if isinstance(value, list) else ""
+        value = " ".join(item for item in value if isinstance(item, str)) if isinstance(value, list) else ""
     line = " ".join(_printable(value).split())
     return re.sub(r"^\[?[GC]\d+\]?[.:)]\s*", "", line)
 

@@ -131,9 +131,8 @@ class PrincipleEditor:
         return self._draft(edits, {}, {}), bool(edits)
 
     def _draft(self, edits: Sequence[Edit], candidates: Mapping[str, Add], evidence: dict[str, Any]) -> Draft:
-        """The prompt after all edits that its limits allow, and after the candidates that no edit touches."""
-        mentioned = {name for edit in edits for name in touched_ids(edit)}
-        left = {add: name for name, add in candidates.items() if name not in mentioned}
+        """The prompt after all edits that its limits allow, and the candidates that these leave."""
+        left: dict[Edit, str] = {}
 
         def used(kept: Sequence[Edit]) -> dict[str, Add]:
             named = {left.get(edit) for edit in kept} | {n for edit in kept for n in touched_ids(edit)}
@@ -146,7 +145,10 @@ class PrincipleEditor:
             entries = self.entries | {name: add.principle for name, add in used(kept).items()}
             return dataclasses.replace(self.parent, principles=edit_entries(entries, others(kept)))
 
-        kept = self.record.kept(drop_too_large([*edits, *left], apply, self.record.guards))
+        kept = self.record.kept(drop_too_large(edits, apply, self.record.guards))
+        taken = {name for edit in kept for name in touched_ids(edit)}
+        left.update({add: name for name, add in candidates.items() if name not in taken})
+        kept = self.record.kept(drop_too_large([*kept, *left], apply, self.record.guards))
         added = [{**edit_to_json(add), "id": name} for name, add in used(kept).items()]
         return Draft(apply(kept), (*added, *map(edit_to_json, others(kept))), evidence)
 
@@ -223,7 +225,10 @@ class ProseEditor:
         prompt, kept, drops = self.parent, [], []
         for edit in edits:
             after = apply_edits(prompt, [edit])
-            reason = why_not_replaced(prompt.text, edit) or self.record.guards.why_too_large(after, prompt)
+            guards = self.record.guards
+            reason = why_not_replaced(prompt.text, edit) or guards.why_too_large(after, prompt)
+            if not reason and guards.copies(after.text) and not guards.copies(prompt.text):
+                reason = "copies_problem"  # a part of it was there, or in an earlier block
             if reason:
                 drops.append((reason, describe(edit)))
             else:

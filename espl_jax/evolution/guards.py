@@ -11,6 +11,16 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from espl_jax.evolution.edits import Drop, Edit, Merge, Remove, Replace, describe, partition
 from espl_jax.types import Problem, SystemPrompt
 
+LONGEST_WORD = 12
+"""Characters, its space included, that a word has at most on average."""
+
+SHARED_BY = 3
+"""A run of tokens in more problems than so many tells none of them apart."""
+
+_LATEX = {"frac", "dfrac", "tfrac", "left", "right", "text", "mathrm", "boxed"}
+_COMMON_ANSWERS = {"yes", "true", "false", "none", "both", "all", "one", "two"}
+_BEFORE_ANSWERS = {"answer", "is", "equals", "be", "say", "reply"}
+
 Checked = tuple[tuple[Edit, ...], tuple[Drop, ...]]
 """(edits kept, drops with their reasons)."""
 
@@ -47,8 +57,10 @@ class Guards:
     problems: Sequence[Problem] = ()
 
     def too_long(self, edit: Edit) -> bool:
-        """Whether an edit's principle has more than `max_words` words; prose has no such limit."""
-        return len(getattr(edit, "principle", "").split()) > self.max_words
+        """Whether an edit's principle has more than `max_words` words, or as many characters as long words
+        would have, since not all languages put spaces between words. Prose has no such limit."""
+        principle = getattr(edit, "principle", "")
+        return len(principle.split()) > self.max_words or len(principle) > LONGEST_WORD * self.max_words
 
     def why_too_large(self, prompt: SystemPrompt, before: SystemPrompt) -> str:
         """Why an edit may not make this prompt of the one before, or nothing."""
@@ -65,6 +77,11 @@ class Guards:
     def training_runs(self) -> dict[int, set[int]]:
         """Runs of tokens of the training problems, see `runs_of`."""
         return runs_of(self.problems, self.tokenize, self.copied_tokens)
+
+    def copies(self, text: str, problems: Sequence[Problem] = ()) -> bool:
+        """Whether a text has a run of a training problem, or of these problems where there are none."""
+        runs = self.training_runs if self.problems else runs_of(problems, self.tokenize, self.copied_tokens)
+        return _holds_run(_tokens(text, self.tokenize), runs)
 
 
 def drop_not_allowed(edits: Sequence[Edit], allowed: tuple[type, ...]) -> Checked:
@@ -102,22 +119,26 @@ def drop_copies(edits: Sequence[Edit], problems: Sequence[Problem], guards: Guar
     A problem is copied by a run of `copied_tokens` of its tokens or, if it has fewer (but four), by all of
     them, case and punctuation aside: any training problem. A problem of the iteration, which is what the
     reflector has seen, is copied too by all of its numbers of two digits or more, if it has two of them, and
-    its answer by the same words; an answer of a single character is in every other sentence, and is let pass.
+    its answer is given away by the same words. An answer of one or two characters, or a word such as "no",
+    stands in many a sentence for another reason; it counts only after "answer", "is" and the like.
+
+    Args:
+      edits: to be checked.
+      problems: of the iteration.
+      guards: with the training problems.
     """
-    runs, numbers, answers = {}, [], set()
+    numbers, answers = [], set()
     if guards.copied_tokens:
-        runs = runs_of(problems, guards.tokenize, guards.copied_tokens)
         numbers = [_long_numbers(words(problem.text)) for problem in problems]
     if guards.copied_answers:
-        answers = {words(problem.answer) for problem in problems if len("".join(words(problem.answer))) > 1}
+        answers = {plain_answer(problem.answer) for problem in problems} - {()}
 
     def why(edit: Edit) -> str:
-        text = " ".join(words(_said(edit)))
-        tokens, said = guards.tokenize(text), tuple(text.split())
-        known = (runs, guards.training_runs)
-        if any(_holds_run(tokens, found) for found in known) or any(each <= {*said} for each in numbers):
+        text = _said(edit)
+        said = {*words(text)}
+        if guards.copies(text, problems) or any(each <= said for each in numbers):
             return "copies_problem"
-        return "copies_answer" if any(_contains(said, answer) for answer in answers) else ""
+        return "copies_answer" if any(_gives_away(plain_answer(text), each) for each in answers) else ""
 
     reasons = [why(edit) for edit in edits]
     return (
@@ -154,24 +175,33 @@ def runs_of(
 ) -> dict[int, set[int]]:
     """Hashes of runs of tokens that stand for problems: run length -> hashes.
 
-    A problem stands for all its runs of `length` tokens or, if it has fewer but at least four, for itself.
+    A problem stands for all its runs of `length` tokens or, if it has fewer but at least four, for itself. A
+    run of more than `SHARED_BY` problems is how such problems are worded, and stands for none of them.
     """
-    runs: dict[int, set[int]] = collections.defaultdict(set)
+    counts: dict[int, collections.Counter[int]] = collections.defaultdict(collections.Counter)
     for problem in problems if length else ():
-        tokens = tuple(tokenize(" ".join(words(problem.text))))
+        tokens = _tokens(problem.text, tokenize)
         size = min(length, len(tokens))
         if size >= min(4, length):
-            runs[size].update(hash(tokens[i : i + size]) for i in range(len(tokens) - size + 1))
-    return dict(runs)
+            counts[size].update({hash(tokens[i : i + size]) for i in range(len(tokens) - size + 1)})
+    return {
+        size: {run for run, times in counter.items() if times <= SHARED_BY}
+        for size, counter in counts.items()
+    }
+
+
+def _tokens(text: str, tokenize: Callable[[str], Sequence[Hashable]]) -> tuple[Hashable, ...]:
+    # With a space before it, the first word has the tokens that it has inside a text.
+    return tuple(tokenize(" " + " ".join(words(text))))
 
 
 def shorten(principle: str, max_words: int) -> str:
     """At most `max_words` words: cut after the last sentence that fits, else at the limit."""
-    found = principle.split()
-    if len(found) <= max_words:
+    found = principle[: LONGEST_WORD * max_words].split()
+    if len(found) <= max_words and len(principle) <= LONGEST_WORD * max_words:
         return principle
-    for length in range(max_words, 3, -1):
-        if found[length - 1][-1] in ".!?":
+    for length in range(min(max_words, len(found)), 3, -1):
+        if found[length - 1][-1] in ".!?。":
             return " ".join(found[:length])
     return " ".join(found[:max_words]).rstrip(",;:")
 
@@ -185,6 +215,12 @@ def shorten_edits(edits: Sequence[Edit], guards: Guards) -> tuple[tuple[Edit, ..
         else edit
         for edit in edits
     ), cut
+
+
+def plain_answer(text: str) -> tuple[str, ...]:
+    """The words and numbers of an answer, or of a text that may hold it, without LaTeX's commands."""
+    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
+    return tuple(word for word in words(text) if word not in _LATEX)
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -205,8 +241,11 @@ def _holds_run(tokens: Sequence[Hashable], runs: Mapping[int, set[int]]) -> bool
     )
 
 
-def _contains(said: tuple[str, ...], part: tuple[str, ...]) -> bool:
-    return any(said[i : i + len(part)] == part for i in range(len(said) - len(part) + 1))
+def _gives_away(said: tuple[str, ...], answer: tuple[str, ...]) -> bool:
+    places = [i for i in range(len(said) - len(answer) + 1) if said[i : i + len(answer)] == answer]
+    if len(answer) == 1 and (len(answer[0]) < 3 or answer[0] in _COMMON_ANSWERS):
+        return any(i and said[i - 1] in _BEFORE_ANSWERS for i in places)
+    return bool(places)
 
 
 def _long_numbers(text: tuple[str, ...]) -> set[str]:

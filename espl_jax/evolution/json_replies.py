@@ -33,7 +33,7 @@ _BACKSLASH = re.compile(
     r"|(?P<apostrophe>'))?"
 )
 _NEXT_FIELD = re.compile(r"""["'\]]\s*,\s*["']\w*(?:["']\s*:|$)""")
-_OWN_FIELDS = {"op", "operation", "action", "principle"}
+_OWN_FIELDS = {"op", "operation", "action", "principle", "search", "replace"}
 _SMART_QUOTES = str.maketrans("“”„‟″", '"' * 5)
 _OBJECT = re.compile(
     r"""\{\s*(?:["'“”][^"'“”{}\n]{1,40}["'“”]|op|operation|action|id|ids|principle|edits)\s*:"""
@@ -46,7 +46,7 @@ class Found(NamedTuple):
     Attributes:
       value: the object, or None if it could not be read; of one that was cut off, the fields that are whole.
       text: its text as it was.
-      problem: empty, `truncated` or `broken_json`.
+      problem: empty, `truncated`, `broken_json` or `too_many`.
     """
 
     value: dict[str, Any] | None
@@ -113,13 +113,18 @@ def _objects(text: str) -> Iterator[tuple[int, int, list[Found]]]:
         start = match.start()
         try:
             value, end = decoder.raw_decode(text, start)
-            found = [Found(inner, text[start:end]) for inner in _unwrap(value)]
+            if _is_deep(value):
+                found = [Found(None, text[start:end], "broken_json")]
+            else:
+                found = [Found(inner, text[start:end]) for inner in _unwrap(value)]
         except (ValueError, RecursionError):
             following = _OBJECT.search(text, match.end())
             end = following.start() if following else len(text)
             found = _repair(text[start:end], last=following is None)
         yield start, end, found
         position = end
+    if match := _OBJECT.search(text, position):
+        yield match.start(), len(text), [Found(None, text[match.start() :], "too_many")]
 
 
 def _unwrap(value: dict[str, Any]) -> list[dict[str, Any]]:
@@ -171,6 +176,19 @@ def _object_text(text: str, last: bool) -> str | None:
         return text[:bare]
     whole = not last or text.rstrip(" \t\r\n,;`]").endswith(('"', "'"))
     return text if whole else None
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether lists and dicts lie in each other more than `_MAX_DEPTH` deep; no recursion finds out."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return any(isinstance(each, dict | list) for each in level)
 
 
 def _depth(text: str) -> int:

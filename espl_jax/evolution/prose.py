@@ -5,18 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from espl_jax.evolution.edits import Drop
+
 _MAX_CHARS = 100_000
 _MAX_BLOCKS = 100
 
 
-def marked_blocks(text: str) -> list[tuple[str, str]]:
-    """The (search, replace) pairs between the marks of a merge conflict; one not closed is left out."""
+def marked_blocks(text: str) -> tuple[list[tuple[str, str]], list[Drop]]:
+    """The (search, replace) pairs between the marks of a merge conflict, and what was left out and why."""
     blocks: list[tuple[str, str]] = []
+    drops: list[Drop] = []
     search: list[str] | None = None
     replace: list[str] | None = None
     for line in text[-_MAX_CHARS:].splitlines():
         mark = line.strip()
         if re.fullmatch(r"<{5,9} ?SEARCH", mark):
+            if search is not None:
+                drops.append(("truncated", "\n".join(search)))
             search, replace = [], None
         elif search is None:
             continue
@@ -27,7 +32,10 @@ def marked_blocks(text: str) -> list[tuple[str, str]]:
             search = replace = None
         else:
             (search if replace is None else replace).append(line)
-    return blocks[:_MAX_BLOCKS]
+    if search is not None:
+        drops.append(("truncated", "\n".join(search)))
+    drops.extend(("too_many", "\n".join(block)) for block in blocks[_MAX_BLOCKS:])
+    return blocks[:_MAX_BLOCKS], drops
 
 
 def passages(text: str, most: int = 64) -> list[str]:

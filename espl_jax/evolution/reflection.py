@@ -85,7 +85,7 @@ class Record:
         opening = self._opening and not self.constrained
         loaded = load_template(template)
         conversations = [loaded.conversation(opening=opening, **each) for each in values]
-        read = [reply and parse_edits(reply) for reply in self._ask(stage, conversations, schema)]
+        read = [_read(reply) for reply in self._ask(stage, conversations, schema)]
         for _ in range(self.guards.word_retries):
             long = [i for i, found in enumerate(read) if found and any(map(self.guards.too_long, found[0]))]
             if not long:
@@ -96,7 +96,7 @@ class Record:
             except Unanswered:
                 break
             for i, reply in zip(long, replies, strict=True):
-                again = reply and parse_edits(reply)
+                again = _read(reply)
                 if again and again[0] and not any(map(self.guards.too_long, again[0])):
                     read[i] = again
         return [
@@ -147,6 +147,10 @@ class Record:
     def offspring(self, child: SystemPrompt | None, reason: str = "") -> Offspring:
         """The result with all that was collected."""
         return Offspring(child, tuple(self._transcripts), dict(self._drops), reason)
+
+
+def _read(reply: str | None) -> tuple[tuple[Edit, ...], tuple[Drop, ...]] | None:
+    return None if reply is None else parse_edits(reply)
 
 
 def verdict(rollouts: Rollouts, i: int, b: int, j: int) -> str:

@@ -29,6 +29,9 @@ SHORT_CHARS = 100
 MERGED_IDS = 4
 """Most ids in a merge."""
 
+MANY_IDS = 64
+"""With more ids than so many, a merge may name one twice: the schema would grow with their square."""
+
 OPERATIONS = ("add", "modify", "merge", "remove")
 
 # Character classes, without their brackets. The last is all of the basic plane that one would print.
@@ -53,7 +56,7 @@ def edits_schema(
 ) -> Schema:
     """Edits of a list of principles.
 
-    A merge names two to four ids of which the first differs from the others, so that two are distinct. A
+    A merge names two to four ids of which the first differs from the others (up to `MANY_IDS` of them). A
     principle begins with a letter and no number such as "G0.", which `parse_edits` would take off.
 
     Args:
@@ -74,8 +77,7 @@ def edits_schema(
 
     def named(operation: str) -> Schema | None:
         if operation == "merge":
-            others = [_merged(first, [name for name in ids if name != first]) for first in ids]
-            return {"ids": _any_of(others)} if len(ids) > 1 else None
+            return {"ids": _merged_ids(ids)} if len(ids) > 1 else None
         if operation == "add":
             return {}
         return {"id": _one_of(ids)} if ids else None
@@ -230,6 +232,12 @@ def _text(chars: int, anything: bool = False) -> Schema:
         more = f"[{_ASCII}{_OTHERS}]{{0,{max(any_ - 2, 0)}}}"
         pattern = f"^(?:[A-Za-z][{_NO_DIGIT}]{rest}|[{_LETTERS}][{_LETTERS}{_NO_DIGIT}]{more})$"
     return {"type": "string", "pattern": pattern, "maxLength": chars}
+
+
+def _merged_ids(ids: Sequence[str]) -> Schema:
+    if len(ids) > MANY_IDS:
+        return {"type": "array", "items": _one_of(ids), "minItems": 2, "maxItems": MERGED_IDS}
+    return _any_of([_merged(first, [name for name in ids if name != first]) for first in ids])
 
 
 def _merged(first: str, others: Sequence[str]) -> Schema:

@@ -13,13 +13,26 @@ from espl_jax.reflectors.journal import Journal, digest
 from espl_jax.reflectors.openai_server import FAILURES, OpenAIServer
 from espl_jax.types import Conversation, Schema
 
+PATIENCE = 3
+"""So many conversations, or `concurrency` of them, fail for good in a row before a server is left alone."""
+
+NOT_ASKED = {
+    "reply": None,
+    "failure": "not_asked",
+    "said": None,
+    "retries": 0,
+    "usage": {"prompt_tokens": 0, "completion_tokens": 0},
+}
+
 
 class OpenAIReflector:
     """A `reflect` for one iteration that asks a server for what is not yet in its journal.
 
     The n-th asking of a conversation within the object is a request of its own, so that asking again gets
     another reply, and an iteration that is done again after a kill finds what had arrived. Final failures are
-    journalled as well, so that it takes the same course; errors that stop the run are not.
+    journalled as well, so that it takes the same course; errors that stop the run are not. A server that has
+    failed a round of conversations, all their retries included, is not asked again in the iteration: what is
+    left fails at once.
 
     May be called in any thread that runs no event loop.
 
@@ -34,6 +47,7 @@ class OpenAIReflector:
 
     def __init__(self, server: OpenAIServer, *, iteration: int, journal: Journal | None = None):
         self.replayed = 0
+        self._failed_in_a_row = 0
         self._server = server
         self._iteration = iteration
         self._journal = journal
@@ -79,6 +93,8 @@ class OpenAIReflector:
             found = ((i, self._journal.find(digest(request))) for i, request in enumerate(requests))
             entries = {i: entry for i, entry in found if entry is not None}
         self.replayed += len(entries)
+        for entry in entries.values():
+            self._note(entry)
         if missing := [i for i in range(len(requests)) if i not in entries]:
             answered = asyncio.run(self._ask_all([requests[i] for i in missing]))
             self._say_failures(answered)
@@ -111,7 +127,11 @@ class OpenAIReflector:
 
         async def ask(request: dict[str, Any]) -> dict[str, Any]:
             async with slots:
-                outcome = await self._server.ask(client, request["conversation"], request["schema"])
+                if self._failed_in_a_row >= max(self._server.concurrency, PATIENCE):
+                    outcome = NOT_ASKED
+                else:
+                    outcome = await self._server.ask(client, request["conversation"], request["schema"])
+                self._note(outcome)
                 if self._journal is not None:
                     self._journal.add(digest(request), {**request, **outcome})
                 return outcome
@@ -123,6 +143,11 @@ class OpenAIReflector:
             except ExceptionGroup as errors:
                 raise errors.exceptions[0] from None  # each of them stops the run
         return [task.result() for task in tasks]
+
+    def _note(self, outcome: dict[str, Any]) -> None:
+        """Keeps count of failures since the server last answered anything."""
+        answered = outcome["failure"] in (None, "refused")
+        self._failed_in_a_row = 0 if answered else self._failed_in_a_row + 1
 
     def _count(self, entry: dict[str, Any]) -> None:
         self._totals.update(entry["usage"])

@@ -20,9 +20,10 @@ from espl_jax.evolution.schemas import relaxed
 from espl_jax.text.thinking import strip_thinking
 from espl_jax.types import Conversation, Schema
 
-FAILURES = ("timeout", "connection", "rate_limit", "server_error", "body", "refused")
+FAILURES = ("timeout", "connection", "rate_limit", "server_error", "body", "refused", "not_asked")
 """Why a reply may be missing: the time limit; no connection, or a broken one; 429; 408, 409 and 5xx; a body
-that holds no reply; any other 4xx, e.g. a conversation too long for the server. The last is not retried."""
+that holds no reply; any other 4xx, e.g. a conversation too long for the server, which is not retried; the
+server had failed so often before that it was left alone."""
 
 # What a server may refuse of a request: what its message then says, and the name under which the part is sent
 # again, or None for a request without it.

@@ -91,6 +91,10 @@ REPAIRED = {
     ),
     "a block of prose": ('{"edits": [{"search": "A b.", "replace": "C\\nd"}]}', [Replace("A b.", "C\nd")]),
     "a block that appends": ('[{"op": "replace", "search": "", "replace": "C d"}]', [Replace("", "C d")]),
+    "a block with empty evidence": (
+        '[{"search": "a", "replace": "b c", "evidence": []}]',
+        [Replace("a", "b c")],
+    ),
     "a block that deletes": ('[{"search": "A b.", "replace": ""}]', [Replace("A b.", "")]),
     "marked blocks": (
         "Two:\n<<<<<<< SEARCH\nA  b\n=======\nC\nd\n>>>>>>> REPLACE\nand\n<<<<<<< SEARCH\n=======\nE\n"
@@ -146,6 +150,12 @@ def test_latex_and_escapes(written, meant):
         ('[{"op": "merge", "ids": ["G0", "G0"], "principle": "x"}]', ["wrong_ids"]),
         ('[{"op": "remove"}]', ["wrong_ids"]),
         ('[{"search": ["x"], "replace": "y"}]', ["not_an_edit"]),
+        # What was cut off must not become a deletion.
+        ('[{"search": "A b."}]', ["not_an_edit"]),
+        ('[{"search": "A b.", "replace": null}]', ["not_an_edit"]),
+        ('{"edits": [{"search": "A b.", "replace": "C and comp', ["truncated"]),
+        ("<<<<<<< SEARCH\nA b.\n=======\nC and comp", ["truncated"]),
+        ('{"op":"add","principle":' + "[" * 9 + "]" * 9 + "}", ["broken_json"]),
         ('[{"search": "", "replace": "..."}]', ["no_principle"]),
         ('[{"op": "add", "principle": "cut off mid sen', ["truncated"]),
         (r'[{"op": "add", "principle": "use \frac{1}{2} and', ["truncated"]),
@@ -156,6 +166,25 @@ def test_dropped_with_a_reason(text, reasons):
     edits, drops = parse_edits(text)
     assert edits == ()
     assert [reason for reason, _ in drops] == reasons
+
+
+def test_edits_beyond_what_is_read_are_dropped_with_a_reason():
+    one = '{"op": "add", "principle": "A b"}'
+    edits, drops = parse_edits(f"[{', '.join([one] * 129)}]")
+    assert len(edits) == 100 and [reason for reason, _ in drops] == ["too_many"]
+    block = "<<<<<<< SEARCH\nA\n=======\nB c\n>>>>>>> REPLACE\n"
+    edits, drops = parse_edits(block * 102 + "<<<<<<< SEARCH\nnever closed")
+    assert len(edits) == 100 and [reason for reason, _ in drops] == ["truncated", "too_many", "too_many"]
+
+
+@pytest.mark.parametrize("opening", ['{"op":"add","principle":', '{"a":', '{"op":"add","x":[{"a":'])
+def test_no_depth_exhausts_the_stack(opening):
+    unit = opening[-1] if opening.endswith("[") else '{"a":' if "a" in opening[-4:] else "["
+    closing = {"[": "]", '{"a":': "}"}[unit]
+    for depth in (5, 100, *range(900, 1010)):
+        parse_edits(
+            opening + unit * depth + "1" + closing * depth + "}]}"[: 1 if opening.count("{") == 1 else 3]
+        )
 
 
 def test_good_edits_survive_beside_bad_ones():

@@ -78,20 +78,54 @@ def test_any_training_problem_counts_in_tokens_of_the_model():
     assert drop_copies([Add("Feed them every day.")], (), letters)[0] == (Add("Feed them every day."),)
 
 
-def test_answers_are_given_away_by_whole_words_only():
-    problems = [Problem("a", "x", "85"), Problem("b", "y", r"\frac{1}{2}"), Problem("c", "z", "7")]
+def test_answers_are_given_away_by_whole_words():
+    problems = [Problem("a", "x", "1,850"), Problem("b", "y", r"\frac{1}{2}"), Problem("c", "z", "Ada Byron")]
     edits = (
-        Add("Say 85."),
-        Add("It is 1850 or 8.5 always."),
-        Add("Mostly frac 1 2."),
-        Add(r"Try $\frac{1}{2}$ first."),
-        Add("Check 7 times."),
-        Modify("G0", "The answer is often 85"),
+        Add("Say 1850."),
+        Add("It is 11850 or 18.50 always."),
+        Add(r"Try $\dfrac{1}{2}$ first."),
+        Add("Often 1/2 is right."),
+        Add("Ask who Byron was."),
+        Modify("G0", "Mostly ada byron"),
     )
     kept, drops = drop_copies(edits, problems, Guards())
     assert kept == (edits[1], edits[4])
     assert [reason for reason, _ in drops] == ["copies_answer"] * 4
     assert drop_copies(edits, problems, Guards(copied_answers=False)) == (edits, ())
+
+
+def test_short_and_common_answers_count_where_they_are_called_answers():
+    problems = [
+        Problem("a", "x", "10"),
+        Problem("b", "y", "no"),
+        Problem("c", "z", "7"),
+        Problem("d", "w", "True"),
+    ]
+    harmless = (
+        Add("Keep 10 digits."),
+        Add("If no source helps, search again."),
+        Add("Check 7 times that it holds true."),
+    )
+    telling = (Add("The answer is no."), Add("Reply 7."), Modify("G0", "Here x = 2, and the answer: 10"))
+    assert drop_copies(harmless, problems, Guards())[0] == harmless
+    assert [reason for reason, _ in drop_copies(telling, problems, Guards())[1]] == ["copies_answer"] * 3
+
+
+def test_how_many_problems_are_worded_stands_for_none_of_them():
+    wording = "where m and n are relatively prime positive integers find the sum m plus n"
+    train = problems_of(
+        *(f"The {name} has area m over n, {wording}." for name in ("disk", "cone", "cube", "ring"))
+    )
+    edit = Add(f"If the task says {wording}, reduce the fraction.")
+    assert drop_copies([edit], (), Guards(problems=train))[0] == (edit,)
+    assert drop_copies([edit], (), Guards(problems=train[:3]))[1][0][0] == "copies_problem"
+
+
+def test_principles_without_spaces_have_a_length_too():
+    guards = Guards(max_words=2)
+    long = "先读题。" * 10
+    assert guards.too_long(Add(long)) and not guards.too_long(Add("先读题。"))
+    assert shorten(long, 2) == long[:24]
 
 
 def test_an_edit_that_makes_the_prompt_too_large_is_refused_alone():

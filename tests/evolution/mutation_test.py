@@ -226,16 +226,17 @@ def test_the_budget_counts_candidates_that_a_merge_saves():
     assert replay_edits(PARENT, offspring.child.edits).principles == offspring.child.principles
 
 
-def test_a_refused_merge_takes_its_candidates_with_it():
+def test_candidates_of_a_refused_merge_are_weighed_alone():
     tokens = Guards(max_prompt_tokens=len(PARENT.render().split()) + 4)
     merge = {"op": "merge", "ids": ["C0", "C1"], "principle": "Carry the ten over and check all of it."}
     reflect = Scripted(
         "s", [edits(add("Carry the ten."), add("Check it.")), edits(add("Think once."))], edits(merge)
     )
     offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1]] * 2]), reflect, guards=tokens)
-    assert offspring.child.principles == (*PARENT.principles, "Think once.")
-    assert offspring.drops == {"over_budget": 1}
-    assert offspring.child.edits == ({"op": "add", "id": "C2", "principle": "Think once."},)
+    # There is room for one of four tokens, its number counted.
+    assert offspring.child.principles == (*PARENT.principles, "Carry the ten.")
+    assert offspring.drops == {"over_budget": 3}
+    assert offspring.child.edits == ({"op": "add", "id": "C0", "principle": "Carry the ten."},)
 
 
 PROSE = SystemPrompt(text="You add numbers. Be brief.", id="p3", mu=31.0, sigma=4.0)
@@ -277,6 +278,24 @@ def test_blocks_that_no_longer_apply_are_dropped_one_by_one():
     reflect = Scripted("s", critiques, edits(block("", "More text than there is room for.")))
     offspring = mutate(PROSE, rollouts_of([PROSE], [[[0, 1]] * 2]), reflect, form="prose", guards=small)
     assert (offspring.reason, offspring.drops) == ("unchanged", {"over_budget": 1})
+
+
+def test_a_copy_that_two_blocks_make_together_is_refused():
+    parent = SystemPrompt(text="Let ABC be a triangle with sides a, b. End.", id="p3")
+    guards = Guards(
+        problems=[Problem("q", "Let ABC be a triangle with sides a, b and c such that the sum is odd.", "")]
+    )
+    reflect = Scripted("s", edits(block("End.", "and c such that the sum is odd.")), "[]", "no edits here")
+    offspring = mutate(parent, rollouts_of([parent], [[[0, 1]]]), reflect, form="prose", guards=guards)
+    assert offspring.reason == "unchanged"
+    reflect = Scripted("s", edits(block("End.", "and c such that the sum is odd.")), "no edits here")
+    offspring = mutate(parent, rollouts_of([parent], [[[0, 1]]]), reflect, form="prose", guards=guards)
+    assert (offspring.reason, offspring.drops["copies_problem"]) == ("unchanged", 1)
+
+
+def test_an_empty_reply_is_counted():
+    offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1]]]), Scripted("s", ""))
+    assert (offspring.reason, offspring.drops) == ("no_edits", {"no_json": 1})
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

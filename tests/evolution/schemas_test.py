@@ -187,6 +187,12 @@ class TestBytes:
             edits_schema(("merge",), ("G0",), **ROOMY)
 
 
+def test_merges_of_many_ids_stay_small():
+    names = [f"{letter}{number}" for letter in "GC" for number in range(200)]
+    schema = edits_schema(("modify", "merge"), names, max_reply_tokens=2000, max_edits=8, max_chars=200)
+    assert len(json.dumps(schema)) < 20_000
+
+
 def test_servers_are_sent_the_structure_alone():
     schema = edits_schema(
         ("modify", "merge"), ("G1", "G0"), max_reply_tokens=400, max_edits=3, min_edits=1, max_chars=60

@@ -72,6 +72,33 @@ def test_replies_come_in_order_and_the_request_is_as_configured():
     assert reflect([]) == [] and reflect.counts["requests"] == 3
 
 
+def test_a_server_that_failed_a_round_is_left_alone_for_the_iteration(tmp_path):
+    conversations = [asked(text) for text in "abcdefgh"]
+    dead = lambda request, number: faulty.error(500)  # noqa: E731
+    with faulty.serve(dead) as served, Journal(tmp_path / "j") as journal:
+        reflect = reflector(served, journal, concurrency=2, max_retries=0)
+        assert reflect(conversations) == [None] * 8
+        assert len(served.asked) == 4  # three in a row, and one that was under way
+        assert reflect([asked("another")]) == [None] and len(served.asked) == 4
+        assert counted(reflect) == {
+            "requests": 9,
+            "failed": 9,
+            "failed_server_error": 4,
+            "failed_not_asked": 5,
+        }
+        # An iteration that is done again leaves it alone too, and the next one tries again.
+        again = reflector(served, journal, concurrency=2, max_retries=0)
+        assert again([*conversations, asked("another"), asked("new")]) == [None] * 10
+        assert len(served.asked) == 4
+        assert reflector(served, journal, iteration=2, max_retries=0)([asked("a")]) == [None]
+        assert len(served.asked) == 5
+    # An answer in between, and be it a refusal, shows that it is there.
+    some = lambda request, number: faulty.error(400 if request["messages"][-1]["content"] in "cf" else 500)  # noqa: E731
+    with faulty.serve(some) as served:
+        assert reflector(served, concurrency=1, max_retries=0)(conversations) == [None] * 8
+        assert len(served.asked) == 8
+
+
 @pytest.mark.parametrize(
     ("content", "reply"),
     [
