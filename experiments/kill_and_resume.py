@@ -31,12 +31,13 @@ SETTINGS = (
     "group_size=3",
     "data.validation=addition:digits=2,count=20",
     "data.test=addition:digits=2,count=20",
-    "reflection.max_new_tokens=24",
+    "reflection.max_new_tokens=136",
     "evaluation.every=2",
 )
 FILES = (
     "population.json",
     "results.json",
+    "lineage.txt",
     "rollouts.jsonl",
     "reflections.jsonl",
     "lineage.jsonl",

@@ -156,7 +156,9 @@ class PrincipleEditor:
         self, operations: Sequence[str], ids: Mapping[str, str], max_edits: int, **options: Any
     ) -> Schema | None:
         guards = self.record.guards
-        return self.record.constrained and edits_schema(
+        if not self.record.constrained:
+            return None
+        return edits_schema(
             operations,
             tuple(ids),
             max_reply_tokens=guards.max_reply_tokens,
@@ -239,7 +241,9 @@ class ProseEditor:
 
     def _schema(self, max_edits: int, **options: Any) -> Schema | None:
         guards = self.record.guards
-        return self.record.constrained and blocks_schema(
+        if not self.record.constrained:
+            return None
+        return blocks_schema(
             passages(self.parent.text),
             max_reply_tokens=guards.max_reply_tokens,
             max_edits=max_edits,

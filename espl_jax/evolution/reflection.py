@@ -65,7 +65,7 @@ class Record:
         stage: str,
         template: str,
         values: Sequence[dict[str, Any]],
-        schema: Schema,
+        schema: Schema | None,
         allowed: tuple[type, ...],
     ) -> list[tuple[tuple[Edit, ...], bool]]:
         """The edits of each reply: of operations that the stage allows, dropped ones counted.
