@@ -11,7 +11,7 @@ from configs import common
 def get_config():
     """Small everything: one chunk of decoding, one microbatch."""
     c = common.get_config()
-    c.num_iterations = 11
+    c.num_iterations = 8
 
     c.model.source = "smollm2"
     c.model.dtype = "float32"
