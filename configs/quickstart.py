@@ -30,9 +30,9 @@ def get_config():
     c.num_prompts, c.batch_size, c.group_size = 3, 8, 4
     c.sampling.temperature = 1.0
     c.sampling.max_new_tokens = 12
-    c.evolution.max_principles = 4
+    c.evolution.max_principles = 3
     c.reflection.temperature = 0.7
-    c.reflection.max_new_tokens = 256
+    c.reflection.max_new_tokens = 144
     c.reflection.opening = True
     c.optimizer.learning_rate = 1e-3
     c.evaluation.every = 5
