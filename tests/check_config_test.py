@@ -144,7 +144,7 @@ def test_names_written_out_are_those_of_the_modules():
         ({"seed": -1}, "seed=-1: give 0 or more"),
         ({"lora.targets": ()}, "lora.targets=(): name some"),
         ({"evolution.max_principles": 0}, "evolution.max_principles=0: give room"),
-        ({"population.principles": ("a",) * 5}, "evolution.max_principles=4: give room"),
+        ({"population.principles": ("a",) * 5}, "evolution.max_principles=3: give room"),
         ({"optimizer.b1": 1.0}, "optimizer.b1=1.0: a decay is at least 0 and below 1"),
         ({"optimizer.b2": -0.1}, "optimizer.b2=-0.1: a decay is at least 0 and below 1"),
         ({"evaluation.test_samples": 2}, "evaluation.test_samples=2: greedy samples are all the same"),
