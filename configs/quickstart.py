@@ -2,7 +2,7 @@ r"""SmolLM2-135M learns two-digit addition on a CPU, and evolves its system prom
 
     make quickstart
 
-Expected on two cores, about 10 minutes: held-out accuracy from a few percent to more than 40.
+Expected on two cores, about 11 minutes: held-out accuracy from a few percent to more than 40.
 """
 
 from configs import common
