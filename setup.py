@@ -2,11 +2,14 @@
 
 from setuptools import find_packages, setup
 
-# peft, accelerate and transformers' server want torch, which the Makefile installs before them.
+# peft, accelerate, trl and transformers' server want torch, which the Makefile installs before them.
 LIBTPU = "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'"  # compiles for a TPU without one
+GCS = ["gcsfs>=2026.1"]  # work directories in buckets
 TEST = [
+    *GCS,
     *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "peft>=0.17", "accelerate>=1.1"),
     *("jsonschema>=4.20", "trueskillthroughtime>=1.1"),
+    "trl==1.16.*",  # a test calls its loss, which is not public
     LIBTPU,
 ]
 TEST_SLOW = [*TEST, "transformers[serving]"]
@@ -25,6 +28,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "chex>=0.1.90",
+        "etils[epath]>=1.12",
         "flax>=0.12",
         "jinja2>=3.1.6",
         "gguf>=0.17",
@@ -53,6 +57,7 @@ setup(
         "test": TEST,
         "test-slow": TEST_SLOW,
         "tpu": TPU,
+        "gcs": GCS,
         "bench": BENCH,
         "all": TEST_SLOW + BENCH,
     },

@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     c.model.matmul_precision = "default"  # default (as dtype), highest, bfloat16 (operands; fast on CPU)
     c.model.scan_layers = True  # one program for all layers, or one for each
     c.model.slice_as_integers = False  # how scanned bfloat16 weights are read while sampling; True for CPUs
-    c.model.remat = True  # recompute layers in the backward pass instead of storing their activations
+    c.model.remat = "full"  # what the backward pass recomputes: none, attention, products, full
     c.model.chat_template_kwargs = "{}"  # JSON, passed to the chat template: {"enable_thinking": false}
 
     c.lora = ConfigDict()
@@ -115,19 +115,32 @@ def get_config() -> ConfigDict:
     c.reflection.replay = ""  # the reflections.jsonl or replies.jsonl that `replay` answers from
 
     c.loss = ConfigDict()
-    c.loss.kind = "importance_sampling"  # the only one yet
+    c.loss.kind = "importance_sampling"  # or sequence_importance_sampling, ppo, cispo, gspo
+    c.loss.clip_low = placeholder(float)  # ratios are kept above 1 - clip_low; None for the kind's own
+    c.loss.clip_high = placeholder(float)  # ratios are kept below 1 + clip_high; None for the kind's own
+    c.loss.aggregation = "seq_mean_token_sum"  # or token_mean, or constant_length (sampling.max_new_tokens)
     c.loss.baseline = "per_prompt"  # per_prompt or marginalized (over prompts too)
+    c.loss.normalize_advantages = "none"  # none, std (of what the baseline is the mean of) or batch_std
+    c.loss.sampler_weight_cap = 0.0  # largest weight where trainer and sampler disagree; 0 for no weights
+    c.loss.epochs = 1  # passes over a batch
+    c.loss.minibatches = 1  # parts of a batch, one update each
     c.loss.kl_coef = 0.0  # weight of KL(policy || reference)
+    c.loss.kl_estimator = "exact"  # exact (whole vocabulary), or k1, k2, k3 (of the tokens drawn alone)
     c.loss.mask_truncated = False  # no gradient from rollouts that a limit ended (DAPO's overlong filtering)
     c.loss.microbatch_rows = 0  # rollouts at a time in the backward pass; 0 for all at once
 
     c.optimizer = ConfigDict()
-    c.optimizer.learning_rate = 4e-5  # of Adam
-    c.optimizer.b1 = 0.9  # decay of the gradients' mean
-    c.optimizer.b2 = 0.95  # decay of their squares' mean
-    c.optimizer.eps = 1e-8  # Adam's epsilon
+    c.optimizer.kind = "adam"  # adam, adamw (with weight decay) or adafactor (with little state)
+    c.optimizer.learning_rate = 4e-5  # after the warm-up
+    c.optimizer.b1 = 0.9  # decay of the gradients' mean; of Adam and AdamW
+    c.optimizer.b2 = 0.95  # decay of their squares' mean; likewise
+    c.optimizer.eps = 1e-8  # Adam's epsilon; likewise
+    c.optimizer.weight_decay = 0.0  # adamw: the learning rate times this is taken off matrices in each update
     c.optimizer.max_grad_norm = 1.0  # gradients are clipped to this norm; 0 leaves them alone
-    c.optimizer.warmup_steps = 0  # steps of linear warm-up
+    c.optimizer.schedule = "constant"  # constant, linear or cosine: the rate from the warm-up to the end
+    c.optimizer.warmup_steps = 0  # updates of linear warm-up
+    c.optimizer.final_rate = 0.0  # linear, cosine: where the rate ends, as a part of learning_rate
+    c.optimizer.max_skipped = 3  # updates in a row skipped for a NaN or infinity, before the run stops
 
     c.evaluation = ConfigDict()
     c.evaluation.every = 5  # iterations between evaluations on validation; 0 for none
@@ -136,9 +149,10 @@ def get_config() -> ConfigDict:
     c.evaluation.temperature = 0.7  # of evaluation
 
     c.mesh = ConfigDict()
-    c.mesh.data = 1  # devices that share rows; one of the three may be -1 and takes the rest
+    c.mesh.data = 1  # devices that share rows; one of the four may be -1 and takes the rest
     c.mesh.fsdp = -1  # devices that share rows and weights
     c.mesh.tensor = 1  # devices that share heads
+    c.mesh.expert = 1  # devices that share the experts of a mixture; of other models, rows
 
     c.checkpoint_every = 1  # iterations between checkpoints
     c.checkpoint_keep = 2  # checkpoints kept

@@ -1,7 +1,7 @@
 """Refuses configurations that cannot run, before anything is loaded; every message says how to mend it.
 
-The names of baselines, losses and weights are written out, because the modules that have them import jax,
-which takes longer than all the checks.
+The names of baselines, losses, optimizers and weights are written out, because the modules that have them
+import jax, which takes longer than all the checks.
 """
 
 from __future__ import annotations
@@ -16,12 +16,19 @@ from espl_jax.evolution.editors import EDITORS
 from espl_jax.evolution.ratings import SYSTEMS
 from espl_jax.evolution.schemas import blocks_schema, edits_schema
 from espl_jax.evolution.selection import STRATEGIES
-from espl_jax.models.config import MATMUL_PRECISIONS
+from espl_jax.models.config import MATMUL_PRECISIONS, REMATS
 
 MODES = ("espl", "rl", "evolution", "reflection")
 ENVIRONMENTS = {"math": ("boxed", "expression"), "arithmetic": ("boxed", "last_number")}
 BASELINES = ("per_prompt", "marginalized")
-LOSSES = ("importance_sampling",)
+NORMALIZATIONS = ("none", "std", "batch_std")
+LOSSES = ("importance_sampling", "sequence_importance_sampling", "ppo", "cispo", "gspo")
+SEQUENCE_LOSSES = ("sequence_importance_sampling", "gspo")
+CLIPPED_LOSSES = ("ppo", "cispo", "gspo")
+AGGREGATIONS = ("seq_mean_token_sum", "token_mean", "constant_length")
+KL_ESTIMATORS = ("exact", "k1", "k2", "k3")
+OPTIMIZERS = ("adam", "adamw", "adafactor")
+SCHEDULES = ("constant", "linear", "cosine")
 REFLECTORS = ("local", "openai", "replay")
 LORA_TARGETS = ("query", "key", "value", "out", "gate", "up", "down", "head")
 
@@ -30,6 +37,7 @@ _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.matmul_precision": MATMUL_PRECISIONS,
+    "model.remat": REMATS,
     "environment.name": tuple(ENVIRONMENTS),
     "selection.strategy": tuple(STRATEGIES),
     "ratings.system": tuple(SYSTEMS),
@@ -38,7 +46,12 @@ _CHOICES = {
     "reflection.reflector": REFLECTORS,
     "reflection.policy": ("reference", "current"),
     "loss.kind": LOSSES,
+    "loss.aggregation": AGGREGATIONS,
     "loss.baseline": BASELINES,
+    "loss.normalize_advantages": NORMALIZATIONS,
+    "loss.kl_estimator": KL_ESTIMATORS,
+    "optimizer.kind": OPTIMIZERS,
+    "optimizer.schedule": SCHEDULES,
 }
 _AT_LEAST = {
     **dict.fromkeys(("num_iterations", "num_prompts", "batch_size", "group_size"), 1),
@@ -61,15 +74,19 @@ _AT_LEAST = {
     **dict.fromkeys(("sampling.temperature", "reflection.temperature", "evaluation.temperature"), 0),
     **dict.fromkeys(("evolution.mutation_sigma", "evolution.crossover_sigma", "evolution.crossover_prob"), 0),
     **dict.fromkeys(("ratings.tie_margin", "optimizer.max_grad_norm", "optimizer.warmup_steps"), 0),
+    **dict.fromkeys(("optimizer.weight_decay", "optimizer.final_rate", "optimizer.max_skipped"), 0),
+    **dict.fromkeys(("loss.epochs", "loss.minibatches"), 1),
+    "loss.sampler_weight_cap": 0,
     "profile_iteration": 0,
 }
 
 
-def check_config(config: Any) -> None:
+def check_config(config: Any, files: bool = True) -> None:
     """Checks every field, and the fields against each other. Unknown fields ml_collections refuses itself.
 
     Args:
       config: the run's ConfigDict, made from `configs/common.py`.
+      files: whether problems have to be named, and files be there.
 
     Raises:
       ValueError: naming the field, its value and the fix.
@@ -81,19 +98,17 @@ def check_config(config: Any) -> None:
     for field, least in _AT_LEAST.items():
         if not given[field] >= least:
             raise ValueError(f"{field}={given[field]!r}: give at least {least}")
+    if files:
+        _check_files(config)
     _check_together(config)
 
 
-def _check_together(c: Any) -> None:
-    def refuse(field: str, value: Any, fix: str) -> None:
-        raise ValueError(f"{field}={value!r}: {fix}")
+def _refuse(field: str, value: Any, fix: str) -> None:
+    raise ValueError(f"{field}={value!r}: {fix}")
 
-    if not c.model.source:
-        refuse(
-            "model.source",
-            c.model.source,
-            "say which model: smollm2, a .gguf file, a folder of safetensors, or org/name on the hub",
-        )
+
+def _check_files(c: Any) -> None:
+    refuse = _refuse
     if not c.data.train:
         refuse(
             "data.train",
@@ -106,6 +121,16 @@ def _check_together(c: Any) -> None:
     for field, path in files.items():
         if path.endswith((".jsonl", ".json", ".gguf")) and not Path(path).expanduser().is_file():
             refuse(field, path, "there is no such file; correct the path")
+
+
+def _check_together(c: Any) -> None:
+    refuse = _refuse
+    if not c.model.source:
+        refuse(
+            "model.source",
+            c.model.source,
+            "say which model: smollm2, a .gguf file, a folder of safetensors, or org/name on the hub",
+        )
     if not 0 < c.sampling.top_p <= 1:
         refuse("sampling.top_p", c.sampling.top_p, "give a probability above 0, or 1 for all tokens")
     if not c.sampling.min_p <= 1:
@@ -188,9 +213,8 @@ def _check_together(c: Any) -> None:
             c.evolution.max_principles,
             "give room for the root's principles, and for one at least",
         )
-    for name in ("b1", "b2"):
-        if not 0 <= c.optimizer[name] < 1:
-            refuse(f"optimizer.{name}", c.optimizer[name], "a decay is at least 0 and below 1")
+    _check_loss(c.loss, refuse)
+    _check_optimizer(c, refuse)
     for split in ("validation", "test"):
         if c.evaluation.temperature == 0 and c.evaluation[f"{split}_samples"] > 1:
             refuse(
@@ -212,6 +236,71 @@ def _check_together(c: Any) -> None:
             size,
             f"give 0, a divisor of the {group} rollouts of a group, or {group} times a divisor of "
             f"batch_size={batch}",
+        )
+
+
+def _check_loss(loss: Any, refuse: Callable[[str, Any, str], None]) -> None:
+    for name, most in (("clip_low", 1.0), ("clip_high", float("inf"))):
+        bound = loss[name]
+        if bound is not None and loss.kind not in CLIPPED_LOSSES:
+            refuse(
+                f"loss.{name}",
+                bound,
+                f"loss.kind={loss.kind} does not clip; give None, or a kind of {', '.join(CLIPPED_LOSSES)}",
+            )
+        if bound is not None and not 0 <= bound <= most:
+            refuse(
+                f"loss.{name}",
+                bound,
+                "ratios are kept from 1 - clip_low to 1 + clip_high; give 0 or more, and clip_low at most 1",
+            )
+    if loss.kind in SEQUENCE_LOSSES and loss.aggregation != "seq_mean_token_sum":
+        refuse(
+            "loss.aggregation",
+            loss.aggregation,
+            f"loss.kind={loss.kind} has one term a rollout, none a token; give seq_mean_token_sum",
+        )
+    if 0 < loss.sampler_weight_cap < 1:
+        refuse(
+            "loss.sampler_weight_cap",
+            loss.sampler_weight_cap,
+            "it would shrink the loss where sampler and trainer agree; give 1 or more, such as 2, or 0",
+        )
+    if loss.kl_coef and loss.kl_estimator == "k1":
+        refuse(
+            "loss.kl_estimator",
+            loss.kl_estimator,
+            "its gradient is zero on average, so that it holds nothing back; give exact, or k2, whose "
+            "gradient is that of the KL",
+        )
+
+
+def _check_optimizer(c: Any, refuse: Callable[[str, Any, str], None]) -> None:
+    o = c.optimizer
+    for name in ("b1", "b2"):
+        if not 0 <= o[name] < 1:
+            refuse(f"optimizer.{name}", o[name], "a decay is at least 0 and below 1")
+    if o.weight_decay and o.kind != "adamw":
+        refuse(
+            "optimizer.weight_decay", o.weight_decay, f"{o.kind} has none; give optimizer.kind=adamw, or 0"
+        )
+    if o.schedule == "constant":
+        if o.final_rate:
+            refuse(
+                "optimizer.final_rate",
+                o.final_rate,
+                "a constant schedule ends where it is; give linear or cosine, or 0",
+            )
+        return
+    if o.final_rate > 1:
+        refuse("optimizer.final_rate", o.final_rate, "it is a part of learning_rate; give at most 1")
+    updates = c.num_iterations * c.loss.epochs * c.loss.minibatches
+    if o.warmup_steps >= updates:
+        refuse(
+            "optimizer.warmup_steps",
+            o.warmup_steps,
+            f"optimizer.schedule={o.schedule} falls after the warm-up, and the run has {updates} updates; "
+            "give fewer",
         )
 
 

@@ -7,9 +7,10 @@ import pytest
 
 from configs import common, hmmt, quickstart
 from espl_jax import check_config as checked
+from espl_jax import optimizer
 from espl_jax.check_config import check_config
 from espl_jax.models import lora
-from espl_jax.rl import advantages, losses
+from espl_jax.rl import advantages, kl, losses
 
 
 def valid(**changes):
@@ -62,7 +63,14 @@ def test_every_table_names_fields_that_exist():
 
 def test_names_written_out_are_those_of_the_modules():
     assert checked.BASELINES == advantages.BASELINES
+    assert checked.NORMALIZATIONS == advantages.NORMALIZATIONS
     assert checked.LOSSES == losses.KINDS
+    assert checked.SEQUENCE_LOSSES == losses.SEQUENCE_KINDS
+    assert tuple(losses.CLIPS) == checked.CLIPPED_LOSSES
+    assert checked.AGGREGATIONS == losses.AGGREGATIONS
+    assert ("exact", *kl.ESTIMATORS) == checked.KL_ESTIMATORS
+    assert checked.OPTIMIZERS == optimizer.KINDS
+    assert checked.SCHEDULES == optimizer.SCHEDULES
     assert checked.LORA_TARGETS == lora.TARGETS
 
 
@@ -147,6 +155,43 @@ def test_names_written_out_are_those_of_the_modules():
         ({"population.principles": ("a",) * 5}, "evolution.max_principles=3: give room"),
         ({"optimizer.b1": 1.0}, "optimizer.b1=1.0: a decay is at least 0 and below 1"),
         ({"optimizer.b2": -0.1}, "optimizer.b2=-0.1: a decay is at least 0 and below 1"),
+        ({"loss.clip_low": 0.2}, "loss.clip_low=0.2: loss.kind=importance_sampling does not clip; give None"),
+        (
+            {"loss.clip_high": 0.0, "loss.kind": "sequence_importance_sampling"},
+            "loss.clip_high=0.0: loss.kind=sequence_importance_sampling does not clip; give None",
+        ),
+        (
+            {"loss.clip_low": 1.1, "loss.kind": "cispo"},
+            "loss.clip_low=1.1: ratios are kept from 1 - clip_low",
+        ),
+        ({"loss.clip_high": -0.1, "loss.kind": "ppo"}, "loss.clip_high=-0.1: ratios are kept from"),
+        (
+            {"loss.aggregation": "token_mean", "loss.kind": "gspo"},
+            "loss.aggregation='token_mean': loss.kind=gspo has one term a rollout, none a token",
+        ),
+        (
+            {"loss.aggregation": "constant_length", "loss.kind": "sequence_importance_sampling"},
+            "loss.aggregation='constant_length': loss.kind=sequence_importance_sampling has one term",
+        ),
+        ({"loss.sampler_weight_cap": 0.5}, "loss.sampler_weight_cap=0.5: it would shrink the loss where"),
+        (
+            {"loss.kl_estimator": "k1", "loss.kl_coef": 0.1},
+            "loss.kl_estimator='k1': its gradient is zero on average, so that it holds nothing back; give",
+        ),
+        (
+            {"optimizer.weight_decay": 0.1},
+            "optimizer.weight_decay=0.1: adam has none; give optimizer.kind=adamw",
+        ),
+        ({"optimizer.final_rate": 0.1}, "optimizer.final_rate=0.1: a constant schedule ends where it is"),
+        (
+            {"optimizer.final_rate": 1.1, "optimizer.schedule": "linear"},
+            "optimizer.final_rate=1.1: it is a part of learning_rate; give at most 1",
+        ),
+        # Quickstart has 8 iterations.
+        (
+            {"optimizer.warmup_steps": 8, "optimizer.schedule": "cosine"},
+            "optimizer.warmup_steps=8: optimizer.schedule=cosine falls after the warm-up, and the run has 8",
+        ),
         ({"evaluation.test_samples": 2}, "evaluation.test_samples=2: greedy samples are all the same"),
         (
             {"evaluation.validation_samples": 2},
@@ -157,7 +202,11 @@ def test_names_written_out_are_those_of_the_modules():
             "model.chat_template_kwargs='[]': not an object; give a JSON object",
         ),
         ({"model.chat_template_kwargs": "no"}, "model.chat_template_kwargs='no': Expecting value"),
-        ({"mesh.data": -1}, "mesh={'data': -1, 'fsdp': -1, 'tensor': 1}: only one axis can take the rest"),
+        (
+            {"mesh.expert": -1},
+            "mesh={'data': 1, 'expert': -1, 'fsdp': -1, 'tensor': 1}: only one axis can take the rest",
+        ),
+        ({"model.remat": "dots"}, "model.remat='dots': choose one of none, attention, products, full"),
         # Quickstart has groups of 4, batches of 8 and 3 prompts.
         ({"loss.microbatch_rows": 3}, "loss.microbatch_rows=3: give 0, a divisor of the 4 rollouts"),
         ({"loss.microbatch_rows": 6}, "loss.microbatch_rows=6: give 0, a divisor of the 4 rollouts"),
@@ -189,6 +238,15 @@ def test_impossible_combinations(changes, message):
         {"sampling.stop_strings": ("\n\n",), "sampling.context_limit": 100},
         {"sampling.temperature": 0.0, "mode": "evolution"},
         {"optimizer.learning_rate": 0.0, "mode": "reflection"},
+        {"loss.kind": "ppo", "loss.clip_high": 0.28, "loss.aggregation": "token_mean", "loss.epochs": 2},
+        {"loss.kind": "cispo", "loss.clip_low": 1.0, "loss.clip_high": 3.0, "loss.sampler_weight_cap": 1.0},
+        {"loss.kind": "gspo", "loss.clip_low": 0.0, "loss.normalize_advantages": "std"},
+        {"loss.kl_estimator": "k1"},
+        {"loss.kl_estimator": "k2", "loss.kl_coef": 0.1},
+        {"optimizer.kind": "adamw", "optimizer.weight_decay": 0.1, "optimizer.max_skipped": 0},
+        {"optimizer.warmup_steps": 8},
+        {"optimizer.warmup_steps": 8, "optimizer.schedule": "cosine", "loss.minibatches": 2},
+        {"optimizer.schedule": "linear", "optimizer.final_rate": 1.0},
         {"selection.temperature": 0.5},
         {"evolution.max_principles": 1},
         {"num_prompts": 1, "deployment.rule": "validation"},
