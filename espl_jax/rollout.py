@@ -1,4 +1,4 @@
-"""Where the worlds meet: prompts and problems in, `Rollouts` out, and `Rollouts` into a `TrainBatch`."""
+"""Where the worlds meet: prompts and problems in, `Rollouts` out."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from espl_jax import processes
 from espl_jax.environments.base import Environment
 from espl_jax.models.config import DecoderConfig
-from espl_jax.sampling.buckets import bucket, pad_right
+from espl_jax.sampling.answers import Respond
 from espl_jax.sampling.draw import row_keys
-from espl_jax.sampling.generate import Respond, sample_tree
+from espl_jax.sampling.generate import sample_tree
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
 from espl_jax.text.chat import common_length, encode, encode_conversation
 from espl_jax.text.stop_strings import stop_finder, trim
 from espl_jax.text.thinking import prompt_opens_thinking, strip_thinking
-from espl_jax.types import Conversation, Problem, Rollouts, SystemPrompt, TrainBatch
+from espl_jax.types import Conversation, Problem, Rollouts, SystemPrompt
 
 
 class Model(Protocol):
@@ -111,7 +112,8 @@ def collect_rollouts(
 ) -> Rollouts:
     """Runs every prompt on every problem, `group_size` times, and grades the replies.
 
-    An environment with a method `respond` makes conversations of several turns; see `Environment`.
+    An environment with a method `respond` makes conversations of several turns; see `Environment`. Of several
+    processes the first one alone calls `respond` and `grade`.
 
     Args:
       model: `.params` (adapters attached or not), `.config`, `.tokenizer`.
@@ -177,7 +179,7 @@ def collect_rollouts(
     if not show_thinking:
         texts = [strip_thinking(text, opened) for text in texts]
     asked = [problems[b] for _, b, _ in np.ndindex(*shape)]
-    grades = environment.grade(asked, texts)
+    grades = processes.decide(lambda: environment.grade(asked, texts))
     return Rollouts(
         prompts=tuple(prompts),
         problems=tuple(problems),
@@ -241,93 +243,6 @@ def _nested(values: Sequence[Any], shape: tuple[int, int, int]) -> tuple[tuple[t
     m, b, n = shape
     rows = iter(values)
     return tuple(tuple(tuple(next(rows) for _ in range(n)) for _ in range(b)) for _ in range(m))
-
-
-def prompt_numbers(rollouts: Rollouts) -> np.ndarray:
-    """int32 [M], equal for slots that hold copies of one prompt; for `advantages(prompt_ids=...)`."""
-    ids = list(rollouts.slots())
-    return np.array([ids.index(prompt.id) for prompt in rollouts.prompts], np.int32)
-
-
-def train_batch(
-    rollouts: Rollouts,
-    advantages: np.ndarray,
-    groups_multiple: int = 1,
-    every_group: bool = False,
-    mask_truncated: bool = False,
-) -> TrainBatch | None:
-    """The tree of one policy-gradient step, padded to few static shapes.
-
-    Groups without a gradient are left out: in each slot the others move up, and P is the largest number that
-    any slot still has, rounded up.
-
-    Args:
-      rollouts: the iteration's.
-      advantages: float32 [M, B, N].
-      groups_multiple: P is a multiple of it.
-      every_group: keep groups without an advantage too, for losses that have a gradient there (KL).
-      mask_truncated: rollouts that a limit ended give no gradient (the overlong filtering of Yu et al. 2025,
-        arXiv 2503.14476); baselines and `num_rollouts` count them still.
-
-    Returns:
-      The batch, or None if no group has a gradient.
-
-    Raises:
-      ValueError: if the rollouts are greedy.
-    """
-    if rollouts.temperature == 0:
-        raise ValueError(
-            "rollouts.temperature=0: greedy rollouts cannot be trained on, they were not drawn from the "
-            "policy; sample with a positive temperature"
-        )
-    slots, problems, group = advantages.shape
-    counts = rollouts.drawn.any(axis=-1)
-    if mask_truncated:
-        counts &= ~rollouts.truncated
-    has_gradient = (counts & ((advantages != 0) | every_group)).any(axis=2)
-    useful = [np.flatnonzero(row) for row in has_gradient]
-    if not any(len(chosen) for chosen in useful):
-        return None
-    count = problems
-    while (count + 1) // 2 >= max(map(len, useful)) and count > 1:
-        count = (count + 1) // 2
-    count = -(-count // groups_multiple) * groups_multiple
-
-    # Places without a group hold the slot's first problem, under an empty mask.
-    pick = np.zeros((slots, count), np.int64)
-    filled = np.zeros((slots, count), bool)
-    for i, chosen in enumerate(useful):
-        pick[i, : len(chosen)], filled[i, : len(chosen)] = chosen, True
-    lane = np.arange(slots)[:, None]
-    lengths = np.where(counts, rollouts.lengths, 0)[lane, pick]
-    width = bucket(int((lengths * filled[:, :, None]).max()), smallest=16)
-    flat = [rollouts.problem_tokens[i][b] for i in range(slots) for b in pick[i]]
-    system_tokens, system_lengths = pad_right(rollouts.system_tokens)
-    longest = max(len(tokens) for slot in rollouts.problem_tokens for tokens in slot)
-    problem_tokens, problem_lengths = pad_right([tokens[:-1] for tokens in flat], bucket(longest - 1))
-
-    def columns(x: np.ndarray) -> np.ndarray:
-        x = x[lane, pick][..., :width]
-        return np.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])])
-
-    targets = columns(rollouts.tokens)
-    last = np.array([tokens[-1] for tokens in flat], np.int32).reshape(slots, count, 1, 1)
-    first = np.broadcast_to(last, (slots, count, group, 1))
-    mask = rollouts.drawn & counts[..., None]
-    was_cut = bool((rollouts.cutoffs[rollouts.drawn] > -np.inf).any())
-    return TrainBatch(
-        system_tokens=system_tokens,
-        system_lengths=system_lengths,
-        problem_tokens=problem_tokens.reshape(slots, count, -1),
-        problem_lengths=problem_lengths.reshape(slots, count),
-        inputs=np.concatenate([first, targets[..., :-1]], axis=-1),
-        targets=targets,
-        mask=columns(mask) & filled[:, :, None, None],
-        sampler_logprobs=columns(rollouts.logprobs),
-        cutoffs=columns(rollouts.cutoffs) if was_cut else None,
-        advantages=np.asarray(advantages[lane, pick] * filled[:, :, None], np.float32),
-        num_rollouts=np.float32(slots * problems * group),
-    )
 
 
 def records(rollouts: Rollouts) -> list[dict[str, Any]]:

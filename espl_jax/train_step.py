@@ -1,4 +1,4 @@
-"""The policy-gradient step over the prefix tree.
+"""Updates by the policy gradient over the prefix tree.
 
 Rollouts go by in microbatches of rows. The two shared levels run forward once, every microbatch attends to
 their caches, and they run backward once, over the sum of the microbatches' cotangents; so the gradient does
@@ -17,12 +17,13 @@ from flax import struct
 from jax.sharding import Mesh
 
 from espl_jax import sharding
-from espl_jax.models import lora
-from espl_jax.models.attention import KVCache
+from espl_jax.models import layers, lora
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.transformer import Params, forward
+from espl_jax.models.transformer import Params, Weight
+from espl_jax.rl.kl import kl_estimate
 from espl_jax.rl.logprobs import target_logprobs, token_kl
-from espl_jax.rl.losses import policy_gradient_loss
+from espl_jax.rl.losses import Loss, denominator, policy_gradient_loss
+from espl_jax.rl.tree import Arrays, Places, hidden_states, microbatches, shared_levels, sum_over_microbatches
 from espl_jax.types import TrainBatch
 
 
@@ -53,13 +54,19 @@ def abstract_train_state(
 
     Args:
       trainable: shapes of what is trained.
-      optimizer: its averages lie where the weights do, its counters everywhere.
+      optimizer: its averages lie where the weights do; its counters, and what has another shape than its
+        weight, everywhere.
       mesh: of devices.
     """
     state = jax.eval_shape(functools.partial(init_train_state, optimizer=optimizer), trainable)
     everywhere = functools.partial(sharding.replicate, mesh=mesh)
+
+    def beside(x: jax.ShapeDtypeStruct, weight: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        same = x.shape == weight.shape and x.dtype == weight.dtype
+        return weight if same else everywhere(x)
+
     opt_state = optax.tree.map_params(
-        optimizer, lambda _, like: like, state.opt_state, trainable, transform_non_params=everywhere
+        optimizer, beside, state.opt_state, trainable, transform_non_params=everywhere
     )
     return TrainState(everywhere(state.step), trainable, opt_state)
 
@@ -67,6 +74,41 @@ def abstract_train_state(
 def whole_params(trainable: Params, frozen: Params | None) -> Params:
     """The policy's params: adapters attached to their frozen base, or the trainable params themselves."""
     return trainable if frozen is None else lora.attach(frozen, trainable)
+
+
+def sampling_params(
+    trainable: Params, frozen: Params | None, declared: Any, config: DecoderConfig, mesh: Mesh | None
+) -> Params:
+    """The policy's params as sampling wants them: what is trained, moved there by the rules of that phase.
+
+    Args:
+      trainable: adapters, or all params.
+      frozen: the base of the adapters, which lies so already; None for full fine-tuning.
+      declared: of what is trained.
+      config: the decoder; weights are rounded as its products round them.
+      mesh: of devices, or None.
+    """
+
+    def rounded(weight: Weight, x: jax.Array) -> jax.Array:
+        if not weight.inputs:
+            return x
+        if isinstance(x, jax.ShapeDtypeStruct):  # to compile for
+            return jax.eval_shape(functools.partial(layers.rounded, config=config), x)
+        return layers.rounded(x, config)
+
+    moved = sharding.place(jax.tree.map(rounded, declared, trainable), declared, mesh, "sampling")
+    return whole_params(moved, frozen)
+
+
+def place_batch(batch: TrainBatch, mesh: Mesh | None) -> TrainBatch:
+    """Puts a batch on the mesh: system prompts on every device, each part of the rest on its own."""
+    shared = ("system_tokens", "system_lengths", "num_rollouts", "num_tokens")
+    return TrainBatch(
+        **{
+            name: (sharding.replicate if name in shared else sharding.place_rows)(x, mesh)
+            for name, x in batch._asdict().items()
+        }
+    )
 
 
 def gradients(
@@ -77,117 +119,133 @@ def gradients(
     config: DecoderConfig,
     *,
     temperature: float = 1.0,
+    loss: Loss = Loss(),  # noqa: B008 (frozen)
     kl_coef: float = 0.0,
-    loss: str = "importance_sampling",
+    kl_estimator: str = "exact",
     microbatch_rows: int = 0,
 ) -> tuple[Params, dict[str, jax.Array]]:
-    """Gradient of the loss, 1/(N M B) times the sum over rollouts, plus `kl_coef` times the mean KL.
+    """Gradient of the loss over its denominator, plus `kl_coef` times the KL over the same.
 
     Args:
       trainable: adapters, or all params.
       frozen: the base of the adapters; None for full fine-tuning.
       reference: params of the reference policy; needed when `kl_coef` is not 0.
       batch: the tree.
-      config: the decoder; `config.remat` decides whether layers are recomputed.
+      config: the decoder; `config.remat` says which activations are recomputed.
       temperature: of sampling; logits are divided by it here too.
+      loss: kind, bounds and aggregation. Where it weighs the sampler's tokens and the batch has no
+        `old_logprobs`, this is its first update, and they are the logprobs themselves.
       kl_coef: weight of KL(policy || reference), summed over a rollout's tokens.
-      loss: a kind of `policy_gradient_loss`.
-      microbatch_rows: at most so many rollouts at a time; 0 for all at once. It has to divide a group, or be
-        a whole number of groups that divides a prompt's problems, or of prompts that divides the prompts.
+      kl_estimator: `exact`, over the whole vocabulary, or one of `rl.kl`.
+      microbatch_rows: how many rollouts of each part go at a time, 0 for all. It has to divide them.
 
     Returns:
-      (gradients like `trainable`, metrics: `loss`, and per token `entropy`, `ratio`, `log_ratio_abs`, with
+      (gradients like `trainable`, metrics: `loss`; per token `entropy`, those of `policy_gradient_loss`, with
       cut-offs `cut_disagreements`, the share of tokens that the trainer would have cut, and with a
       coefficient `kl`).
+
+    Raises:
+      ValueError: for a `microbatch_rows` that does not divide the rollouts of a part.
     """
-    prompts, problems, group, _ = batch.inputs.shape
-    rows = prompts * problems * group
+    rows = batch.inputs.shape[1]
     size = min(microbatch_rows or rows, rows)
-    for nodes in (prompts * problems, prompts, 1):
-        if size % (rows // nodes) and (rows // nodes) % size:
-            raise ValueError(
-                f"microbatch_rows={size} does not fit the tree of {prompts} prompts x {problems} problems x "
-                f"{group} rollouts; give a divisor of {group}, or {group} times a divisor of {problems}"
-            )
+    if rows % size:
+        raise ValueError(
+            f"microbatch_rows={size} does not divide the {rows} rollouts of a part; pad the batch to a "
+            "multiple, as train_batches does"
+        )
+    divisor = denominator(loss, batch.num_rollouts, batch.num_tokens)
+    if kl_coef and kl_estimator != "exact" and batch.cutoffs is not None:
+        raise ValueError(
+            f"kl_estimator={kl_estimator!r} wants tokens drawn from the whole distribution, and top-p, top-k "
+            "or min-p have cut it; give exact"
+        )
 
-    levels = (batch.system_tokens, batch.problem_tokens.reshape(prompts * problems, -1))
-    lengths = (batch.system_lengths, batch.problem_lengths.reshape(-1))
+    def shared(trainable: Params) -> tuple[Arrays, Places]:
+        return shared_levels(whole_params(trainable, frozen), batch, config)
 
-    def shared_caches(params: Params) -> tuple[Any, tuple[KVCache, ...]]:
-        _, caches = forward(params, config, levels, lengths)
-        return tuple((cache.key, cache.value) for cache in caches), caches
+    policy_arrays, pull_back, places = jax.vjp(shared, trainable, has_aux=True)
+    reference_arrays = shared_levels(reference, batch, config)[0] if kl_coef else None
 
-    policy_caches, pull_back, caches = jax.vjp(
-        lambda t: shared_caches(whole_params(t, frozen)), trainable, has_aux=True
-    )
-    places = [(cache.start, cache.length) for cache in caches]
-    reference_caches = shared_caches(reference)[0] if kl_coef else None
-
-    def hidden_states(params: Params, arrays: Any, inputs: jax.Array, index: jax.Array) -> jax.Array:
-        ancestors = []
-        for (key, value), (start, length) in zip(arrays, places, strict=True):
-            children = rows // start.shape[0]
-            count = max(1, size // children)
-            first = index * size // children
-            part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=count)
-            ancestors.append(KVCache(part(key, axis=2), part(value, axis=2), part(start), part(length)))
-        return forward(params, config, inputs, ancestors=ancestors)[0]
-
-    def microbatch_loss(trainable: Params, arrays: Any, micro: dict[str, jax.Array], index: jax.Array):
-        params = whole_params(trainable, frozen)
-        hidden = hidden_states(params, arrays, micro["inputs"], index)
-        stats = target_logprobs(params, config, hidden, micro["targets"], temperature, micro.get("cutoffs"))
-        mask = micro["mask"]
+    def microbatch_loss(trainable: Params, arrays: Arrays, micro: dict[str, jax.Array]):
+        params, mask, cutoffs = whole_params(trainable, frozen), micro["mask"], micro.get("cutoffs")
+        hidden = hidden_states(params, arrays, places, batch, micro, config)
+        stats = target_logprobs(params, config, hidden, micro["targets"], temperature, cutoffs)
+        old = micro.get("old_logprobs")
+        if old is None and loss.sampler_weight_cap:
+            old = stats.logprobs
         total, _, metrics = policy_gradient_loss(
-            stats.logprobs, micro["sampler_logprobs"], micro["advantages"], mask, loss
+            stats.logprobs,
+            micro["sampler_logprobs"],
+            micro["advantages"],
+            mask,
+            loss.kind,
+            old_logprobs=old,
+            clip_low=loss.clip_low,
+            clip_high=loss.clip_high,
+            sampler_weight_cap=loss.sampler_weight_cap,
         )
         metrics["entropy"] = jnp.where(mask, stats.entropy, 0.0).sum()
-        if "cutoffs" in micro:
+        if cutoffs is not None:
             metrics["cut_disagreements"] = (stats.cut & mask).sum().astype(jnp.float32)
         if kl_coef:
-            hidden_ref = hidden_states(reference, reference_caches, micro["inputs"], index)
-            kl = token_kl(params, hidden, reference, jax.lax.stop_gradient(hidden_ref), config, temperature)
+            other = hidden_states(reference, reference_arrays, places, batch, micro, config)
+            other = jax.lax.stop_gradient(other)
+            if kl_estimator == "exact":
+                kl = token_kl(params, hidden, reference, other, config, temperature)
+            else:
+                theirs = target_logprobs(reference, config, other, micro["targets"], temperature).logprobs
+                ours, theirs = (jnp.where(mask, x, 0.0) for x in (stats.logprobs, theirs))
+                kl = kl_estimate(ours, theirs, kl_estimator)
             metrics["kl"] = jnp.where(mask, kl, 0.0).sum()
             total = total + kl_coef * metrics["kl"]
-        return total / batch.num_rollouts, jax.lax.stop_gradient(
-            metrics | {"loss": total / batch.num_rollouts}
-        )
+        return total / divisor, jax.lax.stop_gradient(metrics | {"loss": total / divisor})
 
-    def add_microbatch(carry, xs):
-        micro, index = xs
-        grads, metrics = jax.grad(microbatch_loss, argnums=(0, 1), has_aux=True)(
-            trainable, policy_caches, micro, index
-        )
-        return jax.tree.map(jnp.add, carry, (grads, metrics)), None
+    def of_microbatch(micro: dict[str, jax.Array]):
+        return jax.grad(microbatch_loss, argnums=(0, 1), has_aux=True)(trainable, policy_arrays, micro)
 
-    def cut(x: jax.Array) -> jax.Array:
-        return x.reshape(rows // size, size, *x.shape[3:])
-
-    names = ("inputs", "targets", "mask", "sampler_logprobs", "cutoffs", "advantages")
-    arrays = {name: getattr(batch, name) for name in names}
-    micros = {name: cut(x) for name, x in arrays.items() if x is not None}
-    first = jax.tree.map(lambda x: x[0], micros)
-    zeros = jax.tree.map(
-        jnp.zeros_like,
-        jax.eval_shape(
-            lambda *x: jax.grad(microbatch_loss, argnums=(0, 1), has_aux=True)(*x),
-            trainable,
-            policy_caches,
-            first,
-            jnp.int32(0),
-        ),
-    )
-    (totals, metrics), _ = jax.lax.scan(add_microbatch, zeros, (micros, jnp.arange(rows // size)))
-    grads, cotangents = totals
+    (grads, cotangents), metrics = sum_over_microbatches(of_microbatch, batch, size)
     (through_shared,) = pull_back(cotangents)
     tokens = jnp.maximum(metrics.pop("tokens"), 1.0)
     metrics = {name: x if name == "loss" else x / tokens for name, x in metrics.items()}
     return jax.tree.map(jnp.add, grads, through_shared), metrics
 
 
+@functools.partial(jax.jit, static_argnames=("config", "microbatch_rows"))
+def batch_logprobs(
+    trainable: Params,
+    frozen: Params | None,
+    batch: TrainBatch,
+    config: DecoderConfig,
+    *,
+    temperature: float = 1.0,
+    microbatch_rows: int = 0,
+) -> jax.Array:
+    """Logprobs of a batch's targets before its first update, for `TrainBatch.old_logprobs`.
+
+    Args:
+      As those of `gradients`.
+
+    Returns:
+      float32 [D, R, T], under the distributions drawn from.
+    """
+    parts, rows, steps = batch.inputs.shape
+    size = min(microbatch_rows or rows, rows)
+    params = whole_params(trainable, frozen)
+    arrays, places = shared_levels(params, batch, config)
+
+    def score(micro: dict[str, jax.Array]) -> jax.Array:
+        hidden = hidden_states(params, arrays, places, batch, micro, config)
+        targets, cutoffs = micro["targets"], micro.get("cutoffs")
+        return target_logprobs(params, config, hidden, targets, temperature, cutoffs).logprobs
+
+    scored = jax.lax.map(score, microbatches(batch, size))
+    return jnp.moveaxis(scored.reshape(-1, parts, size, steps), 0, 1).reshape(parts, rows, steps)
+
+
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "optimizer", "kl_coef", "loss", "microbatch_rows"),
+    static_argnames=("config", "optimizer", "loss", "kl_coef", "kl_estimator", "microbatch_rows"),
     donate_argnames="state",
 )
 def policy_gradient_step(
@@ -199,14 +257,18 @@ def policy_gradient_step(
     optimizer: optax.GradientTransformation,
     *,
     temperature: float = 1.0,
+    loss: Loss = Loss(),  # noqa: B008 (frozen)
     kl_coef: float = 0.0,
-    loss: str = "importance_sampling",
+    kl_estimator: str = "exact",
     microbatch_rows: int = 0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One on-policy update. `state` is donated; see `gradients` for the other arguments.
+    """One update. `state` is donated; see `gradients` for the other arguments.
+
+    A loss or gradient that is not finite changes nothing: the state that comes back is the one given.
 
     Returns:
-      (state, metrics): those of `gradients`, and `grad_norm` before clipping.
+      (state, metrics): those of `gradients`, `grad_norm` before clipping, and `skipped`, 1 where the update
+      was left out and else 0.
     """
     grads, metrics = gradients(
         state.trainable,
@@ -215,10 +277,14 @@ def policy_gradient_step(
         batch,
         config,
         temperature=temperature,
-        kl_coef=kl_coef,
         loss=loss,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
         microbatch_rows=microbatch_rows,
     )
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-    metrics["grad_norm"] = optax.global_norm(grads)
-    return TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state), metrics
+    updated = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
+    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+    return state, metrics | {"grad_norm": norm, "skipped": 1.0 - finite}

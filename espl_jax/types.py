@@ -160,27 +160,38 @@ class Rollouts:
 
 
 class TrainBatch(NamedTuple):
-    """The prefix tree of one policy-gradient step, right padded. Arrays of numpy or jax.
+    """The prefix tree of one update, right padded. Arrays of numpy or jax.
 
-    Levels: system prompts [M], problems [M, P], rollouts [M, P, N], where P <= B: problems whose group has
-    no gradient may have been left out. A rollout's inputs begin with the last token of its problem, so that
-    column t of `inputs` predicts column t of `targets`.
+    System prompts are on every device. Problems and rollouts lie in D equal parts, one for each group of
+    devices that shares rows (one on a single device); each rollout's problem is in its part, so a problem
+    whose group is split is in several. Padding is rollouts with an empty mask, and problems that nobody has.
+    A rollout's inputs begin with the last token of its problem, so that column t of `inputs` predicts column
+    t of `targets`.
 
     Attributes:
-      system_tokens: int32 [M, S]; system_lengths: int32 [M].
-      problem_tokens: int32 [M, P, Q]; problem_lengths: int32 [M, P] (the last token of the prompt left out).
-      inputs: int32 [M, P, N, T]; targets: int32 [M, P, N, T].
-      mask: bool [M, P, N, T], True where a target was drawn by the policy.
-      sampler_logprobs: float32 [M, P, N, T], under the distribution drawn from.
-      cutoffs: float32 [M, P, N, T], see `Rollouts`; None where nothing was cut.
-      advantages: float32 [M, P, N].
-      num_rollouts: float32 [], rollouts of the iteration, those left out included: the 1/(NMB) of the paper.
+      system_tokens: int32 [M, S]; system_lengths: int32 [M]. S = 0 for a tree without this level.
+      problem_tokens: int32 [D, P, Q]; problem_lengths: int32 [D, P] (the last token of the prompt left out).
+        Q = 0 for a tree without this level.
+      problem_system: int32 [D, P], the system prompt of each problem.
+      rollout_problem: int32 [D, R], the problem of each rollout, counted within the part.
+      inputs: int32 [D, R, T]; targets: int32 [D, R, T].
+      mask: bool [D, R, T], True where a target was drawn by the policy.
+      sampler_logprobs: float32 [D, R, T], under the distribution drawn from.
+      cutoffs: float32 [D, R, T], see `Rollouts`; None where nothing was cut.
+      advantages: float32 [D, R].
+      num_rollouts: float32 [], rollouts that the update stands for, those left out included: the 1/(NMB) of
+        the paper.
+      num_tokens: float32 [], tokens that the policy drew in them.
+      old_logprobs: float32 [D, R, T], under the params before the first update of several; None in a single
+        one.
     """
 
     system_tokens: Any
     system_lengths: Any
     problem_tokens: Any
     problem_lengths: Any
+    problem_system: Any
+    rollout_problem: Any
     inputs: Any
     targets: Any
     mask: Any
@@ -188,3 +199,5 @@ class TrainBatch(NamedTuple):
     cutoffs: Any | None
     advantages: Any
     num_rollouts: Any
+    num_tokens: Any
+    old_logprobs: Any | None = None

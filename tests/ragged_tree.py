@@ -7,6 +7,56 @@ import numpy as np
 from espl_jax.types import TrainBatch
 
 
+class Tree(NamedTuple):
+    """M system prompts, P problems under each, N rollouts under each of these; as in `TrainBatch` otherwise."""
+
+    system_tokens: np.ndarray  # int32 [M, S]
+    system_lengths: np.ndarray  # int32 [M]
+    problem_tokens: np.ndarray  # int32 [M, P, Q]
+    problem_lengths: np.ndarray  # int32 [M, P]
+    inputs: np.ndarray  # int32 [M, P, N, T], as all that follow
+    targets: np.ndarray
+    mask: np.ndarray
+    sampler_logprobs: np.ndarray
+    cutoffs: np.ndarray | None
+    advantages: np.ndarray  # float32 [M, P, N]
+    num_rollouts: np.float32
+
+    def train_batch(self, parts=1, rows=0, old_logprobs=None):
+        """The batch of an update: rollouts in order, in `parts` runs of `rows` each (as many as needed)."""
+        prompts, problems, group = self.advantages.shape
+        total = prompts * problems * group
+        rows = rows or -(-total // parts)
+        nodes = prompts * problems
+        tokens, lengths = self.problem_tokens.reshape(nodes, -1), self.problem_lengths.reshape(-1)
+        # Every part has all problems, in an order of its own, so that numbers within parts matter.
+        order = np.stack([np.roll(np.arange(nodes), part) for part in range(parts)])
+        number = np.argsort(order, axis=1)
+        index = np.arange(parts * rows).reshape(parts, rows)
+        real, index = index < total, np.minimum(index, total - 1)
+
+        def of_rows(x):
+            return None if x is None else x.reshape(total, *x.shape[3:])[index]
+
+        return TrainBatch(
+            system_tokens=self.system_tokens,
+            system_lengths=self.system_lengths,
+            problem_tokens=tokens[order],
+            problem_lengths=lengths[order],
+            problem_system=(order // problems).astype(np.int32),
+            rollout_problem=np.take_along_axis(number, index // group, axis=1).astype(np.int32),
+            inputs=of_rows(self.inputs),
+            targets=of_rows(self.targets),
+            mask=of_rows(self.mask) & real[..., None],
+            sampler_logprobs=of_rows(self.sampler_logprobs),
+            cutoffs=of_rows(self.cutoffs),
+            advantages=of_rows(self.advantages),
+            num_rollouts=self.num_rollouts,
+            num_tokens=np.float32(self.mask.sum() + 5),
+            old_logprobs=of_rows(old_logprobs),
+        )
+
+
 class Flat(NamedTuple):
     """The rollouts of a tree as sequences of their own.
 
@@ -19,8 +69,8 @@ class Flat(NamedTuple):
     starts: np.ndarray
 
 
-def random_batch(seed, vocab_size, shape=(2, 3, 2), widths=(7, 5, 6), filler=None):
-    """A TrainBatch of random tokens.
+def random_tree(seed, vocab_size, shape=(2, 3, 2), widths=(7, 5, 6), filler=None):
+    """A Tree of random tokens.
 
     Lengths are ragged, a problem without tokens of its own and an empty rollout among them; the padding holds
     random tokens, or `filler`, so that code which looks at it is found out.
@@ -42,7 +92,7 @@ def random_batch(seed, vocab_size, shape=(2, 3, 2), widths=(7, 5, 6), filler=Non
     problem_tokens, problem_lengths = ragged((prompts, problems), problem, [((0, 0), 0)])
     targets, lengths = ragged(shape, new, [((0, 0, 0), new), ((-1, -1, -1), 0)])
     last = np.broadcast_to(rng.integers(0, vocab_size, (prompts, problems, 1, 1)), (*shape, 1))
-    return TrainBatch(
+    return Tree(
         system_tokens=system_tokens,
         system_lengths=system_lengths,
         problem_tokens=problem_tokens,
@@ -57,16 +107,16 @@ def random_batch(seed, vocab_size, shape=(2, 3, 2), widths=(7, 5, 6), filler=Non
     )
 
 
-def flatten(batch):
+def flatten(tree):
     """The tree's rollouts as plain sequences, in the order of `inputs.reshape(R, T)`."""
     rows, starts = [], []
-    for m, p, n in np.ndindex(batch.advantages.shape):
+    for m, p, n in np.ndindex(tree.advantages.shape):
         prompt = [
-            *batch.system_tokens[m, : batch.system_lengths[m]],
-            *batch.problem_tokens[m, p, : batch.problem_lengths[m, p]],
+            *tree.system_tokens[m, : tree.system_lengths[m]],
+            *tree.problem_tokens[m, p, : tree.problem_lengths[m, p]],
         ]
-        length = int(batch.mask[m, p, n].sum())
-        new = [batch.inputs[m, p, n, 0], *batch.targets[m, p, n, :length]]
+        length = int(tree.mask[m, p, n].sum())
+        new = [tree.inputs[m, p, n, 0], *tree.targets[m, p, n, :length]]
         rows.append([*prompt, *new])
         starts.append(len(prompt))
     tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
@@ -75,15 +125,15 @@ def flatten(batch):
     return Flat(tokens, np.array(starts))
 
 
-def pick(values, batch):
+def pick(values, tree):
     """Values [R, width, ...] of flat sequences at the inputs of the tree's rollouts: [R, T, ...]."""
-    columns = flatten(batch).starts[:, None] + np.arange(batch.inputs.shape[-1])
+    columns = flatten(tree).starts[:, None] + np.arange(tree.inputs.shape[-1])
     rows = np.arange(len(columns))[:, None]
     return np.asarray(values)[rows, np.minimum(columns, values.shape[1] - 1)]
 
 
-def on_policy(batch, logprobs, noise=0.0, seed=0):
-    """The batch with sampler logprobs from the policy's own, [R, width - 1], plus noise."""
-    own = pick(logprobs, batch).reshape(batch.mask.shape)
+def on_policy(tree, logprobs, noise=0.0, seed=0):
+    """The tree with sampler logprobs from the policy's own, [R, width - 1], plus noise."""
+    own = pick(logprobs, tree).reshape(tree.mask.shape)
     own = own + noise * np.random.default_rng(seed).normal(size=own.shape)
-    return batch._replace(sampler_logprobs=np.where(batch.mask, own, np.nan).astype(np.float32))
+    return tree._replace(sampler_logprobs=np.where(tree.mask, own, np.nan).astype(np.float32))

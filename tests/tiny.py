@@ -28,6 +28,19 @@ token_logprobs = jax.jit(token_logprobs, static_argnames="config")
 unembed = jax.jit(transformer.unembed, static_argnames="config")
 
 
+def forward_tree(params, config, levels, lengths):
+    """All levels of a tree, each over those above: (hidden states of each, their caches)."""
+    hidden, caches = [], []
+    for tokens, length in zip(levels, lengths, strict=True):
+        out, cache = transformer.forward(params, config, tokens, length, tuple(caches))
+        hidden.append(out)
+        caches.append(cache)
+    return hidden, caches
+
+
+jitted_forward_tree = jax.jit(forward_tree, static_argnames="config")
+
+
 def params(config=CONFIG, seed=0):
     """Random params whose norm scales differ from one too."""
     rng = np.random.default_rng(seed)

@@ -13,18 +13,18 @@ TEMPERATURE = 0.7
 
 CONFIG = tiny.CONFIG.replace(lora_scale=0.5)
 
-compiled_gradients = jax.jit(gradients, static_argnames=("config", "kl_coef", "loss", "microbatch_rows"))
+compiled_gradients = jax.jit(gradients, static_argnames=("config", "kl_coef", "loss", "kl_estimator", "microbatch_rows"))
 
 
 def full_gradients(params, batch, temperature=TEMPERATURE):
     """By the one program that most tests share: all weights, microbatches of two groups."""
-    return compiled_gradients(params, None, None, batch, CONFIG, temperature=temperature, microbatch_rows=4)
+    return compiled_gradients(params, None, None, batch.train_batch(), CONFIG, temperature=temperature, microbatch_rows=4)
 
 
 def lora_gradients(adapters, params, batch):
     """Likewise for adapters on the reference policy, with KL."""
     return compiled_gradients(
-        adapters, params, params, batch, CONFIG, temperature=TEMPERATURE, kl_coef=0.3, microbatch_rows=4
+        adapters, params, params, batch.train_batch(), CONFIG, temperature=TEMPERATURE, kl_coef=0.3, microbatch_rows=4
     )
 
 
@@ -36,7 +36,7 @@ def params():
 @pytest.fixture(scope="module")
 def batch(params):
     """Near policy, with NaN for the sampler's logprobs outside the mask."""
-    batch = ragged_tree.random_batch(0, tiny.CONFIG.vocab_size, SHAPE)
+    batch = ragged_tree.random_tree(0, tiny.CONFIG.vocab_size, SHAPE)
     own = tiny.token_logprobs(params, tiny.CONFIG, ragged_tree.flatten(batch).tokens, TEMPERATURE)
     return ragged_tree.on_policy(batch, own, noise=0.2)
 
@@ -52,7 +52,7 @@ class TestAgainstTorch:
         self.assert_close(torch_llama.to_names(grads, CONFIG), expected)
 
     def test_all_weights_with_a_head_unrolled_and_with_kl(self, batch):
-        config = CONFIG.replace(tied_head=False, scan_layers=False, remat=False)
+        config = CONFIG.replace(tied_head=False, scan_layers=False, remat="none")
         params, reference = tiny.params(config), tiny.params(config, seed=7)
         loss, expected = torch_llama.full_gradients(
             torch_llama.from_params(params, config),
@@ -62,7 +62,7 @@ class TestAgainstTorch:
             reference=torch_llama.from_params(reference, config),
         )
         grads, metrics = compiled_gradients(
-            params, None, reference, batch, config, temperature=TEMPERATURE, kl_coef=0.3, microbatch_rows=4
+            params, None, reference, batch.train_batch(), config, temperature=TEMPERATURE, kl_coef=0.3, microbatch_rows=4
         )
         assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
         self.assert_close(torch_llama.to_names(grads, config), expected)
@@ -87,24 +87,21 @@ class TestMicrobatches:
     @pytest.mark.parametrize("rows", [1, 2, 0])
     def test_the_cut_does_not_matter(self, params, batch, rows):
         expected, totals = full_gradients(params, batch)
-        config = CONFIG.replace(remat=False)
+        config = CONFIG.replace(remat="none")
         grads, metrics = compiled_gradients(
-            params, None, None, batch, config, temperature=TEMPERATURE, microbatch_rows=rows
+            params, None, None, batch.train_batch(), config, temperature=TEMPERATURE, microbatch_rows=rows
         )
         tiny.assert_trees_close(grads, expected, 1e-5)
         for name, value in totals.items():
             assert metrics[name] == pytest.approx(float(value), rel=1e-5), name
 
-    @pytest.mark.parametrize("rows", [3, 6, 5])
-    def test_a_size_that_cuts_through_groups_is_refused(self, params, batch, rows):
-        with pytest.raises(
-            ValueError, match=f"microbatch_rows={rows} does not fit the tree of 2 prompts x 4"
-        ):
-            gradients(params, None, None, batch, CONFIG, microbatch_rows=rows)
+    def test_a_size_that_does_not_divide_is_refused(self, params, batch):
+        with pytest.raises(ValueError, match="microbatch_rows=3 does not divide the 16 rollouts of a part"):
+            gradients(params, None, None, batch.train_batch(), CONFIG, microbatch_rows=3)
 
     def test_more_rows_than_there_are_means_all(self, params, batch):
         shapes = jax.eval_shape(
-            lambda p: gradients(p, None, None, batch, CONFIG, microbatch_rows=32)[0], params
+            lambda p: gradients(p, None, None, batch.train_batch(), CONFIG, microbatch_rows=32)[0], params
         )
         assert jax.tree.structure(shapes) == jax.tree.structure(params)
 
@@ -165,7 +162,7 @@ class TestMeaning:
         expected, _ = full_gradients(params, batch)
         config = CONFIG.replace(matmul_precision="bfloat16")
         grads, _ = compiled_gradients(
-            params, None, None, batch, config, temperature=TEMPERATURE, microbatch_rows=4
+            params, None, None, batch.train_batch(), config, temperature=TEMPERATURE, microbatch_rows=4
         )
         tiny.assert_trees_close(grads, expected, 0.1)
 
@@ -211,7 +208,7 @@ class TestStep:
         old, start = state.trainable, jax.tree.map(np.array, state.trainable)
         losses, gradient_norms = [], []
         for step in range(1, 4):
-            state, metrics = policy_gradient_step(state, params, None, batch, CONFIG, optimizer)
+            state, metrics = policy_gradient_step(state, params, None, batch.train_batch(), CONFIG, optimizer)
             assert int(state.step) == step
             losses.append(float(metrics["loss"]))
             gradient_norms.append(float(metrics["grad_norm"]))

@@ -20,6 +20,9 @@ from espl_jax.models.config import DecoderConfig
 QUERY_BLOCK = 512
 """Longest run of queries attended at once; longer levels go block by block, so scores stay [.., block, S]."""
 
+ATTENTION = "attention"
+"""What the result of attention is called, for policies of recomputation to name."""
+
 _HIDDEN = -1e30
 
 
@@ -36,6 +39,7 @@ class KVCache:
       length: int32 [A], columns filled; those beyond are never attended to.
       owner: int32 [R], the node above each of the R rows that attend, for rows in any order; None where the
         rows of a node lie side by side, equally many for each.
+      parts: where nodes and rows lie in so many equal parts, `owner` counts within the row's part.
     """
 
     key: jax.Array
@@ -43,6 +47,7 @@ class KVCache:
     start: jax.Array
     length: jax.Array
     owner: jax.Array | None = None
+    parts: int = struct.field(pytree_node=False, default=1)
 
     @property
     def end(self) -> jax.Array:
@@ -76,6 +81,7 @@ class RowsView:
     columns: int = struct.field(pytree_node=False)
     shards: int = struct.field(pytree_node=False, default=1)
     owner: None = struct.field(pytree_node=False, default=None)
+    parts: int = struct.field(pytree_node=False, default=1)
 
     end = KVCache.end
 
@@ -104,7 +110,7 @@ class Source(NamedTuple):
       key: [K, A, H, C], rotated; value: [K, A, C, H].
       filled: bool [A, C].
       start: int32 [A], position of column 0.
-      owner: int32 [R] or None, as in `KVCache`.
+      owner: int32 [R] or None, parts: as in `KVCache`.
     """
 
     key: jax.Array
@@ -112,6 +118,28 @@ class Source(NamedTuple):
     filled: jax.Array
     start: jax.Array
     owner: jax.Array | None = None
+    parts: int = 1
+
+    def by_row(self) -> Source:
+        """The same with a copy for each row, instead of an owner."""
+        if self.owner is None:
+            return self
+        nodes = (self.key, 1), (self.value, 1), (self.filled, 0), (self.start, 0)
+        return Source(*(of_owners(x, self.owner, self.parts, axis) for x, axis in nodes))
+
+
+def of_owners(x: jax.Array, owner: jax.Array, parts: int = 1, axis: int = 0) -> jax.Array:
+    """What each row's node has. x [.., A, ..] with nodes on `axis`, owner int32 [R] -> [.., R, ..].
+
+    Each part is looked up by itself, so that nothing moves between the devices that hold them.
+    """
+    if parts == 1:
+        return jnp.take(x, owner, axis=axis, mode="clip")
+    split = x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
+    taken = jax.vmap(lambda x, o: jnp.take(x, o, axis=axis, mode="clip"), (axis, 0), axis)(
+        split, owner.reshape(parts, -1)
+    )
+    return taken.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
 
 def attend(
@@ -138,6 +166,8 @@ def attend(
       [R, T, N, H]. Right padding needs no mask here: causality hides it from every real token.
     """
     rows, steps, _, head = query.shape
+    # Worth a copy: comparing every row with every node is what a single query alone can afford, in one part.
+    ancestors = [source.by_row() if steps > 1 or source.parts > 1 else source for source in ancestors]
     kv, groups = config.num_kv_heads, config.num_heads // config.num_kv_heads
     query = query.reshape(rows, steps, kv, groups, head).transpose(2, 0, 1, 3, 4)  # [K, R, T, G, H]
     own = key.transpose(2, 0, 3, 1), value.transpose(2, 0, 1, 3)  # [K, R, H, T], [K, R, T, H]

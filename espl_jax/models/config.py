@@ -7,6 +7,8 @@ from typing import Any
 
 MATMUL_PRECISIONS = ("default", "highest", "bfloat16")
 ACTIVATIONS = ("silu", "gelu_tanh")
+REMATS = ("none", "attention", "products", "full")
+PHASES = ("training", "sampling")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 
 NUMERICS = ("dtype", "param_dtype", "matmul_precision", "scan_layers", "slice_as_integers", "remat")
@@ -94,7 +96,10 @@ class DecoderConfig:
         accumulates in float32, which is what is fast on CPUs with AMX.
       scan_layers: run layers in one `lax.scan` (small programs) or unrolled (faster on some machines).
       slice_as_integers: while sampling, scan bfloat16 weights as 16-bit integers; faster on CPUs.
-      remat: recompute each layer in the backward pass instead of storing its activations.
+      remat: what the backward pass recomputes of each layer, beside the layer's input, which is stored:
+        `none`, `attention` (all but its result), `products` (all but the results of products with weights),
+        `full`.
+      phase: which rules of `espl_jax.sharding` say where activations lie: `training` or `sampling`.
       lora_scale: alpha / rank, the factor of every adapter's product.
     """
 
@@ -126,7 +131,8 @@ class DecoderConfig:
     matmul_precision: str = "default"
     scan_layers: bool = True
     slice_as_integers: bool = False
-    remat: bool = True
+    remat: str = "full"
+    phase: str = "training"
     lora_scale: float = 1.0
 
     def __post_init__(self):
@@ -143,6 +149,8 @@ class DecoderConfig:
         choices = {
             "matmul_precision": MATMUL_PRECISIONS,
             "activation": ACTIVATIONS,
+            "remat": REMATS,
+            "phase": PHASES,
             "dtype": ("float32", "bfloat16"),
             "param_dtype": ("float32", "bfloat16"),
         }

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from espl_jax import sharding
 from espl_jax.models.config import DecoderConfig
 
 Linear = dict[str, jax.Array]
@@ -67,6 +68,12 @@ def product(
     precision = jax.lax.Precision.HIGHEST if config.matmul_precision == "highest" else None
     operands = x.astype(config.dtype), weight.astype(config.dtype)
     return jnp.einsum(spec, *operands, precision=precision, preferred_element_type=out_dtype)
+
+
+def rounded(weight: jax.Array, config: DecoderConfig) -> jax.Array:
+    """A weight in the dtype that products take it to, where that one is smaller: half as much to move."""
+    smaller = jnp.dtype(config.dtype).itemsize < weight.dtype.itemsize
+    return weight.astype(config.dtype) if smaller and config.matmul_precision == "default" else weight
 
 
 def as_integers(weights: Any) -> Any:
@@ -147,4 +154,7 @@ def gated_mlp(x: jax.Array, weights: dict[str, Any], config: DecoderConfig) -> j
 
 def embed(tokens: jax.Array, embedding: Linear, config: DecoderConfig) -> jax.Array:
     """Looks tokens up: the residual stream's beginning. int32 [T] -> float32 [T, D]."""
-    return embedding["weight"][tokens].astype(jnp.float32) * config.embed_scale
+    # First as the table lies, then moved: the table itself never is.
+    x = sharding.constrain(embedding["weight"][tokens], ("lookup", "embed"), config.phase)
+    x = rounded(x, config).astype(jnp.float32) * config.embed_scale
+    return sharding.constrain(x, ("residual", None), config.phase)

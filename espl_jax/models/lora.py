@@ -13,12 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.transformer import Params, Weight, abstract
+from espl_jax.models.transformer import ADAPTER, Params, Weight, abstract
 
 TARGETS = ("query", "key", "value", "out", "gate", "up", "down", "head")
 """Linear weights that can carry an adapter; `head` only where it is not tied to the embedding."""
-
-_LEAVES = ("lora_a", "lora_b")
 
 
 def abstract_adapters(config: DecoderConfig, rank: int, targets: Sequence[str] = TARGETS[:7]) -> Params:
@@ -42,24 +40,11 @@ def abstract_adapters(config: DecoderConfig, rank: int, targets: Sequence[str] =
     if rank < 1:
         raise ValueError(f"lora rank={rank}: give at least 1")
 
-    def adapter(weight: Weight) -> dict[str, Weight]:
-        sizes = dict(zip(weight.axes, weight.shape, strict=True)) | {"lora": rank}
-        stack = tuple(a for a in weight.axes if a == "layers")
-        outputs = tuple(a for a in weight.axes if a not in (*stack, *weight.inputs))
-
-        def declare(axes: tuple[str, ...], inputs: tuple[str, ...]) -> Weight:
-            return Weight(axes, inputs, tuple(sizes[a] for a in axes), "float32")
-
-        return {
-            "lora_a": declare((*stack, *weight.inputs, "lora"), weight.inputs),
-            "lora_b": declare((*stack, "lora", *outputs), ("lora",)),
-        }
-
     def walk(tree: Params) -> Params:
         chosen = {}
         for name, node in tree.items():
             if name in targets:
-                chosen[name] = adapter(node["weight"])
+                chosen[name] = node["weight"].adapter(rank)
             elif isinstance(node, dict) and (below := walk(node)):
                 chosen[name] = below
         return chosen
@@ -101,7 +86,7 @@ def detach(params: Params) -> tuple[Params, Params]:
             if below:
                 adapters[name] = below
         else:
-            (adapters if name in _LEAVES else base)[name] = node
+            (adapters if name in ADAPTER else base)[name] = node
     return base, adapters
 
 
@@ -120,7 +105,7 @@ def merge(params: Params, config: DecoderConfig) -> Params:
 
     def walk(declared: Params, node: Params) -> Params:
         if "lora_a" in node:
-            kept = {name: leaf for name, leaf in node.items() if name not in _LEAVES}
+            kept = {name: leaf for name, leaf in node.items() if name not in ADAPTER}
             return kept | {"weight": fold(declared["weight"], node)}
         return {k: walk(declared[k], v) if isinstance(v, dict) else v for k, v in node.items()}
 

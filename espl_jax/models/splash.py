@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
 from espl_jax import sharding
-from espl_jax.models.attention import Source
+from espl_jax.models.attention import ATTENTION, Source
 from espl_jax.models.config import DecoderConfig
 
 BLOCK = 512
@@ -79,18 +79,17 @@ def splash_attend(
             f"window={window} may reach into ancestors, which have no place in the kernel's mask; use attend"
         )
     rows, steps, _, head = query.shape
+    ancestors = [source.by_row() for source in ancestors]
     query = (query * (config.query_scale or head**-0.5)).transpose(0, 2, 1, 3)  # [R, N, T, H]
 
-    def per_row(shared: jax.Array, source: Source) -> jax.Array:
+    def per_row(shared: jax.Array) -> jax.Array:
         """[A, ...] -> [R, ...]."""
-        if source.owner is None:
-            return jnp.repeat(shared, rows // shared.shape[0], axis=0)
-        return shared[source.owner]
+        return jnp.repeat(shared, rows // shared.shape[0], axis=0)
 
     # One run of columns a row: the ancestors', then the level's own, then padding that causality hides.
-    keys = [per_row(s.key.swapaxes(0, 1), s) for s in ancestors]  # [R, K, H, C]
-    values = [per_row(s.value.swapaxes(0, 1), s) for s in ancestors]  # [R, K, C, H]
-    seen = [per_row(s.filled, s) for s in ancestors]  # [R, C]
+    keys = [per_row(s.key.swapaxes(0, 1)) for s in ancestors]  # [R, K, H, C]
+    values = [per_row(s.value.swapaxes(0, 1)) for s in ancestors]  # [R, K, C, H]
+    seen = [per_row(s.filled) for s in ancestors]  # [R, C]
     key = jnp.concatenate([*keys, key.transpose(0, 2, 3, 1)], axis=3)
     value = jnp.concatenate([*values, value.transpose(0, 2, 1, 3)], axis=2)
     seen = jnp.concatenate([*seen, jnp.ones((rows, steps), bool)], axis=1).astype(jnp.int32)
@@ -103,16 +102,19 @@ def splash_attend(
         shape = query.shape[2], value.shape[2]
         mask = kernels.LocalMask(shape, (window - 1, 0), 0) if window else kernels.CausalMask(shape, before)
         kernel = kernels.make_splash_mha_single_device(
-            kernels.MultiHeadMask([mask] * query.shape[1]), block_sizes=_block_sizes(), interpret=interpret
+            kernels.MultiHeadMask([mask] * query.shape[1]),
+            block_sizes=_block_sizes(),
+            residual_checkpoint_name=ATTENTION,
+            interpret=interpret,
         )
         segments = kernels.SegmentIds(jnp.ones((query.shape[0], shape[0]), jnp.int32), seen)
         # The kernel takes keys by column and is told that they are stored by head dimension.
         return jax.vmap(kernel)(query, key.swapaxes(2, 3), value, segments)
 
-    mesh = jax.typeof(query).sharding.mesh
-    if not (mesh.empty or mesh.are_all_axes_manual):
+    mesh = sharding.mesh_of(query)
+    if mesh is not None:
         # The compiler does not divide a kernel among devices by itself.
-        heads = sharding.named(mesh, ("rows", "kv_heads", None, None), key.shape).spec
+        heads = sharding.named(mesh, ("rows", "kv_heads", None, None), key.shape, config.phase).spec
         attend = jax.shard_map(
             attend,
             mesh=mesh,

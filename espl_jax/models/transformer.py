@@ -1,9 +1,8 @@
 """The decoder: one declaration per weight, and one `forward` over a prefix tree.
 
 A batch of sequences that share prefixes is a tree: system prompts [M], under each its problems [M*B],
-under each of those its rollouts [M*B*N]. Each node holds its own tokens once. `forward` runs one level, or
-several at once, over the KV caches of the levels above: prefill, decode step, scoring and policy gradient
-are all this function.
+under each of those its rollouts [M*B*N]. Each node holds its own tokens once. `forward` runs one level over
+the KV caches of the levels above: prefill, decode step, scoring and policy gradient are all this function.
 """
 
 from __future__ import annotations
@@ -16,13 +15,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
+from espl_jax import sharding
 from espl_jax.models import layers, rope, splash
-from espl_jax.models.attention import KVCache, RowsView, Source, attend
+from espl_jax.models.attention import ATTENTION, KVCache, RowsView, Source, attend, of_owners
 from espl_jax.models.config import DecoderConfig
 
 Params = dict[str, Any]
+
+ADAPTER = ("lora_a", "lora_b")
+"""Names of an adapter's two factors, beside the `weight` that it adapts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,21 @@ class Weight:
         return math.prod(
             size for axis, size in zip(self.axes, self.shape, strict=True) if axis in self.inputs
         )
+
+    def adapter(self, rank: int) -> dict[str, Weight]:
+        """Its adapter's two factors, [inputs..., rank] and [rank, outputs...], in float32."""
+        sizes = dict(zip(self.axes, self.shape, strict=True)) | {"lora": rank}
+        stack = tuple(axis for axis in self.axes if axis == "layers")
+        outputs = tuple(axis for axis in self.axes if axis not in (*stack, *self.inputs))
+
+        def declare(axes: tuple[str, ...], inputs: tuple[str, ...]) -> Weight:
+            return Weight(axes, inputs, tuple(sizes[axis] for axis in axes), "float32")
+
+        factors = (
+            declare((*stack, *self.inputs, "lora"), self.inputs),
+            declare((*stack, "lora", *outputs), ("lora",)),
+        )
+        return dict(zip(ADAPTER, factors, strict=True))
 
 
 def abstract(config: DecoderConfig) -> Params:
@@ -124,75 +142,65 @@ def init(key: jax.Array, config: DecoderConfig) -> Params:
 def forward(
     params: Params,
     config: DecoderConfig,
-    tokens: jax.Array | Sequence[jax.Array],
-    lengths: jax.Array | Sequence[jax.Array] | None = None,
+    tokens: jax.Array,
+    lengths: jax.Array | None = None,
     ancestors: Sequence[KVCache | RowsView] = (),
-) -> tuple[Any, Any]:
-    """Runs one level of the tree, or several, over their ancestors' caches.
+) -> tuple[jax.Array, KVCache]:
+    """Runs one level of the tree over its ancestors' caches.
 
     Args:
       params: with adapters attached or not.
       config: the decoder.
-      tokens: int32 [R, T], right padded; or a tuple of such levels, outermost first, in which each level
-        attends to those before it. The linear layers see the tokens of all levels as one matrix.
-      lengths: int32 [R] real tokens of each node (of each level), at least none; all of them by default.
+      tokens: int32 [R, T], right padded.
+      lengths: int32 [R] real tokens of each node, at least none; all of them by default.
       ancestors: caches of the levels above, outermost first; each one's number of nodes divides R, and
-        neighbouring nodes share an ancestor, or it names the `owner` of every row. The last one has no owner.
+        neighbouring nodes share an ancestor, or it names the `owner` of every row.
 
     Returns:
-      (hidden, cache): float [R, T, D] after the final norm, and the level's own KVCache with capacity T;
-      tuples of them when `tokens` is one. Values at padding are finite and meaningless.
+      (hidden, cache): float [R, T, D] after the final norm, and the level's own KVCache with capacity T.
+      Values at padding are finite and meaningless.
 
     Raises:
-      ValueError: if a level's nodes do not divide among those of a level above.
+      ValueError: if the nodes do not divide among those of a level above.
     """
-    single = not isinstance(tokens, tuple | list)
-    levels = (tokens,) if single else tuple(tokens)
+    nodes, steps = tokens.shape
     if lengths is None:
-        lengths = tuple(jnp.full(level.shape[:1], level.shape[1], jnp.int32) for level in levels)
-    elif single:
-        lengths = (lengths,)
-
-    starts = []
-    ends = [cache.end for cache in ancestors if cache.owner is None]
-    for level, length in zip(levels, lengths, strict=True):
-        nodes = level.shape[0]
-        for end in ends:
-            if nodes % end.shape[0]:
-                raise ValueError(
-                    f"tokens of shape {level.shape}: {nodes} nodes cannot share {end.shape[0]} ancestors "
-                    "evenly; pad the level so that every ancestor has the same number of children"
-                )
-        above = ends[-1] if ends else jnp.zeros(nodes, jnp.int32)
-        starts.append(jnp.repeat(above, nodes // above.shape[0], total_repeat_length=nodes))
-        ends.append(starts[-1] + length)
-
-    shapes = tuple(level.shape for level in levels)
-    positions = [start[:, None] + jnp.arange(x.shape[1]) for start, x in zip(starts, levels, strict=True)]
-    positions = jnp.concatenate([p.reshape(-1) for p in positions])
-    x = layers.embed(jnp.concatenate([level.reshape(-1) for level in levels]), params["embedding"], config)
+        lengths = jnp.full(nodes, steps, jnp.int32)
+    for cache in ancestors:
+        if cache.owner is None and nodes % cache.end.shape[0]:
+            raise ValueError(
+                f"tokens of shape {tokens.shape}: {nodes} nodes cannot share {cache.end.shape[0]} ancestors "
+                "evenly; pad the level so that every ancestor has the same number of children, or name owners"
+            )
+    start = _start(ancestors, nodes)
+    positions = (start[:, None] + jnp.arange(steps)).reshape(-1)
+    x = layers.embed(tokens.reshape(-1), params["embedding"], config)
 
     ropes = (config.rope,) if config.local_rope is None else (config.rope, config.local_rope)
     layer = functools.partial(
         _layer,
         config=config,
         rotations=[rope.tables(positions, each, config.head_dim) for each in ropes],
-        shapes=shapes,
-        starts=starts,
+        shape=tokens.shape,
+        start=start,
         ancestors=tuple(ancestors),
-        own_filled=tuple(
-            jnp.arange(level.shape[1]) < length[:, None]
-            for level, length in zip(levels, lengths, strict=True)
-        ),
     )
     stacked = tuple(None if isinstance(c, RowsView) else (c.key, c.value) for c in ancestors)
     index = jnp.arange(config.num_layers)
-    x, written = _run_layers(layer, config, x, (params["layers"], stacked, index))
+    x, (key, value) = _run_layers(layer, config, x, (params["layers"], stacked, index))
 
     x = layers.rms_norm(x, params["final_norm"], config)
-    hidden = tuple(_split(x, shapes))
-    caches = tuple(KVCache(k, v, start, n) for (k, v), start, n in zip(written, starts, lengths, strict=True))
-    return (hidden[0], caches[0]) if single else (hidden, caches)
+    return x.reshape(nodes, steps, -1), KVCache(key, value, start, lengths)
+
+
+def _start(ancestors: Sequence[KVCache | RowsView], nodes: int) -> jax.Array:
+    """int32 [R], the position after the last ancestor's last token."""
+    if not ancestors:
+        return jnp.zeros(nodes, jnp.int32)
+    last = ancestors[-1]
+    if last.owner is not None:
+        return of_owners(last.end, last.owner, last.parts)
+    return jnp.repeat(last.end, nodes // last.end.shape[0], total_repeat_length=nodes)
 
 
 def _run_layers(layer: Callable[..., Any], config: DecoderConfig, x: jax.Array, stacked: Any) -> Any:
@@ -202,7 +210,7 @@ def _run_layers(layer: Callable[..., Any], config: DecoderConfig, x: jax.Array, 
     def checkpointed(window: int | None) -> Callable[..., Any]:
         """The layer with a window known to the compiler, or given with each layer's slice."""
         known = layer if window is None else functools.partial(layer, window=window)
-        return jax.checkpoint(known) if config.remat else known
+        return known if config.remat == "none" else jax.checkpoint(known, policy=_SAVED[config.remat])
 
     if config.scan_layers:
         if len(set(windows)) == 1:
@@ -219,14 +227,34 @@ def _run_layers(layer: Callable[..., Any], config: DecoderConfig, x: jax.Array, 
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *written)
 
 
-def _layer(x, weights, above, index, *, window, config, rotations, shapes, starts, ancestors, own_filled):
-    """One decoder layer on the flattened tokens of all levels. Returns x and each level's (key, value).
+_SAVED = {
+    "full": None,
+    "products": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
+}
+
+
+def _layer(x, weights, above, index, *, window, config, rotations, shape, start, ancestors):
+    """One decoder layer on the level's flattened tokens. Returns x and the level's (key, value).
 
     `above` has the layer's (key, value) of each ancestor, or None for one that is read by the layer's
     `index`. `window` is the number of tokens that a token sees, 0 for all: a plain number, or a traced one
     where scanned layers differ.
     """
-    y = layers.rms_norm(x, weights["attention_norm"], config)
+    weights = _gathered(weights, abstract(config)["layers"], config)
+
+    def by_node(x: jax.Array) -> jax.Array:
+        """[.., heads, H] -> [R, T, heads, H], lying as attention wants it."""
+        x = x.reshape(*shape, *x.shape[-2:])
+        return sharding.constrain(x, ("rows", None, "kv_heads", None), config.phase)
+
+    def normalized(x: jax.Array, norm: dict[str, jax.Array]) -> jax.Array:
+        return sharding.constrain(layers.rms_norm(x, norm, config), ("tokens", None), config.phase)
+
+    def joined(x: jax.Array, out: jax.Array) -> jax.Array:
+        return sharding.constrain(x + out, ("residual", None), config.phase)
+
+    y = normalized(x, weights["attention_norm"])
     attention = weights["attention"]
     query = layers.einsum("td,dnh->tnh", y, attention["query"], config)
     key = layers.einsum("td,dkh->tkh", y, attention["key"], config)
@@ -235,32 +263,49 @@ def _layer(x, weights, above, index, *, window, config, rotations, shapes, start
         query = layers.rms_norm(query, attention["query_norm"], config)
         key = layers.rms_norm(key, attention["key_norm"], config)
     cos, sin = _rotation(rotations, window)
-    query = rope.rotate(query, cos, sin).astype(config.dtype)
-    key = rope.rotate(key, cos, sin).astype(config.dtype)
+    query = by_node(rope.rotate(query, cos, sin).astype(config.dtype))
+    key = by_node(rope.rotate(key, cos, sin).astype(config.dtype))
+    value = by_node(value)
 
     if isinstance(window, jax.Array):
         window = jnp.where(window == 0, jnp.iinfo(jnp.int32).max, window)
     sources = [
-        Source(*(arrays or cache.layer(index)), cache.filled, cache.start, cache.owner)
+        Source(*(arrays or cache.layer(index)), cache.filled, cache.start, cache.owner, cache.parts)
         for arrays, cache in zip(above, ancestors, strict=True)
     ]
-    mixed, written = [], []
-    levels = (_split(part, shapes) for part in (query, key, value))
-    for q, k, v, mask, start in zip(*levels, own_filled, starts, strict=True):
-        if splash.on_tpu(q) and splash.fits(q.shape[1], sources, config, window):
-            out = splash.splash_attend(q, k, v, sources, config, window)
-        else:
-            out = attend(q, k, v, sources, config, start, window)
-        mixed.append(out.reshape(-1, *query.shape[1:]))
-        written.append((k.transpose(2, 0, 3, 1), v.transpose(2, 0, 1, 3)))
-        sources.append(Source(*written[-1], mask, start))
+    if splash.on_tpu(query) and splash.fits(shape[1], sources, config, window):
+        out = splash.splash_attend(query, key, value, sources, config, window)
+    else:
+        out = checkpoint_name(attend(query, key, value, sources, config, start, window), ATTENTION)
+    written = key.transpose(2, 0, 3, 1), value.transpose(2, 0, 1, 3)
 
-    out = layers.einsum("tnh,nhd->td", jnp.concatenate(mixed), attention["out"], config)
-    x = x + (layers.rms_norm(out, weights["post_attention_norm"], config) if config.post_norms else out)
-    y = layers.rms_norm(x, weights["mlp_norm"], config)
-    out = layers.gated_mlp(y, weights["mlp"], config)
-    x = x + (layers.rms_norm(out, weights["post_mlp_norm"], config) if config.post_norms else out)
-    return x, tuple(written)
+    out = by_node(out).reshape(-1, *out.shape[-2:])
+    out = sharding.constrain(out, ("tokens", "heads", None), config.phase)
+    out = layers.einsum("tnh,nhd->td", out, attention["out"], config)
+    x = joined(x, layers.rms_norm(out, weights["post_attention_norm"], config) if config.post_norms else out)
+    out = layers.gated_mlp(normalized(x, weights["mlp_norm"]), weights["mlp"], config)
+    x = joined(x, layers.rms_norm(out, weights["post_mlp_norm"], config) if config.post_norms else out)
+    return x, written
+
+
+def _gathered(weights: Params, declared: Params, config: DecoderConfig) -> Params:
+    """One layer's weights as its products need them: in training, whole along the axis they are spread over.
+
+    Rounded first, as products round them, so that no more is moved than they use.
+    """
+    if config.phase != "training":
+        return weights
+
+    def gather(name: str, x: jax.Array, declared: dict[str, Weight]) -> jax.Array:
+        weight = declared["weight"].adapter(1)[name] if name in ADAPTER else declared[name]
+        return sharding.gather(layers.rounded(x, config) if weight.inputs else x, weight.axes[1:])
+
+    return {
+        name: _gathered(node, declared[name], config)
+        if isinstance(node, dict)
+        else gather(name, node, declared)
+        for name, node in weights.items()
+    }
 
 
 def _rotation(rotations: Sequence[Any], window: jax.Array | int) -> Any:
@@ -270,12 +315,6 @@ def _rotation(rotations: Sequence[Any], window: jax.Array | int) -> Any:
     if isinstance(window, int):
         return rotations[1 if window else 0]
     return jax.tree.map(lambda full, local: jnp.where(window == 0, full, local), *rotations)
-
-
-def _split(x: jax.Array, shapes: Sequence[tuple[int, int]]) -> list[jax.Array]:
-    """Cuts flattened tokens [T, ...] into levels [R, T, ...]."""
-    parts = jnp.split(x, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
-    return [part.reshape(*shape, *x.shape[1:]) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def head(params: Params) -> layers.Linear:

@@ -1,25 +1,27 @@
 """Logprobs, entropy and KL of tokens from hidden states, the vocabulary taken in chunks.
 
-The array [tokens, V] never exists: a scan over chunks of the head keeps running sums and recomputes each
-chunk in the backward pass.
+The array [tokens, V] never exists: a scan over chunks of the head keeps running sums, and the backward pass
+computes each chunk again. Written by hand, that pass adds each chunk's gradient of the head into its place;
+derived automatically, it would add an array as large as the head for every chunk.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from espl_jax import sharding
 from espl_jax.models import layers
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.transformer import Params, forward, head
-
-VOCAB_CHUNK = 8192
+from espl_jax.rl import vocab_chunks
 
 
 class TokenStats(NamedTuple):
-    """Per token, of the shape of the targets; float32 but for `cut`.
+    """Per token, of the shape of the targets; float32 but for `cut`. Only `logprobs` has a gradient.
 
     Attributes:
       logprobs: of the targets, under the distribution they were drawn from.
@@ -45,7 +47,7 @@ def target_logprobs(
     """Logprobs of given tokens and the entropy of the distributions they were drawn from.
 
     With cut-offs, the distribution of a token is renormalized over `{v: untruncated logprob of v >= cut-off}`
-    and the target itself; which tokens those are has no gradient, nor have `entropy` and `untruncated` then.
+    and the target itself; which tokens those are has no gradient.
 
     Args:
       params: the head's weight is read from them.
@@ -56,12 +58,33 @@ def target_logprobs(
       cutoffs: float32 [...], the sampler's cut-off logprobs, -inf where it cut nothing; None for no cut-offs.
     """
     flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    bounds = None if cutoffs is None else cutoffs.reshape(-1)
+    stats = _stats(flat, dict(head(params)), wanted, bounds, jnp.float32(temperature), config)
+    return TokenStats(*(x.reshape(targets.shape) for x in stats))
 
-    def body(carry, chunk):
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _stats(
+    flat: jax.Array,
+    linear: layers.Linear,
+    wanted: jax.Array,
+    cutoffs: jax.Array | None,
+    temperature: jax.Array,
+    config: DecoderConfig,
+) -> TokenStats:
+    """`target_logprobs` of flat [tokens, D] and wanted int32 [tokens] with the head `linear`."""
+    return _forward(flat, linear, wanted, cutoffs, temperature, config)[0]
+
+
+def _forward(flat, linear, wanted, cutoffs, temperature, config):
+    chunks = vocab_chunks.chunks(linear, len(flat))
+
+    def body(carry, first):
         largest, total, weighted, target = carry
-        scores, columns, fresh = _chunk_scores(params, config, flat, chunk, temperature)
+        scores = vocab_chunks.scores(flat, chunks.cut(linear, first), temperature, config)
+        columns, fresh = chunks.columns(first)
         scores = jnp.where(fresh, scores, -jnp.inf)
-        top = jax.lax.stop_gradient(jnp.maximum(largest, scores.max(axis=1)))
+        top = jnp.maximum(largest, scores.max(axis=1))
         shrink, parts = jnp.exp(largest - top), jnp.exp(scores - top[:, None])
         total = total * shrink + parts.sum(axis=1)
         weighted = weighted * shrink + (parts * jnp.where(fresh, scores, 0.0)).sum(axis=1)
@@ -70,56 +93,69 @@ def target_logprobs(
 
     zeros = jnp.zeros(flat.shape[0], jnp.float32)
     carry = (jnp.full_like(zeros, -jnp.inf), zeros, zeros, zeros)
-    (largest, total, weighted, target), _ = jax.lax.scan(jax.checkpoint(body), carry, _chunks(config))
+    (largest, total, weighted, target), _ = jax.lax.scan(body, carry, chunks.firsts)
     normalizer = largest + jnp.log(total)
     untruncated, entropy = target - normalizer, normalizer - weighted / total
-    logprobs, cut = untruncated, jnp.zeros(wanted.shape, bool)
-    if cutoffs is not None:
-        largest, normalizer, target, untruncated, entropy = jax.lax.stop_gradient(
-            (largest, normalizer, target, untruncated, entropy)
+    if cutoffs is None:
+        bounds, logprobs, cut = None, untruncated, jnp.zeros(wanted.shape, bool)
+    else:
+        # In scores, as the sampler's cut-off is in logprobs.
+        bounds = cutoffs + normalizer
+        normalizer = _kept_normalizer(
+            flat, linear, wanted, bounds, jnp.where(largest >= bounds, largest, target), temperature, config
         )
-        bounds = cutoffs.reshape(-1)
-        cut = untruncated < bounds
-        logprobs = _kept_logprobs(
-            params, config, flat, wanted, temperature, bounds + normalizer, largest, target
-        )
+        logprobs, cut = target - normalizer, untruncated < cutoffs
     stats = TokenStats(logprobs, entropy, untruncated, cut)
-    return TokenStats(*(x.reshape(targets.shape) for x in stats))
+    return stats, (flat, linear, wanted, bounds, normalizer, temperature)
 
 
-def _kept_logprobs(
-    params: Params,
-    config: DecoderConfig,
-    flat: jax.Array,
-    wanted: jax.Array,
-    temperature: jax.Array | float,
-    bounds: jax.Array,
-    largest: jax.Array,
-    target: jax.Array,
-) -> jax.Array:
-    """Logprobs of the targets among the tokens whose score (logit / temperature) reaches a bound.
+def _kept_normalizer(flat, linear, wanted, bounds, top, temperature, config):
+    """Log of the summed exponentials of the scores that reach their bound, and the target's.
 
-    Args:
-      params, config, temperature: of the scores.
-      flat: [tokens, D]; wanted: int32 [tokens], the targets, which are always kept.
-      bounds: float32 [tokens], least score kept.
-      largest, target: float32 [tokens], the largest score and the target's; no gradient flows through them.
+    `top` is the largest of them: if not the largest of all, nothing but the target is kept.
     """
-    # The largest score of those kept: if not the largest of all, nothing but the target is.
-    top = jnp.where(largest >= bounds, largest, target)
 
-    def body(carry, chunk):
-        total, target = carry
-        scores, columns, fresh = _chunk_scores(params, config, flat, chunk, temperature)
+    chunks = vocab_chunks.chunks(linear, len(flat))
+
+    def body(total, first):
+        scores = vocab_chunks.scores(flat, chunks.cut(linear, first), temperature, config)
+        columns, fresh = chunks.columns(first)
+        kept = _kept(scores, columns, wanted, bounds) & fresh
+        return total + jnp.where(kept, jnp.exp(jnp.where(kept, scores - top[:, None], 0.0)), 0.0).sum(1), None
+
+    total, _ = jax.lax.scan(body, jnp.zeros_like(top), chunks.firsts)
+    return top + jnp.log(total)
+
+
+def _kept(scores, columns, wanted, bounds):
+    return (scores >= bounds[:, None]) | (wanted[:, None] == columns)
+
+
+def _backward(config, residuals, cotangents):
+    flat, linear, wanted, bounds, normalizer, temperature = residuals
+    chunks = vocab_chunks.chunks(linear, len(flat))
+
+    def body(carry, first):
+        of_flat, of_linear = carry
+        scores, pull_back = jax.vjp(
+            lambda flat, part: vocab_chunks.scores(flat, part, temperature, config),
+            flat,
+            chunks.cut(linear, first),
+        )
+        columns, fresh = chunks.columns(first)
+        kept = fresh if bounds is None else _kept(scores, columns, wanted, bounds) & fresh
+        probability = jnp.where(kept, jnp.exp(jnp.where(kept, scores - normalizer[:, None], 0.0)), 0.0)
         is_target = (wanted[:, None] == columns) & fresh
-        kept = ((scores >= bounds[:, None]) & fresh) | is_target
-        shifted = jnp.where(kept, scores - top[:, None], 0.0)
-        total = total + jnp.where(kept, jnp.exp(shifted), 0.0).sum(axis=1)
-        return (total, target + jnp.where(is_target, shifted, 0.0).sum(axis=1)), None
+        more, part = pull_back(cotangents.logprobs[:, None] * (is_target - probability))
+        return (of_flat + more.astype(jnp.float32), chunks.add(of_linear, part, first)), None
 
-    zeros = jnp.zeros(flat.shape[0], jnp.float32)
-    (total, target), _ = jax.lax.scan(jax.checkpoint(body), (zeros, zeros), _chunks(config))
-    return target - jnp.log(total)
+    zeros = jnp.zeros(flat.shape, jnp.float32), jax.tree.map(jnp.zeros_like, linear)
+    zeros[1]["weight"] = sharding.constrain(zeros[1]["weight"], vocab_chunks.axes(config), config.phase)
+    (of_flat, of_linear), _ = jax.lax.scan(body, zeros, chunks.firsts)
+    return of_flat.astype(flat.dtype), of_linear, None, None, jnp.zeros_like(temperature)
+
+
+_stats.defvjp(_forward, _backward)
 
 
 def token_kl(
@@ -142,11 +178,14 @@ def token_kl(
       float32 [...], in nats, at least zero up to rounding.
     """
     flat, flat_reference = (x.reshape(-1, x.shape[-1]) for x in (hidden, reference_hidden))
+    linear, linear_ref = dict(head(params)), dict(head(reference))
+    chunks = vocab_chunks.chunks(linear, len(flat))
 
-    def body(carry, chunk):
+    def body(carry, first):
         largest, total, gap, largest_ref, total_ref = carry
-        scores, _, fresh = _chunk_scores(params, config, flat, chunk, temperature)
-        scores_ref, _, _ = _chunk_scores(reference, config, flat_reference, chunk, temperature)
+        scores = vocab_chunks.scores(flat, chunks.cut(linear, first), temperature, config)
+        scores_ref = vocab_chunks.scores(flat_reference, chunks.cut(linear_ref, first), temperature, config)
+        _, fresh = chunks.columns(first)
         difference = jnp.where(fresh, scores - scores_ref, 0.0)
         scores, scores_ref = (jnp.where(fresh, x, -jnp.inf) for x in (scores, scores_ref))
         top = jax.lax.stop_gradient(jnp.maximum(largest, scores.max(axis=1)))
@@ -160,7 +199,7 @@ def token_kl(
     zeros = jnp.zeros(flat.shape[0], jnp.float32)
     carry = (jnp.full_like(zeros, -jnp.inf), zeros, zeros, jnp.full_like(zeros, -jnp.inf), zeros)
     (largest, total, gap, largest_ref, total_ref), _ = jax.lax.scan(
-        jax.checkpoint(body), carry, _chunks(config)
+        jax.checkpoint(body), carry, chunks.firsts
     )
     kl = gap / total - (largest + jnp.log(total)) + largest_ref + jnp.log(total_ref)
     return kl.reshape(hidden.shape[:-1])
@@ -182,21 +221,3 @@ def token_logprobs(
     """
     hidden, _ = forward(params, config, tokens[:, :-1])
     return target_logprobs(params, config, hidden, tokens[:, 1:], temperature).logprobs
-
-
-def _chunks(config: DecoderConfig) -> jax.Array:
-    """First column of each vocabulary chunk; the last chunk may reach back over columns already seen."""
-    return jnp.arange(0, config.vocab_size, min(VOCAB_CHUNK, config.vocab_size))
-
-
-def _chunk_scores(params: Params, config: DecoderConfig, flat: jax.Array, first: jax.Array, temperature: Any):
-    """Scores [tokens, C] of one chunk, the columns they belong to [C], and which are new."""
-    size = min(VOCAB_CHUNK, config.vocab_size)
-    start = jnp.minimum(first, config.vocab_size - size)
-    linear = dict(head(params))
-    linear["weight"] = jax.lax.dynamic_slice_in_dim(linear["weight"], start, size, axis=0)
-    if "lora_b" in linear:
-        linear["lora_b"] = jax.lax.dynamic_slice_in_dim(linear["lora_b"], start, size, axis=1)
-    scores = layers.einsum("td,vd->tv", flat, linear, config, "float32") / temperature
-    columns = start + jnp.arange(size)
-    return scores, columns, columns >= first

@@ -7,7 +7,7 @@ import pytest
 
 from espl_jax.models import lora
 from espl_jax.models.transformer import unembed
-from espl_jax.rl import logprobs
+from espl_jax.rl import vocab_chunks
 from espl_jax.rl.logprobs import target_logprobs, token_kl, token_logprobs
 from espl_jax.sampling.draw import draw
 from espl_jax.sampling.truncation import Truncation
@@ -60,7 +60,7 @@ def weighted(function):
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_logprobs_and_entropy(monkeypatch, chunk):
-    monkeypatch.setattr(logprobs, "VOCAB_CHUNK", chunk)
+    monkeypatch.setattr(vocab_chunks, "LARGEST", chunk)
     arguments = policy(0)["head"], hidden_states(1)
     stats = statistics(*arguments)
     for ours, expected in zip(stats, direct_statistics(*arguments), strict=False):
@@ -70,11 +70,13 @@ def test_logprobs_and_entropy(monkeypatch, chunk):
 
 
 @pytest.mark.parametrize("chunk", [20, 61])
-def test_gradients_of_logprobs_and_entropy(monkeypatch, chunk):
-    monkeypatch.setattr(logprobs, "VOCAB_CHUNK", chunk)
+def test_gradients_of_logprobs(monkeypatch, chunk):
+    monkeypatch.setattr(vocab_chunks, "LARGEST", chunk)
     arguments = policy(0)["head"], hidden_states(1)
-    ours = jax.jit(jax.grad(weighted(statistics), argnums=(0, 1)))(*arguments)
-    expected = jax.jit(jax.grad(weighted(direct_statistics), argnums=(0, 1)))(*arguments)
+    ours, expected = (
+        jax.jit(jax.grad(weighted(lambda *a, f=f: f(*a)[:1]), argnums=(0, 1)))(*arguments)
+        for f in (statistics, direct_statistics)
+    )
     tiny.assert_trees_close(ours, expected, 1e-5)
 
 
@@ -99,7 +101,7 @@ def direct_truncated(head, hidden, cutoffs):
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_truncated_logprobs(monkeypatch, chunk):
-    monkeypatch.setattr(logprobs, "VOCAB_CHUNK", chunk)
+    monkeypatch.setattr(vocab_chunks, "LARGEST", chunk)
     arguments = policy(0)["head"], hidden_states(1)
     cutoffs = cutoffs_of(*arguments)
     stats = truncated_statistics(*arguments, cutoffs)
@@ -113,7 +115,7 @@ def test_truncated_logprobs(monkeypatch, chunk):
 
 @pytest.mark.parametrize("chunk", [20, 61])
 def test_gradient_of_truncated_logprobs(monkeypatch, chunk):
-    monkeypatch.setattr(logprobs, "VOCAB_CHUNK", chunk)
+    monkeypatch.setattr(vocab_chunks, "LARGEST", chunk)
     arguments = policy(0)["head"], hidden_states(1)
     arguments = *arguments, cutoffs_of(*arguments)
     ours = jax.jit(jax.grad(weighted(lambda *x: truncated_statistics(*x)[:1]), argnums=(0, 1)))(*arguments)
@@ -122,7 +124,7 @@ def test_gradient_of_truncated_logprobs(monkeypatch, chunk):
 
 
 def test_cutoffs_that_cut_nothing_change_nothing(monkeypatch):
-    monkeypatch.setattr(logprobs, "VOCAB_CHUNK", 20)
+    monkeypatch.setattr(vocab_chunks, "LARGEST", 20)
     head, hidden = policy(0)["head"], hidden_states(1)
 
     everything = jnp.full(TOKENS, -jnp.inf)
@@ -139,7 +141,7 @@ def test_cutoffs_that_cut_nothing_change_nothing(monkeypatch):
 
 def test_a_target_that_alone_is_kept_is_certain(monkeypatch):
     """Whether it is the most likely token or far less likely than float32 probabilities go."""
-    monkeypatch.setattr(logprobs, "VOCAB_CHUNK", 20)
+    monkeypatch.setattr(vocab_chunks, "LARGEST", 20)
     head = {"weight": jnp.zeros((61, 16)).at[:20, 0].set(-300.0).at[45, 0].set(300.0)}
     hidden = jnp.zeros((TOKENS, 16)).at[:, 0].set(1.0)
     for target, cutoff, cut in ((45, -1.0, False), (3, 1.0, True)):
@@ -179,7 +181,7 @@ def direct_kl(head, hidden):
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_kl(monkeypatch, chunk):
-    monkeypatch.setattr(logprobs, "VOCAB_CHUNK", chunk)
+    monkeypatch.setattr(vocab_chunks, "LARGEST", chunk)
     arguments = policy(0)["head"], hidden_states(1)
     (ours,), (expected,) = kl(*arguments), direct_kl(*arguments)
     np.testing.assert_allclose(ours, expected, atol=2e-5)
@@ -189,7 +191,7 @@ def test_kl(monkeypatch, chunk):
 
 
 def test_gradient_of_kl(monkeypatch):
-    monkeypatch.setattr(logprobs, "VOCAB_CHUNK", 20)
+    monkeypatch.setattr(vocab_chunks, "LARGEST", 20)
     arguments = policy(0)["head"], hidden_states(1)
     ours = jax.jit(jax.grad(weighted(kl), argnums=(0, 1)))(*arguments)
     expected = jax.jit(jax.grad(weighted(direct_kl), argnums=(0, 1)))(*arguments)
@@ -198,7 +200,7 @@ def test_gradient_of_kl(monkeypatch):
 
 def test_extreme_scores_stay_finite(monkeypatch):
     """A chunk in which every score is far below the largest, and one far above all before it."""
-    monkeypatch.setattr(logprobs, "VOCAB_CHUNK", 20)
+    monkeypatch.setattr(vocab_chunks, "LARGEST", 20)
     head = {"weight": jnp.zeros((61, 16)).at[:20, 0].set(-300.0).at[45, 0].set(300.0)}
     hidden = jnp.zeros((TOKENS, 16)).at[:, 0].set(1.0)
     stats = target_logprobs(with_head(head), CONFIG, hidden, jnp.full(TOKENS, 45))
@@ -228,7 +230,7 @@ def whole_vocabulary(function, *arguments):
 
 
 def test_the_whole_vocabulary_never_exists(monkeypatch):
-    monkeypatch.setattr(logprobs, "VOCAB_CHUNK", 20)
+    monkeypatch.setattr(vocab_chunks, "LARGEST", 20)
     arguments = policy(0)["head"], hidden_states(1)
     assert whole_vocabulary(statistics, *arguments) == set()
     assert whole_vocabulary(kl, *arguments) == set()

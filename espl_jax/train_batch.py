@@ -1,0 +1,190 @@
+"""`Rollouts` into the batches of their updates, padded to few static shapes."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from espl_jax.sampling.buckets import bucket, pad_right
+from espl_jax.types import Rollouts, TrainBatch
+
+
+def prompt_numbers(rollouts: Rollouts) -> np.ndarray:
+    """int32 [M], equal for slots that hold copies of one prompt; for `advantages(prompt_ids=...)`."""
+    ids = list(rollouts.slots())
+    return np.array([ids.index(prompt.id) for prompt in rollouts.prompts], np.int32)
+
+
+def train_batches(
+    rollouts: Rollouts,
+    advantages: np.ndarray,
+    *,
+    parts: int = 1,
+    microbatch_rows: int = 0,
+    minibatches: int = 1,
+    rng: np.random.Generator | None = None,
+    every_group: bool = False,
+    mask_truncated: bool = False,
+) -> list[TrainBatch]:
+    """The trees of an iteration's updates: all rollouts in one, or in minibatches of whole groups.
+
+    Groups without a gradient are left out. The rollouts of the others are cut into equal parts, a group in
+    two if need be: its advantages are known by now.
+
+    Args:
+      rollouts: the iteration's.
+      advantages: float32 [M, B, N].
+      parts: D, groups of devices that share rows (`sharding.row_parts`).
+      microbatch_rows: the rollouts of a part are a multiple of it; 0 for any number.
+      minibatches: how many updates share the rollouts; groups are dealt out to them at random.
+      rng: consumed to deal them out; needed for more than one.
+      every_group: keep groups without an advantage too, for losses that have a gradient there (KL).
+      mask_truncated: rollouts that a limit ended give no gradient (the overlong filtering of Yu et al. 2025,
+        arXiv 2503.14476); baselines, `num_rollouts` and `num_tokens` count them still.
+
+    Returns:
+      A batch for each minibatch that has a gradient; none at all where nothing can be learned.
+
+    Raises:
+      ValueError: if the rollouts are greedy.
+    """
+    if rollouts.temperature == 0:
+        raise ValueError(
+            "rollouts.temperature=0: greedy rollouts cannot be trained on, they were not drawn from the "
+            "policy; sample with a positive temperature"
+        )
+    counts = rollouts.drawn.any(axis=-1)
+    if mask_truncated:
+        counts = counts & ~rollouts.truncated
+    has_gradient = (counts & ((advantages != 0) | every_group)).any(axis=2)
+    groups = np.argwhere(np.ones_like(has_gradient))
+    if minibatches > 1:
+        groups = rng.permutation(groups)
+    batches = []
+    for share in np.array_split(groups, minibatches):
+        useful = share[has_gradient[tuple(share.T)]]
+        if len(useful):
+            useful = useful[np.lexsort(useful.T[::-1])]
+            most = -(-len(groups) // minibatches)
+            batches.append(_batch(rollouts, advantages, counts, share, useful, most, parts, microbatch_rows))
+    return batches
+
+
+def abstract_batch(
+    *,
+    prompts: int,
+    groups: int,
+    group_size: int,
+    system_tokens: int,
+    problem_tokens: int,
+    new_tokens: int,
+    cutoffs: bool,
+    parts: int = 1,
+    microbatch_rows: int = 0,
+) -> TrainBatch:
+    """Shapes of an update in which every group has a gradient, to compile for.
+
+    Args:
+      prompts: M.
+      groups: pairs of system prompt and problem, M * B.
+      group_size: N.
+      system_tokens, problem_tokens, new_tokens: the longest of each level; 0 for a tree without the level.
+      cutoffs: whether sampling was truncated.
+      parts, microbatch_rows: as in `train_batches`.
+    """
+    rows = rows_of_a_part(groups, groups, group_size, parts, microbatch_rows)
+    problems = problems_of_a_part(rows, group_size, parts)
+    width, system = bucket(new_tokens, smallest=16), bucket(system_tokens) if system_tokens else 0
+    problem = bucket(problem_tokens - 1) if problem_tokens else 0
+
+    def integers(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, np.int32)
+
+    def numbers(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, np.float32)
+
+    return TrainBatch(
+        system_tokens=integers(prompts, system),
+        system_lengths=integers(prompts),
+        problem_tokens=integers(parts, problems, problem),
+        problem_lengths=integers(parts, problems),
+        problem_system=integers(parts, problems),
+        rollout_problem=integers(parts, rows),
+        inputs=integers(parts, rows, width),
+        targets=integers(parts, rows, width),
+        mask=jax.ShapeDtypeStruct((parts, rows, width), np.bool_),
+        sampler_logprobs=numbers(parts, rows, width),
+        cutoffs=numbers(parts, rows, width) if cutoffs else None,
+        advantages=numbers(parts, rows),
+        num_rollouts=numbers(),
+        num_tokens=numbers(),
+    )
+
+
+def rows_of_a_part(groups: int, most: int, group_size: int, parts: int, microbatch_rows: int) -> int:
+    """R, for so many groups of at most `most`: all of them, a half, a quarter ..., rounded up."""
+    rows = -(-most * group_size // parts)
+    while rows > 1 and -(-rows // 2) * parts >= groups * group_size:
+        rows = -(-rows // 2)
+    size = min(microbatch_rows or rows, rows)
+    return -(-rows // size) * size
+
+
+def problems_of_a_part(rows: int, group_size: int, parts: int) -> int:
+    """P, the most groups that any run of so many rows has a part in."""
+    starts = rows * np.arange(parts)
+    return int(((starts + rows - 1) // group_size - starts // group_size).max()) + 1
+
+
+def _batch(
+    rollouts: Rollouts,
+    advantages: np.ndarray,
+    counts: np.ndarray,
+    share: np.ndarray,
+    useful: np.ndarray,
+    most: int,
+    parts: int,
+    microbatch_rows: int,
+) -> TrainBatch:
+    """One update. `share` int [.., 2] are its groups (m, b); `useful` [U, 2] those with a gradient."""
+    group_size = advantages.shape[2]
+    rows = rows_of_a_part(len(useful), most, group_size, parts, microbatch_rows)
+    # Row i of all parts together is of group i // N; those beyond the last group stand under an empty mask.
+    row = np.arange(parts * rows).reshape(parts, rows)
+    real = row < len(useful) * group_size
+    first = row[:, :1] // group_size
+    group = np.minimum(row // group_size, len(useful) - 1)
+    nodes = first + np.arange(problems_of_a_part(rows, group_size, parts))
+    nodes = np.minimum(nodes, len(useful) - 1)
+    place = (*np.moveaxis(useful[group], -1, 0), row % group_size)
+
+    lengths = np.where(counts, rollouts.lengths, 0)[place] * real
+    width = bucket(int(lengths.max()), smallest=16)
+
+    def columns(x: np.ndarray) -> np.ndarray:
+        x = x[..., :width][place]
+        return np.pad(x, [(0, 0)] * 2 + [(0, width - x.shape[-1])])
+
+    prompts = [rollouts.problem_tokens[m][b] for m, b in useful]
+    longest = max(len(tokens) for lane in rollouts.problem_tokens for tokens in lane)
+    problem_tokens, problem_lengths = pad_right([tokens[:-1] for tokens in prompts], bucket(longest - 1))
+    system_tokens, system_lengths = pad_right(rollouts.system_tokens)
+    last = np.array([tokens[-1] for tokens in prompts], np.int32)[group]
+    targets = columns(rollouts.tokens)
+    was_cut = bool((rollouts.cutoffs[rollouts.drawn] > -np.inf).any())
+    return TrainBatch(
+        system_tokens=system_tokens,
+        system_lengths=system_lengths,
+        problem_tokens=problem_tokens[nodes],
+        problem_lengths=problem_lengths[nodes],
+        problem_system=useful[nodes, 0].astype(np.int32),
+        rollout_problem=(row // group_size - first).astype(np.int32),
+        inputs=np.concatenate([last[..., None], targets[..., :-1]], axis=-1),
+        targets=targets,
+        mask=columns(rollouts.drawn & counts[..., None]) & real[..., None],
+        sampler_logprobs=columns(rollouts.logprobs),
+        cutoffs=columns(rollouts.cutoffs) if was_cut else None,
+        advantages=np.where(real, advantages[place], 0).astype(np.float32),
+        num_rollouts=np.float32(len(share) * group_size),
+        num_tokens=np.float32(rollouts.drawn[tuple(share.T)].sum()),
+    )
