@@ -86,13 +86,23 @@ def _compared(
 
 
 def _value(
-    computations: Mapping[str, Computation], computation: Computation, name: str, given: Mapping[int, Any]
+    computations: Mapping[str, Computation],
+    computation: Computation,
+    name: str,
+    given: Mapping[int, Any],
+    known: dict[str, Any] | None = None,
 ) -> Any:
-    """A whole number if it follows from constants and the given parameters, a list of such, or None."""
+    """A whole number if it follows from constants and the given parameters, a list of such, or None.
+
+    `known` are values of the same computation found before: most are used many times over.
+    """
     x = computation.instructions[name]
+    known = {} if known is None else known
 
     def of(operand: str) -> Any:
-        return _value(computations, computation, operand, given)
+        if operand not in known:
+            known[operand] = _value(computations, computation, operand, given, known)
+        return known[operand]
 
     if x.opcode == "constant":
         return int(x.literal) if re.fullmatch(r"-?\d+", x.literal) else None

@@ -14,14 +14,14 @@ def flops(computations: Mapping[str, Computation], computation: Computation, x: 
     """Two for each product that one execution of an instruction needs; 0 where it multiplies elementwise.
 
     A fusion, or what runs asynchronously, has those of its insides; a custom kernel has those that its author
-    estimated.
+    estimated, or as one of jax's splash attention those that causality leaves.
     """
     if x.opcode == "fusion" or (x.opcode == "async-start" and "calls=" in x.attributes):
         inner = computations[x.called("calls")]
         return sum(flops(computations, inner, y) for y in inner.instructions.values())
     if x.opcode == "custom-call":
         estimate = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', x.attributes)
-        return int(estimate[1]) if estimate else 0
+        return int(estimate[1]) if estimate else _splash(x)
     if x.opcode not in ("dot", "convolution"):
         return 0
     left, right = (computation.instructions[name].arrays[0].dims for name in x.operands)
@@ -31,6 +31,23 @@ def flops(computations: Mapping[str, Computation], computation: Computation, x: 
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", x.attributes)
     axes = [int(axis) for axis in contracted[1].split(",") if axis] if contracted else []
     return 2 * math.prod(result) * math.prod(left[axis] for axis in axes)
+
+
+_SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+"""Products of queries, or of the like, with columns that each kernel of splash attention makes."""
+
+
+def _splash(x: Instruction) -> int:
+    """Flops of a kernel of splash attention, 0 for another one: pairs of query and column that causality
+    leaves. A window leaves fewer, and blocks that it cuts through are multiplied whole, which is more."""
+    products = next((count for name, count in _SPLASH.items() if x.name.startswith(name)), 0)
+    arrays = re.findall(r"\w+\[(\d+),(\d+),(\d+),(\d+)\]", x.attributes)
+    if not products or len(arrays) < 3:
+        return 0
+    rows, heads, queries, head = map(int, arrays[0])
+    columns = int(arrays[2][2])  # of the values [rows, kv heads, columns, head]
+    pairs = queries * (columns - queries) + queries * (queries + 1) // 2
+    return 2 * products * rows * heads * head * pairs
 
 
 def _convolution(left: Sequence[int], right: Sequence[int], result: Sequence[int], attributes: str) -> int:

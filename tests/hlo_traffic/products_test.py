@@ -75,3 +75,15 @@ def test_one_dimension(inputs, window, stride, low, dilate, rhs_dilate):
         flops(f"f32[1,{outputs},1]", f"f32[1,{inputs},1]", f"f32[{window},1,1]", "convolution", attributes)
         == 2 * expected
     )
+
+
+@pytest.mark.parametrize(("kernel", "products"), [("fwd", 2), ("dq", 3), ("dkv", 4)])
+def test_splash_attention_counts_what_causality_leaves(kernel, products):
+    """Two rows of three heads; each of 4 queries sees 6 columns before the level and its own up to itself."""
+    shapes = "s8[1,1,1]{2,1,0}, bf16[2,3,4,8]{3,2,1,0}, bf16[2,1,8,10]{3,2,1,0}, bf16[2,1,10,8]{3,2,1,0}"
+    counted = traffic(f"""ENTRY %main (a: f32[]) -> f32[] {{
+  %a = f32[] parameter(0)
+  ROOT %splash_mha_{kernel}.1 = f32[] custom-call(%a), operand_layout_constraints={{{shapes}}}
+}}
+""").flops
+    assert counted == 2 * products * 2 * 3 * 8 * (7 + 8 + 9 + 10)
