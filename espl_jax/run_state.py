@@ -9,7 +9,19 @@
 
 The marker alone decides: a checkpoint without a whole COMMIT does not exist and is removed when the directory
 is next opened, and logs are cut back to the lengths in the newest COMMIT. What was done after it is done
-again, with the same results. Checkpoints rely on no rename, so that object stores can hold them.
+again, with the same results.
+
+In a bucket (`gs://bucket/folder`) the same names hold the same, with two differences. A log is a folder:
+
+    metrics.jsonl/000000000000         the lines of the first checkpoint
+    metrics.jsonl/000000004711         those of the next, named by the place of their first byte in the log
+
+so new lines can be seen when a checkpoint is made, and the parts in the order of their names are the log.
+And nothing can be locked: whoever opens the directory takes it over, and the process that had it is refused
+at its next write. A folder of this machine is locked, and the second process is refused.
+
+Of several processes, all write their parts of the arrays, and the first one does all the rest: what it finds
+in the directory, and its errors, are everyone's.
 """
 
 from __future__ import annotations
@@ -18,29 +30,31 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Collection, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO
+import re
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from absl import logging
-from orbax.checkpoint import v1 as ocp
 
-from espl_jax import durable
+from espl_jax import processes, saved_arrays, storage
+from espl_jax.json_values import differences, plain
 
 LOGS = ("metrics", "rollouts", "reflections", "lineage", "evaluations")
 
+T = TypeVar("T")
+
 
 class WorkDir:
-    """One run's directory, held by one process until `close` or its death.
+    """One run's directory, held by one run until `close` or its death.
 
     Opening it undoes whatever an interrupted process left unfinished; `restore` then gives the state of the
-    newest checkpoint.
+    newest checkpoint. Where a run has several processes, all of them open it and call the same methods in the
+    same order with the same values; `append` and `close` alone wait for nobody.
 
     Args:
-      path: the directory; made if it is not there.
+      path: the directory, of this machine (or one that all processes see) or in a bucket (`gs://`); made if
+        it is not there.
       config: the run's configuration as nested dicts of plain values. It must equal that of the run already
         in the directory.
       may_change: dotted names of fields (or of groups of fields) that may differ between the two.
@@ -48,9 +62,13 @@ class WorkDir:
       keep: checkpoints to keep, the newest ones.
 
     Raises:
-      RuntimeError: another process holds the directory.
+      RuntimeError: another run holds the directory, or not all processes of this one see it.
+      ImportError: for a bucket, without the package that reads it.
       ValueError: the directory belongs to a run with another configuration, or a log is shorter than the
         newest checkpoint says.
+
+    Attributes:
+      path: the directory.
     """
 
     def __init__(
@@ -62,24 +80,20 @@ class WorkDir:
         logs: Sequence[str] = LOGS,
         keep: int = 2,
     ):
-        if "://" in os.fspath(path):
-            raise ValueError(f"workdir {path}: only folders of this machine can be written yet; name one")
         if keep < 1:
             raise ValueError(f"keep is {keep}: a run needs at least 1 checkpoint to resume from")
-        self.path = Path(path).expanduser().absolute()  # orbax refuses relative paths
         self.keep = keep
-        self._logs = tuple(logs)
-        self._open_logs: dict[str, BinaryIO] = {}
-        self._checkpoints = self.path / "checkpoints"
-        self._checkpoints.mkdir(parents=True, exist_ok=True)
-        self._lock = durable.lock(self.path)
+        self._storage = storage.open_folder(path)
+        self.path = self._storage.path
+        self._logs = {log: self._storage.log(f"{log}.jsonl") for log in logs}
+        self._failure: Exception | None = None
+        config = plain(config, "config")
+        processes.decide(lambda: self._open(config, may_change))
         try:
-            # Before anything is cut back: the wrong configuration must not cost the directory its logs.
-            _check_config(self.path, plain(config, "config"), may_change)
-            self.write_json("config.json", config)
-            self._recover()
+            there = self._storage.read("config.json")
+            processes.agree(f"config.json in {self.path}, which all processes have to see,", there)
         except BaseException:
-            self._lock.close()
+            self.close()
             raise
 
     def __enter__(self) -> WorkDir:
@@ -89,31 +103,40 @@ class WorkDir:
         self.close()
 
     def close(self) -> None:
-        """Closes the logs and gives up the directory."""
-        for file in self._open_logs.values():
-            file.close()
-        self._open_logs.clear()
-        self._lock.close()
+        """Closes the logs and gives up the directory.
+
+        In a bucket, the lines since the last `save` are written now.
+        """
+        if processes.is_first():
+            try:
+                for log in self._logs.values():
+                    log.close()
+            finally:
+                self._storage.release()
 
     def append(self, log: str, record: dict[str, Any]) -> None:
-        """Adds one line to `<log>.jsonl`, where others can read it at once.
+        """Adds one line to `<log>.jsonl`.
 
-        The line becomes permanent with the next `save`. Floats read back bit for bit; numpy and jax values
-        become plain numbers and lists.
+        Others can read it at once, or in a bucket after the next `save`, with which it becomes permanent.
+        Floats read back bit for bit; numpy and jax values become plain numbers and lists. Of several
+        processes the first one writes; if it cannot, the next `save`, `read`, `write_json` or `write_text`
+        raises that error in all of them.
 
         Raises:
           ValueError: an undeclared log, or a NaN or infinity in the record (named).
           TypeError: a value that JSON does not have (named).
         """
         if log not in self._logs:
-            raise ValueError(f"log {log!r} is not one of {self._logs}: name it in WorkDir(logs=...)")
-        path = self.path / f"{log}.jsonl"
+            raise ValueError(f"log {log!r} is not one of {tuple(self._logs)}: name it in WorkDir(logs=...)")
         line = json.dumps(plain(record, log), sort_keys=True, separators=(",", ":")) + "\n"
-        with durable.disk_full_explained(path):
-            if log not in self._open_logs:
-                self._open_logs[log] = open(path, "ab")  # noqa: SIM115 (closed by `close`)
-            self._open_logs[log].write(line.encode())
-            self._open_logs[log].flush()
+        if not processes.is_first() or self._failure:
+            return
+        try:
+            self._logs[log].append(line.encode())
+        except Exception as error:
+            if jax.process_count() == 1:
+                raise
+            self._failure = error  # the others learn of it when they next meet this process
 
     def write_json(self, name: str, value: Any) -> None:
         """Replaces the file `name` of the directory by `value`: readers see the old text or the new one.
@@ -124,47 +147,29 @@ class WorkDir:
 
     def write_text(self, name: str, text: str) -> None:
         """Replaces the file `name` by a text, as `write_json` does."""
-        durable.replace(self.path / name, text.encode())
+        self._first(lambda: self._storage.write(name, text.encode()))
 
     def read(self, log: str) -> list[dict[str, Any]]:
         """The lines of a log so far; none where nothing was appended."""
-        path = self.path / f"{log}.jsonl"
-        return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+        return self._first(lambda: [json.loads(line) for line in self._logs[log].lines()])
 
     def save(self, iteration: int, arrays: Any, state: dict[str, Any]) -> None:
         """Makes everything up to now permanent, as the state after `iteration` iterations.
 
+        Of several processes, each returns when all of it is.
+
         Args:
           iteration: iterations done; larger than that of any checkpoint in the directory.
-          arrays: any pytree of jax arrays, sharded or not; may be empty.
+          arrays: any pytree of jax arrays, sharded or not; may be empty. With several processes each is laid
+            out over all of them.
           state: plain JSON values; tuples come back as lists.
         """
-        newest = max(_committed(self._checkpoints), default=-1)
-        if iteration <= newest:
-            raise ValueError(f"cannot save iteration {iteration}: {self.path} already has iteration {newest}")
-        folder = self._folder(iteration)
-        if folder.exists():  # a `save` that failed in this process
-            self._remove(folder)
         text = json.dumps(plain(state, "state"), sort_keys=True).encode()
-        leaves, _ = _named_leaves(arrays)
-        with durable.disk_full_explained(folder):
-            for file in self._open_logs.values():
-                os.fsync(file.fileno())
-            folder.mkdir()
-            if leaves:
-                ocp.save(folder / "arrays", leaves)
-            durable.write(folder / "state.json", text)
-            commit = {
-                "iteration": iteration,
-                "logs": {log: durable.size(self.path / f"{log}.jsonl") for log in self._logs},
-                "arrays": {name: _describe(leaf) for name, leaf in leaves.items()},
-                "state_sha256": hashlib.sha256(text).hexdigest(),
-            }
-            for each in (folder, self._checkpoints, self.path):
-                durable.sync_folder(each)
-            durable.write(folder / "COMMIT", json.dumps(commit, sort_keys=True).encode())
-            durable.sync_folder(folder)
-        self._remove_old()
+        leaves, _ = saved_arrays.named_leaves(arrays)
+        saved_arrays.check_shared(leaves)
+        self._first(lambda: self._begin(iteration))
+        saved_arrays.save(self.path / _folder(iteration) / "arrays", leaves)
+        self._first(lambda: self._commit(iteration, text, saved_arrays.describe(leaves)))
 
     def restore(self, abstract_arrays: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """Reads the newest checkpoint.
@@ -172,7 +177,8 @@ class WorkDir:
         Args:
           abstract_arrays: the pytree that was saved, with a `jax.ShapeDtypeStruct` (or an array) for each
             leaf. Leaves are restored onto their shardings; one without a sharding goes to the default
-            device, uncommitted, as a fresh array does.
+            device, uncommitted, as a fresh array does. With several processes every leaf needs one that is
+            laid out over all of them.
 
         Returns:
           `(iteration, arrays, state)`, or None where nothing was saved yet.
@@ -180,32 +186,84 @@ class WorkDir:
         Raises:
           ValueError: the checkpoint is damaged, or its arrays have other names, shapes or dtypes.
         """
-        committed = _committed(self._checkpoints)
-        return _read_newest(self._checkpoints, committed, abstract_arrays) if committed else None
+        newest = self._first(lambda: _newest(self._storage, _committed(self._storage)))
+        return _with_arrays(self._storage, newest, abstract_arrays) if newest else None
 
-    def _folder(self, iteration: int) -> Path:
-        return _folder(self._checkpoints, iteration)
+    def _first(self, act: Callable[[], T]) -> T:
+        """What the first process makes of it, or what it failed at before."""
+
+        def act_or_fail() -> T:
+            if self._failure:
+                raise self._failure
+            return act()
+
+        return processes.decide(act_or_fail)
+
+    def _open(self, config: dict[str, Any], may_change: Collection[str]) -> None:
+        # Before anything is taken or cut back: the wrong configuration must not cost a run in a bucket its
+        # directory, or the directory its logs.
+        self._check_config(config, may_change)
+        self._storage.hold()
+        try:
+            self._check_config(config, may_change)
+            text = json.dumps(config, sort_keys=True, indent=2) + "\n"
+            self._storage.write("config.json", text.encode())
+            self._storage.make("checkpoints")
+            self._recover()
+        except BaseException:
+            self._storage.release()
+            raise
+
+    def _check_config(self, config: dict[str, Any], may_change: Collection[str]) -> None:
+        there = json.loads(self._storage.read("config.json") or "null")
+        if there is not None and (lines := differences(there, config, may_change)):
+            raise ValueError(
+                f"{self.path} holds a run with another configuration:\n" + "\n".join(lines) + "\n"
+                "Use another --workdir, or the configuration of that run to resume it."
+            )
 
     def _recover(self) -> None:
-        committed = _committed(self._checkpoints)
+        committed = _committed(self._storage)
         lengths = committed[max(committed)]["logs"] if committed else {}
-        for log in self._logs:
-            durable.cut_back(self.path / f"{log}.jsonl", lengths.get(log, 0))
-        for folder in self._checkpoints.glob("[0-9]" * 8):
-            if int(folder.name) not in committed:
-                logging.info("Removing the unfinished checkpoint %s", folder)
-                self._remove(folder)
+        for name, log in self._logs.items():
+            log.cut_back(lengths.get(name, 0))
+        for iteration in _iterations(self._storage):
+            if iteration not in committed:
+                logging.info("Removing the unfinished checkpoint %s", self.path / _folder(iteration))
+                self._remove(iteration)
+        self._remove_old()
+
+    def _begin(self, iteration: int) -> None:
+        newest = max(_committed(self._storage), default=-1)
+        if iteration <= newest:
+            raise ValueError(f"cannot save iteration {iteration}: {self.path} already has iteration {newest}")
+        self._storage.check_held()
+        if iteration in _iterations(self._storage):  # a `save` that failed in this process
+            self._remove(iteration)
+        self._storage.make(_folder(iteration))
+
+    def _commit(self, iteration: int, state: bytes, arrays: dict[str, str]) -> None:
+        for log in self._logs.values():
+            log.sync()
+        folder = _folder(iteration)
+        self._storage.write(f"{folder}/state.json", state)
+        commit = {
+            "iteration": iteration,
+            "logs": {name: log.length() for name, log in self._logs.items()},
+            "arrays": arrays,
+            "state_sha256": hashlib.sha256(state).hexdigest(),
+        }
+        self._storage.write(f"{folder}/COMMIT", json.dumps(commit, sort_keys=True).encode())
         self._remove_old()
 
     def _remove_old(self) -> None:
-        for iteration in sorted(_committed(self._checkpoints))[: -self.keep]:
-            self._remove(self._folder(iteration))
+        for iteration in sorted(_committed(self._storage))[: -self.keep]:
+            self._remove(iteration)
 
-    def _remove(self, folder: Path) -> None:
+    def _remove(self, iteration: int) -> None:
         # The marker first: half a checkpoint must not look like one.
-        (folder / "COMMIT").unlink(missing_ok=True)
-        durable.sync_folder(folder)
-        shutil.rmtree(folder)
+        self._storage.remove(f"{_folder(iteration)}/COMMIT")
+        self._storage.remove(_folder(iteration))
 
 
 def read_checkpoint(
@@ -222,147 +280,73 @@ def read_checkpoint(
     Returns, Raises:
       As `WorkDir.restore`.
     """
-    checkpoints = Path(path).expanduser().absolute() / "checkpoints"
-    while committed := _committed(checkpoints):
+    folder = storage.open_folder(path)
+    while committed := processes.decide(lambda: _committed(folder)):
         try:
-            return _read_newest(checkpoints, committed, abstract_arrays, partial=True)
+            newest = processes.decide(lambda found=committed: _newest(folder, found))
+            return _with_arrays(folder, newest, abstract_arrays, partial=True)
         except Exception:
             # Gone while it was read, because the run has made newer ones? Then these can be read.
-            if max(_committed(checkpoints), default=-1) == max(committed):
+            if jax.process_count() > 1 or max(_committed(folder), default=-1) == max(committed):
                 raise
     return None
 
 
-def plain(value: Any, where: str) -> Any:
-    """`value` as JSON values that read back exactly: numpy and jax values become numbers and lists.
-
-    Args:
-      value: dicts with string keys, lists, tuples, strings, numbers, booleans, None, arrays.
-      where: what to call the value in an error.
-
-    Raises:
-      ValueError: a NaN or infinity. TypeError: anything else that JSON does not have. Both name the field.
-    """
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        if not np.isfinite(value):
-            raise ValueError(f"{where} is {value}: a run with such a number in it cannot be trusted; stopped")
-        return float(value)
-    if isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, str):
-                raise TypeError(f"{where} has the key {key!r}: JSON keys are strings, so use {str(key)!r}")
-        return {key: plain(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if hasattr(value, "__array__"):
-        return plain(np.asarray(value).tolist(), where)
-    raise TypeError(f"{where} is a {type(value).__name__}, which JSON does not have: convert it first")
+def read_log(path: str | os.PathLike[str], log: str) -> list[bytes]:
+    """The lines of a log, as JSON texts, of a run that may be going on; the last may not be whole."""
+    return list(storage.open_log(storage.parse(path) / f"{log}.jsonl").lines())
 
 
-def _check_config(path: Path, config: dict[str, Any], may_change: Collection[str]) -> None:
-    if not (path / "config.json").exists():
-        return
-    old, new = _fields(json.loads((path / "config.json").read_bytes())), _fields(config)
-    differences = [
-        f"  {field}: {old.get(field, '(absent)')} there, {new.get(field, '(absent)')} now"
-        for field in sorted(old.keys() | new.keys())
-        if old.get(field) != new.get(field)
-        and not any(field == free or field.startswith(f"{free}.") for free in may_change)
-    ]
-    if differences:
-        raise ValueError(
-            f"{path} holds a run with another configuration:\n" + "\n".join(differences) + "\n"
-            "Use another --workdir, or the configuration of that run to resume it."
-        )
+def _folder(iteration: int) -> str:
+    return f"checkpoints/{iteration:08d}"
 
 
-def _fields(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted name -> value as JSON text."""
-    fields = {}
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            fields |= _fields(value, f"{prefix}{key}.")
-        else:
-            fields[f"{prefix}{key}"] = json.dumps(value)
-    return fields
+def _iterations(folder: storage.Folder) -> list[int]:
+    """Of the checkpoints, finished or not."""
+    return [int(name) for name in folder.names("checkpoints") if re.fullmatch(r"\d{8}", name)]
 
 
-def _folder(checkpoints: Path, iteration: int) -> Path:
-    return checkpoints / f"{iteration:08d}"
-
-
-def _committed(checkpoints: Path) -> dict[int, dict[str, Any]]:
+def _committed(folder: storage.Folder) -> dict[int, dict[str, Any]]:
     """What COMMIT says, by iteration. A marker cut short by a kill does not parse, and does not count."""
     committed = {}
-    for folder in checkpoints.glob("[0-9]" * 8):
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-            text = (folder / "COMMIT").read_text(encoding="ascii", errors="replace")
-            committed[int(folder.name)] = json.loads(text)
+    for iteration in _iterations(folder):
+        text = folder.read(f"{_folder(iteration)}/COMMIT") or b""
+        with contextlib.suppress(json.JSONDecodeError):
+            committed[iteration] = json.loads(text.decode("ascii", errors="replace"))
     return committed
 
 
-def _read_newest(
-    checkpoints: Path, committed: dict[int, dict[str, Any]], abstract_arrays: Any, partial: bool = False
-) -> tuple[int, Any, dict[str, Any]]:
-    """The newest of the committed checkpoints, or those of its arrays that are asked for."""
+def _newest(
+    folder: storage.Folder, committed: dict[int, dict[str, Any]]
+) -> tuple[int, dict[str, Any], bytes] | None:
+    """Iteration, COMMIT and state.json of the newest of the committed checkpoints."""
+    if not committed:
+        return None
     iteration = max(committed)
-    folder, commit = _folder(checkpoints, iteration), committed[iteration]
-    path = folder / "state.json"
-    text = path.read_bytes() if path.exists() else b""
-    if hashlib.sha256(text).hexdigest() != commit["state_sha256"]:
+    name = f"{_folder(iteration)}/state.json"
+    text = folder.read(name) or b""
+    if hashlib.sha256(text).hexdigest() != committed[iteration]["state_sha256"]:
         older = max(committed.keys() - {iteration}, default=None)
         rest = "start from the beginning" if older is None else f"resume from iteration {older}"
-        raise ValueError(f"{path} is damaged: its hash is not the one in COMMIT. Remove {folder} to {rest}.")
-    leaves, treedef = _named_leaves(abstract_arrays)
-    wanted = {name: _describe(leaf) for name, leaf in leaves.items()}
-    saved = {name: x for name, x in commit["arrays"].items() if name in wanted or not partial}
-    _check_arrays(folder, saved, wanted)
-    return iteration, treedef.unflatten(_load(folder / "arrays", leaves)), json.loads(text)
-
-
-def _named_leaves(tree: Any) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
-    """Leaves by path. Saved flat, since orbax does not know every container that optimizers are made of."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}, treedef
-
-
-def _describe(leaf: Any) -> str:
-    return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
-
-
-def _check_arrays(folder: Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
-    differences = [
-        f"  {name}: {saved.get(name, '(absent)')} there, {wanted.get(name, '(absent)')} now"
-        for name in sorted(saved.keys() | wanted.keys())
-        if saved.get(name) != wanted.get(name)
-    ]
-    if differences:
-        more = f"\n  and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise ValueError(
-            f"the arrays in {folder} are not those of this model and optimizer:\n"
-            + "\n".join(differences[:5])
-            + f"{more}\nUse another --workdir, or the version of the code that saved them."
+            f"{folder.path / name} is damaged: its hash is not the one in COMMIT. Remove "
+            f"{folder.path / _folder(iteration)} to {rest}."
         )
+    return iteration, committed[iteration], text
 
 
-def _load(path: Path, leaves: dict[str, Any]) -> list[jax.Array]:
-    """Reads the arrays onto the shardings of `leaves`, in their order."""
-    if not leaves:
-        return []
-    # An array that no sharding was asked for is uncommitted: jax then moves it to where its partners are.
-    free = {name for name, leaf in leaves.items() if not getattr(leaf, "committed", True)}
-    free |= {name for name, leaf in leaves.items() if getattr(leaf, "sharding", None) is None}
-    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = {
-        name: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=default if name in free else leaf.sharding
-        )
-        for name, leaf in leaves.items()
-    }
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True  # whether some may be left out has been decided above
-    with context:
-        arrays = ocp.load(path, abstract)
-    return [jax.device_put(np.asarray(arrays[name])) if name in free else arrays[name] for name in leaves]
+def _with_arrays(
+    folder: storage.Folder,
+    newest: tuple[int, dict[str, Any], bytes],
+    abstract_arrays: Any,
+    partial: bool = False,
+) -> tuple[int, Any, dict[str, Any]]:
+    """That checkpoint, with all of its arrays or those of them that are asked for."""
+    iteration, commit, text = newest
+    path = folder.path / _folder(iteration)
+    leaves, treedef = saved_arrays.named_leaves(abstract_arrays)
+    wanted = saved_arrays.describe(leaves)
+    saved = {name: x for name, x in commit["arrays"].items() if name in wanted or not partial}
+    saved_arrays.check_same(path, saved, wanted)
+    saved_arrays.check_shared(leaves)
+    return iteration, treedef.unflatten(saved_arrays.load(path / "arrays", leaves)), json.loads(text)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from espl_jax import storage
 from espl_jax.assemble import abstract_trainable, load_reference, trains
 from espl_jax.evolution.deployment import deployed
 from espl_jax.evolution.population import Population, from_json, prompt_from_json
@@ -38,7 +39,7 @@ class SavedRun:
     """The newest checkpoint of a run, with the model that its weights belong to.
 
     Attributes:
-      path: the work directory.
+      path: the work directory, of this machine or in a bucket.
       config: of the run.
       iteration: iterations done at the checkpoint.
       model: the policy: trained weights, or the base with adapters attached, or, where the mode changes
@@ -82,8 +83,9 @@ class SavedRun:
 
 def is_run(path: str | os.PathLike[str]) -> bool:
     """Whether this is the work directory of a run, by its config.json (models have one too)."""
-    with contextlib.suppress(OSError, ValueError):
-        config = json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
+    # No folder can have a name that is too long; a bucket that cannot be read is worth an error.
+    with contextlib.suppress(*([] if storage.is_remote(path) else [OSError]), ValueError):
+        config = json.loads(storage.open_folder(path).read("config.json") or b"")
         return isinstance(config, dict) and {"mode", "num_iterations"} <= config.keys()
     return False
 
@@ -95,10 +97,11 @@ def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
       FileNotFoundError: if there is no run.
       ValueError: if fields are missing that `read_run` needs.
     """
-    path = Path(workdir).expanduser() / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} has no config.json: give the --workdir of a run")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    folder = storage.open_folder(workdir)
+    path, text = folder.path / "config.json", folder.read("config.json")
+    if text is None:
+        raise FileNotFoundError(f"{folder.path} has no config.json: give the --workdir of a run")
+    config = json.loads(text)
     missing = [group for group in _READ if group not in config]
     missing += [
         f"{group}.{name}"
@@ -114,7 +117,7 @@ def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
 def check_run(workdir: str | os.PathLike[str]) -> ConfigDict:
     """The configuration of a run that has a checkpoint. Raises as `read_run`, without reading any weights."""
     config = read_config(workdir)
-    _newest(Path(workdir).expanduser(), None)
+    _newest(storage.parse(workdir), None)
     return config
 
 
@@ -135,7 +138,7 @@ def read_run(
       ValueError: if the checkpoint is damaged, does not fit the model, or is of another version of the
         package. Else as `load_pretrained`.
     """
-    path = Path(workdir).expanduser()
+    path = storage.parse(workdir)
     config = read_config(path)
     model = load_reference(config, mesh, **numerics)
     trainable = abstract_trainable(config, model.config, mesh) if trains(config) else None

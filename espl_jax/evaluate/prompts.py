@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+from espl_jax import storage
 from espl_jax.evolution import population as populations
 from espl_jax.evolution.deployment import best_rated
 from espl_jax.types import SystemPrompt
@@ -56,11 +57,12 @@ def _may_be_path(text: str) -> bool:
 
 
 def _read(path: str) -> str:
-    if not Path(path).expanduser().is_file():
+    file = storage.parse(path) if storage.is_remote(path) else Path(path).expanduser()
+    if not file.is_file():
         raise FileNotFoundError(
             f"there is no file {path}; correct the path, or, if this is the prompt itself, end it otherwise"
         )
-    return Path(path).expanduser().read_text(encoding="utf-8")
+    return file.read_text(encoding="utf-8")
 
 
 def _member(path: str, member: str) -> SystemPrompt:

@@ -14,6 +14,7 @@ from espl_jax.pretrained.new_folder import check_free
 from espl_jax.pretrained.peft import save_adapter
 from espl_jax.pretrained.save import save_pretrained
 from espl_jax.pretrained.shards import DTYPES as DTYPES_WRITTEN
+from espl_jax.run_state import read_log
 from espl_jax.saved_run import SavedRun, read_run
 
 FORMATS = ("merged", "adapter")
@@ -131,6 +132,5 @@ def _results(run: SavedRun) -> dict[str, Any] | None:
 
 def _metrics(run: SavedRun) -> dict[str, Any] | None:
     """The checkpoint's line of `metrics.jsonl`; a run that goes on may have written more."""
-    path = run.path / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = read_log(run.path, "metrics")
     return json.loads(lines[run.iteration - 1]) if len(lines) >= run.iteration else None

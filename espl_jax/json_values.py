@@ -1,0 +1,64 @@
+"""JSON values that read back exactly, and how two configurations of them differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+
+def plain(value: Any, where: str) -> Any:
+    """`value` as JSON values that read back exactly: numpy and jax values become numbers and lists.
+
+    Args:
+      value: dicts with string keys, lists, tuples, strings, numbers, booleans, None, arrays.
+      where: what to call the value in an error.
+
+    Raises:
+      ValueError: a NaN or infinity. TypeError: anything else that JSON does not have. Both name the field.
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        if not np.isfinite(value):
+            raise ValueError(f"{where} is {value}: a run with such a number in it cannot be trusted; stopped")
+        return float(value)
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"{where} has the key {key!r}: JSON keys are strings, so use {str(key)!r}")
+        return {key: plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if hasattr(value, "__array__"):
+        return plain(np.asarray(value).tolist(), where)
+    raise TypeError(f"{where} is a {type(value).__name__}, which JSON does not have: convert it first")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], may_change: Collection[str] = ()) -> list[str]:
+    """What differs between two configurations, a line a field: its dotted name and both values.
+
+    Args:
+      old, new: nested dicts of plain values.
+      may_change: dotted names of fields, or of groups of fields, that are left out.
+    """
+    before, now = _fields(old), _fields(new)
+    return [
+        f"  {field}: {before.get(field, '(absent)')} there, {now.get(field, '(absent)')} now"
+        for field in sorted(before.keys() | now.keys())
+        if before.get(field) != now.get(field)
+        and not any(field == free or field.startswith(f"{free}.") for free in may_change)
+    ]
+
+
+def _fields(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted name -> value as JSON text."""
+    fields = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            fields |= _fields(value, f"{prefix}{key}.")
+        else:
+            fields[f"{prefix}{key}"] = json.dumps(value)
+    return fields
