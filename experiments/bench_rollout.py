@@ -16,21 +16,19 @@ pip options if it needs any. Allow half an hour on two idle cores, most of it tu
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
 import os
-import platform
-import shlex
-import shutil
 import statistics
 import sys
-from pathlib import Path
 from typing import Any
 
-from experiments.bench import peers
-
-SCRIPTS = Path(__file__).resolve().parent / "bench"
+from experiments.bench.variants import (
+    Variant,
+    arguments,
+    call,
+    install,
+    write_results,
+    write_workload,
+)
 
 OURS = {
     "dtype": "float32",
@@ -38,15 +36,6 @@ OURS = {
     "matmul_precision": "bfloat16",
     "slice_as_integers": True,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """One row of the table: a sampler with its settings."""
-
-    peer: str
-    name: str
-    settings: dict[str, Any]
 
 
 VARIANTS = (
@@ -60,17 +49,19 @@ VARIANTS = (
 PEERS = tuple(dict.fromkeys(variant.peer for variant in VARIANTS))
 
 
-def measure(variant: Variant, repeats: int, timeout: float) -> dict[str, Any]:
+def measure(variant: Variant, repeats: int, timeout: float, wanted: list[list[int]]) -> dict[str, Any]:
     """What a variant's process reports; see bench/measure.py.
+
+    Args:
+      variant: whose.
+      repeats: calls after the first one.
+      timeout: seconds that it may take.
+      wanted: the beginnings of greedy continuations.
 
     Raises:
       RuntimeError: if it fails, or does not begin a greedy continuation as ours does in float32.
     """
-    python = sys.executable if variant.peer == "ours" else peers.python(variant.peer)
-    asked = json.dumps({"repeats": repeats, "settings": variant.settings})
-    said = peers.run([python, str(SCRIPTS / f"run_{variant.peer}.py"), str(peers.FOLDER), asked], timeout)
-    result = json.loads(said.splitlines()[-1])
-    wanted = json.loads((peers.FOLDER / "workload.json").read_text(encoding="utf-8"))["greedy"]
+    result = call(f"run_{variant.peer}.py", variant.peer, repeats, variant.settings, timeout)
     if result["greedy"] != wanted:
         raise RuntimeError(f"its greedy continuation is {result['greedy']} and not {wanted}")
     return result
@@ -120,56 +111,27 @@ def table(rows: list[dict[str, Any]], new_tokens: int) -> str:
     return "\n".join(lines)
 
 
-def arguments() -> argparse.Namespace:
-    """The command line, checked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--peers", default=",".join(PEERS), help="which samplers, with commas")
-    parser.add_argument("--repeats", type=int, default=3, help="calls after the first one")
-    parser.add_argument("--torch", default="torch==2.13.0", help="the build of torch, as pip takes it")
-    parser.add_argument("--timeout", type=float, default=1800, help="seconds that one variant may take")
-    parser.add_argument("--out", type=Path, help="a file for the results as JSON")
-    args = parser.parse_args()
-    args.peers = args.peers.split(",")
-    if unknown := set(args.peers) - set(PEERS):
-        parser.error(f"--peers: {', '.join(sorted(unknown))} unknown; choose among {', '.join(PEERS)}")
-    if args.repeats < 1:
-        parser.error(f"--repeats={args.repeats}: give at least 1")
-    return args
-
-
 def main() -> None:
     """Runs everything; exits with 1 if any variant failed."""
-    args = arguments()
-    peers.make_folder()
-    shutil.rmtree(peers.FOLDER / "model", ignore_errors=True)
-    peers.run([sys.executable, str(SCRIPTS / "workload.py"), str(peers.FOLDER)])
-    workload = json.loads((peers.FOLDER / "workload.json").read_text(encoding="utf-8"))
+    args = arguments(__doc__, PEERS, repeats=3, timeout=1800)
+    workload = write_workload()
     prompts = sum(map(len, workload["prompts"]))
     new_tokens = prompts * workload["group_size"] * workload["max_new_tokens"]
-
-    # By itself and first: its options are not meant for what the others need.
-    first = {"transformers": shlex.split(args.torch)}
     rows = []
     for variant in VARIANTS:
         if variant.peer not in args.peers:
             continue
         row = {"peer": variant.peer, "variant": variant.name}
         try:
-            if variant.peer in peers.REQUIREMENTS:
-                peers.install(variant.peer, first.get(variant.peer, ()))
-            row |= measure(variant, args.repeats, args.timeout)
+            install(variant.peer, args.torch)
+            row |= measure(variant, args.repeats, args.timeout, workload["greedy"])
             said = ", ".join(f"{second:.1f}" for second in row["seconds"])
             print(f"{variant.peer}, {variant.name}: {row['first_call']:.1f} s, then {said} s", flush=True)
         except RuntimeError as error:
             row["error"] = str(error)
             print(f"{variant.peer}, {variant.name} failed:\n{error}", flush=True)
         rows.append(row)
-        if args.out:
-            described = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-            results = described | {"new_tokens": new_tokens, "rows": rows}
-            args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_results(args.out, rows, new_tokens=new_tokens)
     print(f"\n{new_tokens} new tokens a call, {os.cpu_count()} cores\n\n{table(rows, new_tokens)}")
     sys.exit(any("error" in row for row in rows))
 

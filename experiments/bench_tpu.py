@@ -2,6 +2,7 @@
 
     python -m experiments.bench_tpu --topology=v5e:2x4
     python -m experiments.bench_tpu --mesh=data=2,tensor=4 --programs=decode --notunix
+    python -m experiments.bench_tpu --mesh=fsdp=8 --model=qwen3-1.7b --programs=full,tree --notunix
 
 What differs from configs/hmmt.py is said in the flags: the mesh has all devices on its `tensor` axis unless
 another one is given. Truncation, temperature and adapters are that file's.
@@ -9,6 +10,11 @@ another one is given. Truncation, temperature and adapters are that file's.
 For each program: bytes that a device moves between its HBM and the chip (counted from the optimized HLO, see
 espl_jax/hlo_traffic) and flops, a decode step; beside it the least that could be moved, weights and filled
 caches once; memory of a device; and seconds to compile. No weight is ever allocated.
+
+`full` is an update of all weights on 16 sequences of 2,048 tokens that share nothing, layers recomputed.
+`tree` is an update of adapters on 150 rollouts of 500 tokens, of 10 problems of 150 tokens under 3 system
+prompts of 1,000, once as the tree and once flattened. Beside their flops stands what 6 x params x tokens
+and attention would be.
 
 Besides ours, the decode step of google-tunix's sampler with its own Qwen3 goes through the same reader. Its
 packages are installed into an environment of its own, `.bench/tunix`; leave it out with `--notunix`. Its
@@ -47,16 +53,17 @@ from espl_jax.pretrained.hf_config import from_hf_config
 from espl_jax.sampling import decode
 from espl_jax.sampling.truncation import HALVINGS, UNTRUNCATED, Truncation
 from espl_jax.train_step import policy_gradient_step
+from espl_jax.types import TrainBatch
 from experiments.bench import peers
 from experiments.bench.tpu_shapes import MODELS, Shapes
 
-PROGRAMS = ["decode", "prefill", "train"]
+PROGRAMS = ["decode", "prefill", "train", "full", "tree"]
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("topology", "v5e:2x4", "TPU to compile for, e.g. v5e:2x4, v4:2x2x2, v6e:4x4.")
 flags.DEFINE_list("mesh", ["tensor=-1"], "Devices by axis, e.g. fsdp=2,tensor=4; one may be -1.")
 flags.DEFINE_enum("model", "qwen3-8b", sorted(MODELS), "Whose shapes.")
-flags.DEFINE_list("programs", PROGRAMS, f"Which of ours: some of {', '.join(PROGRAMS)}.")
+flags.DEFINE_list("programs", PROGRAMS[:3], f"Which of ours: some of {', '.join(PROGRAMS)}.")
 flags.DEFINE_bool("tunix", True, "Compile google-tunix's decode step too.")
 flags.DEFINE_integer("rows", 64, "Rows of a decode chunk.")
 flags.DEFINE_integer("filled", 2048, "Positions that are filled, or trained on, in each row.")
@@ -78,6 +85,7 @@ class Case:
       floor: least bytes that a device has to move, a step.
       steps: by which everything is divided.
       unknown_trips: of loops that end early.
+      flops: that a device would need without recomputation; 0 where nobody asks.
     """
 
     name: str
@@ -85,6 +93,7 @@ class Case:
     floor: float
     steps: int = 1
     unknown_trips: dict[str, int] = dataclasses.field(default_factory=dict)
+    flops: float = 0.0
 
 
 def decode_case(
@@ -141,12 +150,47 @@ def train_case(shapes: Shapes, rows: int) -> Case:
     state = shapes.train_state(hmmt.get_config(), optimizer)
 
     def lower() -> Any:
-        batch = shapes.train_batch(rows, FLAGS.filled)
+        batch = shapes.train_batch(rows, FLAGS.filled, MICROBATCH)
         arguments = (state, shapes.params(), None, batch, shapes.config, optimizer)
         return policy_gradient_step.lower(*arguments, microbatch_rows=MICROBATCH)
 
     floor = 2 * (shapes.weight_bytes(with_head=True) + bytes_per_device(state))
     return Case(f"policy gradient, {rows} x {FLAGS.filled}, LoRA and cut-offs", lower, floor)
+
+
+def full_case(shapes: Shapes, rows: int = 16, tokens: int = 2048) -> Case:
+    """All weights, on sequences that share nothing: a tree of one level."""
+    c = hmmt.get_config()
+    c.lora.rank = 0
+    optimizer = make_optimizer(1e-5)
+    state = shapes.train_state(c, optimizer)
+    batch = shapes.flat_batch(rows, tokens)
+
+    def lower() -> Any:
+        return policy_gradient_step.lower(state, None, None, batch, shapes.config, optimizer)
+
+    # Every weight but the embedding's rows is used for every token, forward once and backward twice.
+    weights = sum(x.size for x in jax.tree.leaves(shapes.params()))
+    if not shapes.config.tied_head:
+        weights -= shapes.config.vocab_size * shapes.config.embed_dim
+    pairs = rows * tokens * (tokens + 1) / 2
+    attention = 12 * shapes.config.num_layers * shapes.config.num_heads * shapes.config.head_dim * pairs
+    flops = (6 * weights * rows * tokens + attention) / shapes.mesh.size
+    floor = 2 * bytes_per_device(state)
+    return Case(f"all weights, {rows} x {tokens}", lower, floor, flops=flops)
+
+
+def tree_case(shapes: Shapes, name: str, batch: TrainBatch) -> Case:
+    """Adapters, on a batch of rollouts of which each part has one microbatch after another."""
+    optimizer = make_optimizer(1e-5)
+    state = shapes.train_state(hmmt.get_config(), optimizer)
+
+    def lower() -> Any:
+        arguments = (state, shapes.params(), None, batch, shapes.config, optimizer)
+        return policy_gradient_step.lower(*arguments, microbatch_rows=1)
+
+    floor = 2 * (shapes.weight_bytes(with_head=True) + bytes_per_device(state))
+    return Case(name, lower, floor)
 
 
 def cases(shapes: Shapes) -> Iterator[Case]:
@@ -167,6 +211,11 @@ def cases(shapes: Shapes) -> Iterator[Case]:
         yield prefill_case(shapes, 1, 8192)
     if "train" in FLAGS.programs:
         yield train_case(shapes, FLAGS.train_rows)
+    if "full" in FLAGS.programs:
+        yield full_case(shapes)
+    if "tree" in FLAGS.programs:
+        yield tree_case(shapes, "150 rollouts as a tree", shapes.tree_batch(3, 10, 5, 1000, 150, 500))
+        yield tree_case(shapes, "150 rollouts flattened", shapes.flat_batch(150, 1000 + 150 + 500))
 
 
 HEADER = ["program", "HBM GB", "least", "ratio", "Gflop", "arguments GiB", "temporaries GiB", "compiled in"]
@@ -178,6 +227,9 @@ def line(case: Case, text: str, arguments: int, temporaries: int, seconds: float
     if FLAGS.breakdown:
         print(f"\n{case.name}, steps: {case.steps}\n{breakdown(counted, FLAGS.breakdown)}", flush=True)
     moved = counted.total / case.steps
+    if case.flops:
+        usual = f"the {case.flops / 1e9:.0f} Gflop of 6 x params x tokens and attention"
+        print(f"{case.name}: {counted.flops / case.flops:.2f} times {usual}", flush=True)
     return [
         case.name,
         f"{moved / 1e9:.3f}",

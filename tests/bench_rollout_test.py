@@ -3,7 +3,7 @@
 import pytest
 
 from experiments import bench_rollout
-from experiments.bench import peers
+from experiments.bench import peers, variants
 
 OURS = {"peer": "ours", "variant": "a", "seconds": [2.0, 4.0, 8.0]}
 SLOWER = {"peer": "ours", "variant": "b", "seconds": [4.0]}
@@ -41,7 +41,7 @@ def test_every_variant_has_a_runner_and_settings_of_its_own(settings):
     same = [variant for variant in bench_rollout.VARIANTS if variant.settings == settings]
     assert len({variant.peer for variant in same}) == len(same)
     for variant in same:
-        assert (bench_rollout.SCRIPTS / f"run_{variant.peer}.py").is_file()
+        assert (variants.SCRIPTS / f"run_{variant.peer}.py").is_file()
 
 
 def test_a_command_that_fails_says_so_with_its_last_lines(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What every sampler's process does: read its request, time whole calls, print one line of JSON.
+"""What every measured process does: read its request, time whole calls, print one line of JSON.
 
 It runs in the environments of peers and needs the standard library alone.
 """
@@ -15,10 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+LEARNING_RATE = 4e-5
+"""Of Adam, whose other settings are those of configs/common.py."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a sampler's process is asked for.
+    """What a process is asked for: to sample, or to train on given rollouts.
 
     Attributes:
       model: folder with config.json and safetensors.
@@ -28,6 +31,10 @@ class Request:
       greedy: the first tokens of the most likely continuations of `checked`, in float32.
       repeats: calls after the first one.
       settings: the variant's own.
+      completions: [M][B][N] token lists of `max_new_tokens`, the rollouts to train on.
+      advantages: [M][B][N].
+      sampler_logprobs: [M][B][N] lists, one number a token of `completions`.
+      adapter: folder with fresh LoRA adapters of `model`, in PEFT's format.
     """
 
     model: str
@@ -37,6 +44,10 @@ class Request:
     greedy: list[list[int]]
     repeats: int
     settings: dict[str, Any]
+    completions: list[list[list[list[int]]]] = dataclasses.field(default_factory=list)
+    advantages: list[list[list[float]]] = dataclasses.field(default_factory=list)
+    sampler_logprobs: list[list[list[list[float]]]] = dataclasses.field(default_factory=list)
+    adapter: str = ""
 
     @property
     def flat(self) -> list[list[int]]:
@@ -69,7 +80,34 @@ def read_request() -> Request:
     """The request out of the command line: the workload's folder, and repeats and settings as JSON."""
     folder, asked = Path(sys.argv[1]), json.loads(sys.argv[2])
     workload = json.loads((folder / "workload.json").read_text(encoding="utf-8"))
-    return Request(model=str(folder / "model"), **workload, **asked)
+    return Request(model=str(folder / "model"), adapter=str(folder / "adapter"), **workload, **asked)
+
+
+def measured(
+    call: Callable[[int], Any], repeats: int, packages: tuple[str, ...]
+) -> tuple[list[Any], dict[str, Any]]:
+    """What `1 + repeats` calls return, each given its number, and what they took.
+
+    Returns:
+      (results, {`first_call` and `seconds` of the others, `peak_bytes` of the process so far, `versions` of
+      `packages`}).
+    """
+    results, seconds = [], []
+    for number in range(1 + repeats):
+        began = time.perf_counter()
+        results.append(call(number))
+        seconds.append(time.perf_counter() - began)
+    return results, {
+        "first_call": seconds[0],
+        "seconds": seconds[1:],
+        "peak_bytes": peak_bytes(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def report(
@@ -86,20 +124,25 @@ def report(
       greedy: (prompts, count) -> the `count` most likely next tokens of each, sampled in one call.
       packages: whose versions to name.
     """
-    seconds = []
-    for seed in range(1 + request.repeats):
-        began = time.perf_counter()
-        new_tokens = sample(seed)
-        seconds.append(time.perf_counter() - began)
-        if new_tokens != request.new_tokens:
-            raise RuntimeError(f"a call drew {new_tokens} tokens and not {request.new_tokens}")
-    # Before the check of greedy decoding, which compiles programs of its own.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    result = {
-        "first_call": seconds[0],
-        "seconds": seconds[1:],
-        "peak_bytes": peak * (1 if sys.platform == "darwin" else 1024),
-        "greedy": [[int(t) for t in row] for row in greedy(request.checked, len(request.greedy[0]))],
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-    }
+    counts, result = measured(sample, request.repeats, packages)
+    if wrong := set(counts) - {request.new_tokens}:
+        raise RuntimeError(f"a call drew {wrong.pop()} tokens and not {request.new_tokens}")
+    # After the measurement: the check of greedy decoding compiles programs of its own.
+    result["greedy"] = [[int(t) for t in row] for row in greedy(request.checked, len(request.greedy[0]))]
     print(json.dumps(result), flush=True)
+
+
+def report_training(
+    request: Request, step: Callable[[], tuple[float, float]], packages: tuple[str, ...]
+) -> None:
+    """Times `step`, one update of the weights, and prints the result as one line of JSON.
+
+    Args:
+      request: as read.
+      step: returns (loss, norm of the gradient before clipping); those of the first update are reported,
+        which are of the weights as they were read.
+      packages: whose versions to name.
+    """
+    steps, result = measured(lambda _: step(), request.repeats, packages)
+    loss, grad_norm = steps[0]
+    print(json.dumps(result | {"loss": float(loss), "grad_norm": float(grad_norm)}), flush=True)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = ROOT / ".bench"
 
 REQUIREMENTS = {
-    "transformers": ["transformers==5.23.0"],
+    "transformers": ["transformers==5.23.0", "peft==0.21.2"],
     "tunix": ["google-tunix==0.1.7", "jax==0.10.2", "flax==0.12.8"],
 }
 

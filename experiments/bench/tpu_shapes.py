@@ -17,7 +17,8 @@ from espl_jax.models.attention import KVCache
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.transformer import abstract
 from espl_jax.sampling import decode
-from espl_jax.train_step import TrainState, abstract_train_state
+from espl_jax.train_batch import abstract_batch
+from espl_jax.train_step import TrainState, abstract_train_state, place_batch
 from espl_jax.types import TrainBatch
 
 QWEN3 = {
@@ -49,6 +50,28 @@ MODELS = {
     "qwen3-4b": qwen3(36, 2560, 9728, 32, True),
     "qwen3-8b": qwen3(36, 4096, 12288, 32, False),
     "qwen3-14b": qwen3(40, 5120, 17408, 40, False),
+    "qwen3-32b": qwen3(64, 5120, 25600, 64, False),
+    "llama-3.1-8b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 131072,
+        "eos_token_id": 128009,
+    },
 }
 
 
@@ -64,13 +87,11 @@ class Shapes:
         axes = axes + (None,) * (len(shape) - len(axes))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.named(self.mesh, axes, shape))
 
-    def place(self, declared: Any) -> Any:
-        """Weights as declared."""
-        return jax.tree.map(lambda w: self.array(w.shape, jnp.dtype(w.dtype), w.axes), declared)
-
     def params(self) -> Any:
-        """The decoder's weights."""
-        return self.place(abstract(self.config))
+        """The decoder's weights, as sampling has them."""
+        declared = abstract(self.config)
+        shapes = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.dtype(w.dtype)), declared)
+        return sharding.place(shapes, declared, self.mesh, "sampling")
 
     def keys_and_values(self, nodes: int, capacity: int, everywhere: bool) -> tuple[Any, Any]:
         """Keys [L, K, A, H, C] and values [L, K, A, C, H]."""
@@ -85,24 +106,37 @@ class Shapes:
         """Rows in flight."""
         return decode.abstract_rows(count, self.mesh)
 
-    def train_batch(self, rows: int, tokens: int) -> TrainBatch:
-        """One system prompt of 1,024 tokens, problems of 128, groups of 4 rollouts."""
-        shape = (1, rows // 4, 4)
-        columns = (*shape, tokens)
-        batch = TrainBatch(
-            system_tokens=self.array((1, 1024), jnp.int32),
-            system_lengths=self.array((1,), jnp.int32),
-            problem_tokens=self.array((*shape[:2], 128), jnp.int32),
-            problem_lengths=self.array(shape[:2], jnp.int32),
-            inputs=self.array(columns, jnp.int32),
-            targets=self.array(columns, jnp.int32),
-            mask=self.array(columns, jnp.bool_),
-            sampler_logprobs=self.array(columns, jnp.float32),
-            cutoffs=self.array(columns, jnp.float32),
-            advantages=self.array(shape, jnp.float32),
-            num_rollouts=self.array((), jnp.float32),
-        )
-        return sharding.place_batch(batch, self.mesh)
+    def train_batch(self, rows: int, tokens: int, microbatch_rows: int) -> TrainBatch:
+        """One system prompt of 1,024 tokens, problems of 129, groups of 4 rollouts; truncated sampling."""
+        levels = {"system_tokens": 1024, "problem_tokens": 129, "new_tokens": tokens, "cutoffs": True}
+        return self._batch(1, rows // 4, 4, microbatch_rows=microbatch_rows, **levels)
+
+    def tree_batch(
+        self, prompts: int, problems: int, group: int, system: int, problem: int, new: int
+    ) -> TrainBatch:
+        """Rollouts of all problems under all system prompts, lengths not rounded up."""
+        levels = {"system_tokens": system, "problem_tokens": problem, "new_tokens": new, "cutoffs": False}
+        batch = self._batch(prompts, prompts * problems, group, **levels)
+        return self._exact(batch, system, problem - 1, new)
+
+    def flat_batch(self, rows: int, tokens: int) -> TrainBatch:
+        """Sequences that share nothing, lengths not rounded up."""
+        levels = {"system_tokens": 0, "problem_tokens": 0, "new_tokens": tokens, "cutoffs": False}
+        return self._exact(self._batch(1, rows, 1, **levels), 0, 0, tokens)
+
+    def _batch(self, prompts: int, groups: int, group: int, **fields: Any) -> TrainBatch:
+        parts = sharding.row_parts(self.mesh)
+        batch = abstract_batch(prompts=prompts, groups=groups, group_size=group, parts=parts, **fields)
+        return place_batch(batch, self.mesh)
+
+    def _exact(self, batch: TrainBatch, system: int, problem: int, new: int) -> TrainBatch:
+        columns = {"system_tokens": system, "problem_tokens": problem}
+        columns |= dict.fromkeys(("inputs", "targets", "mask", "sampler_logprobs"), new)
+
+        def cut(x: jax.ShapeDtypeStruct, width: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((*x.shape[:-1], width), x.dtype, sharding=x.sharding)
+
+        return batch._replace(**{name: cut(getattr(batch, name), width) for name, width in columns.items()})
 
     def train_state(self, config: Any, optimizer: optax.GradientTransformation) -> TrainState:
         """What a run of this ConfigDict trains, and Adam's averages of it."""

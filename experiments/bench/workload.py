@@ -1,10 +1,15 @@
-"""The standard workload, and the model as a folder that every sampler reads.
+"""The standard workload, and the model as a folder that everything measured reads.
 
     python workload.py FOLDER
+    python workload.py FOLDER --training
 
 writes FOLDER/model (SmolLM2-135M-Instruct in float32, safetensors) and FOLDER/workload.json: three system
 prompts of about 200 tokens, four problems of about 40, and what our decoder answers greedily to the shortest
 and the longest of them in float32, which every sampler has to reproduce before its figures count.
+
+For training, the workload also has completions of random tokens with random advantages, whose logprobs are
+those of our float32 decoder on plain sequences, and FOLDER/adapter has fresh adapters in PEFT's format. The
+advantages do not sum to zero, so that the loss says something where all importance ratios are one.
 """
 
 from __future__ import annotations
@@ -12,15 +17,21 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 from measure import checked
 
 import espl_jax
+from espl_jax.models import lora
+from espl_jax.pretrained import Pretrained
+from espl_jax.pretrained.peft import save_adapter
 
 GROUP_SIZE = 5
 MAX_NEW_TOKENS = 64
 CHECKED_TOKENS = 10
+LORA_RANK = 16
 
 OPENINGS = (
     "You are a careful teacher of arithmetic who answers questions of pupils.",
@@ -58,9 +69,29 @@ def system_prompt(number: int) -> str:
     return " ".join([OPENINGS[number], *turned])
 
 
+def training(model: Pretrained, tree: list[list[list[int]]]) -> dict[str, Any]:
+    """Random rollouts of the prompts, as bench/measure.py describes them."""
+    rng = np.random.default_rng(0)
+    shape = (len(tree), len(tree[0]), GROUP_SIZE)
+    completions = rng.integers(model.config.vocab_size, size=(*shape, MAX_NEW_TOKENS))
+    width = max(len(prompt) for lane in tree for prompt in lane) + MAX_NEW_TOKENS
+    score = jax.jit(espl_jax.token_logprobs, static_argnames="config")
+    logprobs = np.zeros(completions.shape, np.float32)
+    for m, b in np.ndindex(*shape[:2]):
+        end = len(tree[m][b])
+        tokens = np.zeros((GROUP_SIZE, width), np.int32)
+        tokens[:, :end], tokens[:, end : end + MAX_NEW_TOKENS] = tree[m][b], completions[m, b]
+        logprobs[m, b] = score(model.params, model.config, tokens)[:, end - 1 : end - 1 + MAX_NEW_TOKENS]
+    return {
+        "completions": completions.tolist(),
+        "advantages": rng.normal(size=shape).tolist(),
+        "sampler_logprobs": logprobs.tolist(),
+    }
+
+
 def main() -> None:
     """Writes the folder."""
-    folder = Path(sys.argv[1])
+    folder = Path(sys.argv[1]).resolve()
     model = espl_jax.load_pretrained("smollm2")
     espl_jax.save_pretrained(folder / "model", model.params, model.config, model.tokenizer)
 
@@ -87,6 +118,10 @@ def main() -> None:
         "max_new_tokens": MAX_NEW_TOKENS,
         "greedy": greedy.tokens[:, 0].tolist(),
     }
+    if "--training" in sys.argv[2:]:
+        workload |= training(model, tree)
+        adapters = lora.init(jax.random.key(0), model.config, LORA_RANK)
+        save_adapter(folder / "adapter", adapters, model.config, model.tokenizer, base=str(folder / "model"))
     (folder / "workload.json").write_text(json.dumps(workload), encoding="utf-8")
 
 
