@@ -26,6 +26,6 @@ def get_config():
     c.sampling.max_new_tokens = 15_000
     c.lora.rank = 32
     c.optimizer.learning_rate = 4e-5
-    c.loss.microbatch_rows = 5
+    c.loss.microbatch_rows = 1
     c.evaluation.test_samples = 10
     return c

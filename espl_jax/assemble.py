@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from espl_jax import data, sharding
+from espl_jax import data, processes, sharding
 from espl_jax.data.problems import ProblemSet, check_disjoint, hold_out
 from espl_jax.environments.arithmetic import Arithmetic
 from espl_jax.environments.base import Environment
@@ -25,11 +25,12 @@ from espl_jax.models.config import NUMERICS, DecoderConfig
 from espl_jax.models.transformer import abstract
 from espl_jax.optimizer import make_optimizer
 from espl_jax.pretrained import Pretrained, load_pretrained
+from espl_jax.rl.losses import Loss
 from espl_jax.rollout import longest_problem, stable_hash
 from espl_jax.sampling.sizes import Sizes, choose_sizes
 from espl_jax.sampling.truncation import Truncation
 from espl_jax.text.chat import encode
-from espl_jax.train_step import TrainState, abstract_train_state, init_train_state, whole_params
+from espl_jax.train_step import TrainState, abstract_train_state, init_train_state, sampling_params
 from espl_jax.types import SystemPrompt, TrainBatch
 
 
@@ -45,6 +46,7 @@ class Parts:
       mesh: of devices, or None on one.
       trains, evolves: which branches the mode has.
       lora: whether adapters are trained, and not all params.
+      declared: of what is trained.
       sampling: keyword arguments that every sampling of the run shares, reflection included.
       rollouts: those that training and evaluation add.
       evolution: keyword arguments of `evolve`.
@@ -59,6 +61,7 @@ class Parts:
     trains: bool
     evolves: bool
     lora: bool
+    declared: Any
     sampling: dict[str, Any]
     rollouts: dict[str, Any]
     evolution: dict[str, Any]
@@ -73,12 +76,14 @@ class Parts:
         """The model with the weights of a train state; the reference where nothing is trained."""
         if state is None:
             return self.reference
-        return dataclasses.replace(self.reference, params=whole_params(state.trainable, self.frozen))
+        params = sampling_params(
+            state.trainable, self.frozen, self.declared, self.reference.config, self.mesh
+        )
+        return dataclasses.replace(self.reference, params=params)
 
     def step_arguments(self, state: TrainState, batch: TrainBatch) -> tuple[Any, ...]:
-        """What `policy_gradient_step` is called with, beside `loss`; the batch is put on the mesh."""
+        """What `policy_gradient_step` is called with, beside `loss`."""
         reference = self.reference.params if self.loss["kl_coef"] else None
-        batch = sharding.place_batch(batch, self.mesh)
         return state, self.frozen, reference, batch, self.reference.config, self.optimizer
 
 
@@ -86,18 +91,19 @@ def assemble(config: Any) -> Parts:
     """Loads and builds everything. Raises as the parts do; `check_config` has been called before."""
     c = config
     mesh = sharding.make_mesh(dict(c.mesh))
-    splits = _splits(c)
+    splits = processes.decide(lambda: _splits(c))
     model = load_reference(c, mesh)
     environment = make_environment(c.environment.name, c.environment.answer_format, c.environment.instruction)
     parts = Parts(
         reference=model,
         splits=splits,
         environment=environment,
-        optimizer=make_optimizer(**c.optimizer),
+        optimizer=make_optimizer_of(c),
         mesh=mesh,
         trains=trains(c),
         evolves=c.mode != "rl",
         lora=bool(c.lora.rank),
+        declared=declared_trainable(c, model.config),
         sampling={
             "chat_template_kwargs": json.loads(c.model.chat_template_kwargs),
             "max_rows": c.sampling.max_rows or None,
@@ -118,12 +124,7 @@ def assemble(config: Any) -> Parts:
             "crossover_prob": 0.0 if c.mode == "reflection" else c.evolution.crossover_prob,
             "tie_margin": c.ratings.tie_margin,
         },
-        loss={
-            "temperature": c.sampling.temperature,
-            "kl_coef": c.loss.kl_coef,
-            "loss": c.loss.kind,
-            "microbatch_rows": c.loss.microbatch_rows,
-        },
+        loss=loss_settings(c),
     )
     parts.sampling["held_bytes"] = held_while_sampling(c, parts)
     problems = [problem for split in splits.values() for problem in split.problems]
@@ -132,6 +133,24 @@ def assemble(config: Any) -> Parts:
     )
     parts.evolution["guards"] = guards(c, parts)
     return parts
+
+
+def loss_settings(c: Any) -> dict[str, Any]:
+    """Keyword arguments of `policy_gradient_step`."""
+    names = ("kind", "clip_low", "clip_high", "aggregation", "sampler_weight_cap")
+    loss = Loss(**{name: c.loss[name] for name in names}, constant_length=c.sampling.max_new_tokens)
+    return {
+        "temperature": c.sampling.temperature,
+        "loss": loss,
+        **{name: c.loss[name] for name in ("kl_coef", "kl_estimator", "microbatch_rows")},
+    }
+
+
+def make_optimizer_of(config: Any) -> optax.GradientTransformation:
+    """The optax chain; schedules end with the last update that the run can take."""
+    fields = {name: value for name, value in config.optimizer.items() if name != "max_skipped"}
+    updates = config.num_iterations * config.loss.epochs * config.loss.minibatches
+    return make_optimizer(**fields, decay_steps=updates)
 
 
 def guards(config: Any, parts: Parts) -> Guards:
@@ -157,7 +176,7 @@ def rollout_sizes(config: Any, parts: Parts) -> tuple[Sizes, ...]:
     """What the rollouts of a training iteration reserve and compile for, whatever its problems."""
     return choose_sizes(
         parts.reference.config,
-        lanes=config.num_prompts if config.mode in ("espl", "evolution") else 1,
+        lanes=lanes_of(config),
         rows=config.num_prompts * config.batch_size * config.group_size,
         max_new_tokens=config.sampling.max_new_tokens,
         held=parts.sampling["held_bytes"],
@@ -169,19 +188,31 @@ def rollout_sizes(config: Any, parts: Parts) -> tuple[Sizes, ...]:
     )
 
 
+def lanes_of(config: Any) -> int:
+    """System prompts of an iteration; in modes without a choice one takes the places of all."""
+    return config.num_prompts if config.mode in ("espl", "evolution") else 1
+
+
 def held_while_sampling(config: Any, parts: Parts) -> int:
-    """Bytes of each device that a run never lets go: weights, adapters and Adam's averages."""
-    return bytes_per_device((parts.reference.params, abstract_run_state(config, parts)))
+    """Bytes of each device that are taken while a run samples: weights, the optimizer's state, and what of
+    the policy is laid out anew for sampling."""
+    state = abstract_run_state(config, parts)
+    arrays = jax.tree.leaves((parts.reference.params, state, parts.policy(state).params))
+    return bytes_per_device({id(x): x for x in arrays})
 
 
-def load_reference(config: Any, mesh: jax.sharding.Mesh | None, **numerics: Any) -> Pretrained:
-    """The model that a run begins with; DecoderConfig fields in `numerics` go before those of the run.
+def numerics(config: Any) -> dict[str, Any]:
+    """The DecoderConfig fields that the run chooses."""
+    return {name: config.model[name] for name in NUMERICS} | {"lora_scale": config.lora.scale}
+
+
+def load_reference(config: Any, mesh: jax.sharding.Mesh | None, **changes: Any) -> Pretrained:
+    """The model that a run begins with; DecoderConfig fields in `changes` go before those of the run.
 
     Where weights are trained, an adapter that it came with is merged into them: adapters of the run's own
     take its place.
     """
-    fields = {name: config.model[name] for name in NUMERICS} | {"lora_scale": config.lora.scale}
-    model = load_pretrained(config.model.source, mesh=mesh, **fields | numerics)
+    model = load_pretrained(config.model.source, mesh=mesh, **numerics(config) | changes)
     _, adapters = lora.detach(model.params)
     if not adapters or not trains(config):
         return model
@@ -225,12 +256,16 @@ def _splits(c: Any) -> dict[str, ProblemSet]:
     return splits
 
 
+def declared_trainable(config: Any, decoder: DecoderConfig) -> Any:
+    """Declarations of what is trained: adapters, or with rank 0 all weights."""
+    if config.lora.rank:
+        return lora.abstract_adapters(decoder, config.lora.rank, tuple(config.lora.targets))
+    return abstract(decoder)
+
+
 def abstract_trainable(config: Any, decoder: DecoderConfig, mesh: jax.sharding.Mesh | None) -> Any:
     """Shapes of what is trained: adapters, or with rank 0 all weights; float32, sharded over the mesh."""
-    if config.lora.rank:
-        declared = lora.abstract_adapters(decoder, config.lora.rank, tuple(config.lora.targets))
-    else:
-        declared = abstract(decoder)
+    declared = declared_trainable(config, decoder)
     shapes = jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.shape, jnp.float32), declared)
     return sharding.place(shapes, declared, mesh)
 
@@ -248,16 +283,20 @@ def first_train_state(config: Any, parts: Parts) -> TrainState | None:
     if not parts.trains:
         return None
     model = parts.reference
-    if parts.lora:
-        key = stream_key(config.seed, "adapters", 0)
-        trainable = lora.init(key, model.config, config.lora.rank, tuple(config.lora.targets))
-    else:
-        trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), model.params)
-    state = init_train_state(trainable, parts.optimizer)
+
+    def make(key: jax.Array, params: Any) -> TrainState:
+        if parts.lora:
+            trainable = lora.init(key, model.config, config.lora.rank, tuple(config.lora.targets))
+        else:
+            trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
+        return init_train_state(trainable, parts.optimizer)
+
+    arguments = stream_key(config.seed, "adapters", 0), None if parts.lora else model.params
     if parts.mesh is None:
-        return state
-    like = abstract_run_state(config, parts)
-    return jax.tree.map(lambda x, shape: jax.device_put(x, shape.sharding), state, like)
+        return make(*arguments)
+    # Jitted, so that no array is ever whole on one device.
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_run_state(config, parts))
+    return jax.jit(make, out_shardings=shardings)(*arguments)
 
 
 def first_population(config: Any) -> populations.Population:

@@ -7,7 +7,20 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from absl import flags, logging
+from absl import app, flags, logging
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Reads the flags; a field that the configuration does not have is refused by its full name."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError) as error:  # what ml_collections raises for unknown fields
+        unknown = str(error).strip("\"'")
+        given = [arg.split("=")[0].lstrip("-") for arg in argv if arg.lstrip("-").startswith("config.")]
+        named = [field for field in given if unknown in field.split(".")] or given
+        sys.exit(f"{' or '.join(named)}: there is no such field; configs/common.py lists all of them")
+    except OSError as error:
+        sys.exit(str(error))
 
 
 def use_compilation_cache(folder: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from espl_jax import processes
 from espl_jax.assemble import Parts, abstract_run_state, first_population, first_train_state
 from espl_jax.data.order import Cursor
 from espl_jax.evolution import lineage
@@ -19,6 +20,7 @@ MAY_CHANGE = (
     "checkpoint_keep",
     "compilation_cache",
     "profile_iteration",
+    "optimizer.max_skipped",
     *(
         f"reflection.{name}"
         for name in ("base_url", "api_key_variable", "concurrency", "timeout", "max_retries")
@@ -37,6 +39,8 @@ class Run:
       population: the prompts with their ratings.
       cursor: which problems come next.
       skipped: updates left out because no group was mixed.
+      not_finite_in_row: updates skipped since the last one taken, because their loss or gradient was not
+        finite.
     """
 
     iteration: int
@@ -45,6 +49,7 @@ class Run:
     population: Population
     cursor: Cursor
     skipped: int = 0
+    not_finite_in_row: int = 0
 
 
 def save(workdir: WorkDir, run: Run) -> None:
@@ -55,6 +60,7 @@ def save(workdir: WorkDir, run: Run) -> None:
         "population": population,
         "cursor": dataclasses.asdict(run.cursor),
         "skipped": run.skipped,
+        "not_finite_in_row": run.not_finite_in_row,
     }
     workdir.save(run.iteration, run.train_state, state)
     workdir.write_json("population.json", population)
@@ -64,7 +70,7 @@ def restore(workdir: WorkDir, config: Any, parts: Parts) -> Run:
     """The run as of the newest checkpoint, or its beginning."""
     saved = workdir.restore(abstract_run_state(config, parts))
     if saved is None:
-        population = first_population(config)
+        population = processes.decide(lambda: first_population(config))
         for member in population.members:
             workdir.append("lineage", lineage.entry("root", member, 0))
         state = first_train_state(config, parts)
@@ -78,4 +84,5 @@ def restore(workdir: WorkDir, config: Any, parts: Parts) -> Run:
         from_json(state["population"]),
         Cursor(**state["cursor"]),
         state["skipped"],
+        state["not_finite_in_row"],
     )

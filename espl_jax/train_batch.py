@@ -95,7 +95,7 @@ def abstract_batch(
     rows = rows_of_a_part(groups, groups, group_size, parts, microbatch_rows)
     problems = problems_of_a_part(rows, group_size, parts)
     width, system = bucket(new_tokens, smallest=16), bucket(system_tokens) if system_tokens else 0
-    problem = bucket(problem_tokens - 1) if problem_tokens else 0
+    problem = bucket(problem_tokens - 1, smallest=16) if problem_tokens else 0
 
     def integers(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, np.int32)
@@ -167,7 +167,9 @@ def _batch(
 
     prompts = [rollouts.problem_tokens[m][b] for m, b in useful]
     longest = max(len(tokens) for lane in rollouts.problem_tokens for tokens in lane)
-    problem_tokens, problem_lengths = pad_right([tokens[:-1] for tokens in prompts], bucket(longest - 1))
+    problem_tokens, problem_lengths = pad_right(
+        [tokens[:-1] for tokens in prompts], bucket(longest - 1, smallest=16)
+    )
     system_tokens, system_lengths = pad_right(rollouts.system_tokens)
     last = np.array([tokens[-1] for tokens in prompts], np.int32)[group]
     targets = columns(rollouts.tokens)

@@ -11,15 +11,23 @@ PACKAGE = Path(__file__).resolve().parent.parent / "espl_jax"
 DEVICE = {"models", "sampling", "rl"}
 HOST = {"evolution", "environments", "data", "text"}
 LAYERS = [
-    {"types", "sharding", "durable", "memory", "command_line", "hlo_traffic"},
+    {"types", "sharding", "memory", "command_line", "hlo_traffic", "chips"}
+    | {"durable", "storage", "json_values", "processes"},
     DEVICE | HOST,
     {"pretrained", "optimizer", "train_step", "check_config"},
-    {"rollout", "reflectors", "run_state", "metrics", "report", "plan"},
-    {"assemble", "resume", "run_reflection", "evaluate", "deploy", "train", "dry_run", "saved_run", "export"},
+    {"rollout", "train_batch", "reflectors", "run_state", "saved_arrays", "metrics", "report"},
+    {"assemble", "resume", "run_reflection", "evaluate", "deploy", "train", "dry_run", "saved_run", "export"}
+    | {"iteration_log", "update", "programs", "plan"},
     {"main"},
 ]
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 SAME_LAYER = {
+    # The sizes that are planned with are the same on all processes.
+    ("memory", "processes"),
+    # Of the two kinds of folders, that of this machine.
+    ("storage", "durable"),
+    # A checkpoint in parts.
+    ("run_state", "saved_arrays"),
     # The one forward serves decoding and the policy gradient.
     ("sampling", "models"),
     ("rl", "models"),
@@ -33,10 +41,18 @@ SAME_LAYER = {
     ("deploy", "evaluate"),
     ("train", "assemble"),
     ("train", "deploy"),
+    ("train", "iteration_log"),
     ("train", "resume"),
     ("train", "run_reflection"),
+    ("train", "update"),
+    ("update", "assemble"),
     ("dry_run", "assemble"),
+    ("dry_run", "programs"),
     ("dry_run", "train"),
+    # Its programs, from shapes alone.
+    ("programs", "assemble"),
+    ("plan", "assemble"),
+    ("plan", "programs"),
     # A run read back, and handed to others.
     ("saved_run", "assemble"),
     ("export", "assemble"),

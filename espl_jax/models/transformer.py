@@ -24,6 +24,9 @@ from espl_jax.models.config import DecoderConfig
 
 Params = dict[str, Any]
 
+LAYER_INPUT = "layer_input"
+"""What the residual stream before a layer is called, for policies of recomputation to name."""
+
 ADAPTER = ("lora_a", "lora_b")
 """Names of an adapter's two factors, beside the `weight` that it adapts."""
 
@@ -231,6 +234,12 @@ _SAVED = {
     "full": None,
     "products": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
     "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -242,6 +251,7 @@ def _layer(x, weights, above, index, *, window, config, rotations, shape, start,
     where scanned layers differ.
     """
     weights = _gathered(weights, abstract(config)["layers"], config)
+    x = checkpoint_name(x, LAYER_INPUT)
 
     def by_node(x: jax.Array) -> jax.Array:
         """[.., heads, H] -> [R, T, heads, H], lying as attention wants it."""

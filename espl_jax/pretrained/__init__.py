@@ -18,6 +18,8 @@ from espl_jax.models import lora, transformer
 from espl_jax.models.config import DecoderConfig
 from espl_jax.pretrained import hf_folder, hub, peft, smollm2
 from espl_jax.pretrained.gguf import cache as gguf_cache
+from espl_jax.pretrained.gguf.config import config_from_gguf
+from espl_jax.pretrained.gguf.file import open_gguf
 from espl_jax.pretrained.gguf.tokenizer import stop_ids_from_metadata, tokenizer_from_metadata
 
 
@@ -81,6 +83,22 @@ def load_pretrained(
     return Pretrained(hf_folder.read_params(folder, config, mesh), config, tokenizer, generation)
 
 
+def read_config(source: str | os.PathLike[str], **numerics: Any) -> DecoderConfig:
+    """The decoder of a model without its weights: of a folder or a repository, config.json alone is read.
+
+    Args:
+      source, **numerics: as `load_pretrained` takes them.
+
+    Raises:
+      As `load_pretrained`.
+    """
+    source = os.fspath(source)
+    if source == "smollm2" or source.endswith(".gguf"):
+        path = smollm2.find_gguf() if source == "smollm2" else os.path.expanduser(source)
+        return config_from_gguf(open_gguf(path), **numerics)
+    return hf_folder.described(find_folder(source, weights=False), **numerics)
+
+
 def _with_adapter(folder: Path, dtype: str, mesh: Mesh | None, **numerics: Any) -> Pretrained:
     """The base model of an adapter with the adapter attached and, if the folder has one, its tokenizer."""
     source = peft.base_of(folder)
@@ -101,8 +119,9 @@ def _with_adapter(folder: Path, dtype: str, mesh: Mesh | None, **numerics: Any) 
     )
 
 
-def find_folder(source: str) -> Path:
-    """The local folder of that path, or a model of the hub of that name, downloaded.
+def find_folder(source: str, weights: bool = True) -> Path:
+    """The local folder of that path, or a model of the hub of that name, downloaded; without `weights` its
+    config.json alone.
 
     Raises:
       FileNotFoundError: if there is neither.
@@ -125,7 +144,7 @@ def find_folder(source: str) -> Path:
             f"path, or give {source}@main if you mean the repository on the Hugging Face hub"
         )
     try:
-        return hub.download(repository, revision)
+        return hub.download(repository, revision, weights=weights)
     except (FileNotFoundError, ConnectionError) as error:
         raise type(error)(
             f"source={source!r} is no folder here, and on the Hugging Face hub: {error}"
@@ -143,6 +162,6 @@ def _from_gguf(source: str, dtype: str, mesh: Mesh | None, **numerics: Any) -> P
     if mesh is None:
         params = jax.device_put(params)
     else:
-        params = sharding.place(params, transformer.abstract(config), mesh)
+        params = sharding.place(params, transformer.abstract(config), mesh, "sampling")
     generation = {"eos_token_id": list(stop_ids_from_metadata(metadata))}
     return Pretrained(params, config, tokenizer_from_metadata(metadata), generation)

@@ -29,7 +29,21 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def read_config(folder: Path, **numerics: Any) -> DecoderConfig:
-    """The decoder that a folder's `config.json` describes.
+    """The decoder that a folder's `config.json` and weights describe.
+
+    Args:
+      folder: a model's.
+      **numerics: DecoderConfig fields of our own.
+
+    Raises:
+      As `described`.
+    """
+    config = described(folder, **numerics)
+    return config.replace(tied_head=config.tied_head and not _has_another_head(folder, config))
+
+
+def described(folder: Path, **numerics: Any) -> DecoderConfig:
+    """The decoder that `config.json` alone describes. The files may hold a head that it does not tell of.
 
     Args:
       folder: a model's.
@@ -48,10 +62,9 @@ def read_config(folder: Path, **numerics: Any) -> DecoderConfig:
             "supported, quantized safetensors are not read; take the model as it was before, or as .gguf"
         )
     try:
-        config = from_hf_config(fields, **numerics)
+        return from_hf_config(fields, **numerics)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    return config.replace(tied_head=config.tied_head and not _has_another_head(folder, config))
 
 
 def read_params(folder: Path, config: DecoderConfig, mesh: Mesh | None) -> Params:

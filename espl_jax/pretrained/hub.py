@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from espl_jax import processes
 from espl_jax.pretrained.safetensors_files import INDEX, SINGLE, weight_files
 
 REPOSITORY = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
@@ -37,15 +38,19 @@ _DESCRIPTION = [
 ]
 
 
-def download(repository: str, revision: str | None = None, endpoint: str | None = None) -> Path:
+def download(
+    repository: str, revision: str | None = None, endpoint: str | None = None, weights: bool = True
+) -> Path:
     """The folder of a model in the hub's cache, with its configuration, tokenizer and safetensors.
 
-    Files that are there already are not fetched again; a complete copy needs no network.
+    Files that are there already are not fetched again; a complete copy needs no network. Several processes
+    get one version: the first one finds which, and each fetches it for the machine that it runs on.
 
     Args:
       repository: `org/name`.
       revision: branch, tag or commit; the main branch by default.
       endpoint: address of the hub; by default HF_ENDPOINT's, or huggingface.co.
+      weights: False fetches config.json alone.
 
     Raises:
       FileNotFoundError: if the hub has no such repository or revision, or no safetensors in it.
@@ -54,13 +59,20 @@ def download(repository: str, revision: str | None = None, endpoint: str | None 
     """
     where = f"{endpoint or constants.ENDPOINT}/{repository}"
     named = repository if revision is None else f"{repository}@{revision}"
+    described = _DESCRIPTION if weights else ["config.json"]
+
+    def fetch(revision: str | None, names: list[str]) -> Path:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=names, endpoint=endpoint))
+
     try:
-        folder = Path(
-            snapshot_download(repository, revision=revision, allow_patterns=_DESCRIPTION, endpoint=endpoint)
-        )
-        weights = weight_files(folder)
-        # The folder is named by its commit: both halves are of one version, whatever is pushed meanwhile.
-        snapshot_download(repository, revision=folder.name, allow_patterns=weights, endpoint=endpoint)
+        # The folder is named by its commit: all parts are of one version, whatever is pushed meanwhile.
+        folder = processes.decide(lambda: fetch(revision, described))
+        if not processes.is_first():
+            folder = fetch(folder.name, described)
+        if not weights:
+            return folder
+        files = weight_files(folder)
+        fetch(folder.name, files)
     except GatedRepoError as error:
         raise PermissionError(
             f"{named} is gated: accept its terms at {where}, then log in with `hf auth login` or set HF_TOKEN"
@@ -87,7 +99,7 @@ def download(repository: str, revision: str | None = None, endpoint: str | None 
             f"{named} is not wholly in the cache {constants.HF_HUB_CACHE}, and {where} cannot be reached "
             f"({said}): connect, unset HF_HUB_OFFLINE if it is set, or give a local folder"
         ) from error
-    if weights == [SINGLE] and not (folder / SINGLE).is_file():
+    if files == [SINGLE] and not (folder / SINGLE).is_file():
         raise FileNotFoundError(
             f"{folder}, the copy of {where}, has neither {SINGLE} nor {INDEX}: weights are read from "
             "safetensors only (pickled files could run any code); choose a repository with safetensors, or "

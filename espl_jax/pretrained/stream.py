@@ -29,14 +29,14 @@ def load_weight(weight: Weight, stored: Sequence[StoredTensor], mesh: Mesh | Non
       weight: its declaration.
       stored: its tensor, or those of all layers in order where the weight is stacked; of the shape
         `layout.file_shape(weight)`.
-      mesh: devices that share it, as `espl_jax.sharding` says; the default device when None.
+      mesh: devices that share it, as `espl_jax.sharding` says of sampling; the default device when None.
 
     Returns:
       Array of `weight.shape` and `weight.dtype`; values are rounded to nearest where the file's are wider.
     """
     if mesh is None:
         return jax.device_put(_read(weight, stored, (slice(None),) * len(weight.shape)))
-    placement = sharding.named(mesh, weight.axes, weight.shape)
+    placement = sharding.named(mesh, weight.axes, weight.shape, "sampling")
     holders: dict[tuple[Any, ...], list[jax.Device]] = {}
     for device, index in placement.addressable_devices_indices_map(weight.shape).items():
         holders.setdefault(tuple((s.start, s.stop) for s in index), []).append(device)

@@ -20,7 +20,7 @@ from espl_jax.models.transformer import abstract, head
 LARGEST = 8192
 """Most columns of a chunk for each device along `tensor`."""
 
-SCORES = 2**25
+SCORES = 2**24
 """Scores of a chunk that a device holds at most: with many tokens, chunks have fewer columns."""
 
 _VOCAB_AXIS = {"weight": 0, "lora_b": 1}

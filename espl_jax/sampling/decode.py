@@ -359,7 +359,8 @@ def decode_chunk(
         return jax.lax.fori_loop(0, length.shape[0], put, slots)
 
     folded = sharding.over_parts(fold, mesh, ("slots", "slots", "rows"), "slots")(slots, staging, rows.length)
-    return folded, drawn
+    # Every process reads all that was drawn, and takes the same decisions on it.
+    return folded, sharding.constrain_everywhere(drawn, mesh)
 
 
 def _row(arrays: Slots, row: jax.Array) -> Slots:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from espl_jax.memory import bytes_per_device
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.layers import as_integers
 from espl_jax.sampling import draw
+from espl_jax.sampling.answers import Answers, Respond
 from espl_jax.sampling.constraint import Constraint
 from espl_jax.sampling.lanes import Lanes
 from espl_jax.sampling.sizes import CHUNK, choose_sizes
@@ -20,10 +20,6 @@ from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
 
 FindEnd = Callable[[Sequence[int], int], int | None]
 """Tokens of a turn, and how many of them were looked at before; how many to keep if the turn ends there."""
-
-Respond = Callable[[tuple[int, int, int], np.ndarray], Any]
-"""A row's (m, b, n) and all its tokens, when a turn has ended by itself. Returns the tokens to append, none
-(or None) to end the row, or a `concurrent.futures.Future` of them."""
 
 
 class Samples(NamedTuple):
@@ -228,19 +224,12 @@ def sample_tree(
     )
     truncated = lanes.limit > 0
     turn_start = np.zeros_like(lanes.limit)
-    waiting: dict[int, concurrent.futures.Future] = {}
-
-    def end_turn(row: int) -> Any:
-        """What comes after a turn that ended by itself."""
-        if respond is None:
-            return None
-        place = tuple(int(i) for i in np.unravel_index(row, limits.shape))
-        return respond(place, lanes.tokens[row, : lanes.position[row]].copy())
-
-    while not lanes.done or waiting:
+    answers = Answers(respond)
+    while not lanes.done or answers.waiting:
         lanes.admit()
-        answers: dict[int, Any] = {}
-        if lanes.running.any():
+        ended = {}
+        decoding = lanes.running.any()
+        if decoding:
             for row, count, stopped in lanes.decode():
                 if find_end is not None:
                     turn = lanes.tokens[row, turn_start[row] : lanes.position[row]]
@@ -249,24 +238,18 @@ def sample_tree(
                         lanes.take_back(row, len(turn) - kept)
                         stopped = True
                 if stopped:
-                    answers[row] = end_turn(row)
+                    place = tuple(int(i) for i in np.unravel_index(row, limits.shape))
+                    ended[row] = place, lanes.tokens[row, : lanes.position[row]].copy()
                 elif lanes.position[row] >= lanes.limit[row]:
                     lanes.release(row)
-        else:
-            concurrent.futures.wait(waiting.values(), return_when=concurrent.futures.FIRST_COMPLETED)
-        for row in [row for row, future in waiting.items() if future.done()]:
-            answers[row] = waiting.pop(row).result()
-        for row, answer in list(answers.items()):
-            if isinstance(answer, concurrent.futures.Future):
-                waiting[row] = answers.pop(row)
-                lanes.running[row] = False
-                continue
-            answers[row] = [] if answer is None else [int(token) for token in answer]
-            if not answers[row] or lanes.position[row] + len(answers[row]) >= lanes.limit[row]:
-                truncated[row] = bool(answers.pop(row))
+        appended = answers.gather(ended, wait=not decoding)
+        lanes.running[list(answers.waiting)] = False
+        for row, answer in list(appended.items()):
+            if not answer or lanes.position[row] + len(answer) >= lanes.limit[row]:
+                truncated[row] = bool(appended.pop(row))
                 lanes.release(row)
-        lanes.append(answers)
-        for row in answers:
+        lanes.append(appended)
+        for row in appended:
             turn_start[row] = lanes.position[row]
     arrays = lanes.tokens, lanes.position, lanes.logprobs, lanes.untruncated_logprobs
     arrays = *arrays, truncated, lanes.cutoffs, lanes.drawn
@@ -278,7 +261,7 @@ def for_sampling(params: Any, config: DecoderConfig) -> tuple[Any, DecoderConfig
     if config.slice_as_integers and config.scan_layers:
         # Outside the jitted functions: inside, the compiler would see through it.
         params = params | {"layers": as_integers(params["layers"])}
-    return params, config.replace(remat=False)
+    return params, config.replace(remat="none", phase="sampling")
 
 
 def row_limits(

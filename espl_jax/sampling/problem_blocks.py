@@ -19,6 +19,13 @@ PREFILL_TOKENS = 4096
 """Most tokens in a block, unless a single problem of every lane has more."""
 
 
+def block_size(lanes: int, problems: int, width: int) -> int:
+    """Problems of each lane in a block, whose problems have at most `width` columns."""
+    fitting = PREFILL_TOKENS // (lanes * width)
+    count = -(-problems // max(1, min(fitting, problems)))
+    return -(-problems // count)
+
+
 class ProblemBlocks:
     """M lanes of B problems, cut into blocks of as many problems of every lane."""
 
@@ -32,9 +39,7 @@ class ProblemBlocks:
         self._widths = widths
         self._mesh = mesh
         self.lanes, self.problems = len(problem_tokens), len(problem_tokens[0])
-        fitting = PREFILL_TOKENS // (self.lanes * widths[-1])
-        count = -(-self.problems // max(1, min(fitting, self.problems)))
-        self._size = -(-self.problems // count)
+        self._size = block_size(self.lanes, self.problems, widths[-1])
 
     def rows(self, group: int) -> Iterator[int]:
         """Numbers of all rows, block by block."""

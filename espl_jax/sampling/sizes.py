@@ -147,6 +147,7 @@ def choose_sizes(
     coarse: bool = False,
     max_rows: int | None = None,
     held: int = 0,
+    memory: int | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Sizes, ...]:
     """Sizes of every stage for `rows` rows under `lanes` system prompts; the last one holds the longest row.
@@ -163,6 +164,7 @@ def choose_sizes(
       max_rows: M times as many slots are there for all lanes, in one stage; by default as many as fit into
         memory.
       held: bytes on one device that stay taken while rows are sampled, params included.
+      memory: bytes that it has; those of the devices at hand by default.
       mesh: of devices.
 
     Raises:
@@ -178,7 +180,9 @@ def choose_sizes(
         behind = max(steps, EXTENDED_TOKENS if extended else 0)
         capacity = -(-(longest + behind) // SMALLEST) * SMALLEST
         if max_rows is None:
-            wanted = slots_that_fit(config, capacity, steps, extended, held, mesh)
+            wanted = slots_that_fit(
+                config, capacity, steps, extended, held, device_memory() if memory is None else memory, mesh
+            )
         else:
             wanted = lanes * max_rows
         return Sizes(parts, -(-min(wanted, rows) // parts), capacity, longest, problem, steps, coarse)
@@ -195,9 +199,16 @@ def choose_sizes(
 
 
 def slots_that_fit(
-    config: DecoderConfig, capacity: int, steps: int, extended: bool, held: int, mesh: Mesh | None
+    config: DecoderConfig,
+    capacity: int,
+    steps: int,
+    extended: bool,
+    held: int,
+    memory: int,
+    mesh: Mesh | None,
 ) -> int:
-    """Most slots of `capacity` columns beside the `held` bytes of a device; at least one for each part.
+    """Most slots of `capacity` columns beside the `held` of the `memory` bytes of a device; at least one for
+    each part.
 
     Each needs room for the columns of a chunk and for drawing too; where rows are extended, what these attend
     to is copied.
@@ -211,7 +222,6 @@ def slots_that_fit(
         shape = sharding.cache_sharding(mesh, shape).shard_shape(shape)
     column = 2 * math.prod(shape) * jnp.dtype(config.dtype).itemsize
     slot = (capacity + steps) * column + _LOGITS * config.vocab_size
-    memory = device_memory()
     if memory < held + slot:
         raise ValueError(
             f"no rollout fits: of a device's {memory / 2**30:.2f} GiB {held / 2**30:.2f} are taken, and one "

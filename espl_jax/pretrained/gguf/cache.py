@@ -20,7 +20,7 @@ from espl_jax.pretrained.gguf.config import config_from_gguf
 from espl_jax.pretrained.gguf.file import open_gguf
 from espl_jax.pretrained.gguf.weights import Params, params_from_gguf
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of every file's name: raise it when the params tree or the stored fields change."""
 
 Unpacked = tuple[Params, DecoderConfig, dict[str, Any]]

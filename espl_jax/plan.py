@@ -1,0 +1,363 @@
+"""Says whether a run fits on a TPU slice, and how long an iteration takes at least, before one is paid for.
+
+    python -m espl_jax.plan --config=configs/hmmt.py --topology=v5e:4x4
+    python -m espl_jax.plan --config=configs/hmmt.py --topology=v5p:2x2x2 --config.mesh.tensor=4
+
+Every program of the run is compiled for that topology, by the compiler that TPUs have, on this machine:
+prefill, the decode chunk of every bucket at its full width, scoring where updates need it, and the policy-
+gradient step. For each it prints what a device needs of HBM, what it computes and moves, and the larger of
+the two bounds that follow. As in the run, sampling reserves as many slots as the chip has room for. No
+weight is allocated, and of a model on the hub config.json alone is fetched.
+
+An iteration is reckoned at its longest: every rollout draws all tokens that it may, every group has a
+gradient, and prompts are as long as the flags say. Reflection and evaluation are not in it; they sample
+with the same programs or smaller ones. A bound is what the chip could do at best, and leaves out what
+devices send each other.
+
+The exit code is 0 if everything fits, else 1; then other settings are tried, and those that fit are
+printed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+# Before jax is imported: libtpu compiles here, and looks for no TPU.
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "JAX_PLATFORMS": "cpu"}
+
+import jax
+from absl import app, flags
+from jax.experimental import topologies
+from ml_collections import config_flags
+
+from espl_jax import command_line, pretrained, programs, sharding
+from espl_jax.assemble import lanes_of, make_optimizer_of, numerics
+from espl_jax.check_config import check_config
+from espl_jax.chips import Chip, find_chip
+from espl_jax.hlo_traffic import traffic
+from espl_jax.metrics import table
+from espl_jax.programs import Lengths, Program
+from espl_jax.sampling.sizes import choose_sizes, describe
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "File of the run's configuration.", lock_config=True
+)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "The slice, e.g. v5e:4x4, v5p:2x2x2, v6e:2x4.")
+_SYSTEM = flags.DEFINE_integer("system_tokens", 1024, "Tokens of the longest system prompt.")
+_PROBLEM = flags.DEFINE_integer(
+    "problem_tokens", 512, "Tokens of the longest problem, its turn's frame included."
+)
+_ADVICE = flags.DEFINE_bool("advice", True, "Try other settings where these do not fit.")
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a program needs of one device.
+
+    Attributes:
+      program: which one.
+      arguments, temporaries, outputs: bytes; outputs without those that take the place of arguments.
+      beside: bytes of what the run holds meanwhile.
+      flops, moved: operations and bytes of HBM in one execution.
+      error: why it could not be compiled, or nothing.
+      seconds: that compiling took.
+    """
+
+    program: Program
+    arguments: float = 0.0
+    temporaries: float = 0.0
+    outputs: float = 0.0
+    beside: float = 0.0
+    flops: float = 0.0
+    moved: float = 0.0
+    error: str = ""
+    seconds: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Bytes of HBM while it runs."""
+        return self.arguments + self.temporaries + self.outputs + self.beside
+
+    def fits(self, chip: Chip) -> bool:
+        """Whether the chip has room for it."""
+        return not self.error and self.total <= chip.memory
+
+    def bound(self, chip: Chip) -> float:
+        """Seconds that one execution takes at least."""
+        return max(self.flops / chip.flops, self.moved / chip.bandwidth)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run on a slice.
+
+    Attributes:
+      topology, chip: the slice.
+      mesh: devices by axis.
+      held: bytes of one device by what they are for.
+      slots: what sampling reserves, in words; why nothing can be, where `error` is set.
+      costs: of every program.
+    """
+
+    topology: str
+    chip: Chip
+    mesh: dict[str, int]
+    held: dict[str, float]
+    slots: str
+    costs: tuple[Cost, ...]
+    error: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Whether every program does."""
+        return not self.error and all(cost.fits(self.chip) for cost in self.costs)
+
+    @property
+    def largest(self) -> float:
+        """Most bytes of HBM that any program needs."""
+        return max((cost.total for cost in self.costs), default=0.0)
+
+    @property
+    def iteration(self) -> float:
+        """Seconds that an iteration takes at least."""
+        return sum(cost.program.runs * cost.bound(self.chip) for cost in self.costs)
+
+
+def plan(
+    c: Any,
+    topology: str,
+    lengths: Lengths,
+    *,
+    phases: Sequence[str] = ("rollouts", "update"),
+    every_bucket: bool = True,
+    say: Callable[[str], None] = print,
+) -> Plan:
+    """Compiles a run's programs for a slice.
+
+    Args:
+      c: the ConfigDict of the run.
+      topology: the slice.
+      lengths: of prompts and problems; what is drawn follows from the configuration.
+      phases: whose programs.
+      every_bucket: all decode chunks, or those with the most columns.
+      say: told about each program when it is compiled.
+
+    Raises:
+      ValueError: for an unknown topology, a mesh that it does not hold, or a model that cannot be read.
+    """
+    chip = find_chip(topology)
+    mesh = sharding.make_mesh(dict(c.mesh), _devices(topology))
+    config = pretrained.read_config(c.model.source, **numerics(c))
+    optimizer = make_optimizer_of(c)
+    held = programs.held(c, config, optimizer, mesh)
+    sizes = held.sizes()
+    axes = dict(mesh.shape)
+    try:
+        stages = choose_sizes(
+            config,
+            lanes=lanes_of(c),
+            rows=c.num_prompts * c.batch_size * c.group_size,
+            longest_problem=lengths.problem,
+            max_new_tokens=lengths.new,
+            context_limit=c.sampling.context_limit or None,
+            max_rows=c.sampling.max_rows or None,
+            held=sum(sizes.values()),
+            memory=int(chip.memory),
+            mesh=mesh,
+        )
+    except ValueError as error:
+        return Plan(topology, chip, axes, sizes, str(error), (), error=str(error))
+    every = []
+    if "rollouts" in phases:
+        every += programs.rollout_programs(
+            c, config, held.policy, stages, lengths, mesh, every_bucket=every_bucket
+        )
+    if "update" in phases and held.state is not None:
+        every += programs.update_programs(c, config, held, optimizer, lengths, mesh)
+    costs = []
+    for program in every:
+        costs.append(_cost(program, sizes, chip))
+        say(f"compiled in {costs[-1].seconds:.0f} s: {program.name}, {program.shape}")
+    return Plan(topology, chip, axes, sizes, describe(stages), tuple(costs))
+
+
+def least_memory(c: Any, topology: str, lengths: Lengths) -> float:
+    """Bytes that a device needs at least for an update: what is held, the gradient, and the stored inputs of
+    all layers for one microbatch. What exceeds the chip need not be compiled."""
+    mesh = sharding.make_mesh(dict(c.mesh), _devices(topology))
+    config = pretrained.read_config(c.model.source, **numerics(c))
+    sizes = programs.held(c, config, make_optimizer_of(c), mesh).sizes()
+    parts = sharding.row_parts(mesh)
+    rows = -(-c.num_prompts * c.batch_size * c.group_size // parts)
+    tokens = min(c.loss.microbatch_rows or rows, rows) * lengths.new
+    inputs = 4 * tokens * config.embed_dim * config.num_layers / mesh.shape["tensor"]
+    if config.remat == "offload":
+        inputs = 0
+    return sum(sizes.values()) - sizes["sampling copy"] + sizes["trained"] + inputs
+
+
+def _cost(program: Program, sizes: dict[str, float], chip: Chip) -> Cost:
+    # Between updates the copy that sampling uses is gone.
+    resident = sum(
+        size for name, size in sizes.items() if program.phase == "rollouts" or name != "sampling copy"
+    )
+    since = time.time()
+    try:
+        compiled = program.lower().compile()
+    except jax.errors.JaxRuntimeError as error:  # too much memory, among others
+        said = next((line for line in str(error).splitlines() if "hbm" in line.lower()), str(error))
+        return Cost(program, error=said.strip()[:200], seconds=time.time() - since)
+    memory, counted = compiled.memory_analysis(), traffic(compiled.as_text(), program.loops)
+    return Cost(
+        program,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        beside=resident - program.uses + program.beside,
+        flops=counted.flops,
+        moved=counted.total,
+        seconds=time.time() - since,
+    )
+
+
+def _devices(topology: str) -> list[jax.Device]:
+    """The devices of a slice, once no other process on this machine compiles for TPUs."""
+    while True:
+        try:
+            return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        except jax.errors.JaxRuntimeError as error:
+            if "lockfile" in str(error):
+                time.sleep(5)
+                continue
+            raise ValueError(f"topology={topology!r}: {str(error).splitlines()[0]}") from None
+
+
+def report(result: Plan) -> str:
+    """The plan as text: what is held, a line for each program, and the verdict."""
+    chip, axes = result.chip, ", ".join(f"{axis}={size}" for axis, size in result.mesh.items() if size > 1)
+    held = ", ".join(f"{name} {size / GIB:.2f}" for name, size in result.held.items() if size)
+    lines = [f"{result.topology}, {axes or 'one device'}: {chip.memory / GIB:.2f} GiB of HBM a device."]
+    lines += [f"Held throughout, GiB a device: {held}."]
+    if result.error:
+        return "\n".join([*lines, f"It does not fit: {result.error}"])
+    lines += [f"Rollouts: {result.slots}.", ""]
+    rows = [["program", "shape", "arguments", "temporaries", "held beside", "total GiB", "fits"]]
+    rows[0] += ["Tflop", "HBM GB", "bound", "at least ms", "runs"]
+    for cost in result.costs:
+        program = cost.program
+        row = [program.name, program.shape]
+        if cost.error:
+            rows.append([*row, *[""] * 4, "no", *[""] * 4, f"{program.runs:.0f}"])
+            continue
+        sizes = cost.arguments, cost.temporaries, cost.beside + cost.outputs, cost.total
+        row += [f"{size / GIB:.2f}" for size in sizes] + ["yes" if cost.fits(chip) else "no"]
+        by = "flops" if cost.flops / chip.flops > cost.moved / chip.bandwidth else "bytes"
+        row += [f"{cost.flops / 1e12:.2f}", f"{cost.moved / 1e9:.2f}", by]
+        rows.append([*row, f"{1e3 * cost.bound(chip):.1f}", f"{program.runs:.0f}"])
+    lines += [table(rows), ""]
+    lines += [
+        f"{cost.program.name}, {cost.program.shape}: {cost.error}" for cost in result.costs if cost.error
+    ]
+    if result.fits:
+        lines.append(
+            f"It fits: {result.largest / GIB:.2f} of {chip.memory / GIB:.2f} GiB. The longest iteration "
+            f"takes at least {result.iteration:.0f} s, without reflection."
+        )
+    else:
+        worst = [cost for cost in result.costs if not cost.fits(chip)]
+        lines.append(f"It does not fit: {', '.join(dict.fromkeys(cost.program.name for cost in worst))}.")
+    return "\n".join(lines)
+
+
+def alternatives(c: Any, topology: str) -> Iterator[tuple[str, Any, str]]:
+    """Other settings for a run that does not fit, those first that change the least: (words, ConfigDict,
+    topology)."""
+    kind, _, shape = topology.partition(":")
+    chip = find_chip(topology)
+    devices = _count(shape)
+
+    def changed(**fields: Any) -> Any:
+        other = copy.deepcopy(c)
+        with other.unlocked():
+            other.update_from_flattened_dict({name.replace("__", "."): x for name, x in fields.items()})
+        return other
+
+    def said(fields: dict[str, Any]) -> str:
+        return " ".join(f"--config.{name.replace('__', '.')}={x}" for name, x in fields.items())
+
+    tensors = [t for t in (2, 4, 8) if devices % t == 0 and t != c.mesh.tensor]
+    changes = [{"loss__microbatch_rows": 1}] if c.loss.microbatch_rows != 1 else []
+    changes += [{"model__remat": "offload", "loss__microbatch_rows": 1}]
+    for tensor in tensors:
+        mesh = {"mesh__data": 1, "mesh__fsdp": -1, "mesh__tensor": tensor}
+        changes += [mesh, mesh | {"loss__microbatch_rows": 1}]
+    if not c.lora.rank and c.optimizer.kind != "adafactor":
+        changes.append({"optimizer__kind": "adafactor", "loss__microbatch_rows": 1})
+    for fields in changes:
+        yield said(fields), changed(**fields), topology
+    for larger in chip.slices:
+        if _count(larger) > devices:
+            yield f"--topology={kind}:{larger}", c, f"{kind}:{larger}"
+            fields = {"mesh__data": 1, "mesh__fsdp": -1, "mesh__tensor": 8, "loss__microbatch_rows": 1}
+            yield f"--topology={kind}:{larger} {said(fields)}", changed(**fields), f"{kind}:{larger}"
+    if not c.lora.rank:
+        yield "--config.lora.rank=32", changed(lora__rank=32), topology
+
+
+def _count(shape: str) -> int:
+    count = 1
+    for size in shape.split("x"):
+        count *= int(size)
+    return count
+
+
+def advice(c: Any, topology: str, lengths: Lengths, most: int = 3) -> list[str]:
+    """The first settings that fit, found by compiling the largest programs with each."""
+    found = []
+    for words, other, where in alternatives(c, topology):
+        if least_memory(other, where, lengths) > find_chip(where).memory:
+            continue
+        result = plan(other, where, lengths, every_bucket=False, say=lambda _: None)
+        print(f"tried {words}: {'fits' if result.fits else 'does not fit'}", flush=True)
+        if result.fits:
+            found.append(f"{words}: {result.largest / GIB:.2f} GiB, at least {result.iteration:.0f} s")
+        if len(found) == most:
+            break
+    return found
+
+
+def main(argv: list[str]) -> None:
+    """Prints the plan; exits with 1 if the run does not fit."""
+    if len(argv) > 1:
+        sys.exit(f"not understood: {' '.join(argv[1:])}; fields are set as --config.name=value")
+    c, topology = _CONFIG.value, _TOPOLOGY.value
+    try:
+        check_config(c, files=False)
+        find_chip(topology)
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+    lengths = Lengths(_SYSTEM.value, _PROBLEM.value, c.sampling.max_new_tokens)
+    with command_line.without_traceback():
+        result = plan(c, topology, lengths, say=lambda text: print(text, file=sys.stderr, flush=True))
+        print(report(result))
+        if result.fits:
+            return
+        found = advice(c, topology, lengths) if _ADVICE.value else []
+        if _ADVICE.value:
+            print("\nThese would fit:" if found else "\nNothing that was tried would fit.")
+        for line in found:
+            print(f"  {line}")
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "topology"])
+    app.run(main, flags_parser=command_line.parse_flags)

@@ -1,0 +1,138 @@
+r"""The smallest TPU slices on which configs/hmmt.py fits, by model and chip: the table of the README.
+
+    python -m experiments.plan_table --out=plans.jsonl
+    python -m experiments.plan_table --out=plans.jsonl --models=qwen3-8b --chips=v5e,v6e
+
+For each model, with adapters and with all weights trained, slices are tried from the smallest up, and on
+each of them layers recomputed and then offloaded, and meshes that give more devices to `tensor`, until
+every program compiles and fits; see espl_jax/plan.py. What cannot fit by what is held alone is not
+compiled. Results are appended to the file as they come, and what it holds already is not done again. Allow
+some minutes for each line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from configs import hmmt
+from espl_jax import plan as planning
+from espl_jax.chips import CHIPS
+from espl_jax.metrics import table
+from espl_jax.programs import Lengths
+from experiments.bench.tpu_shapes import MODELS
+
+LENGTHS = Lengths(system=1024, problem=512, new=15_000)
+"""A grown system prompt, a long problem, and the new tokens of configs/hmmt.py."""
+
+TABLE_MODELS = "qwen3-0.6b,qwen3-4b,qwen3-8b,qwen3-32b,llama-3.1-8b"
+
+
+def candidates(model: Path, trained: str, chip: str) -> Iterator[tuple[Any, str]]:
+    """The run on slices and meshes, smallest first."""
+    for shape in CHIPS[chip].slices:
+        devices = math.prod(map(int, shape.split("x")))
+        for remat, tensor in itertools.product(("full", "offload"), (1, 2, 4, 8)):
+            if devices % tensor == 0:
+                c = hmmt.get_config()
+                c.model.source, c.model.remat = str(model), remat
+                c.lora.rank = 32 if trained == "LoRA" else 0
+                c.mesh.tensor = tensor
+                yield c, f"{chip}:{shape}"
+
+
+def smallest(model: Path, trained: str, chip: str) -> dict[str, Any] | None:
+    """The first candidate that fits, as a line of the file; None if none of them does."""
+    for c, topology in candidates(model, trained, chip):
+        if planning.least_memory(c, topology, LENGTHS) > 0.97 * CHIPS[chip].memory:
+            continue
+        where = f"{model.name}, {trained}, {topology}, tensor={c.mesh.tensor}, remat={c.model.remat}"
+        # The update first: it decides nearly always.
+        update = planning.plan(c, topology, LENGTHS, phases=["update"], say=quiet)
+        print(
+            f"{where}: {update.largest / 2**30:.2f} GiB, {update.costs[-1].error or 'compiled'}", flush=True
+        )
+        if not update.fits:
+            continue
+        rollouts = planning.plan(c, topology, LENGTHS, phases=["rollouts"], every_bucket=False, say=quiet)
+        if not rollouts.fits:
+            print(f"{where}: rollouts need {rollouts.largest / 2**30:.2f} GiB", flush=True)
+            continue
+        rollouts = planning.plan(c, topology, LENGTHS, phases=["rollouts"], say=quiet)
+        return {
+            "topology": topology,
+            "tensor": c.mesh.tensor,
+            "remat": c.model.remat,
+            "largest": max(update.largest, rollouts.largest),
+            "memory": CHIPS[chip].memory,
+            "rollouts": rollouts.iteration,
+            "update": update.iteration,
+            "compiled": sum(cost.seconds for cost in (*update.costs, *rollouts.costs)),
+        }
+    return None
+
+
+def quiet(_: str) -> None:
+    """Says nothing."""
+
+
+def lines(results: list[dict[str, Any]]) -> str:
+    """All results as a Markdown table."""
+    rows = [
+        ["model", "trained", *(f"{chip}, GiB of {CHIPS[chip].memory / 2**30:.1f}" for chip in CHIPS_SHOWN)]
+    ]
+    for model, trained in dict.fromkeys((x["model"], x["trained"]) for x in results):
+        cells = []
+        for chip in CHIPS_SHOWN:
+            found = [x for x in results if (x["model"], x["trained"], x["chip"]) == (model, trained, chip)]
+            fit = found[-1]["fit"] if found else None
+            if fit is None:
+                cells.append("none" if found else "-")
+                continue
+            shape, tensor = fit["topology"].split(":")[1], fit["tensor"]
+            offload = ", offload" if fit["remat"] == "offload" else ""
+            bounds = f"{fit['rollouts']:.0f} + {fit['update']:.0f} s"
+            cells.append(f"{shape}, tensor={tensor}{offload}: {fit['largest'] / 2**30:.1f}, {bounds}")
+        rows.append([model, trained, *cells])
+    return table(rows)
+
+
+CHIPS_SHOWN = ("v5e", "v5p", "v6e")
+
+
+def main() -> None:
+    """Fills the file and prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="a file of JSON lines")
+    parser.add_argument("--models", default=TABLE_MODELS, help="which, with commas")
+    parser.add_argument("--chips", default=",".join(CHIPS_SHOWN), help="which, with commas")
+    args = parser.parse_args()
+    args.out.touch()
+    results = [json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()]
+    done = {(x["model"], x["trained"], x["chip"]) for x in results}
+    with tempfile.TemporaryDirectory() as folder:
+        for chip in args.chips.split(","):
+            for name in args.models.split(","):
+                model = Path(folder) / name
+                model.mkdir(exist_ok=True)
+                (model / "config.json").write_text(json.dumps(MODELS[name]), encoding="utf-8")
+                for trained in ("LoRA", "all"):
+                    if (name, trained, chip) in done:
+                        continue
+                    fit = smallest(model, trained, chip)
+                    results.append({"model": name, "trained": trained, "chip": chip, "fit": fit})
+                    with args.out.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(results[-1]) + "\n")
+    print(lines(results))
+
+
+if __name__ == "__main__":
+    main()

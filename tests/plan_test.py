@@ -1,0 +1,139 @@
+"""Whether a run fits on a slice: reckoned by hand, and for a tiny model by the compiler."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import common
+from espl_jax import plan, programs
+from espl_jax.chips import CHIPS, find_chip
+from espl_jax.models.transformer import abstract
+from espl_jax.optimizer import make_optimizer
+from espl_jax.programs import Program
+from tests import tiny
+from tests.conftest import run_module
+
+TINY_HF = {
+    "model_type": "qwen3",
+    "vocab_size": 512,
+    "num_hidden_layers": 2,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 4096,
+}
+
+
+def test_chips_are_found_by_the_names_of_topologies():
+    assert find_chip("v5e:4x4") is CHIPS["v5e"]
+    for name in ("v9:2x2", "v5e", "4x4"):
+        with pytest.raises(ValueError, match=f"topology='{name}' is unknown; give a chip out of v4, v5e"):
+            find_chip(name)
+
+
+def cost(**fields):
+    program = Program("decode chunk", "8 rows x 64 columns", lambda: None, "rollouts", runs=10)
+    return plan.Cost(program, **fields)
+
+
+def test_a_bound_is_the_larger_of_arithmetic_and_memory():
+    chip = CHIPS["v5e"]
+    assert cost(flops=197e12, moved=0.5 * 819e9).bound(chip) == pytest.approx(1)
+    assert cost(flops=0.5 * 197e12, moved=2 * 819e9).bound(chip) == pytest.approx(2)
+
+
+def test_a_program_fits_with_all_that_is_held_beside_it():
+    chip, gib = CHIPS["v5e"], 2.0**30
+    small = cost(arguments=10 * gib, temporaries=2 * gib, outputs=1 * gib, beside=2.5 * gib)
+    assert small.total == 15.5 * gib and small.fits(chip)
+    assert not cost(arguments=10 * gib, temporaries=2 * gib, outputs=1 * gib, beside=3 * gib).fits(chip)
+    assert not cost(error="Used 42G of 15.75G hbm").fits(chip)
+
+
+def test_a_report_says_what_fits_and_what_an_iteration_takes():
+    chip, gib = CHIPS["v5e"], 2.0**30
+    costs = cost(arguments=3 * gib, moved=0.1 * 819e9), cost(error="Used 42G of 15.75G hbm")
+    held = {"weights": 2 * gib, "trained": 0}
+    good = plan.Plan("v5e:2x2", chip, {"data": 1, "fsdp": 4}, held, "8 slots", costs[:1])
+    assert good.fits and good.iteration == pytest.approx(1)
+    text = plan.report(good)
+    assert "v5e:2x2, fsdp=4: 15.75 GiB of HBM a device." in text and "weights 2.00" in text
+    assert "It fits: 3.00 of 15.75 GiB. The longest iteration takes at least 1 s" in text
+    bad = plan.Plan("v5e:2x2", chip, {"fsdp": 4}, held, "8 slots", costs)
+    assert not bad.fits and "Used 42G of 15.75G hbm" in plan.report(bad)
+    assert "It does not fit: decode chunk." in plan.report(bad)
+
+
+def test_what_is_held_is_counted_once():
+    """Adapters in float32 with Adam's two averages, and their copy for sampling; the base in bfloat16."""
+    c = common.get_config()
+    c.lora.rank = 4
+    config = tiny.CONFIG.replace(param_dtype="bfloat16", dtype="bfloat16")
+    sizes = programs.held(c, config, make_optimizer(1e-3), None).sizes()
+    weights = sum(w.size for w in jax.tree.leaves(shapes(config)))
+    adapters = sizes["trained"] // 4
+    assert sizes["weights"] == 2 * weights
+    assert (
+        sizes["optimizer"] == pytest.approx(8 * adapters, abs=64) and sizes["sampling copy"] == 2 * adapters
+    )
+    c.lora.rank = 0
+    sizes = programs.held(c, config, make_optimizer(1e-3), None).sizes()
+    matrices = sum(w.size for w in jax.tree.leaves(shapes(config)) if w.ndim > 2 or 61 in w.shape)
+    assert sizes["trained"] == 4 * weights
+    assert sizes["sampling copy"] == 2 * matrices + 4 * (weights - matrices)
+
+
+def shapes(config):
+    return jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.dtype(w.dtype)), abstract(config))
+
+
+def test_alternatives_change_the_least_first():
+    c = common.get_config()
+    c.loss.microbatch_rows = 4
+    words = [words for words, _, _ in plan.alternatives(c, "v5e:2x4")]
+    assert words[0] == "--config.loss.microbatch_rows=1"
+    assert "--config.mesh.data=1 --config.mesh.fsdp=-1 --config.mesh.tensor=8" in words
+    assert words.index("--topology=v5e:4x4") < words.index("--topology=v5e:16x16")
+    assert not any("2x2" in each for each in words)
+    other = next(c for words, c, _ in plan.alternatives(c, "v5e:2x4") if words.endswith("tensor=2"))
+    assert other.mesh.tensor == 2 and c.mesh.tensor == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed; pip install libtpu"
+)
+class TestCommand:
+    def command(self, folder, *changes):
+        (folder / "config.json").write_text(json.dumps(TINY_HF))
+        small = ["num_prompts=2", "batch_size=2", "group_size=4", "sampling.max_new_tokens=64"]
+        return run_module(
+            "espl_jax.plan",
+            "--config=configs/hmmt.py",
+            "--topology=v5e:2x2",
+            "--system_tokens=64",
+            "--problem_tokens=64",
+            *(f"--config.{change}" for change in (f"model.source={folder}", *small, *changes)),
+            JAX_ENABLE_COMPILATION_CACHE="0",
+            XLA_FLAGS="",
+        )
+
+    def test_a_run_that_fits(self, tmp_path):
+        done = self.command(tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "It fits:" in done.stdout and "policy-gradient step" in done.stdout
+
+    def test_a_run_that_does_not_fit_until_its_microbatches_are_small(self, tmp_path):
+        """A batch of long rollouts whose layers' inputs alone exceed the chip."""
+        done = self.command(
+            tmp_path, "group_size=2048", "sampling.max_new_tokens=3000", "loss.microbatch_rows=0"
+        )
+        assert done.returncode == 1, done.stderr[-2000:]
+        assert "It does not fit: policy-gradient step." in done.stdout
+        assert "  --config.loss.microbatch_rows=1: " in done.stdout

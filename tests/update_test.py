@@ -1,0 +1,89 @@
+"""One iteration's updates inside of a run: several of them, and those that are left out."""
+
+import functools
+import io
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from espl_jax import assemble, run_reflection, update
+from espl_jax.optimizer import make_optimizer
+from espl_jax.train import train
+from tests import fakes
+
+optimizer = functools.cache(make_optimizer)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setattr(assemble, "load_pretrained", fakes.load_pretrained)
+    monkeypatch.setattr(assemble, "Arithmetic", fakes.Letters)
+    monkeypatch.setattr(assemble, "make_optimizer", optimizer)
+    monkeypatch.setattr(assemble.sharding, "make_mesh", lambda sizes: None)
+    monkeypatch.setattr(run_reflection, "local_reflector", lambda model, **_: fakes.scripted_replies)
+
+
+def run(path, **changes):
+    shown = io.StringIO()
+    changes = {"mode": "rl", "evaluation__every": 0, "data__test": ""} | changes
+    train(fakes.config(**changes), path, Console(file=shown, width=300))
+    return shown.getvalue()
+
+
+def metrics(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def failing(monkeypatch, iterations):
+    """Steps of these numbers, from 1, meet a NaN in their batch; the real step leaves them out."""
+    step, count = update.policy_gradient_step, [0]
+
+    def poisoned(state, frozen, reference, batch, *args, **kwargs):
+        count[0] += 1
+        if count[0] in iterations:
+            batch = batch._replace(advantages=jnp.full_like(batch.advantages, jnp.nan))
+        return step(state, frozen, reference, batch, *args, **kwargs)
+
+    monkeypatch.setattr(update, "policy_gradient_step", poisoned)
+
+
+def test_epochs_and_minibatches_are_updates_each(tmp_path):
+    run(tmp_path, loss__epochs=2, loss__minibatches=2, loss__kind="ppo", num_iterations=1)
+    (record,) = metrics(tmp_path)
+    assert record["updates"] == 4 and record["not_finite"] == 0
+    # Ratios are to the weights before the first of them, and one in that one alone.
+    assert record["ratio"] != 1 and record["ratio"] == pytest.approx(1, abs=0.2)
+    assert 0 <= record["clip_fraction"] <= 1 and record["log_ratio_abs"] > 0
+
+
+def test_sampler_weights_are_one_where_trainer_and_sampler_agree(tmp_path):
+    run(tmp_path, loss__sampler_weight_cap=2.0, num_iterations=1)
+    (record,) = metrics(tmp_path)
+    assert record["sampler_weight"] == pytest.approx(1, abs=1e-4)
+    assert record["ratio"] == pytest.approx(1, abs=1e-4)
+
+
+def test_an_update_that_is_not_finite_is_left_out_and_said(tmp_path, monkeypatch):
+    failing(monkeypatch, {2})
+    said = run(tmp_path, num_iterations=3)
+    first, second, third = metrics(tmp_path)
+    assert [r["not_finite"] for r in (first, second, third)] == [0, 1, 0]
+    assert [r["not_finite_in_row"] for r in (first, second, third)] == [0, 1, 0]
+    assert second["updates"] == 0 and "loss" not in second and third["updates"] == 1
+    line = next(line for line in said.splitlines() if line.startswith("Iteration 2: 1 of 1 updates skipped"))
+    assert "Prompts: p0." in line and "Problems: " in line
+    # The others were taken, from where the first one left the weights.
+    assert np.isfinite(third["loss"]) and third["grad_norm"] > 0
+
+
+def test_too_many_in_a_row_stop_the_run_with_its_state_saved(tmp_path, monkeypatch):
+    with monkeypatch.context() as context:
+        failing(context, {2, 3, 4, 5})
+        with pytest.raises(RuntimeError, match=r"2 updates in a row .* optimizer.max_skipped=1.*iteration 3"):
+            run(tmp_path, num_iterations=6, optimizer__max_skipped=1, checkpoint_every=5)
+    assert len(metrics(tmp_path)) == 3
+    run(tmp_path, num_iterations=6, optimizer__max_skipped=9, checkpoint_every=5)
+    assert [record["not_finite"] for record in metrics(tmp_path)] == [0, 1, 1, 0, 0, 0]
