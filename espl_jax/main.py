@@ -15,20 +15,14 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command resumes it.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show one problem, one answer, shapes and memory, and stop.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address",
+    "",
+    "host:port of the first process, where several run together; TPU pods, Slurm and MPI need none.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Number of processes, with --coordinator_address.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", 0, "Number of this process, from 0.")
 flags.mark_flags_as_required(["config"])
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Reads the flags; a field that the configuration does not have is refused by its full name."""
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError) as error:  # what ml_collections raises for unknown fields
-        unknown = str(error).strip("\"'")
-        given = [arg.split("=")[0].lstrip("-") for arg in argv if arg.lstrip("-").startswith("config.")]
-        named = [field for field in given if unknown in field.split(".")] or given
-        sys.exit(f"{' or '.join(named)}: there is no such field; configs/common.py lists all of them")
-    except OSError as error:
-        sys.exit(str(error))
 
 
 def main(argv: list[str]) -> None:
@@ -46,6 +40,9 @@ def main(argv: list[str]) -> None:
     # jax is imported from here on, so that a wrong field costs no start-up.
     command_line.use_compilation_cache(config.compilation_cache)
     with command_line.without_traceback():
+        from espl_jax import processes
+
+        processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         if _DRY_RUN.value:
             from espl_jax.dry_run import dry_run
 
@@ -57,4 +54,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=command_line.parse_flags)

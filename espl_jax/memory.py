@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from espl_jax import processes
+
 CONTAINER_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
@@ -18,7 +20,14 @@ CONTAINER_LIMITS = (
 
 
 def device_memory() -> int:
-    """Bytes of one device; on CPU the memory of the machine or container, divided among its devices."""
+    """Bytes of one device of the first process, for all of them to plan with.
+
+    On CPU it is the memory of the machine or container, divided among the process's devices.
+    """
+    return processes.decide(_device_memory)
+
+
+def _device_memory() -> int:
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]

@@ -147,7 +147,7 @@ def plan(
       topology: the slice.
       lengths: of prompts and problems; what is drawn follows from the configuration.
       phases: whose programs.
-      every_bucket: all decode chunks, or those with the most columns.
+      every_bucket: all decode chunks, or the smallest and the largest in the place of all.
       say: told about each program when it is compiled.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -136,7 +137,7 @@ def rollout_programs(
       lengths: of the longest prompts.
       mesh: of devices.
       stop_ids: how many tokens end a turn.
-      every_bucket: all lengths of the chunks, or the longest alone.
+      every_bucket: all lengths of the chunks, or the shortest and the longest in the place of all.
     """
     params, config = for_sampling(params, config)
     lanes = lanes_of(c)
@@ -183,18 +184,30 @@ def rollout_programs(
 
     filled = lengths.problem - 1
     for number, sizes in enumerate(stages, 1):
-        name = "decode chunk" + ("" if every_bucket else ", largest")
-        name += f" of stage {number}" if len(stages) > 1 else ""
+        of_stage = f" of stage {number}" if len(stages) > 1 else ""
         loops = {"jit(decode_chunk)/while": sizes.steps, "/while": HALVINGS}
-        for columns in sizes.columns:
-            chunks = len(
-                [at for at in range(filled, sizes.longest, sizes.steps) if sizes.columns_for(at) == columns]
-            )
-            filled += chunks * sizes.steps
-            if every_bucket or columns == sizes.columns[-1]:
-                runs = chunks * -(-rows // sizes.slots)
-                shape = f"{sizes.slots} rows x {columns} columns"
-                yield Program(name, shape, chunk(sizes, columns), "rollouts", runs, uses, loops=loops)
+        starts = range(filled, sizes.longest, sizes.steps)
+        chunks = collections.Counter(sizes.columns_for(start) for start in starts)
+        filled += len(starts) * sizes.steps
+        runs = {columns: float(chunks[columns]) for columns in sizes.columns}
+        for columns, count in (runs if every_bucket else _ends(runs)).items():
+            name = "decode chunk"
+            if not every_bucket:
+                name += ", largest" if columns == sizes.columns[-1] else ", smallest"
+            shape = f"{sizes.slots} rows x {columns} columns"
+            count *= -(-rows // sizes.slots)
+            lower = chunk(sizes, columns)
+            yield Program(name + of_stage, shape, lower, "rollouts", count, uses, loops=loops)
+
+
+def _ends(runs: dict[int, float]) -> dict[int, float]:
+    """Runs of the fewest and the most columns, in the place of all between them: what a chunk takes grows
+    with its columns as a line does."""
+    low, high = min(runs), max(runs)
+    if low == high:
+        return runs
+    upper = sum(count * (columns - low) / (high - low) for columns, count in runs.items())
+    return {low: sum(runs.values()) - upper, high: upper}
 
 
 def update_programs(

@@ -12,25 +12,25 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from espl_jax import iteration_log, processes
 from espl_jax.assemble import Parts, assemble, rollout_sizes, stream_key
 from espl_jax.data.order import next_batch
 from espl_jax.deploy import evaluate_on, finish
-from espl_jax.evolution import lineage
 from espl_jax.evolution.deployment import deployed
-from espl_jax.evolution.evolve import count_drops, evolve
+from espl_jax.evolution.evolve import evolve, outcome
 from espl_jax.evolution.population import Population
 from espl_jax.evolution.ratings import inflate, rate
 from espl_jax.evolution.reflection import Offspring
 from espl_jax.evolution.selection import select
 from espl_jax.metrics import Progress
 from espl_jax.resume import MAY_CHANGE, Run, restore, save
-from espl_jax.rl.advantages import advantages
-from espl_jax.rollout import collect_rollouts, means, prompt_numbers, records, stable_hash, train_batch
+from espl_jax.rollout import collect_rollouts, means, stable_hash
 from espl_jax.run_reflection import Beside, MakeReflect, open_reflectors
 from espl_jax.run_state import WorkDir
 from espl_jax.sampling.sizes import describe
-from espl_jax.train_step import TrainState, policy_gradient_step
+from espl_jax.train_step import TrainState
 from espl_jax.types import Reflect, Rollouts, SystemPrompt
+from espl_jax.update import update
 
 
 def train(config: Any, workdir: str | Path, console: Console | None = None) -> dict[str, Any]:
@@ -44,6 +44,8 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
     Returns:
       What `results.json` holds: the test by weights and prompt, and the prompt to deploy.
     """
+    processes.agree("the configuration", config.to_dict())
+    console = console if processes.is_first() else Console(quiet=True)
     with contextlib.ExitStack() as stack:
         folder = WorkDir(workdir, config.to_dict(), may_change=MAY_CHANGE, keep=config.checkpoint_keep)
         stack.enter_context(folder)
@@ -61,8 +63,23 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
                     run = iterate(run, parts, make_reflect, config, folder, progress)
                 if iteration % config.checkpoint_every == 0 or iteration == config.num_iterations:
                     save(folder, run)
+                stop_if_stuck(run, config, folder)
             policy = parts.policy(run.train_state)
             return finish(parts, policy, run.root, run.population, config, folder, progress)
+
+
+def stop_if_stuck(run: Run, config: Any, folder: WorkDir) -> None:
+    """Ends a run whose updates cannot be taken any more, with its state saved. Raises RuntimeError."""
+    if run.not_finite_in_row <= config.optimizer.max_skipped:
+        return
+    if run.iteration % config.checkpoint_every and run.iteration != config.num_iterations:
+        save(folder, run)
+    raise RuntimeError(
+        f"{run.not_finite_in_row} updates in a row had a loss or gradient that was not finite, and "
+        f"optimizer.max_skipped={config.optimizer.max_skipped}. The weights from before them are saved as of "
+        f"iteration {run.iteration}. Lower optimizer.learning_rate in a new run, or resume this one with a "
+        "larger optimizer.max_skipped"
+    )
 
 
 def iterate(
@@ -94,46 +111,36 @@ def iterate(
     if parts.evolves:
         rated = rate(rated, ids, values, c.ratings.tie_margin, c.ratings.system, iteration)
     reflect = make_reflect(policy, iteration)
-    train_state, learned, offspring, times = learn(
-        run.train_state, rated, rollouts, reflect, rng, parts, c, progress
-    )
+    train_state, learned, offspring, times = learn(run, rated, rollouts, reflect, rng, parts, c, progress)
 
     children = [each.child for each in offspring.values() if each.child]
-    population, accepted, rejected, evicted = rated.add(children, iteration, c.evolution.allow_duplicates)
-    drift = c.ratings.drift_sigma if learned else 0.0
-    population = inflate(population, drift)
+    added = rated.add(children, iteration, c.evolution.allow_duplicates)
+    drift = c.ratings.drift_sigma if learned.get("updates") else 0.0
+    population = inflate(added.population, drift)
+    processes.agree(f"iteration {iteration}", (rollouts, learned, offspring, population, cursor))
     skipped = run.skipped + int(parts.trains and not learned)
     best = deployed(population, c.mode, c.deployment).prompt
     record = {
         **means(rollouts),
-        **{name: float(x) for name, x in jax.device_get(learned).items()},
+        **learned,
+        **outcome(offspring, added),
         "skipped_updates": skipped,
         "tournament": {"prompts": ids, "values": values},
         "best_prompt": {"id": best.id, "mu": best.mu, "sigma": best.sigma},
         "population": len(population.members),
-        "children": [child.id for child in accepted],
-        "no_child": {operator: each.reason for operator, each in offspring.items() if each.reason}
-        | {child.operator: reason for child, reason in rejected},
-        "drops": count_drops(offspring),
         "drift_sigma": drift,
         "reflector": getattr(reflect, "counts", {}),
         "time": times,
     }
-    for each in records(rollouts):
-        workdir.append("rollouts", {"iteration": iteration, **each})
-    for operator, each in offspring.items():
-        for transcript in each.transcripts:
-            workdir.append("reflections", {"iteration": iteration, "operator": operator, **transcript})
-    for event, members in (("born", accepted), ("left", evicted)):
-        for member in members:
-            workdir.append("lineage", lineage.entry(event, member, iteration))
+    iteration_log.write(workdir, iteration, rollouts, offspring, added)
     if c.evaluation.every and iteration % c.evaluation.every == 0:
         with progress.phase("evaluation"):
             model = parts.policy(train_state)
             (validation,) = evaluate_on(parts, "validation", model, "current", [best], c, iteration, workdir)
             record |= {"validation": dataclasses.asdict(validation), "held_out": validation.accuracy}
     progress.report(iteration, record)
-    return Run(iteration, run.root, train_state, population, cursor, skipped)
+    not_finite = learned.get("not_finite_in_row", run.not_finite_in_row)
+    return Run(iteration, run.root, train_state, population, cursor, skipped, not_finite)
 
 
 def choose_prompts(
@@ -148,31 +155,8 @@ def choose_prompts(
     return select(population, c.num_prompts, s.strategy, rng, s.window, s.optimism, s.temperature)
 
 
-def update(
-    state: TrainState | None, rollouts: Rollouts, parts: Parts, c: Any, progress: Progress
-) -> tuple[TrainState | None, dict[str, Any]]:
-    """Advantages and one policy-gradient step; no metrics where there was nothing to learn."""
-    if state is None:
-        return None, {}
-    with progress.phase("update"):
-        gains = np.asarray(advantages(rollouts.rewards, c.loss.baseline, prompt_numbers(rollouts)))
-        multiple = max(1, c.loss.microbatch_rows // rollouts.rewards.shape[2])
-        batch = train_batch(
-            rollouts,
-            gains,
-            multiple,
-            every_group=c.loss.kl_coef > 0,
-            mask_truncated=c.loss.mask_truncated,
-        )
-        if batch is None:
-            return state, {}
-        step = policy_gradient_step(*parts.step_arguments(state, batch), **parts.loss)
-        # Reflection on the same devices would wait for it anyway, and its time belongs here.
-        return jax.block_until_ready(step)
-
-
 def learn(
-    state: TrainState | None,
+    run: Run,
     population: Population,
     rollouts: Rollouts,
     reflect: Reflect,
@@ -180,7 +164,7 @@ def learn(
     parts: Parts,
     c: Any,
     progress: Progress,
-) -> tuple[TrainState | None, dict[str, Any], dict[str, Offspring], dict[str, float]]:
+) -> tuple[TrainState | None, dict[str, float], dict[str, Offspring], dict[str, float]]:
     """Both branches: the weights' update, and what evolution makes of the prompts.
 
     Returns:
@@ -193,18 +177,22 @@ def learn(
     def generation() -> dict[str, Offspring]:
         return evolve(population, rollouts, ask, rng, **parts.evolution)
 
+    def step() -> tuple[TrainState | None, dict[str, float]]:
+        iteration, skipped = run.iteration + 1, run.not_finite_in_row
+        return update(run.train_state, rollouts, parts, c, iteration, progress, skipped)
+
     if not parts.evolves:
-        return *update(state, rollouts, parts, c, progress), {}, {}
+        return *step(), {}, {}
     if c.reflection.reflector != "local":
         beside = Beside(generation)
-        state, learned = update(state, rollouts, parts, c, progress)
+        state, learned = step()
         with progress.phase("reflection"):
             offspring = beside.result()
         return state, learned, offspring, beside.times()
     # Reflection by the current weights comes before the update, which gives their memory away.
     with progress.phase("reflection"):
         offspring = generation()
-    return *update(state, rollouts, parts, c, progress), offspring, {}
+    return *step(), offspring, {}
 
 
 @contextlib.contextmanager

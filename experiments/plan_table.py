@@ -62,9 +62,9 @@ def smallest(model: Path, trained: str, chip: str) -> dict[str, Any] | None:
             continue
         rollouts = planning.plan(c, topology, LENGTHS, phases=["rollouts"], every_bucket=False, say=quiet)
         if not rollouts.fits:
-            print(f"{where}: rollouts need {rollouts.largest / 2**30:.2f} GiB", flush=True)
+            errors = [cost.error for cost in rollouts.costs if cost.error]
+            print(f"{where}: rollouts need {rollouts.largest / 2**30:.2f} GiB, {errors}", flush=True)
             continue
-        rollouts = planning.plan(c, topology, LENGTHS, phases=["rollouts"], say=quiet)
         return {
             "topology": topology,
             "tensor": c.mesh.tensor,
@@ -119,18 +119,17 @@ def main() -> None:
     results = [json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()]
     done = {(x["model"], x["trained"], x["chip"]) for x in results}
     with tempfile.TemporaryDirectory() as folder:
-        for chip in args.chips.split(","):
-            for name in args.models.split(","):
-                model = Path(folder) / name
-                model.mkdir(exist_ok=True)
-                (model / "config.json").write_text(json.dumps(MODELS[name]), encoding="utf-8")
-                for trained in ("LoRA", "all"):
-                    if (name, trained, chip) in done:
-                        continue
-                    fit = smallest(model, trained, chip)
-                    results.append({"model": name, "trained": trained, "chip": chip, "fit": fit})
-                    with args.out.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(results[-1]) + "\n")
+        names, chips = args.models.split(","), args.chips.split(",")
+        for trained, chip, name in itertools.product(("LoRA", "all"), chips, names):
+            if (name, trained, chip) in done:
+                continue
+            model = Path(folder) / name
+            model.mkdir(exist_ok=True)
+            (model / "config.json").write_text(json.dumps(MODELS[name]), encoding="utf-8")
+            fit = smallest(model, trained, chip)
+            results.append({"model": name, "trained": trained, "chip": chip, "fit": fit})
+            with args.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(results[-1]) + "\n")
     print(lines(results))
 
 

@@ -14,6 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # tests start, and tests of the host world still run without importing jax.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# A collective holds a thread until all devices have come to it. XLA would have no more threads than devices
+# or cores, and two collectives at a time can take all of them and wait for ever.
+os.environ["NPROC"] = "32"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 

@@ -11,6 +11,7 @@ from espl_jax import assemble as assembling
 from espl_jax import dry_run as dry
 from espl_jax import run_reflection
 from espl_jax import train as loop
+from espl_jax import update as updates
 from espl_jax.assemble import assemble
 from espl_jax.data.order import Cursor, next_batch
 from espl_jax.dry_run import dry_run
@@ -60,7 +61,7 @@ def test_shows_the_problem_the_answer_and_the_programs(tmp_path, monkeypatch):
     assert sizes["prefill, prompts"][0] == "2 x 64 tokens"
     assert sizes["prefill, a block of problems"][0] == "4 x 32 tokens"
     assert sizes["decode chunk, largest"][0] == "12 rows x 64 columns"
-    assert sizes["policy-gradient step"][0] == "2 x 2 x 3 x 16 new tokens"
+    assert sizes["policy-gradient step"][0] == "1 x 12 x 16 new tokens"
     assert all(re.fullmatch(r"\d+\.\d+ [MG]iB", size) for row in list(sizes.values())[1:] for size in row[1:])
     assert "Rollouts: 12 slots of 64 columns; chunks of 6 steps come in" in text
     assert list(tmp_path.iterdir()) == []
@@ -76,7 +77,7 @@ def test_shapes_are_those_that_the_run_compiles(monkeypatch, tmp_path):
     )
     slots, capacity, *listed = re.search(announced, text).groups()
     rows, columns = (set(map(int, numbers.split(", "))) for numbers in listed)
-    chunk, step, seen = decode.decode_chunk, loop.policy_gradient_step, []
+    chunk, step, seen = decode.decode_chunk, updates.policy_gradient_step, []
 
     def listen(params, config, system, held, batch, *args, columns, **kwargs):
         assert held[1].shape[2:4] == (int(slots), int(capacity))
@@ -88,7 +89,7 @@ def test_shapes_are_those_that_the_run_compiles(monkeypatch, tmp_path):
         return step(state, frozen, reference, batch, *args, **kwargs)
 
     monkeypatch.setattr(decode, "decode_chunk", listen)
-    monkeypatch.setattr(loop, "policy_gradient_step", listen_to_step)
+    monkeypatch.setattr(updates, "policy_gradient_step", listen_to_step)
     monkeypatch.setattr(run_reflection, "local_reflector", lambda model, **settings: fakes.scripted_replies)
     said = io.StringIO()
     loop.train(config, tmp_path, Console(file=said, width=1000))

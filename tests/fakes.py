@@ -1,15 +1,17 @@
 """Small stand-ins that are real: a byte-level tokenizer with a chat template, and a two-layer decoder."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import threading
 
 import jax
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from configs import common
-from espl_jax import assemble, sharding, train
+from espl_jax import assemble, resume, sharding
 from espl_jax.data.order import Cursor
 from espl_jax.evolution import population as populations
 from espl_jax.models import transformer
@@ -65,7 +67,7 @@ def model(**numerics) -> Pretrained:
 def load_pretrained(source, dtype="float32", mesh=None, **numerics) -> Pretrained:
     """In place of `espl_jax.pretrained.load_pretrained`."""
     loaded = model(dtype=dtype, **numerics)
-    params = sharding.place(loaded.params, transformer.abstract(loaded.config), mesh)
+    params = sharding.place(loaded.params, transformer.abstract(loaded.config), mesh, "sampling")
     return dataclasses.replace(loaded, params=params)
 
 
@@ -81,6 +83,21 @@ class Letters:
     def grade(self, problems, replies):
         sums = [len(p.text) + sum(map(ord, reply)) for p, reply in zip(problems, replies, strict=True)]
         return [Grade((n % 7) / 4, n % 7 > 3, str(n)) for n in sums]
+
+
+class Talker(Letters):
+    """Says something after each of the first two turns, every other time as a future."""
+
+    def respond(self, problem, text):
+        said = text.count("<said>")
+        if said == 2:
+            return None
+        answer = f"<said> {problem.answer} e {len(text)}\n"
+        if len(text) % 2:
+            return answer
+        future = concurrent.futures.Future()
+        threading.Timer(0.05, lambda: future.set_result(answer)).start()
+        return future
 
 
 PROBLEMS = tuple(
@@ -100,7 +117,7 @@ def config(**changes):
         "num_iterations": 2,
         "model.dtype": "float32",
         "model.param_dtype": "float32",
-        "model.remat": False,
+        "model.remat": "none",
         "lora.rank": 2,
         "data.train": "addition:digits=1,count=6",
         "data.validation": "addition:digits=1,count=2",
@@ -155,5 +172,5 @@ def workdir(path, **changes):
             state = state.replace(trainable=jax.tree.map(lambda x: x + 0.5, state.trainable))
         for iteration in (1, 2):
             folder.append("metrics", {"iteration": iteration, "reward": iteration / 4})
-        train.save(folder, train.Run(2, members.members[0], state, members, Cursor(c.seed)))
+        resume.save(folder, resume.Run(2, members.members[0], state, members, Cursor(c.seed)))
     return path

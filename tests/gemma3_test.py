@@ -95,7 +95,7 @@ def test_loss(path, tokenizer):
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     tokens = np.array([tokenizer.encode(TEXT)], np.int32)
-    params, config, _ = gguf_cache.unpack(path, remat=False)
+    params, config, _ = gguf_cache.unpack(path, remat="none")
     own = jax.jit(token_logprobs, static_argnames="config")(params, config, tokens, 1.0)
     ours = -float(np.mean(own))
 

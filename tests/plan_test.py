@@ -93,6 +93,17 @@ def shapes(config):
     return jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.dtype(w.dtype)), abstract(config))
 
 
+def test_two_chunks_stand_for_all_between_them():
+    """Whatever grows with columns as a line does comes out the same."""
+    runs = {64: 2.0, 128: 5.0, 256: 7.0, 512: 1.0}
+    ends = programs._ends(runs)
+    assert list(ends) == [64, 512] and sum(ends.values()) == sum(runs.values())
+    for line in (lambda c: 3.0, lambda c: 2 * c + 5):
+        total = sum(count * line(columns) for columns, count in runs.items())
+        assert sum(count * line(columns) for columns, count in ends.items()) == pytest.approx(total)
+    assert programs._ends({64: 3.0}) == {64: 3.0}
+
+
 def test_alternatives_change_the_least_first():
     c = common.get_config()
     c.loss.microbatch_rows = 4

@@ -8,7 +8,7 @@ from espl_jax.types import TrainBatch
 
 
 class Tree(NamedTuple):
-    """M system prompts, P problems under each, N rollouts under each of these; as in `TrainBatch` otherwise."""
+    """M system prompts, P problems under each, N rollouts under each of these; else as in `TrainBatch`."""
 
     system_tokens: np.ndarray  # int32 [M, S]
     system_lengths: np.ndarray  # int32 [M]

@@ -8,7 +8,7 @@ import threading
 import pytest
 from rich.console import Console
 
-from espl_jax import assemble, run_reflection
+from espl_jax import assemble, run_reflection, update
 from espl_jax import train as loop
 from espl_jax.reflectors.openai_server import OpenAIServer
 from espl_jax.run_reflection import Beside
@@ -157,7 +157,7 @@ def test_a_record_takes_the_servers_place(tmp_path):
 def test_reflection_elsewhere_is_hidden_behind_the_update(tmp_path, monkeypatch):
     """The update does not end before the server was asked, nor does it wait for the answer."""
     asked, updated = threading.Event(), threading.Event()
-    step = loop.policy_gradient_step
+    step = update.policy_gradient_step
 
     def script(request, number):
         asked.set()
@@ -170,7 +170,7 @@ def test_reflection_elsewhere_is_hidden_behind_the_update(tmp_path, monkeypatch)
         updated.set()
         return result
 
-    monkeypatch.setattr(loop, "policy_gradient_step", step_in_company)
+    monkeypatch.setattr(update, "policy_gradient_step", step_in_company)
     with faulty_server.serve(script) as server:
         run(tmp_path, server.address, num_iterations=1, reflection__timeout=60.0)
     times = lines(tmp_path, "metrics")[0]["time"]

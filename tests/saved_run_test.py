@@ -60,7 +60,7 @@ def test_nothing_is_touched_and_no_lock_needed(workdir):
 
 
 def test_a_checkpoint_that_is_replaced_while_it_is_read(workdir, tmp_path, monkeypatch):
-    load, seen = run_state._load, []
+    load, seen = run_state.saved_arrays.load, []
 
     def replaced(path, leaves):
         seen.append(path.parent.name)
@@ -68,7 +68,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read(workdir, tmp_path, monke
             path.parent.rename(path.parent.parent / "00000007")
         return load(path, leaves)
 
-    monkeypatch.setattr(run_state, "_load", replaced)
+    monkeypatch.setattr(run_state.saved_arrays, "load", replaced)
     copy = tmp_path / "run"
     for name, content in contents(workdir).items():
         file = copy / name
@@ -88,7 +88,7 @@ def test_problems_are_not_needed(tmp_path):
 
 def test_all_weights(tmp_path):
     read = read_run(fakes.workdir(tmp_path / "run", mode="rl", lora__rank=0))
-    reference = fakes.model(remat=False, param_dtype="float32", dtype="float32").params
+    reference = fakes.model(remat="none", param_dtype="float32", dtype="float32").params
     assert read.adapters is None
     trained, before = (tree["layers"]["mlp"]["up"]["weight"] for tree in (read.model.params, reference))
     np.testing.assert_array_equal(trained, before + 0.5)
@@ -96,7 +96,7 @@ def test_all_weights(tmp_path):
 
 def test_prompts_alone(tmp_path):
     read = read_run(fakes.workdir(tmp_path / "run", mode="reflection"))
-    reference = fakes.model(remat=False, param_dtype="float32", dtype="float32").params
+    reference = fakes.model(remat="none", param_dtype="float32", dtype="float32").params
     assert read.adapters is None
     assert jax.tree.all(jax.tree.map(np.array_equal, read.model.params, reference))
     # Each prompt replaces the one before.
@@ -141,7 +141,7 @@ def test_what_is_a_run(workdir, tmp_path):
 
 def test_a_run_is_checked_without_its_weights(workdir, monkeypatch):
     monkeypatch.setattr(saved_run, "load_reference", None)
-    monkeypatch.setattr(run_state.ocp, "load", None)
+    monkeypatch.setattr(run_state.saved_arrays.ocp, "load", None)
     assert check_run(workdir).mode == fakes.config().mode
 
 

@@ -13,7 +13,6 @@ from espl_jax.sampling import draw
 from espl_jax.sampling.buckets import pad_right
 from espl_jax.sampling.generate import generate, sample_tree
 from espl_jax.train_step import gradients
-from espl_jax.types import TrainBatch
 from tests import ragged_tree, tiny, torch_llama
 
 TEXT = (
@@ -57,27 +56,27 @@ def text_tokens(model):
     return np.array(tokens, np.int32)
 
 
-def text_batch(tokens, shape, widths, seed=0):
+def text_tree(tokens, shape, widths, seed=0):
     """A ragged tree cut out of the text: system prompts, problems and rollouts begin anywhere in it."""
-    batch = ragged_tree.random_batch(seed, len(tokens) - max(widths) - 1, shape, widths)
+    tree = ragged_tree.random_tree(seed, len(tokens) - max(widths) - 1, shape, widths)
 
     def run(starts, width):
         return tokens[np.asarray(starts)[..., :1] + np.arange(width)]
 
     system, problem, new = widths
-    rollouts = run(batch.targets, new + 1)
+    rollouts = run(tree.targets, new + 1)
     # A group's rollouts follow the same last token of their problem.
     rollouts[..., 0] = rollouts[:, :, :1, 0]
-    return batch._replace(
-        system_tokens=run(batch.system_tokens, system),
-        problem_tokens=run(batch.problem_tokens, problem),
+    return tree._replace(
+        system_tokens=run(tree.system_tokens, system),
+        problem_tokens=run(tree.problem_tokens, problem),
         inputs=rollouts[..., :-1],
         targets=rollouts[..., 1:],
     )
 
 
 def test_logits(model, reference, text_tokens):
-    config = model.config.replace(remat=False)
+    config = model.config.replace(remat="none")
     with torch.no_grad():
         expected = torch_llama.logits(reference, text_tokens[None]).numpy()
     ours = np.asarray(tiny.logits(model.params, config, text_tokens[None]))
@@ -88,20 +87,14 @@ def test_logits(model, reference, text_tokens):
 
 
 def test_tree_against_flat(model, text_tokens):
-    config = model.config.replace(remat=False)
-    batch = text_batch(text_tokens, (2, 2, 2), (48, 24, 32))
-    flat = np.asarray(tiny.logits(model.params, config, ragged_tree.flatten(batch).tokens))
-    expected = ragged_tree.pick(flat, batch).reshape(*batch.mask.shape, -1)[batch.mask]
-    levels = (
-        batch.system_tokens,
-        batch.problem_tokens.reshape(4, -1),
-        batch.inputs.reshape(8, -1),
-    )
-    lengths = batch.system_lengths, batch.problem_lengths.reshape(-1), batch.mask.sum(-1).reshape(-1)
-    hidden, _ = tiny.forward(model.params, config, levels, tuple(np.asarray(x, np.int32) for x in lengths))
-    ours = np.asarray(tiny.unembed(model.params, config, hidden[2])).reshape(*batch.mask.shape, -1)[
-        batch.mask
-    ]
+    config = model.config.replace(remat="none")
+    tree = text_tree(text_tokens, (2, 2, 2), (48, 24, 32))
+    flat = np.asarray(tiny.logits(model.params, config, ragged_tree.flatten(tree).tokens))
+    expected = ragged_tree.pick(flat, tree).reshape(*tree.mask.shape, -1)[tree.mask]
+    levels = tree.system_tokens, tree.problem_tokens.reshape(4, -1), tree.inputs.reshape(8, -1)
+    lengths = tree.system_lengths, tree.problem_lengths.reshape(-1), tree.mask.sum(-1).reshape(-1)
+    hidden, _ = tiny.jitted_forward_tree(model.params, config, levels, lengths)
+    ours = np.asarray(tiny.unembed(model.params, config, hidden[2])).reshape(*tree.mask.shape, -1)[tree.mask]
     gap = np.abs(ours - expected).max() / np.abs(expected).max()
     print(f"tree against flat: {gap:.1e} of the largest logit")
     assert gap < 1e-4
@@ -115,7 +108,7 @@ def test_cached_decoding(model, text_tokens):
     )
     tokens, count = drawn.tokens[0, 0], 64
     whole = np.append(prompt, tokens)[None].astype(np.int32)
-    scores = tiny.logits(model.params, model.config.replace(remat=False), whole)[0, len(prompt) - 1 : -1]
+    scores = tiny.logits(model.params, model.config.replace(remat="none"), whole)[0, len(prompt) - 1 : -1]
     np.testing.assert_array_equal(tokens, np.asarray(scores).argmax(-1))
     expected = np.asarray(jax.nn.log_softmax(scores))[np.arange(count), tokens]
     gap = np.abs(drawn.untruncated_logprobs[0, 0] - expected).max()
@@ -146,30 +139,37 @@ def test_sampler_and_trainer_logprobs(text_tokens, numerics, temperature):
     drawn = sample_tree(
         params, model.config, system, problem, keys, max_new_tokens=32, temperature=temperature, chunk=16
     )
-    batch = as_batch(system, problem, drawn)
+    tree = as_tree(system, problem, drawn)
 
-    flat = ragged_tree.flatten(batch)
+    flat = ragged_tree.flatten(tree)
     own = np.asarray(tiny.token_logprobs(params, model.config, flat.tokens, temperature))
-    gap = np.abs(ragged_tree.pick(own, batch).reshape(batch.mask.shape) - drawn.logprobs)[batch.mask]
+    gap = np.abs(ragged_tree.pick(own, tree).reshape(tree.mask.shape) - drawn.logprobs)[tree.mask]
     _, metrics = compiled_gradients(
-        adapters, model.params, None, batch, model.config, temperature=temperature, microbatch_rows=4
+        adapters,
+        model.params,
+        None,
+        tree.train_batch(),
+        model.config,
+        temperature=temperature,
+        microbatch_rows=4,
     )
-    tree = float(metrics["log_ratio_abs"])
+    of_tree = float(metrics["log_ratio_abs"])
     print(
-        f"{numerics}, T={temperature}: sampler - flat {gap.mean():.1e} (max {gap.max():.1e}), tree {tree:.1e}"
+        f"{numerics}, T={temperature}: sampler - flat {gap.mean():.1e} (max {gap.max():.1e}), "
+        f"tree {of_tree:.1e}"
     )
     assert gap.mean() < tolerance
-    assert tree < tolerance
+    assert of_tree < tolerance
 
 
-def as_batch(system, problem, drawn):
-    """The TrainBatch of what was sampled, all rollouts of equal weight."""
+def as_tree(system, problem, drawn):
+    """The tree of what was sampled, all rollouts of equal weight."""
     system_tokens, system_lengths = pad_right(system)
     problem_tokens, problem_lengths = pad_right([tokens[:-1] for lane in problem for tokens in lane])
     shape = drawn.lengths.shape
     last = np.array([[tokens[-1] for tokens in lane] for lane in problem], np.int32)[..., None, None]
     last = np.broadcast_to(last, (*shape, 1))
-    return TrainBatch(
+    return ragged_tree.Tree(
         system_tokens=system_tokens,
         system_lengths=system_lengths,
         problem_tokens=problem_tokens.reshape(*shape[:2], -1),
@@ -186,10 +186,10 @@ def as_batch(system, problem, drawn):
 
 @pytest.fixture(scope="module")
 def tree(model, text_tokens):
-    """A small ragged batch, near policy."""
-    batch = text_batch(text_tokens, (2, 2, 2), (20, 12, 16))
-    own = tiny.token_logprobs(model.params, model.config, ragged_tree.flatten(batch).tokens, 0.7)
-    return ragged_tree.on_policy(batch, own, noise=0.2)
+    """A small ragged one, near policy."""
+    tree = text_tree(text_tokens, (2, 2, 2), (20, 12, 16))
+    own = tiny.token_logprobs(model.params, model.config, ragged_tree.flatten(tree).tokens, 0.7)
+    return ragged_tree.on_policy(tree, own, noise=0.2)
 
 
 @pytest.mark.slow
@@ -201,7 +201,7 @@ def test_gradients_of_adapters(model, reference, tree):
     )
     loss, expected = torch_llama.lora_gradients(reference, adapters, 0.5, tree, temperature=0.7)
     grads, metrics = compiled_gradients(
-        adapters, model.params, None, tree, config, temperature=0.7, microbatch_rows=4
+        adapters, model.params, None, tree.train_batch(), config, temperature=0.7, microbatch_rows=4
     )
     assert metrics["loss"] == pytest.approx(loss, rel=1e-3)
     errors = jax.tree.leaves(jax.tree.map(tiny.relative_error, grads, expected))
@@ -213,7 +213,7 @@ def test_gradients_of_adapters(model, reference, tree):
 def test_gradients_of_all_weights(model, reference, tree):
     loss, expected = torch_llama.full_gradients(reference, tree, temperature=0.7)
     grads, metrics = compiled_gradients(
-        model.params, None, None, tree, model.config, temperature=0.7, microbatch_rows=2
+        model.params, None, None, tree.train_batch(), model.config, temperature=0.7, microbatch_rows=2
     )
     assert metrics["loss"] == pytest.approx(loss, rel=1e-3)
     ours = torch_llama.to_names(grads, model.config)

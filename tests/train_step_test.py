@@ -13,18 +13,29 @@ TEMPERATURE = 0.7
 
 CONFIG = tiny.CONFIG.replace(lora_scale=0.5)
 
-compiled_gradients = jax.jit(gradients, static_argnames=("config", "kl_coef", "loss", "kl_estimator", "microbatch_rows"))
+compiled_gradients = jax.jit(
+    gradients, static_argnames=("config", "kl_coef", "loss", "kl_estimator", "microbatch_rows")
+)
 
 
 def full_gradients(params, batch, temperature=TEMPERATURE):
     """By the one program that most tests share: all weights, microbatches of two groups."""
-    return compiled_gradients(params, None, None, batch.train_batch(), CONFIG, temperature=temperature, microbatch_rows=4)
+    return compiled_gradients(
+        params, None, None, batch.train_batch(), CONFIG, temperature=temperature, microbatch_rows=4
+    )
 
 
 def lora_gradients(adapters, params, batch):
     """Likewise for adapters on the reference policy, with KL."""
     return compiled_gradients(
-        adapters, params, params, batch.train_batch(), CONFIG, temperature=TEMPERATURE, kl_coef=0.3, microbatch_rows=4
+        adapters,
+        params,
+        params,
+        batch.train_batch(),
+        CONFIG,
+        temperature=TEMPERATURE,
+        kl_coef=0.3,
+        microbatch_rows=4,
     )
 
 
@@ -62,7 +73,14 @@ class TestAgainstTorch:
             reference=torch_llama.from_params(reference, config),
         )
         grads, metrics = compiled_gradients(
-            params, None, reference, batch.train_batch(), config, temperature=TEMPERATURE, kl_coef=0.3, microbatch_rows=4
+            params,
+            None,
+            reference,
+            batch.train_batch(),
+            config,
+            temperature=TEMPERATURE,
+            kl_coef=0.3,
+            microbatch_rows=4,
         )
         assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
         self.assert_close(torch_llama.to_names(grads, config), expected)

@@ -142,7 +142,7 @@ def test_copies_of_a_prompt_are_one_player(tmp_path):
 
 
 def test_full_fine_tuning_leaves_the_reference_alone(tmp_path):
-    before = jax.device_get(fakes.model(remat=False, param_dtype="float32", dtype="float32").params)
+    before = jax.device_get(fakes.model(remat="none", param_dtype="float32", dtype="float32").params)
     settings = {
         "lora__rank": 0,
         "loss__kl_coef": 0.1,
@@ -150,7 +150,7 @@ def test_full_fine_tuning_leaves_the_reference_alone(tmp_path):
         "optimizer__learning_rate": 1e-3,
     }
     results, _ = run(tmp_path, **settings)
-    after = jax.device_get(fakes.model(remat=False, param_dtype="float32", dtype="float32").params)
+    after = jax.device_get(fakes.model(remat="none", param_dtype="float32", dtype="float32").params)
     assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True))
     saved = arrays(tmp_path)
     trained = saved[".trainable['layers']['mlp']['up']['weight']"]

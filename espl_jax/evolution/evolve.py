@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from espl_jax.evolution.crossover import crossover
 from espl_jax.evolution.mutation import mutate
-from espl_jax.evolution.population import Population
+from espl_jax.evolution.population import Added, Population
 from espl_jax.evolution.ratings import ranking
 from espl_jax.evolution.reflection import Offspring
 from espl_jax.types import Reflect, Rollouts
@@ -56,9 +57,23 @@ def evolve(
     return offspring
 
 
-def count_drops(offspring: dict[str, Offspring]) -> dict[str, int]:
-    """How often each reason dropped or changed an edit, over all operators."""
-    counts: collections.Counter[str] = collections.Counter()
+def outcome(offspring: Mapping[str, Offspring], added: Added) -> dict[str, Any]:
+    """What came of a generation, for the record of its iteration.
+
+    Args:
+      offspring: what `evolve` returned.
+      added: what the population did with the children.
+
+    Returns:
+      `children`, ids; `no_child`, operator -> reason; `drops`, how often each reason dropped or changed an
+      edit, over all operators.
+    """
+    drops: collections.Counter[str] = collections.Counter()
     for each in offspring.values():
-        counts.update(each.drops)
-    return dict(counts)
+        drops.update(each.drops)
+    none = {operator: each.reason for operator, each in offspring.items() if each.reason}
+    return {
+        "children": [child.id for child in added.accepted],
+        "no_child": none | {child.operator: reason for child, reason in added.rejected},
+        "drops": dict(drops),
+    }

@@ -318,7 +318,9 @@ def decode_chunk(
         step = drawn.steps
         staged = KVCache(*staging, held.end, jnp.full(count, step, jnp.int32))
         hidden, new = forward(params, config, token[:, None], ancestors=(system, held, staged))
+        # Drawing is divided by rows, whatever the head's product was divided by.
         logits = unembed(params, config, hidden[:, 0])
+        logits = sharding.constrain(logits, ("rows", "vocab"), config.phase)
         if allowed is not None:
             logits = draw.only_allowed(logits, allowed)
         if greedy:

@@ -27,6 +27,10 @@ CHUNK = 32
 SMALLEST = 32
 """The fewest columns that a chunk attends to, and what columns are a multiple of."""
 
+LANES = 128
+"""What the columns of a longer slot are a multiple of: how TPUs lay out the last axis of an array. In slots
+of any other width, columns cannot be read in place, and a chunk copies them."""
+
 SMALLEST_COARSE = 128
 """The fewest columns where they come in few steps."""
 
@@ -178,7 +182,8 @@ def choose_sizes(
     def stage(longest: int, extended: bool) -> Sizes:
         # What is written behind a row is written whole, however little of it will count.
         behind = max(steps, EXTENDED_TOKENS if extended else 0)
-        capacity = -(-(longest + behind) // SMALLEST) * SMALLEST
+        unit = LANES if longest + behind > LANES else SMALLEST
+        capacity = -(-(longest + behind) // unit) * unit
         if max_rows is None:
             wanted = slots_that_fit(
                 config, capacity, steps, extended, held, device_memory() if memory is None else memory, mesh

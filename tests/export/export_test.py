@@ -93,7 +93,7 @@ def test_prompts_alone(tmp_path):
     workdir = fakes.workdir(tmp_path / "run", mode="evolution")
     export(workdir, tmp_path / "out", dtype="float32", say=lambda line: None)
     weights = load_file(tmp_path / "out" / "model.safetensors")
-    reference = fakes.model(remat=False, param_dtype="float32", dtype="float32").params
+    reference = fakes.model(remat="none", param_dtype="float32", dtype="float32").params
     embedding = reference["embedding"]["weight"]
     np.testing.assert_array_equal(weights["model.embed_tokens.weight"], embedding)
     assert unasked(tmp_path / "out") == under("Reply with the sum.")
@@ -105,7 +105,8 @@ def test_all_weights(tmp_path):
     workdir = fakes.workdir(tmp_path / "run", mode="rl", lora__rank=0)
     export(workdir, tmp_path / "out", dtype="float32", say=lambda line: None)
     weights = load_file(tmp_path / "out" / "model.safetensors")
-    embedding = fakes.model(remat=False, param_dtype="float32", dtype="float32").params["embedding"]["weight"]
+    params = fakes.model(remat="none", param_dtype="float32", dtype="float32").params
+    embedding = params["embedding"]["weight"]
     np.testing.assert_array_equal(weights["model.embed_tokens.weight"], embedding + 0.5)
     with pytest.raises(ValueError, match=r"trains all weights \(lora.rank=0\) has no adapters"):
         export(workdir, tmp_path / "adapter", format="adapter", say=lambda line: None)

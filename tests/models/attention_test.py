@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +83,53 @@ def test_rows_in_any_order_name_their_ancestor(window):
     np.testing.assert_allclose(
         attend(*shuffled, named, tiny.CONFIG, start[order], window), expected[order], atol=1e-6
     )
+
+
+def test_what_each_owner_has():
+    x = jnp.array([[10, 11, 12, 13], [20, 21, 22, 23]])
+    owner = jnp.array([1, 0, 1, 0, 0, 1])
+    assert attention.of_owners(x, owner).tolist() == [[20, 21, 22, 23], [10, 11, 12, 13]] * 2 + [
+        [10, 11, 12, 13],
+        [20, 21, 22, 23],
+    ]
+    # Two parts of two columns each; three rows count within the first, three within the second.
+    taken = attention.of_owners(x, owner, parts=2, axis=1)
+    assert taken.tolist() == [[11, 10, 11, 12, 12, 13], [21, 20, 21, 22, 22, 23]]
+
+
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("steps", [STEPS, 1])
+def test_owners_within_parts_are_copies_of_their_nodes(steps, window):
+    """Rows in any order over nodes that lie in parts, against a node for each row; gradients too."""
+    level, ancestors, start = inputs()
+    level = tuple(x[:, :steps] for x in level)
+    nodes = np.array([[1, 1, 0], [0, 1, 1]]), np.array([[2, 0, 2], [1, 1, 0]])  # in the two parts
+    owners = [jnp.asarray(nodes[0].reshape(-1)), jnp.asarray(nodes[1].reshape(-1))]
+    # The first ancestor's two nodes are in one part, the second's six in two.
+    parts, rows = (1, 2), [nodes[0].reshape(-1), (nodes[1] + [[0], [3]]).reshape(-1)]
+
+    def run(level, arrays, copied):
+        given = []
+        for i, ((key, value), source) in enumerate(zip(arrays, ancestors, strict=True)):
+            row = rows[i]
+            if copied:
+                given.append(Source(key[:, row], value[:, row], source.filled[row], source.start[row]))
+            else:
+                given.append(Source(key, value, source.filled, source.start, owners[i], parts[i]))
+        return attend(*level, given, tiny.CONFIG, start, window)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def results(level, arrays, copied):
+        out, pull_back = jax.vjp(lambda *x: run(*x, copied), level, arrays)
+        return out, pull_back(jnp.cos(out))
+
+    arrays = [(a.key, a.value) for a in ancestors]
+    named, copied = results(level, arrays, False), results(level, arrays, True)
+    np.testing.assert_allclose(named[0], copied[0], atol=1e-6)
+    tiny.assert_trees_close(named[1], copied[1], 1e-5)
+    source = ancestors[1]._replace(owner=owners[1], parts=2).by_row()
+    assert source.owner is None and source.parts == 1
+    np.testing.assert_array_equal(source.filled, ancestors[1].filled[rows[1]])
 
 
 @pytest.mark.parametrize("parts", [1, 2])

@@ -13,14 +13,15 @@ import torch
 
 from espl_jax.models import transformer
 from espl_jax.models.attention import KVCache
+from espl_jax.models.config import REMATS
 from espl_jax.models.transformer import forward
 from espl_jax.rl.logprobs import target_logprobs
 from tests import families, ragged_tree, tiny
 
 QUICKLY = {"xla_backend_optimization_level": 0}  # compiling is nearly all that these tests do
-run, logits, unembed = (
+run, run_tree, logits, unembed = (
     jax.jit(f, static_argnames="config", compiler_options=QUICKLY)
-    for f in (forward, transformer.logits, transformer.unembed)
+    for f in (forward, tiny.forward_tree, transformer.logits, transformer.unembed)
 )
 
 SHAPE, WIDTHS = (2, 3, 2), (15, 11, 13)  # of the trees, longer than any window
@@ -37,7 +38,7 @@ def case_parts(case):
     family, seed = case
     hf_config = families.draw_hf_config(family, seed)
     model = families.torch_model(hf_config, seed)
-    config = families.our_config(hf_config, scan_layers=bool(seed % 2), remat=bool(seed % 3))
+    config = families.our_config(hf_config, scan_layers=bool(seed % 2), remat=REMATS[seed % 4])
     return model, config, families.our_params(model, config), seed
 
 
@@ -62,7 +63,7 @@ def close(record_property):
 
 def test_flat_tree_and_cached_logits(case_parts, close):
     model, config, params, seed = case_parts
-    batch = ragged_tree.random_batch(seed, config.vocab_size, SHAPE, WIDTHS)
+    batch = ragged_tree.random_tree(seed, config.vocab_size, SHAPE, WIDTHS)
     flat = ragged_tree.flatten(batch)
     tokens = np.pad(flat.tokens, ((0, 0), (0, families.LENGTH - flat.tokens.shape[1])))
     with torch.no_grad():
@@ -71,7 +72,7 @@ def test_flat_tree_and_cached_logits(case_parts, close):
 
     # The tree, as the policy gradient runs it.
     levels, lengths = levels_of(batch)
-    hidden, caches = run(params, config, levels, lengths)
+    hidden, caches = run_tree(params, config, levels, lengths)
     real = np.arange(levels[2].shape[1]) < lengths[2][:, None]
     wanted = ragged_tree.pick(expected, batch)
     close(np.asarray(unembed(params, config, hidden[2]))[real], wanted[real], "tree")
@@ -92,14 +93,14 @@ def test_flat_tree_and_cached_logits(case_parts, close):
 def test_gradients_of_token_logprobs(case_parts, record_property):
     """Of the summed logprobs of a tree's rollouts, in every weight; torch has them as plain sequences."""
     model, config, params, seed = case_parts
-    batch = ragged_tree.random_batch(seed, config.vocab_size, SHAPE, WIDTHS)
+    batch = ragged_tree.random_tree(seed, config.vocab_size, SHAPE, WIDTHS)
     levels, lengths = levels_of(batch)
     targets, mask = (x.reshape(levels[2].shape) for x in (batch.targets, batch.mask))
 
     @functools.partial(jax.jit, compiler_options=QUICKLY)
     @jax.grad
     def ours(params):
-        hidden, _ = forward(params, config, levels, lengths)
+        hidden, _ = tiny.forward_tree(params, config, levels, lengths)
         return jnp.where(mask, target_logprobs(params, config, hidden[2], targets).logprobs, 0.0).sum()
 
     flat = ragged_tree.flatten(batch)

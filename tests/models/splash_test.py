@@ -97,7 +97,7 @@ def test_rows_and_heads_are_spread_over_the_mesh():
     placed = sharding.replicate(level(), mesh)
     run = jax.jit(functools.partial(splash.splash_attend, ancestors=[], config=CONFIG, interpret=True))
     assert run(*placed).sharding.is_equivalent_to(
-        NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor")), 4
+        NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert"), None, "tensor")), 4
     )
 
 
@@ -139,16 +139,15 @@ def test_nothing_here_runs_on_a_tpu():
 
 
 TPU_PROGRAM = """
-import jax, numpy as np
+import jax
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from espl_jax import sharding
 from espl_jax.models import splash
 from tests import tiny
 
 topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
-devices = np.array(topology.devices).reshape(2, 1, 4)
-mesh = Mesh(devices, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+mesh = sharding.make_mesh({{"data": 2, "tensor": 4}}, topology.devices)
 config = tiny.CONFIG.replace(num_heads=16, num_kv_heads=8, head_dim={head}, dtype="bfloat16")
 
 def loss(query, key, value):

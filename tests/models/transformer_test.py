@@ -73,10 +73,10 @@ class TestTree:
     @pytest.mark.parametrize("scan", [True, False])
     @pytest.mark.parametrize("tied", [True, False])
     def test_all_levels_at_once_against_plain_sequences(self, scan, tied):
-        config = tiny.CONFIG.replace(scan_layers=scan, tied_head=tied, remat=scan)
+        config = tiny.CONFIG.replace(scan_layers=scan, tied_head=tied, remat="full" if scan else "none")
         params = tiny.params(config)
-        batch = ragged_tree.random_batch(0, config.vocab_size, (2, 3, 2))
-        hidden, caches = tiny.forward(params, config, *levels_of(batch))
+        batch = ragged_tree.random_tree(0, config.vocab_size, (2, 3, 2))
+        hidden, caches = tiny.jitted_forward_tree(params, config, *levels_of(batch))
         for ours, length, expected in zip(
             hidden, levels_of(batch)[1], flat_levels(params, config, batch), strict=True
         ):
@@ -87,8 +87,8 @@ class TestTree:
         np.testing.assert_array_equal(caches[2].start, np.repeat(caches[1].end, 2))
 
     def test_level_by_level_is_the_same(self, params):
-        tokens, lengths = levels_of(ragged_tree.random_batch(0, tiny.CONFIG.vocab_size, (2, 3, 2)))
-        expected, caches = tiny.forward(params, tiny.CONFIG, tokens, lengths)
+        tokens, lengths = levels_of(ragged_tree.random_tree(0, tiny.CONFIG.vocab_size, (2, 3, 2)))
+        expected, caches = tiny.jitted_forward_tree(params, tiny.CONFIG, tokens, lengths)
         ancestors = []
         for i in range(3):
             hidden, cache = tiny.forward(
@@ -102,8 +102,8 @@ class TestTree:
     @given(seed=st.integers(0, 10_000))
     def test_random_trees(self, seed):
         params = tiny.params()
-        batch = ragged_tree.random_batch(seed, tiny.CONFIG.vocab_size, (2, 3, 2))
-        hidden, _ = tiny.forward(params, tiny.CONFIG, *levels_of(batch))
+        batch = ragged_tree.random_tree(seed, tiny.CONFIG.vocab_size, (2, 3, 2))
+        hidden, _ = tiny.jitted_forward_tree(params, tiny.CONFIG, *levels_of(batch))
         ours = at_real_tokens(tiny.unembed(params, tiny.CONFIG, hidden[2]), batch)
         # One width for all examples, so that the plain forward compiles once.
         flat = ragged_tree.flatten(batch)
@@ -112,10 +112,40 @@ class TestTree:
         np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
 
     def test_what_the_padding_holds_does_not_matter(self, params):
-        batches = [ragged_tree.random_batch(3, tiny.CONFIG.vocab_size, (2, 3, 2), filler=f) for f in (0, 60)]
-        one, other = (tiny.forward(params, tiny.CONFIG, *levels_of(batch))[0][2] for batch in batches)
+        batches = [ragged_tree.random_tree(3, tiny.CONFIG.vocab_size, (2, 3, 2), filler=f) for f in (0, 60)]
+        one, other = (
+            tiny.jitted_forward_tree(params, tiny.CONFIG, *levels_of(batch))[0][2] for batch in batches
+        )
         np.testing.assert_array_equal(at_real_tokens(one, batches[0]), at_real_tokens(other, batches[1]))
         assert np.isfinite(one).all()
+
+    @pytest.mark.parametrize("parts", [1, 2])
+    def test_nodes_in_any_order_name_their_ancestors(self, params, parts):
+        """Within each part rollouts are shuffled and problems too, and one problem is nobody's."""
+        tokens, lengths = levels_of(ragged_tree.random_tree(0, tiny.CONFIG.vocab_size, (2, 3, 2)))
+        expected, caches = tiny.jitted_forward_tree(params, tiny.CONFIG, tokens, lengths)
+        # Rollouts 2p and 2p + 1 are of problem p, problems 0, 1, 2 of the first system prompt.
+        problems = np.array([[2, 0, 4, 1], [3, 2, 0, 5]])
+        rollouts = np.array([[5, 0, 2, 4, 1, 3], [10, 7, 11, 6, 4, 5]])
+        if parts == 1:
+            problems, rollouts = problems[:1], rollouts[:1]
+        owner = [list(p).index(r // 2) for p, rows in zip(problems, rollouts, strict=True) for r in rows]
+        problems, rollouts = problems.reshape(-1), rollouts.reshape(-1)
+
+        def above(cache, owner, parts=1):
+            return cache.replace(owner=jnp.asarray(owner, jnp.int32), parts=parts)
+
+        system = caches[0]
+        hidden, problem = tiny.forward(
+            params, tiny.CONFIG, tokens[1][problems], lengths[1][problems], (above(system, problems // 3),)
+        )
+        np.testing.assert_allclose(hidden, expected[1][problems], atol=1e-5)
+        ancestors = above(system, rollouts // 6), above(problem, owner, parts)
+        hidden, cache = tiny.forward(
+            params, tiny.CONFIG, tokens[2][rollouts], lengths[2][rollouts], ancestors
+        )
+        np.testing.assert_allclose(hidden, expected[2][rollouts], atol=1e-5)
+        np.testing.assert_array_equal(cache.start, caches[2].start[rollouts])
 
     def test_ancestors_that_cannot_be_shared_are_refused(self, params):
         _, cache = tiny.forward(params, tiny.CONFIG, jnp.zeros((2, 3), jnp.int32))
@@ -123,11 +153,28 @@ class TestTree:
             transformer.forward(params, tiny.CONFIG, jnp.zeros((3, 1), jnp.int32), ancestors=[cache])
 
 
+def test_remat_says_what_is_stored(params):
+    """Beside its input a layer stores everything, the products, the result of attention, or nothing."""
+    tokens = jnp.zeros((1, 8), jnp.int32)
+
+    def stored(remat):
+        config = tiny.CONFIG.replace(remat=remat)
+        _, pull_back = jax.vjp(lambda p: transformer.forward(p, config, tokens)[0], params)
+        return sum(x.size for x in jax.tree.leaves(pull_back))
+
+    # For each token of each layer.
+    full, tokens_of_layers = stored("full"), 8 * tiny.CONFIG.num_layers
+    assert stored("attention") == full + tokens_of_layers * 24
+    # Query, key, value, out, gate and up. Nothing of the layer depends on what down returns.
+    assert stored("products") == full + tokens_of_layers * (24 + 12 + 12 + 16 + 20 + 20)
+    assert stored("none") > stored("products")
+
+
 class TestCachedDecoding:
     @pytest.mark.parametrize("scan", [True, False])
     def test_token_by_token_over_growing_caches(self, scan):
         """Ragged prefixes, then single tokens, each over the caches of all that came before."""
-        config = tiny.CONFIG.replace(scan_layers=scan, remat=False)
+        config = tiny.CONFIG.replace(scan_layers=scan, remat="none")
         params = tiny.params(config)
         rng = np.random.default_rng(0)
         lengths, new = np.array([3, 5], np.int32), 6

@@ -37,7 +37,7 @@ def test_logits(family, request, tmp_path):
     peft = pytest.importorskip("peft", reason="needs peft: pip install peft")
     seed = request.config.getoption("family_seed")
     # The tokenizer's ids must be the model's. Rank 3 times 0.7 makes an alpha that is no integer.
-    config = families.our_config(families.draw_hf_config(family, seed), lora_scale=0.7, remat=False)
+    config = families.our_config(families.draw_hf_config(family, seed), lora_scale=0.7, remat="none")
     config = config.replace(vocab_size=fakes.CONFIG.vocab_size)
     params = tiny.params(config)
     adapters = tiny.adapters(config, targets=lora.TARGETS[: 7 if config.tied_head else 8])

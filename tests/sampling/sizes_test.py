@@ -28,14 +28,14 @@ def only(**changes):
 
 def test_sizes_of_a_tree():
     chosen = only()
-    # A problem's bucket, 64 new tokens, and room to write a whole chunk: 64 + 64 + 32 columns.
-    assert (chosen.slots, chosen.capacity, chosen.steps, chosen.problem) == (60, 160, 32, 64)
+    # A problem's bucket, 64 new tokens, and room to write a whole chunk: 64 + 64 + 32 columns, rounded up.
+    assert (chosen.slots, chosen.capacity, chosen.steps, chosen.problem) == (60, 256, 32, 64)
     assert chosen.columns == [32, 64, 96, 128]
     short = only(max_new_tokens=16)
     assert (short.capacity, short.steps, short.columns) == (96, 16, [32, 64, 96])
     assert chosen.programs == (len(chosen.widths) + 1) * 4
     assert chosen.problem_widths == [32, 64]
-    assert "60 slots of 160 columns" in describe([chosen]) and "2 for prefill" in describe([chosen])
+    assert "60 slots of 256 columns" in describe([chosen]) and "2 for prefill" in describe([chosen])
 
 
 def test_problems_of_about_the_same_length_share_their_sizes():
@@ -49,16 +49,16 @@ def test_columns_hold_what_is_filled_and_little_more(filled):
 
 
 def test_the_context_bounds_the_columns():
-    assert only(max_new_tokens=10**6, chunk=32).capacity == 256 + 32
-    assert only(max_new_tokens=10**6, context_limit=100).capacity == 160
+    assert only(max_new_tokens=10**6, chunk=32).capacity == 256 + 128
+    assert only(max_new_tokens=10**6, context_limit=100).capacity == 256
     assert only(turns=True).capacity == 64 + 64 + 256
 
 
 class TestMemory:
     def test_rows_that_fit(self, monkeypatch):
-        # Two layers, two heads of six numbers, keys and values of four bytes: 192 a column, 160 columns and
+        # Two layers, two heads of six numbers, keys and values of four bytes: 192 a column, 256 columns and
         # 32 of a chunk; and three float32 for each of the 61 tokens of the vocabulary.
-        slot = 2 * 2 * 6 * 2 * 4 * (160 + 32) + 3 * 4 * 61
+        slot = 2 * 2 * 6 * 2 * 4 * (256 + 32) + 3 * 4 * 61
         assert (tiny.CONFIG.num_layers, tiny.CONFIG.num_kv_heads, tiny.CONFIG.head_dim) == (2, 2, 6)
         monkeypatch.setattr(sizes, "device_memory", lambda: 10 * slot / sizes.SHARE + 1)
         # Several times as much is copied while rows are extended.
@@ -92,7 +92,7 @@ class TestMemory:
     def test_devices_hold_parts_of_the_slots(self, monkeypatch):
         mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
         # Each device has one of the two heads.
-        slot = 2 * 6 * 2 * 4 * (160 + 32) + 3 * 4 * 61
+        slot = 2 * 6 * 2 * 4 * (256 + 32) + 3 * 4 * 61
         monkeypatch.setattr(sizes, "device_memory", lambda: 3 * slot / sizes.SHARE + 1)
         monkeypatch.setattr(sizes, "EXTENDED_COLUMNS", 0)
         monkeypatch.setattr(sizes, "EXTENDED_TOKENS", 32)

@@ -27,7 +27,7 @@ def tensors():
 
 
 def test_config(write_gguf, tensors):
-    config = read(write_gguf(tensors), dtype="bfloat16", remat=False)[1]
+    config = read(write_gguf(tensors), dtype="bfloat16", remat="none")[1]
     assert config == DecoderConfig(
         vocab_size=V,
         num_layers=L,
@@ -41,7 +41,7 @@ def test_config(write_gguf, tensors):
         tied_head=False,
         max_positions=128,
         dtype="bfloat16",
-        remat=False,
+        remat="none",
     )
 
 
