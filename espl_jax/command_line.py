@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,17 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(f"{' or '.join(named)}: there is no such field; configs/common.py lists all of them")
     except OSError as error:
         sys.exit(str(error))
+
+
+def enough_threads() -> None:
+    """Gives several virtual CPU devices a thread each and more, before jax is imported.
+
+    A collective holds a thread of each device until all have come to it. XLA would have no more threads than
+    the machine has cores, which two collectives at a time can take all of and then wait for ever.
+    """
+    forced = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    if forced:
+        os.environ.setdefault("NPROC", str(4 * int(forced[1])))
 
 
 def use_compilation_cache(folder: str) -> None:

@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
         sys.exit("--workdir is missing: name a folder for checkpoints, logs and results")
 
     # jax is imported from here on, so that a wrong field costs no start-up.
+    command_line.enough_threads()
     command_line.use_compilation_cache(config.compilation_cache)
     with command_line.without_traceback():
         from espl_jax import processes

@@ -184,7 +184,7 @@ def plan(
         every += programs.update_programs(c, config, held, optimizer, lengths, mesh)
     costs = []
     for program in every:
-        costs.append(_cost(program, sizes, chip))
+        costs.append(_cost(program, resident(c, sizes, program.phase)))
         say(f"compiled in {costs[-1].seconds:.0f} s: {program.name}, {program.shape}")
     return Plan(topology, chip, axes, sizes, describe(stages), tuple(costs))
 
@@ -204,11 +204,14 @@ def least_memory(c: Any, topology: str, lengths: Lengths) -> float:
     return sum(sizes.values()) - sizes["sampling copy"] + sizes["trained"] + inputs
 
 
-def _cost(program: Program, sizes: dict[str, float], chip: Chip) -> Cost:
-    # Between updates the copy that sampling uses is gone.
-    resident = sum(
-        size for name, size in sizes.items() if program.phase == "rollouts" or name != "sampling copy"
-    )
+def resident(c: Any, sizes: dict[str, float], phase: str) -> float:
+    """Bytes of `Held.sizes` that a device holds in a phase: what was laid out for sampling is gone when the
+    weights are updated, unless the current weights reflect in between."""
+    kept = phase == "rollouts" or (c.mode != "rl" and c.reflection.policy == "current")
+    return sum(size for name, size in sizes.items() if kept or name != "sampling copy")
+
+
+def _cost(program: Program, held: float) -> Cost:
     since = time.time()
     try:
         compiled = program.lower().compile()
@@ -221,7 +224,7 @@ def _cost(program: Program, sizes: dict[str, float], chip: Chip) -> Cost:
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        beside=resident - program.uses + program.beside,
+        beside=held - program.uses + program.beside,
         flops=counted.flops,
         moved=counted.total,
         seconds=time.time() - since,

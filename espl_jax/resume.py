@@ -66,6 +66,20 @@ def save(workdir: WorkDir, run: Run) -> None:
     workdir.write_json("population.json", population)
 
 
+def stop_if_stuck(workdir: WorkDir, run: Run, config: Any) -> None:
+    """Ends a run whose updates cannot be taken any more, with its state saved. Raises RuntimeError."""
+    if run.not_finite_in_row <= config.optimizer.max_skipped:
+        return
+    if run.iteration % config.checkpoint_every and run.iteration != config.num_iterations:
+        save(workdir, run)
+    raise RuntimeError(
+        f"{run.not_finite_in_row} updates in a row had a loss or gradient that was not finite, and "
+        f"optimizer.max_skipped={config.optimizer.max_skipped}. The weights from before them are saved as of "
+        f"iteration {run.iteration}. Lower optimizer.learning_rate in a new run, or resume this one with a "
+        "larger optimizer.max_skipped"
+    )
+
+
 def restore(workdir: WorkDir, config: Any, parts: Parts) -> Run:
     """The run as of the newest checkpoint, or its beginning."""
     saved = workdir.restore(abstract_run_state(config, parts))

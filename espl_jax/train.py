@@ -23,7 +23,7 @@ from espl_jax.evolution.ratings import inflate, rate
 from espl_jax.evolution.reflection import Offspring
 from espl_jax.evolution.selection import select
 from espl_jax.metrics import Progress
-from espl_jax.resume import MAY_CHANGE, Run, restore, save
+from espl_jax.resume import MAY_CHANGE, Run, restore, save, stop_if_stuck
 from espl_jax.rollout import collect_rollouts, means, stable_hash
 from espl_jax.run_reflection import Beside, MakeReflect, open_reflectors
 from espl_jax.run_state import WorkDir
@@ -63,23 +63,9 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
                     run = iterate(run, parts, make_reflect, config, folder, progress)
                 if iteration % config.checkpoint_every == 0 or iteration == config.num_iterations:
                     save(folder, run)
-                stop_if_stuck(run, config, folder)
+                stop_if_stuck(folder, run, config)
             policy = parts.policy(run.train_state)
             return finish(parts, policy, run.root, run.population, config, folder, progress)
-
-
-def stop_if_stuck(run: Run, config: Any, folder: WorkDir) -> None:
-    """Ends a run whose updates cannot be taken any more, with its state saved. Raises RuntimeError."""
-    if run.not_finite_in_row <= config.optimizer.max_skipped:
-        return
-    if run.iteration % config.checkpoint_every and run.iteration != config.num_iterations:
-        save(folder, run)
-    raise RuntimeError(
-        f"{run.not_finite_in_row} updates in a row had a loss or gradient that was not finite, and "
-        f"optimizer.max_skipped={config.optimizer.max_skipped}. The weights from before them are saved as of "
-        f"iteration {run.iteration}. Lower optimizer.learning_rate in a new run, or resume this one with a "
-        "larger optimizer.max_skipped"
-    )
 
 
 def iterate(
@@ -111,6 +97,7 @@ def iterate(
     if parts.evolves:
         rated = rate(rated, ids, values, c.ratings.tie_margin, c.ratings.system, iteration)
     reflect = make_reflect(policy, iteration)
+    del policy  # what of it was laid out for sampling makes room for the update
     train_state, learned, offspring, times = learn(run, rated, rollouts, reflect, rng, parts, c, progress)
 
     children = [each.child for each in offspring.values() if each.child]

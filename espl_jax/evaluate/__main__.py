@@ -75,6 +75,7 @@ def main(argv: list[str]) -> None:
         request = read_request(flags.FLAGS)
     except ValueError as error:
         sys.exit(str(error))
+    command_line.enough_threads()
     command_line.use_compilation_cache(flags.FLAGS.compilation_cache)
     with command_line.without_traceback():
         from espl_jax.evaluate.compare import compare  # late, since it imports jax
