@@ -11,7 +11,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 from rich.console import Console
 
-from espl_jax import assemble, run_reflection
+from espl_jax import assemble, run_reflection, update
 from espl_jax import train as loop
 from espl_jax.evolution import lineage
 from espl_jax.evolution import population as populations
@@ -218,7 +218,7 @@ def test_a_longer_run_is_a_short_one_resumed(straight, tmp_path):
 
 
 def test_a_run_that_fell_over_repeats_what_was_not_saved(straight, tmp_path, monkeypatch):
-    step = loop.policy_gradient_step
+    step = update.policy_gradient_step
     calls = collections.Counter()
 
     def fails_the_third_time(*args, **kwargs):
@@ -227,7 +227,7 @@ def test_a_run_that_fell_over_repeats_what_was_not_saved(straight, tmp_path, mon
             raise RuntimeError("the power is gone")
         return step(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "policy_gradient_step", fails_the_third_time)
+    monkeypatch.setattr(update, "policy_gradient_step", fails_the_third_time)
     with pytest.raises(RuntimeError, match="the power is gone"):
         run(tmp_path, num_iterations=4, checkpoint_every=2)
     # What the third iteration had written is undone before it is written again.

@@ -127,7 +127,7 @@ def test_a_wrong_token():
 class TestFindFolder:
     @pytest.fixture(autouse=True)
     def no_download(self, monkeypatch):
-        def download(repository, revision=None):
+        def download(repository, revision=None, weights=True):
             raise FileNotFoundError(f"asked the hub for {repository} at {revision}")
 
         monkeypatch.setattr(hub, "download", download)
@@ -205,3 +205,9 @@ def test_environment_variables_of_the_hub_are_heeded(tmp_path):
     assert offline.stdout.split()[-1:] == [folder], offline.stderr
     nothing = run(HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path / "empty"))
     assert "ConnectionError: org/single is not wholly in the cache" in nothing.stderr
+
+
+def test_of_a_model_without_weights_the_configuration_alone_is_fetched():
+    with serve(REPOSITORIES) as (address, _):
+        folder = hub.download("org/single", endpoint=address, weights=False)
+        assert [path.name for path in folder.iterdir()] == ["config.json"]
