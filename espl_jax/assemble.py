@@ -197,8 +197,9 @@ def held_while_sampling(config: Any, parts: Parts) -> int:
     """Bytes of each device that are taken while a run samples: weights, the optimizer's state, and what of
     the policy is laid out anew for sampling."""
     state = abstract_run_state(config, parts)
-    arrays = jax.tree.leaves((parts.reference.params, state, parts.policy(state).params))
-    return bytes_per_device({id(x): x for x in arrays})
+    held = {id(x) for x in jax.tree.leaves((parts.reference.params, state))}
+    copies = [x for x in jax.tree.leaves(parts.policy(state).params) if id(x) not in held]
+    return bytes_per_device((parts.reference.params, state, copies))
 
 
 def numerics(config: Any) -> dict[str, Any]:

@@ -105,8 +105,8 @@ def test_numerics_and_sampling_reach_their_places():
     parts = assemble(config)
     decoder = parts.reference.config
     assert (decoder.dtype, decoder.scan_layers, decoder.lora_scale) == ("bfloat16", False, 2.0)
-    # The weights, adapters, and Adam's two averages of them.
-    held = 3 * sum(4 * x.size for x in jax.tree.leaves(first_train_state(config, parts).trainable))
+    # The weights, adapters, Adam's two averages of them, and their copy in bfloat16 for sampling.
+    held = sum((3 * 4 + 2) * x.size for x in jax.tree.leaves(first_train_state(config, parts).trainable))
     held += sum(x.nbytes for x in jax.tree.leaves(parts.reference.params))
     assert held <= parts.sampling.pop("held_bytes") < held + 100
     assert parts.sampling == {"chat_template_kwargs": {"thinking": False}, "max_rows": 7, "mesh": None}

@@ -61,7 +61,7 @@ def test_values_placement_and_reads(name, sizes):
     assert (array.shape, array.dtype) == (weight.shape, weight.dtype)
     np.testing.assert_array_equal(array, expected(weight, stored))
     if mesh is not None:
-        assert array.sharding == stream.sharding.named(mesh, weight.axes, weight.shape)
+        assert array.sharding == stream.sharding.named(mesh, weight.axes, weight.shape, "sampling")
         assert len(array.addressable_shards) == 8
     # Each part once, however many devices hold it.
     parts = collections.Counter(str(shard.index) for shard in array.addressable_shards)
@@ -78,13 +78,16 @@ def test_tiles_cover_every_shape(shape):
 
 def test_the_host_holds_one_shard_at_a_time(monkeypatch):
     weight, stored = WEIGHTS["out"], stored_for(WEIGHTS["out"])
+    mesh = make_mesh({"data": 2, "fsdp": 4})
     sizes = []
     empty = np.empty
     monkeypatch.setattr(
         stream.np, "empty", lambda shape, dtype: sizes.append(np.prod(shape)) or empty(shape, dtype)
     )
-    stream.load_weight(weight, stored, make_mesh({"fsdp": 8}))
-    assert sizes == [np.prod(weight.shape) // 8] * 8
+    stream.load_weight(weight, stored, mesh)
+    # jax makes small arrays of its own meanwhile.
+    part = np.prod(weight.shape) // 4
+    assert sizes.count(part) == 4 and max(sizes) == part
 
 
 def test_rounding_is_to_nearest_even():

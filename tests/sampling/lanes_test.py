@@ -382,6 +382,7 @@ class TestStages:
         monkeypatch.setattr(lanes, "EXTENDED_TOKENS", 16)
         monkeypatch.setattr(sizing, "EXTENDED_TOKENS", 16)
         monkeypatch.setattr(sizing, "EXTENDED_COLUMNS", 0)
+        monkeypatch.setattr(sizing, "LANES", 32)
         # Columns of 192 bytes, a row of 232 columns, 24 behind it and 8 of a chunk.
         slot = 192 * (256 + 8) + 3 * 4 * 61
         monkeypatch.setattr(sizing, "device_memory", lambda: 4 * slot / sizing.SHARE + 1)
