@@ -18,6 +18,7 @@ import collections
 import contextlib
 import functools
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +36,9 @@ from espl_jax.metrics import Progress, table
 from espl_jax.reflectors import local
 from espl_jax.rollout import stable_hash
 from espl_jax.types import Grade
-from experiments.bench import workload
+
+sys.path.append(str(Path(__file__).parent / "bench"))  # its scripts import each other as neighbours
+import workload
 
 PROGRAMS = ("rollouts", "policy-gradient step", "reflector")
 
