@@ -7,7 +7,6 @@ import jax, which takes longer than all the checks.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +107,8 @@ def _refuse(field: str, value: Any, fix: str) -> None:
 
 
 def _check_files(c: Any) -> None:
-    refuse = _refuse
     if not c.data.train:
-        refuse(
+        _refuse(
             "data.train",
             c.data.train,
             "give a .jsonl file or a generated set, e.g. addition:digits=2,count=200",
@@ -120,23 +118,22 @@ def _check_files(c: Any) -> None:
     files |= {"reflection.replay": c.reflection.replay}
     for field, path in files.items():
         if path.endswith((".jsonl", ".json", ".gguf")) and not Path(path).expanduser().is_file():
-            refuse(field, path, "there is no such file; correct the path")
+            _refuse(field, path, "there is no such file; correct the path")
 
 
 def _check_together(c: Any) -> None:
-    refuse = _refuse
     if not c.model.source:
-        refuse(
+        _refuse(
             "model.source",
             c.model.source,
             "say which model: smollm2, a .gguf file, a folder of safetensors, or org/name on the hub",
         )
     if not 0 < c.sampling.top_p <= 1:
-        refuse("sampling.top_p", c.sampling.top_p, "give a probability above 0, or 1 for all tokens")
+        _refuse("sampling.top_p", c.sampling.top_p, "give a probability above 0, or 1 for all tokens")
     if not c.sampling.min_p <= 1:
-        refuse("sampling.min_p", c.sampling.min_p, "give a ratio of at most 1, or 0 for all tokens")
+        _refuse("sampling.min_p", c.sampling.min_p, "give a ratio of at most 1, or 0 for all tokens")
     if not all(isinstance(text, str) and text and "\ufffd" not in text for text in c.sampling.stop_strings):
-        refuse(
+        _refuse(
             "sampling.stop_strings",
             tuple(c.sampling.stop_strings),
             "give strings that are not empty and have no U+FFFD, which stands for every unfinished character",
@@ -144,14 +141,14 @@ def _check_together(c: Any) -> None:
     trains = c.mode in ("espl", "rl")
     for name, only in (("top_k", 1), ("min_p", 1)):
         if trains and c.sampling[name] == only:
-            refuse(
+            _refuse(
                 f"sampling.{name}",
                 c.sampling[name],
                 "this draws the most likely token always, and greedy rollouts cannot be trained on; let more "
                 "tokens be drawn, or use mode=evolution",
             )
     if trains and not c.sampling.temperature > 0:
-        refuse(
+        _refuse(
             "sampling.temperature",
             c.sampling.temperature,
             "greedy rollouts cannot be trained on; give a positive one, or mode=evolution",
@@ -159,65 +156,67 @@ def _check_together(c: Any) -> None:
     # In these modes one prompt takes the places of all.
     group = c.group_size * (c.num_prompts if c.mode in ("rl", "reflection") else 1)
     if group < 2:
-        refuse("group_size", c.group_size, "a group of one has no advantage over itself; give at least 2")
+        _refuse("group_size", c.group_size, "a group of one has no advantage over itself; give at least 2")
     if trains and not c.optimizer.learning_rate > 0:
-        refuse("optimizer.learning_rate", c.optimizer.learning_rate, "give a positive one, or mode=evolution")
+        _refuse(
+            "optimizer.learning_rate", c.optimizer.learning_rate, "give a positive one, or mode=evolution"
+        )
     if unknown := set(c.lora.targets) - set(LORA_TARGETS):
-        refuse(
+        _refuse(
             "lora.targets",
             tuple(c.lora.targets),
             f"{sorted(unknown)} cannot be adapted; choose from {LORA_TARGETS}",
         )
     if c.evolution.form == "prose" and c.population.principles:
-        refuse(
+        _refuse(
             "population.principles",
             tuple(c.population.principles),
             "evolution.form=prose edits the text alone; put them into population.text",
         )
     alone = c.num_prompts == 1 or c.selection.window == 1
     if c.mode in ("espl", "evolution") and alone and c.deployment.rule == "ratings":
-        refuse(
+        _refuse(
             "deployment.rule",
             c.deployment.rule,
             "with one prompt an iteration nobody is ever rated; give newest or validation",
         )
     if c.mode != "rl":
-        _check_reflection(c.reflection, refuse)
+        _check_reflection(c.reflection)
         _check_reply_length(c)
     if not 0 <= c.evolution.crossover_prob <= 1:
-        refuse("evolution.crossover_prob", c.evolution.crossover_prob, "a probability is between 0 and 1")
+        _refuse("evolution.crossover_prob", c.evolution.crossover_prob, "a probability is between 0 and 1")
     if c.selection.temperature is not None and not c.selection.temperature > 0:
-        refuse(
+        _refuse(
             "selection.temperature", c.selection.temperature, "give a positive one, or None for the default"
         )
     formats = ENVIRONMENTS[c.environment.name]
     if c.environment.answer_format not in formats:
-        refuse(
+        _refuse(
             "environment.answer_format",
             c.environment.answer_format,
             f"environment.name={c.environment.name} reads one of {', '.join(formats)}",
         )
     if c.population.start_from and (c.population.text or c.population.principles):
-        refuse(
+        _refuse(
             "population.start_from",
             c.population.start_from,
             "a saved population brings its own prompts; leave population.text and .principles empty",
         )
     if c.seed < 0:
-        refuse("seed", c.seed, "give 0 or more")
+        _refuse("seed", c.seed, "give 0 or more")
     if c.lora.rank and not c.lora.targets:
-        refuse("lora.targets", tuple(c.lora.targets), "name some, or give lora.rank=0 to train all weights")
+        _refuse("lora.targets", tuple(c.lora.targets), "name some, or give lora.rank=0 to train all weights")
     if c.evolution.max_principles < max(1, len(c.population.principles)):
-        refuse(
+        _refuse(
             "evolution.max_principles",
             c.evolution.max_principles,
             "give room for the root's principles, and for one at least",
         )
-    _check_loss(c.loss, refuse)
-    _check_optimizer(c, refuse)
+    _check_loss(c.loss)
+    _check_optimizer(c)
     for split in ("validation", "test"):
         if c.evaluation.temperature == 0 and c.evaluation[f"{split}_samples"] > 1:
-            refuse(
+            _refuse(
                 f"evaluation.{split}_samples",
                 c.evaluation[f"{split}_samples"],
                 "greedy samples are all the same; give 1, or an evaluation.temperature above 0",
@@ -226,12 +225,12 @@ def _check_together(c: Any) -> None:
         if not isinstance(json.loads(c.model.chat_template_kwargs), dict):
             raise ValueError("not an object")
     except ValueError as error:
-        refuse("model.chat_template_kwargs", c.model.chat_template_kwargs, f"{error}; give a JSON object")
+        _refuse("model.chat_template_kwargs", c.model.chat_template_kwargs, f"{error}; give a JSON object")
     if list(c.mesh.values()).count(-1) > 1:
-        refuse("mesh", dict(c.mesh), "only one axis can take the rest")
+        _refuse("mesh", dict(c.mesh), "only one axis can take the rest")
     size, batch = c.loss.microbatch_rows, c.batch_size
     if size and (group % size if size < group else size % group or batch % (size // group)):
-        refuse(
+        _refuse(
             "loss.microbatch_rows",
             size,
             f"give 0, a divisor of the {group} rollouts of a group, or {group} times a divisor of "
@@ -239,35 +238,35 @@ def _check_together(c: Any) -> None:
         )
 
 
-def _check_loss(loss: Any, refuse: Callable[[str, Any, str], None]) -> None:
+def _check_loss(loss: Any) -> None:
     for name, most in (("clip_low", 1.0), ("clip_high", float("inf"))):
         bound = loss[name]
         if bound is not None and loss.kind not in CLIPPED_LOSSES:
-            refuse(
+            _refuse(
                 f"loss.{name}",
                 bound,
                 f"loss.kind={loss.kind} does not clip; give None, or a kind of {', '.join(CLIPPED_LOSSES)}",
             )
         if bound is not None and not 0 <= bound <= most:
-            refuse(
+            _refuse(
                 f"loss.{name}",
                 bound,
                 "ratios are kept from 1 - clip_low to 1 + clip_high; give 0 or more, and clip_low at most 1",
             )
     if loss.kind in SEQUENCE_LOSSES and loss.aggregation != "seq_mean_token_sum":
-        refuse(
+        _refuse(
             "loss.aggregation",
             loss.aggregation,
             f"loss.kind={loss.kind} has one term a rollout, none a token; give seq_mean_token_sum",
         )
     if 0 < loss.sampler_weight_cap < 1:
-        refuse(
+        _refuse(
             "loss.sampler_weight_cap",
             loss.sampler_weight_cap,
             "it would shrink the loss where sampler and trainer agree; give 1 or more, such as 2, or 0",
         )
     if loss.kl_coef and loss.kl_estimator == "k1":
-        refuse(
+        _refuse(
             "loss.kl_estimator",
             loss.kl_estimator,
             "its gradient is zero on average, so that it holds nothing back; give exact, or k2, whose "
@@ -275,28 +274,28 @@ def _check_loss(loss: Any, refuse: Callable[[str, Any, str], None]) -> None:
         )
 
 
-def _check_optimizer(c: Any, refuse: Callable[[str, Any, str], None]) -> None:
+def _check_optimizer(c: Any) -> None:
     o = c.optimizer
     for name in ("b1", "b2"):
         if not 0 <= o[name] < 1:
-            refuse(f"optimizer.{name}", o[name], "a decay is at least 0 and below 1")
+            _refuse(f"optimizer.{name}", o[name], "a decay is at least 0 and below 1")
     if o.weight_decay and o.kind != "adamw":
-        refuse(
+        _refuse(
             "optimizer.weight_decay", o.weight_decay, f"{o.kind} has none; give optimizer.kind=adamw, or 0"
         )
     if o.schedule == "constant":
         if o.final_rate:
-            refuse(
+            _refuse(
                 "optimizer.final_rate",
                 o.final_rate,
                 "a constant schedule ends where it is; give linear or cosine, or 0",
             )
         return
     if o.final_rate > 1:
-        refuse("optimizer.final_rate", o.final_rate, "it is a part of learning_rate; give at most 1")
+        _refuse("optimizer.final_rate", o.final_rate, "it is a part of learning_rate; give at most 1")
     updates = c.num_iterations * c.loss.epochs * c.loss.minibatches
     if o.warmup_steps >= updates:
-        refuse(
+        _refuse(
             "optimizer.warmup_steps",
             o.warmup_steps,
             f"optimizer.schedule={o.schedule} falls after the warm-up, and the run has {updates} updates; "
@@ -304,27 +303,27 @@ def _check_optimizer(c: Any, refuse: Callable[[str, Any, str], None]) -> None:
         )
 
 
-def _check_reflection(r: Any, refuse: Callable[[str, Any, str], None]) -> None:
+def _check_reflection(r: Any) -> None:
     if r.reflector == "openai" and not r.model:
-        refuse("reflection.model", r.model, "say what the server at reflection.base_url calls its model")
+        _refuse("reflection.model", r.model, "say what the server at reflection.base_url calls its model")
     if r.reflector == "openai" and not r.base_url.startswith(("http://", "https://")):
-        refuse("reflection.base_url", r.base_url, "give an address such as http://localhost:8000/v1")
+        _refuse("reflection.base_url", r.base_url, "give an address such as http://localhost:8000/v1")
     if r.reflector == "replay" and not r.replay:
-        refuse("reflection.replay", r.replay, "give the reflections.jsonl or replies.jsonl of a run")
+        _refuse("reflection.replay", r.replay, "give the reflections.jsonl or replies.jsonl of a run")
     if r.reflector == "openai" and r.opening:
-        refuse(
+        _refuse(
             "reflection.opening",
             r.opening,
             "a server cannot be given the beginning of its reply; give False",
         )
     if r.reflector != "local" and r.policy == "current":
-        refuse(
+        _refuse(
             "reflection.policy",
             r.policy,
             "current weights reflect on device alone; give reflector=local, or policy=reference",
         )
     if not r.timeout > 0:
-        refuse("reflection.timeout", r.timeout, "give seconds, more than 0")
+        _refuse("reflection.timeout", r.timeout, "give seconds, more than 0")
 
 
 def _check_reply_length(c: Any) -> None:

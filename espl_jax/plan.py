@@ -296,16 +296,20 @@ def alternatives(c: Any, topology: str) -> Iterator[tuple[str, Any, str]]:
     def said(fields: dict[str, Any]) -> str:
         return " ".join(f"--config.{name.replace('__', '.')}={x}" for name, x in fields.items())
 
-    tensors = [t for t in (2, 4, 8) if devices % t == 0 and t != c.mesh.tensor]
-    changes = [{"loss__microbatch_rows": 1}] if c.loss.microbatch_rows != 1 else []
-    changes += [{"model__remat": "offload", "loss__microbatch_rows": 1}]
-    for tensor in tensors:
-        mesh = {"mesh__data": 1, "mesh__fsdp": -1, "mesh__tensor": tensor}
-        changes += [mesh, mesh | {"loss__microbatch_rows": 1}]
-    if not c.lora.rank and c.optimizer.kind != "adafactor":
+    changes: list[dict[str, Any]] = [{"loss__microbatch_rows": 1}]
+    changes.append({"model__remat": "offload", "loss__microbatch_rows": 1})
+    for tensor in (2, 4, 8):
+        if devices % tensor == 0 and tensor != c.mesh.tensor:
+            mesh = {"mesh__data": 1, "mesh__fsdp": -1, "mesh__tensor": tensor}
+            changes += [mesh, mesh | {"loss__microbatch_rows": 1}]
+    if not c.lora.rank:
         changes.append({"optimizer__kind": "adafactor", "loss__microbatch_rows": 1})
+    tried = [c.to_dict()]
     for fields in changes:
-        yield said(fields), changed(**fields), topology
+        other = changed(**fields)
+        if other.to_dict() not in tried:  # compiling the same twice takes minutes
+            tried.append(other.to_dict())
+            yield said(fields), other, topology
     for larger in chip.slices:
         if _count(larger) > devices:
             yield f"--topology={kind}:{larger}", c, f"{kind}:{larger}"

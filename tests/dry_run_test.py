@@ -23,9 +23,7 @@ from tests import fakes
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setattr(assembling, "load_pretrained", fakes.load_pretrained)
-    monkeypatch.setattr(assembling, "Arithmetic", fakes.Letters)
-    monkeypatch.setattr(assembling.sharding, "make_mesh", lambda sizes: None)
+    fakes.take_over(monkeypatch)
 
 
 def shown(config):

@@ -114,6 +114,10 @@ def test_alternatives_change_the_least_first():
     assert not any("2x2" in each for each in words)
     other = next(c for words, c, _ in plan.alternatives(c, "v5e:2x4") if words.endswith("tensor=2"))
     assert other.mesh.tensor == 2 and c.mesh.tensor == 1
+    # Nothing is compiled twice: what changes nothing is left out.
+    c.loss.microbatch_rows = 1
+    configs = [other.to_dict() for _, other, where in plan.alternatives(c, "v5e:2x4") if where == "v5e:2x4"]
+    assert c.to_dict() not in configs and all(configs.count(each) == 1 for each in configs)
 
 
 @pytest.mark.slow

@@ -20,10 +20,8 @@ from tests.train_test import lines, optimizer, outcome
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setattr(assemble, "load_pretrained", fakes.load_pretrained)
-    monkeypatch.setattr(assemble, "Arithmetic", fakes.Letters)
+    fakes.take_over(monkeypatch)
     monkeypatch.setattr(assemble, "make_optimizer", optimizer)
-    monkeypatch.setattr(assemble.sharding, "make_mesh", lambda sizes: None)
     monkeypatch.setattr(run_reflection, "OpenAIServer", functools.partial(OpenAIServer, first_wait=0.01))
 
 

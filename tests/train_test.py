@@ -32,10 +32,8 @@ optimizer = functools.cache(make_optimizer)
 def tiny():
     """The tiny model, an environment that it does not always fail in, and a reflector of sound advice."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(assemble, "load_pretrained", fakes.load_pretrained)
-        monkeypatch.setattr(assemble, "Arithmetic", fakes.Letters)
+        fakes.take_over(monkeypatch)
         monkeypatch.setattr(assemble, "make_optimizer", optimizer)
-        monkeypatch.setattr(assemble.sharding, "make_mesh", lambda sizes: None)
         monkeypatch.setattr(
             run_reflection, "local_reflector", lambda model, **settings: fakes.scripted_replies
         )

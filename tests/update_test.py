@@ -19,10 +19,8 @@ optimizer = functools.cache(make_optimizer)
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setattr(assemble, "load_pretrained", fakes.load_pretrained)
-    monkeypatch.setattr(assemble, "Arithmetic", fakes.Letters)
+    fakes.take_over(monkeypatch)
     monkeypatch.setattr(assemble, "make_optimizer", optimizer)
-    monkeypatch.setattr(assemble.sharding, "make_mesh", lambda sizes: None)
     monkeypatch.setattr(run_reflection, "local_reflector", lambda model, **_: fakes.scripted_replies)
 
 
