@@ -8,13 +8,13 @@ import this module, which needs numpy alone. Letters: M system prompts, B proble
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-Message = dict[str, str]
-"""One chat message, `{"role": "system" | "user" | "assistant", "content": ...}`."""
+Message = dict[str, Any]
+"""One chat message, `{"role": "system" | "user" | "assistant" | "tool", "content": str}`."""
 
 Conversation = list[Message]
 """Messages in order. A last message of the assistant's is an opening that the reply must continue."""
@@ -39,11 +39,26 @@ class Problem:
       id: stable name, unique in its problem set; random keys are folded from it.
       text: the statement as the user turn gives it.
       answer: the gold answer, for the grader and for reflection, never for the policy.
+      aliases: other answers that are as right.
     """
 
     id: str
     text: str
     answer: str
+    aliases: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Passage:
+    """What a search finds.
+
+    Attributes:
+      title: of the page that it is from; may be empty.
+      text: the passage itself.
+    """
+
+    title: str
+    text: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +105,13 @@ class Grade:
       reward: what the gradient and the ratings see; any finite number.
       success: whether it counts for pass@k and accuracy.
       answer: the answer as the grader read it, or None where it found none.
+      metrics: other numbers about the reply, for reports; 0 where a name is missing.
     """
 
     reward: float
     success: bool
     answer: str | None = None
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,10 +136,12 @@ class Rollouts:
         where nothing was cut.
       temperature: of sampling; 0 for greedy.
       truncated: bool [M, B, N], ended by a limit (of new tokens or of the context) and not by itself.
-      replies: text of each rollout without its thinking blocks, [M][B][N].
+      replies: text of each rollout without its thinking blocks, [M][B][N]; of a conversation of several turns
+        all of them, with what was said between them.
       answers: the answer that the grader read, or None, [M][B][N].
       rewards: float32 [M, B, N].
       success: bool [M, B, N].
+      metrics: name -> float32 [M, B, N], other numbers of the grader's.
     """
 
     prompts: tuple[SystemPrompt, ...]
@@ -141,6 +160,7 @@ class Rollouts:
     answers: tuple[tuple[tuple[str | None, ...], ...], ...]
     rewards: np.ndarray
     success: np.ndarray
+    metrics: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def slots(self) -> dict[str, list[int]]:
         """Slots of each distinct prompt: id -> indices on the M axis, in order of selection."""

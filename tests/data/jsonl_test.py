@@ -58,7 +58,10 @@ def test_field_names_can_be_given(tmp_path):
         ("[1]", "line 2: a list"),
         ('{"problem": ', "line 2: not JSON"),
         ({"problem": "first", "answer": "2"}, "line 2: the same text as in line 1"),
+        ({"problem": "first", "answer": "1", "id": "b"}, "line 2: the same text as in line 1"),
         ({"problem": "new", "answer": "2", "id": "a7937b64b8ca"}, "line 2: the same id as in line 1"),
+        ({"problem": "new", "answer": float("nan")}, "line 2: the field 'answer' is nan"),
+        ({"problem": ["a", "b"], "answer": "1"}, r"line 2: the field 'problem' is \['a', 'b'\]"),
     ],
 )
 def test_errors_name_file_line_and_field(tmp_path, line, message):

@@ -1,6 +1,8 @@
+import datasets
+import numpy as np
 import pytest
 
-from espl_jax.data.problems import ProblemSet, check_disjoint, hold_out
+from espl_jax.data.problems import ProblemSet, check_disjoint, choose, hold_out, join
 from espl_jax.types import Problem
 
 
@@ -32,6 +34,18 @@ def test_hold_out_leaves_something_on_both_sides(count):
         hold_out(problem_set("a", "b"), count, seed=0)
 
 
+def test_copies_are_not_torn_apart():
+    whole = problem_set("a", "A.", "b", " c", "C", "d")
+    for seed in range(20):
+        train, validation = hold_out(whole, 2, seed)
+        assert {p.text for p in validation.problems} == {"b", "d"}
+        check_disjoint(train=train, validation=validation)
+    with pytest.raises(
+        ValueError, match="count=3 problems of a set: only 2 of its statements are there once"
+    ):
+        hold_out(whole, 3, seed=0)
+
+
 def test_disjoint_by_text_and_by_id():
     train = problem_set("What is 1 + 1?", "b", name="train set")
     check_disjoint(train=train, validation=problem_set("c"), test=problem_set("d"))
@@ -40,3 +54,42 @@ def test_disjoint_by_text_and_by_id():
     same_id = ProblemSet((Problem("train set-b", "else", "1"),), "other")
     with pytest.raises(ValueError, match=r"'train set-b' of test .* has the same id"):
         check_disjoint(train=train, validation=problem_set("c"), test=same_id)
+
+
+def test_the_same_problem_set_in_type_differently_is_found():
+    one = r"Let $x$ be in $\left(0, \frac{1}{2}\right)$. Find $f'(x)$."
+    other = r"let x be in \((0,\dfrac{1}{2})\); find  \(f'(x)\)"
+    with pytest.raises(ValueError, match=r"of test .* has the same text as .* of train"):
+        check_disjoint(train=problem_set(one), test=problem_set("another", other, name="other"))
+
+
+def test_a_part_is_chosen_by_shuffling_then_skipping_then_counting():
+    whole = problem_set(*"abcdef")
+    shuffled = [whole.problems[i] for i in np.random.default_rng(42).permutation(6)]
+    assert list(choose(whole, shuffle=42, skip=1, count=3).problems) == shuffled[1:4]
+    assert choose(whole) == whole
+    assert [p.text for p in choose(whole, skip=4).problems] == ["e", "f"]
+    for skip, count in ((6, None), (0, 0), (4, 3)):
+        with pytest.raises(ValueError, match=f"skip={skip}.*a set has 6 problems"):
+            choose(whole, skip=skip, count=count)
+
+
+def test_the_permutation_is_the_one_of_datasets():
+    texts = [str(i) for i in range(50)]
+    rows = datasets.Dataset.from_dict({"text": texts}).shuffle(seed=7)["text"]
+    assert [p.text for p in choose(problem_set(*texts), shuffle=7).problems] == list(rows)
+
+
+def test_joined_sets_keep_their_order_and_make_ids_distinct():
+    def numbered(*texts, name):
+        return ProblemSet(tuple(Problem(f"train_{i}", t, "1") for i, t in enumerate(texts)), name)
+
+    joined = join([("nq", numbered("a", "b", name="NQ")), ("hotpot", numbered("c", name="HotpotQA"))])
+    assert [(p.id, p.text) for p in joined.problems] == [
+        ("nq-train_0", "a"),
+        ("train_1", "b"),
+        ("hotpot-train_0", "c"),
+    ]
+    assert joined.name == "NQ + HotpotQA"
+    with pytest.raises(ValueError, match="'train_0' of two has the same text as 'train_1' of one"):
+        join([("one", numbered("a", "b", name="one")), ("two", numbered(" B", name="two"))])

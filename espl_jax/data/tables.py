@@ -1,0 +1,125 @@
+"""Problem sets in tables of pyarrow: parquet files, and what the hub's data sets are loaded as.
+
+pyarrow is imported where it is needed, since most runs do not need it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from espl_jax.data.problems import ProblemSet
+from espl_jax.data.records import candidates, is_required, missing, read_problems
+
+
+def read_parquet(
+    path: str | Path, fields: Mapping[str, str] | None = None, repeats: str = "refuse"
+) -> ProblemSet:
+    """Reads one problem a row, and of the columns only those that hold it.
+
+    Args:
+      path: the file.
+      fields, repeats: as for `read_problems`.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: for a file of another kind, and as `read_table` does.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"data: there is no file {path}; correct the path")
+    try:
+        with parquet.ParquetFile(path) as file:
+            table = file.read(columns=columns(file.schema_arrow.names, str(path), fields))
+    except pa.ArrowException as error:
+        raise ValueError(f"{path} cannot be read as parquet ({error}); write it again") from error
+    return dataclasses.replace(read_table(table, str(path), fields, repeats, path.stem), name=path.name)
+
+
+def read_table(
+    table: Any, source: str, fields: Mapping[str, str] | None, repeats: str, prefix: str
+) -> ProblemSet:
+    """Makes a problem of each row; arguments, result and errors as for `read_problems`.
+
+    Where repeated statements are wanted once, rows that repeat both statement and answer are left out by
+    pyarrow: DAPO-Math-17k has each of its 17,000 a hundred times.
+
+    Args:
+      table: a pyarrow.Table that has at least the columns that `columns` names.
+    """
+    rows = np.arange(len(table))
+    if repeats != "refuse":
+        names = candidates(fields)
+        rows = _distinct(
+            table, [_first_there(table.column_names, names[name]) for name in ("text", "answer")]
+        )
+        table = table.filter(np.isin(np.arange(len(table)), rows))
+    return read_problems(_records(table, rows), source, fields, repeats, prefix)
+
+
+def columns(names: Sequence[str], source: str, fields: Mapping[str, str] | None) -> list[str]:
+    """Those of a table's columns that hold statement, answer and id.
+
+    Raises:
+      ValueError: if there are none for one of them, with those that there are.
+    """
+    needed = []
+    for name, options in candidates(fields).items():
+        field = _first_there(names, options)
+        if field is not None:
+            needed.append(_column(names, field))
+        elif is_required(name, options):
+            raise missing(source, name, options, f"the fields are {sorted(names)}")
+    return list(dict.fromkeys(needed))
+
+
+def _column(names: Sequence[str], field: str) -> str:
+    return field if field in names else field.partition(".")[0]
+
+
+def _first_there(names: Sequence[str], options: Sequence[str]) -> str | None:
+    return next((field for field in options if _column(names, field) in names), None)
+
+
+def _records(table: Any, rows: np.ndarray) -> Iterator[tuple[str, dict[str, Any]]]:
+    done = 0
+    for batch in table.to_batches(max_chunksize=1000):
+        for record in batch.to_pylist():
+            yield f"row {rows[done] + 1}", record
+            done += 1
+
+
+def _distinct(table: Any, fields: Sequence[str]) -> np.ndarray:
+    """Numbers of the rows that are the first with their values of the fields; of all where it cannot tell."""
+    import pyarrow as pa
+
+    everything = np.arange(len(table))
+    try:
+        values = {str(i): _values(table, field) for i, field in enumerate(fields)}
+        keyed = pa.table({**values, "row": everything}).group_by(list(values), use_threads=False)
+        return np.sort(keyed.aggregate([("row", "min")])["row_min"].to_numpy())
+    except (pa.ArrowException, LookupError):
+        # Lists of different lengths or values of other types; `read_problems` looks at them one by one.
+        return everything
+
+
+def _values(table: Any, field: str) -> Any:
+    from pyarrow import compute
+
+    column = _column(table.column_names, field)
+    steps = [] if field == column else field.split(".")[1:]
+
+    def step(values: Any, name: str) -> Any:
+        if name.isdecimal():
+            return compute.list_element(values, int(name))
+        return compute.struct_field(values, name)
+
+    return functools.reduce(step, steps, table.column(column))
