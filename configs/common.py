@@ -31,20 +31,37 @@ def get_config() -> ConfigDict:
     c.lora.scale = 1.0  # alpha / rank
 
     c.data = ConfigDict()
-    c.data.train = ""  # a .jsonl file, or addition:digits=2,count=200
+    c.data.train = ""  # .jsonl or .parquet file, hub:org/name:split=train, or addition:digits=2,count=200
     c.data.validation = ""  # likewise; empty holds out validation_count problems of train
     c.data.test = ""  # likewise; empty means that there is no test
     c.data.validation_count = 10  # problems held out of train where data.validation is empty
-    c.data.fields = ConfigDict()
-    c.data.fields.text = ""  # name of the statement in the files; empty finds problem or question
-    c.data.fields.answer = ""  # name of the answer; empty finds answer
-    c.data.fields.id = ""  # name of the id; empty finds id, or hashes the statement
+    c.data.fields = ConfigDict()  # names of fields of all sources whose spec does not name them
+    c.data.fields.text = ""  # the statement's, e.g. prompt.0.content; empty finds problem or question
+    c.data.fields.answer = ""  # the answer's; empty finds answer
+    c.data.fields.id = ""  # the id's; empty finds id, or hashes the statement
 
     c.environment = ConfigDict()
-    c.environment.name = "math"  # math (math-verify) or arithmetic (a number)
+    c.environment.name = "math"  # math (math-verify), arithmetic (a number), search, or module:name
     c.environment.answer_format = "boxed"  # boxed; math also: expression; arithmetic also: last_number
     c.environment.instruction = placeholder(str)  # after each problem; None asks for a box if one is needed
     c.environment.show_thinking = False  # let grader and reflection see thinking blocks too
+    c.environment.reward = ""  # module:function of problem, reply and grade, instead of its own
+    c.environment.options = "{}"  # JSON, arguments of an environment given as module:name
+    c.environment.tool_format = "auto"  # how calls are written: hermes, xml, mistral, llama, or by template
+    c.environment.search = ConfigDict()
+    c.environment.search.retriever = ""  # http://host:port/retrieve, or .jsonl; encyclopedia has its own
+    c.environment.search.passages = 3  # found for each query
+    c.environment.search.max_turns = 4  # of the model's, the answer included
+    c.environment.search.max_passage_words = 150  # longer passages are cut
+    c.environment.search.timeout = 30.0  # seconds for one call, after which the model is told that it failed
+    c.environment.search.concurrency = 16  # calls at once
+    c.environment.search.rewards = ConfigDict()  # weights of what a reward is the sum of
+    c.environment.search.rewards.exact_match = 1.0  # 1 for the right answer
+    c.environment.search.rewards.f1 = 0.0  # of the answer's words
+    c.environment.search.rewards.answered = 0.0  # 1 for an answer of any kind
+    c.environment.search.rewards.searched = 0.0  # 1 for a search that found something
+    c.environment.search.rewards.malformed_calls = 0.0  # for each
+    c.environment.search.rewards.failed_searches = 0.0  # for each
 
     c.population = ConfigDict()
     c.population.text = ""  # prose of the root prompt

@@ -12,11 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from espl_jax import data, processes, sharding
-from espl_jax.data.problems import ProblemSet, check_disjoint, hold_out
-from espl_jax.environments.arithmetic import Arithmetic
-from espl_jax.environments.base import Environment
-from espl_jax.environments.math import Math
+from espl_jax import processes, sharding
+from espl_jax.data.problems import ProblemSet
+from espl_jax.environments.base import Dialogue, Environment
 from espl_jax.evolution import population as populations
 from espl_jax.evolution.guards import Guards
 from espl_jax.memory import bytes_per_device
@@ -29,6 +27,7 @@ from espl_jax.rl.losses import Loss
 from espl_jax.rollout import longest_problem, stable_hash
 from espl_jax.sampling.sizes import Sizes, choose_sizes
 from espl_jax.sampling.truncation import Truncation
+from espl_jax.task import environment_of, load_splits
 from espl_jax.text.chat import encode
 from espl_jax.train_step import TrainState, abstract_train_state, init_train_state, sampling_params
 from espl_jax.types import SystemPrompt, TrainBatch
@@ -55,7 +54,7 @@ class Parts:
 
     reference: Pretrained
     splits: dict[str, ProblemSet]
-    environment: Environment
+    environment: Environment | Dialogue
     optimizer: optax.GradientTransformation
     mesh: jax.sharding.Mesh | None
     trains: bool
@@ -91,9 +90,9 @@ def assemble(config: Any) -> Parts:
     """Loads and builds everything. Raises as the parts do; `check_config` has been called before."""
     c = config
     mesh = sharding.make_mesh(dict(c.mesh))
-    splits = processes.decide(lambda: _splits(c))
+    splits = processes.decide(lambda: load_splits(c))
+    environment = environment_of(c)
     model = load_reference(c, mesh)
-    environment = make_environment(c.environment.name, c.environment.answer_format, c.environment.instruction)
     parts = Parts(
         reference=model,
         splits=splits,
@@ -114,6 +113,7 @@ def assemble(config: Any) -> Parts:
             "stop_strings": tuple(c.sampling.stop_strings),
             "context_limit": c.sampling.context_limit or None,
             "show_thinking": c.environment.show_thinking,
+            "tool_format": c.environment.tool_format,
         },
         evolution={
             "form": c.evolution.form,
@@ -228,33 +228,10 @@ def trains(config: Any) -> bool:
     return config.mode in ("espl", "rl")
 
 
-def make_environment(name: str, answer_format: str, instruction: str | None) -> Environment:
-    """The environment of that name, with what `check_config.ENVIRONMENTS` says that it reads."""
-    return {"math": Math, "arithmetic": Arithmetic}[name](answer_format, instruction)
-
-
 def stream_key(seed: int, stream: str, iteration: int) -> jax.Array:
     """The key of one stream of random numbers (`train`, `validation`, `reflection`, ...) in one iteration."""
     key = jax.random.key(seed, impl="threefry2x32")
     return jax.random.fold_in(jax.random.fold_in(key, stable_hash(stream)), iteration)
-
-
-def _splits(c: Any) -> dict[str, ProblemSet]:
-    fields = {field: name for field, name in c.data.fields.items() if name} or None
-    splits = {"train": data.load(c.data.train, "train", fields=fields)}
-    if c.data.validation:
-        splits["validation"] = data.load(c.data.validation, "validation", fields=fields)
-    else:
-        splits["train"], splits["validation"] = hold_out(splits["train"], c.data.validation_count, c.seed)
-    if c.data.test:
-        splits["test"] = data.load(c.data.test, "test", fields=fields)
-    check_disjoint(**splits)
-    if c.batch_size > len(splits["train"]):
-        raise ValueError(
-            f"batch_size={c.batch_size}: data.train has {len(splits['train'])} problems after validation was "
-            "held out; lower batch_size or data.validation_count, or give more problems"
-        )
-    return splits
 
 
 def declared_trainable(config: Any, decoder: DecoderConfig) -> Any:

@@ -10,15 +10,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+from espl_jax.data import specs
 from espl_jax.evolution.deployment import RULES
 from espl_jax.evolution.editors import EDITORS
 from espl_jax.evolution.ratings import SYSTEMS
 from espl_jax.evolution.schemas import blocks_schema, edits_schema
 from espl_jax.evolution.selection import STRATEGIES
 from espl_jax.models.config import MATMUL_PRECISIONS, REMATS
+from espl_jax.text.tool_calls import FORMATS
 
 MODES = ("espl", "rl", "evolution", "reflection")
-ENVIRONMENTS = {"math": ("boxed", "expression"), "arithmetic": ("boxed", "last_number")}
+ENVIRONMENTS = {"math": ("boxed", "expression"), "arithmetic": ("boxed", "last_number"), "search": ()}
+"""What each environment can read, where there is a choice."""
+
+SEARCH_LIMITS = ("passages", "max_turns", "max_passage_words", "concurrency")
 BASELINES = ("per_prompt", "marginalized")
 NORMALIZATIONS = ("none", "std", "batch_std")
 LOSSES = ("importance_sampling", "sequence_importance_sampling", "ppo", "cispo", "gspo")
@@ -37,7 +42,7 @@ _CHOICES = {
     "model.param_dtype": ("float32", "bfloat16"),
     "model.matmul_precision": MATMUL_PRECISIONS,
     "model.remat": REMATS,
-    "environment.name": tuple(ENVIRONMENTS),
+    "environment.tool_format": ("auto", *FORMATS),
     "selection.strategy": tuple(STRATEGIES),
     "ratings.system": tuple(SYSTEMS),
     "evolution.form": tuple(EDITORS),
@@ -77,6 +82,8 @@ _AT_LEAST = {
     **dict.fromkeys(("loss.epochs", "loss.minibatches"), 1),
     "loss.sampler_weight_cap": 0,
     "profile_iteration": 0,
+    **dict.fromkeys((f"environment.search.{name}" for name in SEARCH_LIMITS), 1),
+    "environment.search.timeout": 1,
 }
 
 
@@ -111,11 +118,18 @@ def _check_files(c: Any) -> None:
         _refuse(
             "data.train",
             c.data.train,
-            "give a .jsonl file or a generated set, e.g. addition:digits=2,count=200",
+            "give a .jsonl file, a .parquet file, hub:org/name, or a generated set such as "
+            "addition:digits=2,count=200",
         )
-    files = {f"data.{split}": c.data[split] for split in ("train", "validation", "test")}
-    files |= {"model.source": c.model.source, "population.start_from": c.population.start_from}
+    for split in ("train", "validation", "test"):
+        spec, field = c.data[split], f"data.{split}"
+        for path in specs.files(spec, field) if spec else ():
+            if not path.is_file():
+                _refuse(field, spec, f"there is no such file as {path}; correct the path")
+    files = {"model.source": c.model.source, "population.start_from": c.population.start_from}
     files |= {"reflection.replay": c.reflection.replay}
+    if c.environment.name == "search":
+        files["environment.search.retriever"] = c.environment.search.retriever
     for field, path in files.items():
         if path.endswith((".jsonl", ".json", ".gguf")) and not Path(path).expanduser().is_file():
             _refuse(field, path, "there is no such file; correct the path")
@@ -189,8 +203,9 @@ def _check_together(c: Any) -> None:
         _refuse(
             "selection.temperature", c.selection.temperature, "give a positive one, or None for the default"
         )
-    formats = ENVIRONMENTS[c.environment.name]
-    if c.environment.answer_format not in formats:
+    _check_environment(c)
+    formats = ENVIRONMENTS.get(c.environment.name, ())
+    if formats and c.environment.answer_format not in formats:
         _refuse(
             "environment.answer_format",
             c.environment.answer_format,
@@ -221,11 +236,7 @@ def _check_together(c: Any) -> None:
                 c.evaluation[f"{split}_samples"],
                 "greedy samples are all the same; give 1, or an evaluation.temperature above 0",
             )
-    try:
-        if not isinstance(json.loads(c.model.chat_template_kwargs), dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        _refuse("model.chat_template_kwargs", c.model.chat_template_kwargs, f"{error}; give a JSON object")
+    _check_json_object("model.chat_template_kwargs", c.model.chat_template_kwargs)
     if list(c.mesh.values()).count(-1) > 1:
         _refuse("mesh", dict(c.mesh), "only one axis can take the rest")
     size, batch = c.loss.microbatch_rows, c.batch_size
@@ -236,6 +247,35 @@ def _check_together(c: Any) -> None:
             f"give 0, a divisor of the {group} rollouts of a group, or {group} times a divisor of "
             f"batch_size={batch}",
         )
+
+
+def _check_environment(c: Any) -> None:
+    e = c.environment
+    if e.name not in ENVIRONMENTS and ":" not in e.name:
+        _refuse(
+            "environment.name",
+            e.name,
+            f"choose one of {', '.join(ENVIRONMENTS)}, or give a module:name of your own",
+        )
+    if e.reward and ":" not in e.reward:
+        _refuse("environment.reward", e.reward, "give module:function, or nothing")
+    _check_json_object("environment.options", e.options)
+    retriever = e.search.retriever
+    if e.name == "search" and not retriever and not c.data.train.startswith("encyclopedia"):
+        _refuse(
+            "environment.search.retriever",
+            retriever,
+            "say where to search: http://host:port/retrieve, or a passages.jsonl; or take data that has "
+            "passages of its own, --config.data=encyclopedia",
+        )
+
+
+def _check_json_object(field: str, text: str) -> None:
+    try:
+        if not isinstance(json.loads(text), dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        _refuse(field, text, f"{error}; give a JSON object")
 
 
 def _check_loss(loss: Any) -> None:

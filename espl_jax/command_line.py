@@ -13,7 +13,11 @@ from absl import app, flags, logging
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Reads the flags; a field that the configuration does not have is refused by its full name."""
+    """Reads the flags; a field that the configuration does not have is refused by its full name.
+
+    `--config.data=encyclopedia` takes all three splits from a set that has them all.
+    """
+    argv = [part for arg in argv for part in _every_split(arg)]
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError, TypeError) as error:  # what ml_collections raises for unknown fields
@@ -23,6 +27,13 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(f"{' or '.join(named)}: there is no such field; configs/common.py lists all of them")
     except OSError as error:
         sys.exit(str(error))
+
+
+def _every_split(arg: str) -> list[str]:
+    """`--config.data=x` for each split; every other argument as it stands."""
+    given = re.fullmatch(r"--?config\.data=(.*)", arg, re.DOTALL)
+    splits = ("train", "validation", "test")
+    return [f"--config.data.{split}={given[1]}" for split in splits] if given else [arg]
 
 
 def enough_threads() -> None:

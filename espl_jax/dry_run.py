@@ -59,7 +59,7 @@ def dry_run(config: Any, console: Console | None = None) -> None:
 def show_problem(parts: Parts, prompt: SystemPrompt, problem: Problem, say: Say) -> None:
     """The text of one conversation, and its tokens by level of the prefix tree."""
     tokenizer, kwargs = parts.reference.tokenizer, parts.sampling["chat_template_kwargs"]
-    messages = conversation(prompt, problem, parts.environment)
+    messages, kwargs = conversation(tokenizer, prompt, problem, parts.environment, kwargs)
     system, rest = encode_conversation(tokenizer, messages, **kwargs)
     say(f"Problem {problem.id} under prompt {prompt.id}, as the model gets it:\n")
     say(render(tokenizer, messages, **kwargs))

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from espl_jax import processes
-from espl_jax.environments.base import Environment
+from espl_jax.environments.base import Dialogue, Environment
 from espl_jax.models.config import DecoderConfig
-from espl_jax.sampling.answers import Respond
 from espl_jax.sampling.draw import row_keys
 from espl_jax.sampling.generate import sample_tree
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
-from espl_jax.text.chat import common_length, encode, encode_conversation
+from espl_jax.text.chat import common_length, encode_conversation
 from espl_jax.text.stop_strings import stop_finder, trim
 from espl_jax.text.thinking import prompt_opens_thinking, strip_thinking
-from espl_jax.types import Conversation, Problem, Rollouts, SystemPrompt
+from espl_jax.text.tool_calls import tool_format_of
+from espl_jax.text.tools import with_tools
+from espl_jax.turns import Turns, as_text
+from espl_jax.types import Conversation, Grade, Problem, Rollouts, SystemPrompt
 
 
 class Model(Protocol):
@@ -41,28 +42,37 @@ def stable_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")
 
 
-def conversation(prompt: SystemPrompt, problem: Problem, environment: Environment) -> Conversation:
-    """The messages of one rollout. An empty prompt has no system turn: the template's own default stands."""
+def conversation(
+    tokenizer: Any,
+    prompt: SystemPrompt,
+    problem: Problem,
+    environment: Environment | Dialogue,
+    chat_template_kwargs: Mapping[str, Any],
+) -> tuple[Conversation, dict[str, Any]]:
+    """The messages that a rollout begins with, and the chat template's arguments.
+
+    An empty prompt has no system turn: the template's own default stands.
+    """
     system = prompt.render()
     messages = [{"role": "system", "content": system}] if system else []
-    return [*messages, {"role": "user", "content": environment.user_message(problem)}]
+    messages.append({"role": "user", "content": environment.user_message(problem)})
+    return with_tools(tokenizer, messages, getattr(environment, "tools", ()), **chat_template_kwargs)
 
 
 def encode_tree(
     tokenizer: Any,
     prompts: Sequence[SystemPrompt],
     problems: Sequence[Problem],
-    environment: Environment,
+    environment: Environment | Dialogue,
     chat_template_kwargs: Mapping[str, Any],
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[tuple[int, ...], ...], ...]]:
     """Tokens of the two shared levels: (M starts of conversations, M tuples of B rests)."""
-    encoded = [
-        [
-            encode_conversation(tokenizer, conversation(prompt, problem, environment), **chat_template_kwargs)
-            for problem in problems
-        ]
-        for prompt in prompts
-    ]
+
+    def encoded_conversation(prompt: SystemPrompt, problem: Problem) -> tuple[list[int], list[int]]:
+        messages, kwargs = conversation(tokenizer, prompt, problem, environment, chat_template_kwargs)
+        return encode_conversation(tokenizer, messages, **kwargs)
+
+    encoded = [[encoded_conversation(prompt, problem) for problem in problems] for prompt in prompts]
     # Without an added token right before the problem, starts may differ within a slot: only what is common
     # is shared.
     shared = [min(common_length(slot[0][0], system) for system, _ in slot) for slot in encoded]
@@ -76,7 +86,7 @@ def encode_tree(
 def longest_problem(
     tokenizer: Any,
     problems: Sequence[Problem],
-    environment: Environment,
+    environment: Environment | Dialogue,
     chat_template_kwargs: Mapping[str, Any],
 ) -> int:
     """Tokens of the longest problem, so that all batches of a run share their programs.
@@ -93,7 +103,7 @@ def collect_rollouts(
     model: Model,
     prompts: Sequence[SystemPrompt],
     problems: Sequence[Problem],
-    environment: Environment,
+    environment: Environment | Dialogue,
     *,
     key: jax.Array,
     group_size: int,
@@ -106,14 +116,15 @@ def collect_rollouts(
     longest_problem: int = 0,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     show_thinking: bool = False,
+    tool_format: str = "auto",
     max_rows: int | None = None,
     held_bytes: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Rollouts:
     """Runs every prompt on every problem, `group_size` times, and grades the replies.
 
-    An environment with a method `respond` makes conversations of several turns; see `Environment`. Of several
-    processes the first one alone calls `respond` and `grade`.
+    A `Dialogue` makes conversations of several turns. Of several processes the first one alone calls the
+    methods of the environment that answer and grade.
 
     Args:
       model: `.params` (adapters attached or not), `.config`, `.tokenizer`.
@@ -132,6 +143,8 @@ def collect_rollouts(
       longest_problem: tokens of the longest problem that this and later calls bring, see `longest_problem`.
       chat_template_kwargs: passed to the chat template.
       show_thinking: let grader and reflection see thinking blocks too.
+      tool_format: how the model calls tools, one of `text.tool_calls.FORMATS`, or `auto` for what its chat
+        template shows.
       max_rows: M times as many rollouts are in flight at once; as many as fit into memory by default.
       held_bytes: memory of each device that stays taken; that of the params by default.
       mesh: shard rows over its data axes.
@@ -139,11 +152,36 @@ def collect_rollouts(
     Returns:
       Rollouts, shapes [M, B, N, ...].
     """
-    tokenizer = model.tokenizer
-    respond = getattr(environment, "respond", None)
-    system_tokens, problem_tokens = encode_tree(
-        tokenizer, prompts, problems, environment, chat_template_kwargs or {}
-    )
+    tokenizer, kwargs = model.tokenizer, chat_template_kwargs or {}
+    system_tokens, problem_tokens = encode_tree(tokenizer, prompts, problems, environment, kwargs)
+    stop_ids = stop_ids_of(model) if stop_ids is None else stop_ids
+    opened = prompt_opens_thinking(tokenizer.decode(problem_tokens[0][0][-8:]))
+    turns = None
+    if hasattr(environment, "respond"):
+        turns = Turns(
+            environment,
+            problems,
+            tokenizer,
+            tool_format=tool_format_of(tokenizer) if tool_format == "auto" else tool_format,
+            stop_ids=stop_ids,
+            opened=opened,
+            show_thinking=show_thinking,
+            chat_template_kwargs=kwargs,
+        )
+
+    def reply(place: tuple[int, int, int], tokens: np.ndarray) -> str | Conversation:
+        """What the environment grades."""
+        if turns:
+            return turns.transcript(place, tokens)
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        if stop_strings:
+            text = trim(text, stop_strings)
+        return text if show_thinking else strip_thinking(text, opened)
+
+    def begin(place: tuple[int, int, int], tokens: np.ndarray) -> None:
+        if processes.is_first():
+            environment.begin(problems[place[1]], reply(place, tokens))
+
     samples = sample_tree(
         model.params,
         model.config,
@@ -153,9 +191,10 @@ def collect_rollouts(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         truncation=truncation,
-        stop_ids=stop_ids_of(model) if stop_ids is None else stop_ids,
+        stop_ids=stop_ids,
         find_end=stop_finder(tokenizer, stop_strings) if stop_strings else None,
-        respond=respond and _in_tokens(respond, tokenizer, problems),
+        respond=turns and turns.respond,
+        finished=begin if hasattr(environment, "begin") else None,
         context_limit=context_limit,
         longest_problem=longest_problem,
         max_rows=max_rows,
@@ -163,23 +202,14 @@ def collect_rollouts(
         mesh=mesh,
     )
     shape = samples.lengths.shape
-    opened = prompt_opens_thinking(tokenizer.decode(problem_tokens[0][0][-8:]))
-    texts = tokenizer.batch_decode(
-        [
-            tokens[:n]
-            for tokens, n in zip(
-                samples.tokens.reshape(-1, max_new_tokens), samples.lengths.flat, strict=True
-            )
-        ],
-        skip_special_tokens=True,
-    )
-    if stop_strings and not respond:
-        # In a conversation of several turns a stop string may be a call that the grader wants to see.
-        texts = [trim(text, stop_strings) for text in texts]
-    if not show_thinking:
-        texts = [strip_thinking(text, opened) for text in texts]
-    asked = [problems[b] for _, b, _ in np.ndindex(*shape)]
-    grades = processes.decide(lambda: environment.grade(asked, texts))
+
+    def graded() -> tuple[list[str], list[Grade]]:
+        places = list(np.ndindex(*shape))
+        replies = [reply(place, samples.tokens[place][: samples.lengths[place]]) for place in places]
+        grades = environment.grade([problems[b] for _, b, _ in places], replies)
+        return [as_text(each) if turns else each for each in replies], grades
+
+    texts, grades = processes.decide(graded)
     return Rollouts(
         prompts=tuple(prompts),
         problems=tuple(problems),
@@ -197,31 +227,11 @@ def collect_rollouts(
         answers=_nested([grade.answer for grade in grades], shape),
         rewards=np.array([grade.reward for grade in grades], np.float32).reshape(shape),
         success=np.array([grade.success for grade in grades], bool).reshape(shape),
+        metrics={
+            name: np.array([grade.metrics.get(name, 0.0) for grade in grades], np.float32).reshape(shape)
+            for name in dict.fromkeys(name for grade in grades for name in grade.metrics)
+        },
     )
-
-
-def _in_tokens(respond: Callable[..., Any], tokenizer: Any, problems: Sequence[Problem]) -> Respond:
-    """An environment's `respond`, which reads and writes text, as the sampler calls it."""
-
-    def tokens_of(text: str | None) -> list[int] | None:
-        return encode(tokenizer, text) if text else None
-
-    def respond_in_tokens(place: tuple[int, int, int], tokens: np.ndarray) -> Any:
-        answer = respond(problems[place[1]], tokenizer.decode(tokens, skip_special_tokens=True))
-        if not isinstance(answer, concurrent.futures.Future):
-            return tokens_of(answer)
-        encoded: concurrent.futures.Future = concurrent.futures.Future()
-
-        def done(future: concurrent.futures.Future) -> None:
-            try:
-                encoded.set_result(tokens_of(future.result()))
-            except BaseException as error:
-                encoded.set_exception(error)
-
-        answer.add_done_callback(done)
-        return encoded
-
-    return respond_in_tokens
 
 
 def _rollout_keys(
@@ -258,6 +268,7 @@ def records(rollouts: Rollouts) -> list[dict[str, Any]]:
             "truncated": rollouts.truncated[m, b, n],
             "answer": rollouts.answers[m][b][n],
             "reply": rollouts.replies[m][b][n],
+            **{name: values[m, b, n] for name, values in rollouts.metrics.items()},
             "tokens": rollouts.tokens[m, b, n, : rollouts.lengths[m, b, n]],
             "logprob": rollouts.logprobs[m, b, n].sum(dtype=np.float64),
         }
@@ -271,6 +282,7 @@ def means(rollouts: Rollouts) -> dict[str, Any]:
         rollouts.rewards[slots].max(axis=(0, 2)) > rollouts.rewards[slots].min(axis=(0, 2))
         for slots in rollouts.slots().values()
     ]
+    environment = {name: values.mean(dtype=np.float64) for name, values in rollouts.metrics.items()}
     return {
         "reward": rollouts.rewards.mean(dtype=np.float64),
         "success": rollouts.success.mean(dtype=np.float64),
@@ -278,4 +290,5 @@ def means(rollouts: Rollouts) -> dict[str, Any]:
         "new_tokens": rollouts.drawn.sum(axis=-1).mean(dtype=np.float64),
         "mixed_groups": np.sum(mixed),
         "groups": np.size(mixed),
+        **({"environment": environment} if environment else {}),
     }

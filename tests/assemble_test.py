@@ -116,6 +116,7 @@ def test_numerics_and_sampling_reach_their_places():
         "stop_strings": ("User:",),
         "context_limit": 200,
         "show_thinking": False,
+        "tool_format": "auto",
     }
     assert assemble(fakes.config()).sampling["max_rows"] is None
 

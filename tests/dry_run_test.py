@@ -39,7 +39,7 @@ def test_shows_the_problem_the_answer_and_the_programs(tmp_path, monkeypatch):
     parts = assemble(config)
     (problem, *_), _ = next_batch(parts.splits["train"], Cursor(config.seed), 2)
     prompt = assembling.first_population(config).members[0]
-    messages = conversation(prompt, problem, parts.environment)
+    messages, _ = conversation(fakes.tokenizer(), prompt, problem, parts.environment, {})
     assert f"Problem {problem.id} under prompt p0" in text
     assert render(fakes.tokenizer(), messages) in text
 

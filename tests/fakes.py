@@ -11,13 +11,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from configs import common
-from espl_jax import assemble, resume, sharding
+from espl_jax import assemble, resume, sharding, task
 from espl_jax.data.order import Cursor
 from espl_jax.evolution import population as populations
 from espl_jax.models import transformer
 from espl_jax.models.config import DecoderConfig
 from espl_jax.pretrained import Pretrained
 from espl_jax.run_state import WorkDir
+from espl_jax.turns import as_text
 from espl_jax.types import Grade, Problem, SystemPrompt
 
 TEMPLATE = (
@@ -74,7 +75,7 @@ def load_pretrained(source, dtype="float32", mesh=None, **numerics) -> Pretraine
 def take_over(monkeypatch):
     """Runs are of the tiny model on one device, graded by letters."""
     monkeypatch.setattr(assemble, "load_pretrained", load_pretrained)
-    monkeypatch.setattr(assemble, "Arithmetic", Letters)
+    monkeypatch.setattr(task, "Arithmetic", Letters)
     monkeypatch.setattr(assemble.sharding, "make_mesh", lambda sizes: None)
 
 
@@ -95,16 +96,21 @@ class Letters:
 class Talker(Letters):
     """Says something after each of the first two turns, every other time as a future."""
 
-    def respond(self, problem, text):
-        said = text.count("<said>")
-        if said == 2:
+    tools = ()
+
+    def respond(self, problem, transcript):
+        turns = sum(message["role"] == "assistant" for message in transcript)
+        if turns == 3:
             return None
-        answer = f"<said> {problem.answer} e {len(text)}\n"
-        if len(text) % 2:
+        answer = [{"role": "user", "content": f"{problem.answer} e {turns}"}]
+        if len(transcript[-1]["content"]) % 2:
             return answer
         future = concurrent.futures.Future()
         threading.Timer(0.05, lambda: future.set_result(answer)).start()
         return future
+
+    def grade(self, problems, transcripts):
+        return super().grade(problems, [as_text(transcript) for transcript in transcripts])
 
 
 PROBLEMS = tuple(

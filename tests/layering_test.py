@@ -15,7 +15,8 @@ LAYERS = [
     | {"durable", "storage", "json_values", "processes"},
     DEVICE | HOST,
     {"pretrained", "optimizer", "train_step", "check_config"},
-    {"rollout", "train_batch", "reflectors", "run_state", "saved_arrays", "metrics", "report"},
+    {"rollout", "turns", "task", "train_batch", "reflectors", "run_state", "saved_arrays", "metrics"}
+    | {"report"},
     {"assemble", "resume", "run_reflection", "evaluate", "deploy", "train", "dry_run", "saved_run", "export"}
     | {"iteration_log", "update", "programs", "plan"},
     {"main"},
@@ -28,6 +29,8 @@ SAME_LAYER = {
     ("storage", "durable"),
     # A checkpoint in parts.
     ("run_state", "saved_arrays"),
+    # Rollouts of several turns.
+    ("rollout", "turns"),
     # The one forward serves decoding and the policy gradient.
     ("sampling", "models"),
     ("rl", "models"),

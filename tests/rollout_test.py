@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import itertools
 from types import SimpleNamespace
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from espl_jax.rl.advantages import advantages
-from espl_jax.rollout import collect_rollouts, conversation, records, stable_hash, stop_ids_of
+from espl_jax.rollout import collect_rollouts, conversation, means, records, stable_hash, stop_ids_of
 from espl_jax.text.chat import encode, render
 from espl_jax.train_batch import prompt_numbers
 from espl_jax.types import Grade
@@ -61,7 +62,9 @@ def test_every_stop_id_of_the_model_ends_a_reply(rollouts):
 def test_levels_together_are_the_tokens_of_the_whole_conversation(rollouts):
     for m, prompt in enumerate(PROMPTS):
         for b, problem in enumerate(PROBLEMS):
-            whole = render(tokenizer(), conversation(prompt, problem, ENVIRONMENT))
+            messages, kwargs = conversation(tokenizer(), prompt, problem, ENVIRONMENT, {})
+            assert kwargs == {}
+            whole = render(tokenizer(), messages)
             joined = list(rollouts.system_tokens[m]) + list(rollouts.problem_tokens[m][b])
             assert joined == encode(tokenizer(), whole)
             assert tokenizer().decode(joined) == whole
@@ -69,9 +72,9 @@ def test_levels_together_are_the_tokens_of_the_whole_conversation(rollouts):
 
 
 def test_an_empty_prompt_has_no_system_turn():
-    (turn,) = conversation(PROMPTS[0], PROBLEMS[0], ENVIRONMENT)
+    (turn,), _ = conversation(tokenizer(), PROMPTS[0], PROBLEMS[0], ENVIRONMENT, {})
     assert turn == {"role": "user", "content": PROBLEMS[0].text}
-    system, user = conversation(PROMPTS[2], PROBLEMS[0], ENVIRONMENT)
+    (system, user), _ = conversation(tokenizer(), PROMPTS[2], PROBLEMS[0], ENVIRONMENT, {})
     assert system == {"role": "system", "content": "Add.\n\nG0. Count twice.\nG1. Say only the number."}
     assert user == turn
 
@@ -153,10 +156,11 @@ def test_the_grader_sees_no_thinking():
         def __getattr__(self, name):
             return getattr(fake.tokenizer, name)
 
-        def batch_decode(self, rows, **_):
-            return texts[: len(rows)]
+        def decode(self, tokens, skip_special_tokens=False):
+            return next(replies) if skip_special_tokens else "a prompt"
 
     thinking = dataclasses.replace(fake, tokenizer=Thinking())
+    replies = iter(texts * 2)
     result = collect_rollouts(thinking, PROMPTS[:1], PROBLEMS[:1], Listening(), **SETTINGS)
     assert seen == ["4", "6", ""]
     assert result.replies == ((("4", "6", ""),),)
@@ -177,42 +181,46 @@ def test_records_hold_every_rollout_once(rollouts):
 
 
 class TestTurns:
-    """Text in, text out: what an environment says is appended as it says it, and ends no turn."""
+    """A dialogue: what is said to the model stands in turns as the template writes them."""
 
     STOPS = tuple("etaoinshrdlucm01")
 
     @pytest.fixture(scope="class")
     def talked(self):
-        return collect(environment=Talker(), max_new_tokens=96, stop_strings=self.STOPS)
+        return collect(environment=Talker(), max_new_tokens=128, stop_strings=self.STOPS)
 
     def test_every_turn_ends_with_a_stop_and_is_answered(self, talked):
         for m, b, n in np.ndindex(talked.lengths.shape):
             length, drawn = talked.lengths[m, b, n], talked.drawn[m, b, n]
             tokens = talked.tokens[m, b, n, :length]
             edges = np.flatnonzero(np.diff(drawn[:length].astype(int))) + 1
-            said = [piece for piece, own in self.pieces(tokens, drawn, edges) if not own]
-            so_far = ""
-            for text, own in self.pieces(tokens, drawn, edges):
-                if own:
+            said, own = [], []
+            for piece in np.split(np.arange(length), edges):
+                own_turn = drawn[piece[0]]
+                text = tokenizer().decode(tokens[piece], skip_special_tokens=own_turn)
+                if own_turn:
+                    own.append(text)
+                    itself = tokens[piece[-1]] == tokenizer().eos_token_id
                     # A stop string is the end of what the model says, and nowhere before.
                     ended = [text.find(stop) for stop in self.STOPS if stop in text]
                     assert not ended or min(ended) == len(text) - 1
                 else:
-                    assert text == f"<said> {talked.problems[b].answer} e {len(so_far)}\n"
-                so_far += text
-            assert talked.replies[m][b][n] == so_far
+                    said.append(text)
+                    # The end of a turn that the model did not write itself is written for it.
+                    ending = "" if itself else "<|im_end|>"
+                    content = f"{talked.problems[b].answer} e {len(said)}"
+                    turn = f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
+                    assert text == f"{ending}\n{turn}"
             assert len(said) == 2 or talked.truncated[m, b, n]
+            answers = [f"[user]\n{talked.problems[b].answer} e {i + 1}" for i in range(len(said))]
+            assert talked.replies[m][b][n] == "\n\n".join(
+                text for pair in itertools.zip_longest(own, answers) for text in pair if text is not None
+            )
         assert (~talked.truncated).any()
 
-    @staticmethod
-    def pieces(tokens, drawn, edges):
-        for piece in np.split(np.arange(len(tokens)), edges):
-            text = tokenizer().decode(tokens[piece], skip_special_tokens=True)
-            yield text, bool(drawn[piece[0]])
-
     def test_a_tool_that_fails_later_is_an_error(self):
-        class Broken(Letters):
-            def respond(self, problem, text):
+        class Broken(Talker):
+            def respond(self, problem, transcript):
                 future = concurrent.futures.Future()
                 future.set_exception(RuntimeError("the tool is down"))
                 return future
@@ -225,3 +233,34 @@ class TestTurns:
         flat = [text for slot in stopped.replies for group in slot for text in group]
         assert not any(stop in text for text in flat for stop in self.STOPS)
         assert (~stopped.truncated).any()
+
+
+class TestGrading:
+    def test_begins_with_each_rollout_as_it_ends(self):
+        begun = []
+
+        class Patient(Letters):
+            def begin(self, problem, reply):
+                begun.append((problem.id, reply))
+
+            def grade(self, problems, replies):
+                assert len(begun) == len(replies), "all had been begun before any was asked for"
+                return super().grade(problems, replies)
+
+        result = collect(environment=Patient(), stop_strings=("e", "a"), max_new_tokens=40)
+        # Those that end sooner come sooner, and all of them once.
+        ids = [p.id for _, p, _ in itertools.product(PROMPTS, PROBLEMS, range(3))]
+        flat = [text for slot in result.replies for group in slot for text in group]
+        assert sorted(begun) == sorted(zip(ids, flat, strict=True))
+        assert begun != list(zip(ids, flat, strict=True))
+
+    def test_other_numbers_of_the_grader_are_averaged_and_recorded(self):
+        class Counting(Letters):
+            def grade(self, problems, replies):
+                return [Grade(1.0, True, None, {"n": i} if i else {}) for i in range(len(replies))]
+
+        result = collect(environment=Counting())
+        assert result.metrics["n"].ravel().tolist() == list(range(36))
+        assert means(result)["environment"] == {"n": 17.5}
+        assert [row["n"] for row in records(result)] == list(range(36))
+        assert "environment" not in means(collect())

@@ -405,13 +405,13 @@ class TestGradient:
     )
     def test_is_cut_where_the_sampler_cut(self, truncation):
         """Drawn in turns with ends taken back, so that every column moves about before it is trained on."""
-        settings = {"max_new_tokens": 40, "temperature": 0.8, "stop_strings": ("e", "1"), "max_rows": 2}
+        settings = {"max_new_tokens": 112, "temperature": 0.8, "stop_strings": ("e", "1"), "max_rows": 2}
         rollouts = collect(Talker(), truncation=truncation, **settings)
         assert (rollouts.cutoffs[rollouts.drawn] > -20).all()
         assert np.isneginf(rollouts.cutoffs[~rollouts.drawn]).all()
         (batch,) = train_batches(rollouts, EQUAL)
         # Only what the model drew, and not what it was told.
-        np.testing.assert_array_equal(batch.mask[0, :, :40], rollouts.drawn.reshape(36, 40))
+        np.testing.assert_array_equal(batch.mask[0, :, :112], rollouts.drawn.reshape(36, 112))
         assert rollouts.drawn.sum() < rollouts.lengths.sum()
         _, metrics = scored(batch, 0.8)
         assert float(metrics["log_ratio_abs"]) < 1e-5 and float(metrics["cut_disagreements"]) == 0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from espl_jax import assemble, processes, run_reflection
+from espl_jax import assemble, processes, run_reflection, task
 from espl_jax import train as loop
 from espl_jax.reflectors.local import local_reflector
 from tests import fakes
@@ -55,7 +55,7 @@ def run(path, killed=None):
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(assemble, "load_pretrained", fakes.load_pretrained)
-        monkeypatch.setattr(assemble, "Arithmetic", Letters)
+        monkeypatch.setattr(task, "Arithmetic", Letters)
         monkeypatch.setattr(run_reflection, "local_reflector", reflector)
         monkeypatch.setattr(loop, "iterate", die)
         shown = io.StringIO()

@@ -11,7 +11,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 from rich.console import Console
 
-from espl_jax import assemble, run_reflection, update
+from espl_jax import assemble, run_reflection, task, update
 from espl_jax import train as loop
 from espl_jax.evolution import lineage
 from espl_jax.evolution import population as populations
@@ -332,7 +332,7 @@ def test_a_step_without_mixed_groups_is_skipped_and_counted(tmp_path, monkeypatc
         def grade(self, problems, replies):
             return [Grade(0.0, False)] * len(replies)
 
-    monkeypatch.setattr(assemble, "Arithmetic", Hopeless)
+    monkeypatch.setattr(task, "Arithmetic", Hopeless)
     run(tmp_path)
     first, second = lines(tmp_path, "metrics")
     assert (first["skipped_updates"], second["skipped_updates"]) == (1, 2)
@@ -347,7 +347,7 @@ def test_a_nan_stops_the_run_by_name(tmp_path, monkeypatch):
         def grade(self, problems, replies):
             return [Grade(float("nan"), False)] * len(replies)
 
-    monkeypatch.setattr(assemble, "Arithmetic", Undefined)
+    monkeypatch.setattr(task, "Arithmetic", Undefined)
     with pytest.raises(ValueError, match="nan"):
         run(tmp_path)
 

@@ -17,6 +17,7 @@ from espl_jax import command_line
 from espl_jax.check_config import ENVIRONMENTS
 from espl_jax.evaluate.request import read_request
 from espl_jax.models.config import MATMUL_PRECISIONS
+from espl_jax.text.tool_calls import FORMATS
 
 DTYPES = ("float32", "bfloat16")
 
@@ -29,11 +30,22 @@ flags.DEFINE_multi_string(
 flags.DEFINE_multi_string("data", None, "Problems: a .jsonl file, or addition:digits=2,count=100.")
 flags.DEFINE_list("fields", [], "Names of fields in the files: text=task,answer=gold,id=key.")
 flags.DEFINE_integer("limit", None, "Only so many problems of each set, the first ones.", lower_bound=1)
-flags.DEFINE_enum("environment", "math", list(ENVIRONMENTS), "Grades by math-verify, or a number.")
+flags.DEFINE_string(
+    "environment",
+    "math",
+    f"Words and grades problems: {', '.join(ENVIRONMENTS)}, or module:name of yours.",
+)
 flags.DEFINE_string("answer_format", "boxed", "boxed; math also: expression; arithmetic also: last_number.")
 flags.DEFINE_string(
     "instruction", None, "Said after each problem; by default asks for a box if one is needed."
 )
+flags.DEFINE_string(
+    "options",
+    "{}",
+    'JSON, further arguments of the environment: {"retriever": "passages.jsonl", "max_turns": 6} for search.',
+)
+flags.DEFINE_string("reward", "", "module:function of problem, reply and grade, in place of its own rewards.")
+flags.DEFINE_enum("tool_format", "auto", ["auto", *FORMATS], "How models write calls; auto: by template.")
 flags.DEFINE_integer("samples", 4, "Rollouts of each problem under each prompt.", lower_bound=1)
 flags.DEFINE_float("temperature", 0.7, "Of sampling; 0 is greedy.", lower_bound=0)
 flags.DEFINE_integer("top_k", 0, "Draw from so many most likely tokens only; 0 for all.", lower_bound=0)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from espl_jax import durable, sharding
-from espl_jax.assemble import make_environment, stream_key
+from espl_jax.assemble import stream_key
 from espl_jax.data.problems import ProblemSet
 from espl_jax.environments.base import Environment
 from espl_jax.evaluate.cells import Cell, make_cells, show
@@ -25,6 +25,7 @@ from espl_jax.rollout import Model, collect_rollouts, longest_problem, records
 from espl_jax.run_state import plain
 from espl_jax.sampling.truncation import Truncation
 from espl_jax.saved_run import check_run, is_run, read_config, read_run
+from espl_jax.task import make_environment
 from espl_jax.types import Problem, Rollouts, SystemPrompt
 
 ON_CPU = {
@@ -51,10 +52,19 @@ def compare(request: Request) -> list[Cell]:
       ValueError: for problems that the environment cannot grade, and models that are not there; both before
         anything is sampled. Else as loading and sampling do.
     """
-    environment = make_environment(request.environment, request.answer_format, request.instruction)
+    with naming("environment", request.environment):
+        environment = make_environment(
+            request.environment,
+            request.answer_format,
+            request.instruction,
+            request.options,
+            request.reward,
+            next(iter(request.problem_sets)),
+        )
     for name, problem_set in request.problem_sets.items():
-        with naming("data", name):
-            check_gradable(environment, problem_set)
+        if request.environment in ("math", "arithmetic"):
+            with naming("data", name):
+                check_gradable(environment, problem_set)
     with naming("mesh", ",".join(f"{axis}={size}" for axis, size in request.mesh.items())):
         mesh = sharding.make_mesh(request.mesh or None)
     for source in request.models:
@@ -234,7 +244,7 @@ def append(path: Path, rollouts: Rollouts, model: str, prompts: Sequence[str], d
 
 def settings(request: Request) -> dict[str, Any]:
     """What decides the results beside model, prompt and data; what is None is the model's own."""
-    names = ("environment", "answer_format", "instruction", "seed", "numerics")
+    names = ("environment", "answer_format", "instruction", "options", "reward", "seed", "numerics")
     return {name: getattr(request, name) for name in names} | request.sampling
 
 

@@ -27,7 +27,8 @@ class Request:
       problem_sets: what each is called -> the problems.
       numerics: DecoderConfig fields that were given on the command line.
       mesh: devices by axis.
-      environment, answer_format, instruction: what words the user turn and grades.
+      environment, answer_format, instruction, options, reward: what words the user turn and grades, as for
+        `task.make_environment`.
       sampling: how every model is sampled: arguments of `collect_rollouts`, with `top_k`, `top_p` and `min_p`
         in place of `truncation`; `show_thinking` is None where it is left to the model.
       seed: of the random keys.
@@ -43,6 +44,8 @@ class Request:
     environment: str
     answer_format: str
     instruction: str | None
+    options: dict[str, Any]
+    reward: str
     sampling: dict[str, Any]
     seed: int
     batch_size: int
@@ -61,8 +64,12 @@ def read_request(f: Any) -> Request:
     for flag, example in (("model", "smollm2"), ("data", "addition:digits=2,count=100")):
         if not getattr(f, flag):
             raise ValueError(f"--{flag} is missing; give at least one, e.g. --{flag}={example}")
-    formats = ENVIRONMENTS[f.environment]
-    if f.answer_format not in formats:
+    if f.environment not in ENVIRONMENTS and ":" not in f.environment:
+        raise ValueError(
+            f"--environment={f.environment}: choose one of {', '.join(ENVIRONMENTS)}, or a module:name"
+        )
+    formats = ENVIRONMENTS.get(f.environment, ())
+    if formats and f.answer_format not in formats:
         raise ValueError(
             f"--answer_format={f.answer_format}: choose one of {', '.join(formats)}, which "
             f"--environment={f.environment} reads"
@@ -86,6 +93,8 @@ def read_request(f: Any) -> Request:
         environment=f.environment,
         answer_format=f.answer_format,
         instruction=f.instruction,
+        options=_json_object("options", f.options),
+        reward=f.reward,
         sampling={
             "group_size": f.samples,
             "temperature": f.temperature,
@@ -98,6 +107,7 @@ def read_request(f: Any) -> Request:
             "max_rows": f.max_rows or None,
             "chat_template_kwargs": _json_object("chat_template_kwargs", f.chat_template_kwargs),
             "show_thinking": f.show_thinking,
+            "tool_format": f.tool_format,
         },
         seed=f.seed,
         batch_size=f.batch_size,

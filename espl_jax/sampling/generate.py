@@ -12,7 +12,7 @@ from espl_jax.memory import bytes_per_device
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.layers import as_integers
 from espl_jax.sampling import draw
-from espl_jax.sampling.answers import Answers, Respond
+from espl_jax.sampling.answers import Answers, Place, Respond
 from espl_jax.sampling.constraint import Constraint
 from espl_jax.sampling.lanes import Lanes
 from espl_jax.sampling.sizes import CHUNK, choose_sizes
@@ -20,6 +20,9 @@ from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
 
 FindEnd = Callable[[Sequence[int], int], int | None]
 """Tokens of a turn, and how many of them were looked at before; how many to keep if the turn ends there."""
+
+Finished = Callable[[Place, np.ndarray], None]
+"""A row's place and all its tokens, when nothing more comes to it."""
 
 
 class Samples(NamedTuple):
@@ -129,6 +132,7 @@ def sample_tree(
     stop_ids: Sequence[int] = (),
     find_end: FindEnd | None = None,
     respond: Respond | None = None,
+    finished: Finished | None = None,
     constraint: Constraint | None = None,
     context_limit: int | None = None,
     longest_problem: int = 0,
@@ -158,6 +162,7 @@ def sample_tree(
       respond: what is said to a row whose turn ended by itself, see `Respond`; without it every turn is the
         last. A row that waits for long makes room for others, and is prefilled anew in another slot. When an
         answer does not fit into the row's limit, the row ends truncated.
+      finished: told of each row that is done, while others go on.
       constraint: decides on the host, before every token, what it may be; see `Constraint`. Chunks then have
         one step, and logprobs are those among the allowed tokens.
       context_limit: most tokens of a row with its prompt; by default, and at most, `max_positions`.
@@ -225,9 +230,14 @@ def sample_tree(
     truncated = lanes.limit > 0
     turn_start = np.zeros_like(lanes.limit)
     answers = Answers(respond)
+
+    def so_far(row: int) -> tuple[Place, np.ndarray]:
+        place = tuple(int(i) for i in np.unravel_index(row, limits.shape))
+        return place, lanes.tokens[row, : lanes.position[row]].copy()
+
     while not lanes.done or answers.waiting:
         lanes.admit()
-        ended = {}
+        ended, done = {}, []
         decoding = lanes.running.any()
         if decoding:
             for row, count, stopped in lanes.decode():
@@ -238,16 +248,19 @@ def sample_tree(
                         lanes.take_back(row, len(turn) - kept)
                         stopped = True
                 if stopped:
-                    place = tuple(int(i) for i in np.unravel_index(row, limits.shape))
-                    ended[row] = place, lanes.tokens[row, : lanes.position[row]].copy()
+                    ended[row] = so_far(row)
                 elif lanes.position[row] >= lanes.limit[row]:
-                    lanes.release(row)
+                    done.append(row)
         appended = answers.gather(ended, wait=not decoding)
         lanes.running[list(answers.waiting)] = False
         for row, answer in list(appended.items()):
             if not answer or lanes.position[row] + len(answer) >= lanes.limit[row]:
                 truncated[row] = bool(appended.pop(row))
-                lanes.release(row)
+                done.append(row)
+        for row in done:
+            lanes.release(row)
+            if finished is not None:
+                finished(*so_far(row))
         lanes.append(appended)
         for row in appended:
             turn_start[row] = lanes.position[row]

@@ -17,7 +17,10 @@ def run(*args, **environment):
         (["--data=addition:digits=1,count=8"], "--model is missing; give at least one, e.g. --model=smollm2"),
         (["quickly"], "not understood: quickly"),
         (["--modle=x"], "Unknown command line flag 'modle'"),
-        (["--environment=chess"], "should be one of <math|arithmetic>"),
+        (
+            ["--model=a", "--data=addition:digits=1,count=3", "--environment=chess"],
+            "--environment=chess: choose one of math, arithmetic, search",
+        ),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )

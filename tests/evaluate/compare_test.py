@@ -76,6 +76,8 @@ def request(*prompts, sets=None, batch_size=4, **changes):
         "environment": "arithmetic",
         "answer_format": "boxed",
         "instruction": None,
+        "options": {},
+        "reward": "",
         "sampling": GIVEN,
         "seed": 0,
         "batch_size": batch_size,

@@ -9,7 +9,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from espl_jax import assemble, run_reflection
+from espl_jax import assemble, run_reflection, task
 from espl_jax import train as loop
 from espl_jax.export import export
 from espl_jax.models import lora
@@ -28,7 +28,7 @@ USER = {"role": "user", "content": "1 + 1?"}
 def small():
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(assemble, "load_pretrained", fakes.load_pretrained)
-        monkeypatch.setattr(assemble, "Arithmetic", fakes.Letters)
+        monkeypatch.setattr(task, "Arithmetic", fakes.Letters)
         monkeypatch.setattr(assemble.sharding, "make_mesh", lambda sizes: None)
         monkeypatch.setattr(
             run_reflection, "local_reflector", lambda model, **settings: fakes.scripted_replies

@@ -1,0 +1,136 @@
+"""Conversations of several turns: an environment, which has messages, and the sampler, which has tokens."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from espl_jax.environments.base import Dialogue
+from espl_jax.sampling.answers import Place
+from espl_jax.text.chat import encode
+from espl_jax.text.thinking import prompt_opens_thinking, strip_thinking
+from espl_jax.text.tool_calls import calls_in
+from espl_jax.text.tools import between_turns
+from espl_jax.types import Conversation, Message, Problem
+
+
+@dataclasses.dataclass(frozen=True)
+class _Said:
+    """What was said to a row after a turn: messages, where their tokens begin and end in the row, and whether
+    they open a thinking block."""
+
+    messages: tuple[Message, ...]
+    start: int
+    end: int
+    opened: bool
+
+
+class Turns:
+    """The conversations of one batch. Of several processes the first one alone uses it."""
+
+    def __init__(
+        self,
+        environment: Dialogue,
+        problems: Sequence[Problem],
+        tokenizer: Any,
+        *,
+        tool_format: str,
+        stop_ids: Sequence[int],
+        opened: bool,
+        show_thinking: bool,
+        chat_template_kwargs: Mapping[str, Any],
+    ):
+        """Nothing has been said yet.
+
+        Args:
+          environment: what answers.
+          problems: B problems.
+          tokenizer: of the model, with a chat template.
+          tool_format: how the model calls tools, one of `text.tool_calls.FORMATS`.
+          stop_ids: tokens that end a turn.
+          opened: prompts end inside of a thinking block.
+          show_thinking: leave thinking blocks in what the environment reads.
+          chat_template_kwargs: passed to the chat template.
+        """
+        self._environment = environment
+        self._problems = problems
+        self._tokenizer = tokenizer
+        self._tool_format = tool_format
+        self._stop_ids = frozenset(stop_ids)
+        self._opened = opened
+        self._show_thinking = show_thinking
+        self._kwargs = dict(chat_template_kwargs)
+        self._said: dict[Place, list[_Said]] = {}
+
+    def respond(self, place: Place, tokens: np.ndarray) -> Any:
+        """What the environment says, in tokens, as `sampling.answers.Respond`."""
+        answer = self._environment.respond(self._problems[place[1]], self.transcript(place, tokens))
+
+        def in_tokens(messages: Sequence[Message] | None) -> list[int] | None:
+            return self._append(place, tokens, messages) if messages else None
+
+        if isinstance(answer, concurrent.futures.Future):
+            return _mapped(answer, in_tokens)
+        return in_tokens(answer)
+
+    def transcript(self, place: Place, tokens: np.ndarray) -> Conversation:
+        """The messages of a row so far, or at its end, as `Dialogue` describes them.
+
+        Args:
+          place: of the row.
+          tokens: int32 [length], all tokens after its prompt.
+        """
+        messages, start, opened = [], 0, self._opened
+        for said in self._said.get(place, ()):
+            if said.end > len(tokens):
+                break  # it did not fit into the row, which ended there
+            messages += [self._own_turn(tokens[start : said.start], opened), *said.messages]
+            start, opened = said.end, said.opened
+        return [*messages, self._own_turn(tokens[start:], opened)]
+
+    def _append(self, place: Place, tokens: np.ndarray, messages: Sequence[Message]) -> list[int]:
+        ended_by = self._tokenizer.decode(tokens[-1:]) if tokens[-1] in self._stop_ids else ""
+        tools = self._environment.tools
+        text = between_turns(self._tokenizer, messages, tools, ended_by, **self._kwargs)
+        appended = encode(self._tokenizer, text)
+        said = _Said(tuple(messages), len(tokens), len(tokens) + len(appended), prompt_opens_thinking(text))
+        self._said.setdefault(place, []).append(said)
+        return appended
+
+    def _own_turn(self, tokens: np.ndarray, opened: bool) -> Message:
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        visible = text if self._show_thinking else strip_thinking(text, opened)
+        message = {"role": "assistant", "content": visible}
+        if self._environment.tools:
+            # Some formats mark calls by special tokens.
+            kept = tokens[:-1] if len(tokens) and tokens[-1] in self._stop_ids else tokens
+            calls = calls_in(strip_thinking(self._tokenizer.decode(kept), opened), self._tool_format)
+            if calls:
+                message["tool_calls"] = calls
+        return message
+
+
+def as_text(transcript: Conversation) -> str:
+    """A transcript to read: what was said to the model stands under its role in brackets."""
+    return "\n\n".join(
+        each["content"] if each["role"] == "assistant" else f"[{each['role']}]\n{each['content']}"
+        for each in transcript
+    )
+
+
+def _mapped(future: concurrent.futures.Future, function: Callable[[Any], Any]) -> concurrent.futures.Future:
+    """A future of a function of another future's result."""
+    mapped: concurrent.futures.Future = concurrent.futures.Future()
+
+    def done(original: concurrent.futures.Future) -> None:
+        try:
+            mapped.set_result(function(original.result()))
+        except BaseException as error:
+            mapped.set_exception(error)
+
+    future.add_done_callback(done)
+    return mapped

@@ -1,0 +1,100 @@
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from espl_jax.text.tool_calls import FORMATS, calls_in, tool_format_of
+
+ARGUMENTS = '{"query_list": ["Ada", "a {brace}"]}'
+CALL = {"name": "search", "arguments": {"query_list": ["Ada", "a {brace}"]}}
+JSON = '{"name": "search", "arguments": {"query_list": ["Ada", "a {brace}"]}}'
+
+
+@dataclasses.dataclass
+class Written:
+    """One call as a model of each format writes it."""
+
+    tool_format: str
+    text: str
+
+
+CALLS = [
+    Written("hermes", f"I look it up.\n<tool_call>\n{JSON}\n</tool_call>"),
+    Written("hermes", f"<tool_call>{JSON}"),
+    Written("hermes", f"<tool_call>{JSON.replace('{', '{ ', 1)}</tool_call> and more"),
+    Written("hermes", f"<tool_call>{json.dumps({'name': 'search', 'arguments': ARGUMENTS})}</tool_call>"),
+    Written(
+        "xml",
+        "<tool_call>\n<function=search>\n<parameter=query_list>\n"
+        '["Ada", "a {brace}"]\n</parameter>\n</function>\n</tool_call>',
+    ),
+    Written("mistral", f"[TOOL_CALLS][{JSON}]"),
+    Written("mistral", f"[TOOL_CALLS] {JSON}"),
+    Written("mistral", '[TOOL_CALLS]search[ARGS]{"query_list": ["Ada", "a {brace}"]}'),
+    Written("llama", JSON.replace("arguments", "parameters")),
+    Written("llama", f"<|python_tag|>{JSON.replace('arguments', 'parameters')}"),
+]
+
+
+@pytest.mark.parametrize("written", CALLS, ids=lambda written: written.tool_format)
+def test_a_call_in_every_format(written):
+    assert calls_in(written.text, written.tool_format) == [CALL]
+
+
+@pytest.mark.parametrize(
+    ("tool_format", "text"),
+    [
+        ("hermes", f"<tool_call>{JSON}</tool_call>\n<tool_call>{JSON}</tool_call>"),
+        ("hermes", f"<tool_call>{JSON}<tool_call>{JSON}"),
+        ("mistral", f"[TOOL_CALLS][{JSON}, {JSON}]"),
+        ("llama", f"{JSON}; {JSON}"),
+    ],
+)
+def test_several_calls_keep_their_order(tool_format, text):
+    second = text[::-1].replace("Ada"[::-1], "Bob"[::-1], 1)[::-1]
+    first, last = calls_in(second, tool_format)
+    assert first == CALL and last["arguments"]["query_list"][0] == "Bob"
+
+
+@pytest.mark.parametrize("tool_format", FORMATS)
+@pytest.mark.parametrize("text", ["", "Answer: Ada", "{", "Answer: {x}", "[1]", "<tool_response>x"])
+def test_text_without_a_call(tool_format, text):
+    assert calls_in(text, tool_format) == []
+
+
+@pytest.mark.parametrize(
+    ("tool_format", "text", "error"),
+    [
+        ("hermes", "<tool_call>search Ada</tool_call>", "not JSON"),
+        ("hermes", '<tool_call>["search"]</tool_call>', "a JSON list, and not an object"),
+        ("hermes", '<tool_call>{"arguments": {}}</tool_call>', 'no "name"'),
+        ("hermes", '<tool_call>{"name": "search", "arguments": ["Ada"]}</tool_call>', "not an object"),
+        ("hermes", '<tool_call>{"name": "search", "arguments": "Ada"}</tool_call>', "not JSON"),
+        ("hermes", "<tool_call>" + "[" * 100_000, "not JSON"),
+        ("hermes", "<tool_call>", "not JSON"),
+        ("xml", f"<tool_call>{JSON}</tool_call>", "no <function=name>"),
+        ("mistral", "[TOOL_CALLS]search it", "not JSON"),
+        ("mistral", "[TOOL_CALLS]search[ARGS]Ada", "not JSON"),
+        ("llama", "<|python_tag|>search('Ada')", "not JSON"),
+        ("llama", '{"name": "search", "parameters": {"query_list": ["Ada"', "not JSON"),
+    ],
+)
+def test_what_cannot_be_read_says_why(tool_format, text, error):
+    (call,) = calls_in(text, tool_format)
+    assert set(call) == {"error"} and error in call["error"]
+
+
+@pytest.mark.parametrize(
+    ("template", "tool_format"),
+    [
+        ("... <tool_call>\\n{{ tool_call | tojson }}\\n</tool_call>", "hermes"),
+        ("<tool_call>\\n<function=example>", "xml"),
+        ("[AVAILABLE_TOOLS] ... [TOOL_CALLS]", "mistral"),
+        ("""{{- '"parameters": ' }}""", "llama"),
+        ("no tools at all", "hermes"),
+        (None, "hermes"),
+    ],
+)
+def test_the_format_is_that_of_the_template(template, tool_format):
+    assert tool_format_of(SimpleNamespace(chat_template=template)) == tool_format
