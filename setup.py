@@ -27,7 +27,9 @@ setup(
     package_data={"espl_jax.evolution": ["templates/*.txt"]},
     install_requires=[
         "absl-py>=2.1",
+        "bm25s>=0.3",
         "chex>=0.1.90",
+        "datasets>=4.4",
         "etils[epath]>=1.12",
         "flax>=0.12",
         "jinja2>=3.1.6",
@@ -43,7 +45,9 @@ setup(
         "openskill>=6.0",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.12.8",
+        "PyStemmer>=2.2",
         "protobuf>=4",  # it and sentencepiece: folders with tokenizer.model alone
+        "pyarrow>=21",
         "rich>=13.7",
         "safetensors>=0.6",
         "scipy>=1.11",

@@ -1,0 +1,117 @@
+"""What BM25 over many passages costs: building its index, opening the cached one, searching, memory.
+
+    python -m experiments.bench_retrieval --passages=100000
+
+The passages are generated: about 60 words each, the k-th most frequent word with a probability proportional
+to 1/k (Zipf's law), as in natural text. Queries are words of a passage chosen by chance. Building and opening
+are measured in processes of their own, so that the memory of each is its own too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from espl_jax.environments.retrievers import Bm25
+from espl_jax.environments.retrievers.index import import_bm25s
+from espl_jax.metrics import table
+
+VOCABULARY = 200_000
+QUERIES = 200
+
+
+def write_passages(path: Path, count: int, seed: int = 0) -> None:
+    """Writes generated passages of 30 to 90 words, as JSON lines with a title and a text."""
+    rng = np.random.default_rng(seed)
+    cumulated = np.cumsum(1.0 / np.arange(1, VOCABULARY + 1))
+    with open(path, "w") as file:
+        for number in range(count):
+            drawn = np.searchsorted(cumulated, rng.random(rng.integers(30, 91)) * cumulated[-1])
+            text = " ".join(map(word, drawn.tolist()))
+            file.write(json.dumps({"title": f"page {number}", "text": text}) + "\n")
+
+
+def word(number: int) -> str:
+    """A word for each number, of five letters or more, vowels and consonants in turn."""
+    letters = []
+    while number or len(letters) < 5:
+        alphabet = "aeiou" if len(letters) % 2 else "bdfgklmnprtvz"
+        number, letter = divmod(number, len(alphabet))
+        letters.append(alphabet[letter])
+    return "".join(letters)
+
+
+def measure(path: Path, words: tuple[int, ...]) -> dict[str, float | list[float]]:
+    """Opens a file of passages and searches it: seconds of either, and the most memory that was used."""
+    import_bm25s()
+    before = most_memory()
+    begun = time.perf_counter()
+    bm25 = Bm25.open(path)
+    opened = time.perf_counter() - begun
+    rng = np.random.default_rng(1)
+    seconds: list[float] = []
+    for length in words:
+        times = []
+        for number in rng.integers(len(bm25), size=QUERIES).tolist():
+            query = " ".join(rng.choice(bm25.passage(number).text.split(), length))
+            begun = time.perf_counter()
+            bm25.search([query], 3)
+            times.append(time.perf_counter() - begun)
+        seconds.append(statistics.median(times))
+    return {"open": opened, "search": seconds, "mib": most_memory() - before}
+
+
+def most_memory() -> float:
+    """MiB that this process had at most, from /proc; getrusage would count those of the parent before it."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
+
+
+def main() -> None:
+    """Prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--passages", type=int, default=100_000)
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    words = (3, 10)
+    if args.measure:
+        print(json.dumps(measure(args.measure, words)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "passages.jsonl")
+        write_passages(path, args.passages)
+        command = [sys.executable, "-m", "experiments.bench_retrieval", f"--measure={path}"]
+        environment = {**os.environ, "ESPL_JAX_CACHE": folder}
+        built, reloaded = (
+            json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
+            for _ in range(2)
+        )
+        index = sum(file.stat().st_size for file in Path(folder, "bm25").rglob("*") if file.is_file())
+        size = path.stat().st_size
+    rows = [
+        ["", "BM25"],
+        ["passages", f"{args.passages:,} ({size / 2**20:.0f} MiB)"],
+        ["index on disk", f"{index / 2**20:.0f} MiB"],
+        ["build and cache", f"{built['open']:.1f} s, {built['mib']:.0f} MiB of memory at most"],
+        ["open the cached index", f"{reloaded['open'] * 1e3:.0f} ms"],
+        *(
+            [f"search of {length} words", f"{seconds * 1e3:.1f} ms"]
+            for length, seconds in zip(words, reloaded["search"], strict=True)
+        ),
+        ["memory after the searches", f"{reloaded['mib']:.0f} MiB, mapped pages included"],
+    ]
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
