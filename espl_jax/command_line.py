@@ -17,7 +17,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 
     `--config.data=encyclopedia` takes all three splits from a set that has them all.
     """
-    argv = [part for arg in argv for part in _every_split(arg)]
+    # In place, since ml_collections looks for the fields of a configuration in sys.argv itself.
+    argv[:] = [part for arg in argv for part in _every_split(arg)]
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError, TypeError) as error:  # what ml_collections raises for unknown fields

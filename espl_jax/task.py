@@ -69,15 +69,16 @@ def make_environment(
     Raises:
       ValueError: for arguments that the environment does not take, or a retriever that cannot be opened.
     """
-    if name == "search":
-        environment = _search(instruction, problems, **options)
-    elif name in ("math", "arithmetic"):
-        environment = {"math": Math, "arithmetic": Arithmetic}[name](answer_format, instruction, **options)
-    else:
-        try:
+    try:
+        if name == "search":
+            environment = _search(instruction, problems, **options)
+        elif name in ("math", "arithmetic"):
+            kind = {"math": Math, "arithmetic": Arithmetic}[name]
+            environment = kind(answer_format, instruction, **options)
+        else:
             environment = own.find(name)(**options)
-        except TypeError as error:
-            raise ValueError(f"environment.options={dict(options)}: {error}") from error
+    except TypeError as error:
+        raise ValueError(f"environment.options={dict(options)}: {error}") from error
     return own.with_reward(environment, own.find(reward)) if reward else environment
 
 

@@ -21,6 +21,7 @@ def run(*args, config="configs/quickstart.py", **environment):
         (["--config.mode=both"], "mode='both': choose one of espl, rl, evolution, reflection"),
         (["--config.sampling.top_p=1.9"], "sampling.top_p=1.9: give a probability"),
         (["--config.data.train=none.jsonl"], "data.train='none.jsonl': there is no such file"),
+        (["--config.data=none.jsonl"], "data.train='none.jsonl': there is no such file"),
         (["quickly"], "not understood: quickly"),
         (["--wrokdir=x"], "Unknown command line flag 'wrokdir'"),
         ([], "--workdir is missing"),
@@ -54,6 +55,11 @@ def test_what_only_loading_finds_out_is_said_without_a_traceback(tmp_path):
     assert done.returncode == 1 and "batch_size=9: data.train has 8 problems" in done.stderr
     assert "Traceback" not in done.stderr and "--verbosity=1" in done.stderr
     assert "Traceback" in run(*args, "--verbosity=1").stderr
+
+
+def test_all_splits_come_from_a_set_that_has_them(no_jax):
+    done = run("--config.data=encyclopedia", config="configs/search.py", PYTHONPATH=no_jax)
+    assert "--workdir is missing" in done.stderr, "the configuration is as it should be"
 
 
 @pytest.mark.slow

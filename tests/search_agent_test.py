@@ -1,4 +1,4 @@
-"""A search agent from template to gradient: what it is told and learns from, and what a bad retriever costs."""
+"""A search agent from template to gradient: what it is told and learns from, and what retrievers cost it."""
 
 import concurrent.futures
 import json
@@ -23,7 +23,7 @@ LIMIT = 12_000
 
 
 class Script:
-    """In place of the sampler: every row writes what a policy says, turn by turn, and reads what is said to it."""
+    """In place of the sampler: every row writes what a policy says, turn by turn, and hears the answers."""
 
     def __init__(self, policy):
         self.policy = policy
