@@ -1,17 +1,75 @@
 """What the README shows is what happens."""
 
 import re
+import sys
 from pathlib import Path
 
+import jax
 import pytest
+
+from espl_jax.rollout import collect_rollouts
+from espl_jax.task import make_environment
+from espl_jax.types import Grade, Problem
+from tests import fakes
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def blocks():
+    """The README's Python, in order."""
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+class TestYourOwnEnvironment:
+    """The code is that of the README, in a module of its own, found by its name on the command line."""
+
+    PROBLEM = Problem("n", "Which number is it?", "12")
+
+    @pytest.fixture
+    def guess(self, tmp_path, monkeypatch):
+        (tmp_path / "guess.py").write_text(blocks()[0], encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "guess", raising=False)
+        return make_environment("guess:Guess", "", None, {"turns": 3})
+
+    def play(self, environment, *guesses):
+        """The transcript of a game, and its grade."""
+        transcript = []
+        for guess in guesses:
+            transcript.append({"role": "assistant", "content": guess})
+            transcript += environment.respond(self.PROBLEM, transcript) or []
+        return transcript, environment.grade([self.PROBLEM], [transcript])[0]
+
+    def test_is_short(self):
+        assert len([line for line in blocks()[0].splitlines() if line.strip()]) <= 40
+
+    def test_plays(self, guess):
+        transcript, grade = self.play(guess, "Is it 30?", "-3", "Then 12")
+        assert [each["content"] for each in transcript[1::2]] == ["Lower.", "Higher."]
+        assert grade == Grade(pytest.approx(1 / 3), True, "12", {"guesses": 3})
+        transcript, grade = self.play(guess, "What?", "11", "13")
+        assert [each["content"] for each in transcript[1::2]] == ["That is no number.", "Higher."]
+        assert (grade.reward, grade.success) == (0.0, False)
+        assert self.play(guess, "12")[1].reward == 1.0
+
+    def test_is_sampled_in_turns(self, guess):
+        rollouts = collect_rollouts(
+            fakes.model(),
+            fakes.PROMPTS[:2],
+            [self.PROBLEM],
+            guess,
+            key=jax.random.key(0),
+            group_size=4,
+            max_new_tokens=300,
+            stop_strings=tuple("etaoinshrdlu"),
+        )
+        assert rollouts.metrics["guesses"].max() == 3 and "[user]\n" in rollouts.replies[0][0][0]
+        assert (rollouts.drawn.sum(axis=-1) < rollouts.lengths).any()
+
+
 def test_the_example_runs():
-    (source,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    seen = {}
+    source, seen = blocks()[-1], {}
     exec(compile(source, "README.md", "exec"), seen)
     assert seen["prompts"][0].id != seen["prompts"][1].id
     assert seen["samples"].tokens.shape == (2, 2, 4, 8)
