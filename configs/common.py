@@ -48,6 +48,10 @@ def get_config() -> ConfigDict:
     c.environment.reward = ""  # module:function of problem, reply and grade, instead of its own
     c.environment.options = "{}"  # JSON, arguments of an environment given as module:name
     c.environment.tool_format = "auto"  # how calls are written: hermes, xml, mistral, llama, or by template
+    c.environment.math = ConfigDict()
+    c.environment.math.timeout = 5.0  # seconds for one answer, which is wrong if it takes longer to compare
+    c.environment.math.workers = 2  # processes that compare answers
+    c.environment.math.memory_mib = 512  # MiB of address space for one answer
     c.environment.search = ConfigDict()
     c.environment.search.retriever = ""  # http://host:port/retrieve, or .jsonl; encyclopedia has its own
     c.environment.search.passages = 3  # found for each query

@@ -84,6 +84,9 @@ _AT_LEAST = {
     "profile_iteration": 0,
     **dict.fromkeys((f"environment.search.{name}" for name in SEARCH_LIMITS), 1),
     "environment.search.timeout": 1,
+    "environment.math.timeout": 0.1,
+    "environment.math.workers": 1,
+    "environment.math.memory_mib": 256,
 }
 
 

@@ -43,7 +43,7 @@ def load_splits(c: Any) -> dict[str, ProblemSet]:
 def environment_of(c: Any) -> Environment | Dialogue:
     """The environment that a configuration describes."""
     e = c.environment
-    options = e.search.to_dict() if e.name == "search" else json.loads(e.options)
+    options = e[e.name].to_dict() if e.name in ("math", "search") else json.loads(e.options)
     return make_environment(e.name, e.answer_format, e.instruction, options, e.reward, c.data.train)
 
 

@@ -43,6 +43,13 @@ def test_a_run_has_the_environment_of_its_configuration():
     assert environment.grade([Problem("p", "", "a")], ["aa"]) == [Grade(0.5, True)]
 
 
+def test_math_takes_its_limits():
+    limits = {"timeout": 2.0, "workers": 1, "memory_mib": 300}
+    changes = {f"environment__math__{name}": value for name, value in limits.items()}
+    environment = environment_of(fakes.config(environment__name="math", **changes))
+    assert {name: getattr(environment, name) for name in limits} == limits
+
+
 def test_search_takes_its_settings_and_an_encyclopedia_has_its_own_passages():
     fields = {"passages": 2, "max_turns": 3, "timeout": 5.0, "max_passage_words": 9, "concurrency": 4}
     changes = {f"environment__search__{name}": value for name, value in fields.items()}

@@ -55,16 +55,17 @@ class Arithmetic:
         return [self._grade(problem, reply) for problem, reply in zip(problems, replies, strict=True)]
 
     def _grade(self, problem: Problem, reply: str) -> Grade:
-        gold = last_number(problem.answer)
-        if gold is None:
-            raise ValueError(
-                f"problem {problem.id}: answer={problem.answer!r} holds no number; correct the data"
-            )
+        golds = []
+        for answer in (problem.answer, *problem.aliases):
+            gold = last_number(answer)
+            if gold is None:
+                raise ValueError(f"problem {problem.id}: answer={answer!r} holds no number; correct the data")
+            golds.append(Decimal(gold))
         if self.answer_format == "boxed":
             # LaTeX writes a thousands separator as {,} to avoid the space after a comma.
             reply = (boxed.last_boxed(reply) or "").replace("{,}", ",")
         number = last_number(reply)
-        success = number is not None and Decimal(number) == Decimal(gold)
+        success = number is not None and Decimal(number) in golds
         return Grade(reward=float(success), success=success, answer=number)
 
 

@@ -1,53 +1,72 @@
-"""Mathematics problems whose answer is an expression, judged by math-verify."""
+"""Mathematics problems whose answer is an expression, judged by math-verify in processes of its own."""
 
 from __future__ import annotations
 
 import dataclasses
-import threading
+import re
 from collections.abc import Sequence
-
-import math_verify
-from math_verify.errors import TimeoutException
+from concurrent.futures import Future
 
 from espl_jax.environments import boxed
+from espl_jax.environments.grading.cached import CachedWorkers
+from espl_jax.environments.grading.workers import Verdict, Workers
 from espl_jax.types import Grade, Problem
 
 ANSWER_FORMATS = ("boxed", "expression")
 
-_FAILURES = (Exception, TimeoutException)
-"""What math-verify may throw at odd input; its TimeoutException is no Exception."""
+LONGEST_ANSWER = 2_000
+"""Characters of a box; what is longer is wrong unless it is the gold answer, letter by letter."""
+
+LONGEST_REPLY = 20_000
+"""Characters at the end of a reply in which `expression` looks for the answer."""
+
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Math:
     r"""Reward 1 if the answer is equivalent to the gold one, else 0, as in the math tasks of the paper.
 
-    An expression may be cheap to write and impossible to compare (towers of powers, huge sums), so
-    math-verify works under a time limit, and an answer that exceeds it earns nothing. The limit is an alarm
-    signal, which exists in the main thread only.
+    An expression may be cheap to write and impossible to compare (towers of powers, huge sums). Answers are
+    therefore compared in processes that are killed at a limit of time or memory, and an answer that exceeds
+    it earns nothing. The processes start with the first answer that needs them, and end with this object or
+    at `close`. The rules of equivalence are in `espl_jax.environments.grading`.
 
     Attributes:
       answer_format: `boxed` grades the content of the last `\boxed{...}`; `expression` leaves the choice of
-        the final expression to math-verify, as the paper's released code does.
+        the final expression, and what equals it, to math-verify, as the paper's released code does.
       instruction: said after the problem, in a paragraph of its own; None asks for a box where one is needed,
         and says nothing else.
-      timeout: seconds for parsing an answer, and again for comparing it.
+      timeout: seconds for one answer.
+      workers: processes.
+      memory_mib: MiB of address space for one answer.
 
     Raises:
-      ValueError: for an unknown answer_format, or a timeout that is not a positive whole number.
+      ValueError: for an unknown answer_format, and limits that are not positive.
     """
 
     answer_format: str = "boxed"
     instruction: str | None = None
-    timeout: int = 5
+    timeout: float = 5.0
+    workers: int = 2
+    memory_mib: int = 512
+    _verdicts: CachedWorkers = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         if self.answer_format not in ANSWER_FORMATS:
             raise ValueError(
                 f"answer_format={self.answer_format!r} is unknown; choose one of {', '.join(ANSWER_FORMATS)}"
             )
-        if not isinstance(self.timeout, int) or self.timeout < 1:
-            raise ValueError(f"timeout={self.timeout!r} must be a whole number of seconds, at least 1")
+        if not 0 < self.timeout < float("inf"):
+            raise ValueError(f"timeout={self.timeout!r}: give seconds, more than 0")
+        if self.workers < 1:
+            raise ValueError(f"workers={self.workers!r}: give at least 1 process")
+        if self.memory_mib < 256:
+            raise ValueError(
+                f"memory_mib={self.memory_mib!r}: math-verify alone needs more; give at least 256"
+            )
+        workers = Workers(self.workers, self.timeout, self.memory_mib)
+        object.__setattr__(self, "_verdicts", CachedWorkers(workers))
 
     def user_message(self, problem: Problem) -> str:
         """The problem's text, and the instruction after a blank line."""
@@ -56,48 +75,50 @@ class Math:
             instruction = boxed.INSTRUCTION if self.answer_format == "boxed" else ""
         return f"{problem.text}\n\n{instruction}".rstrip()
 
+    def begin(self, problem: Problem, reply: str) -> None:
+        """Starts to grade a reply, and does not wait. From any thread.
+
+        `grade` gives the same grades with and without it, sooner with it.
+        """
+        self._begin(problem, reply)
+
     def grade(self, problems: Sequence[Problem], replies: Sequence[str]) -> list[Grade]:
-        """Grades of a batch, in order. Whatever math-verify fails on earns 0.
+        """Grades of a batch, in order. What cannot be parsed or compared within the limits earns 0.
 
         Raises:
-          RuntimeError: when called outside the main thread, where no time limit could be kept.
+          RuntimeError: if no process for grading can be started.
         """
-        if threading.current_thread() is not threading.main_thread():
-            raise RuntimeError(
-                "Math.grade was called outside the main thread; its time limit works only there"
-            )
-        # Rollouts of one problem mostly repeat a few answers.
-        known: dict[tuple[str, str | None], Grade] = {}
-        grades = []
-        for problem, reply in zip(problems, replies, strict=True):
-            text = boxed.last_boxed(reply) if self.answer_format == "boxed" else reply
-            key = (problem.answer, text)
-            if key not in known:
-                known[key] = Grade(0.0, False) if text is None else self._judge(problem.answer, text)
-            grades.append(known[key])
-        return grades
+        begun = [self._begin(problem, reply) for problem, reply in zip(problems, replies, strict=True)]
+        return [max(map(self._finished, golds), key=lambda grade: grade.reward) for golds in begun]
 
-    def _judge(self, gold: str, text: str) -> Grade:
-        """Grades the content of a box, or a whole reply."""
-        if self.answer_format == "boxed":
-            parsed, answer = self._parse(rf"\boxed{{{text}}}"), text
-        else:
-            parsed = self._parse(text)
-            # Parsing gives an expression and the characters that it came from.
-            answer = next((part for part in parsed if isinstance(part, str)), None)
-        success = answer is not None and answer.strip() == gold.strip()
-        if not success:
-            success = self._equivalent(self._parse(rf"\boxed{{{gold}}}"), parsed)
-        return Grade(float(success), success, answer)
+    def close(self) -> None:
+        """Ends the processes; they start again if another answer is graded."""
+        self._verdicts.close()
 
-    def _parse(self, text: str) -> list:
-        try:
-            return math_verify.parse(text, parsing_timeout=self.timeout, raise_on_error=True)
-        except _FAILURES:
-            return []
+    def _begin(self, problem: Problem, reply: str) -> list[Grade | tuple[str | None, Future[Verdict]]]:
+        """For each answer that would be right, what `_compare` says."""
+        return [self._compare(gold.strip(), reply) for gold in (problem.answer, *problem.aliases)]
 
-    def _equivalent(self, gold: list, answer: list) -> bool:
-        try:
-            return bool(math_verify.verify(gold, answer, timeout_seconds=self.timeout))
-        except _FAILURES:
-            return False
+    def _compare(self, gold: str, reply: str) -> Grade | tuple[str | None, Future[Verdict]]:
+        """The grade where it is plain, else the answer and its verdict to come."""
+        if self.answer_format == "expression":
+            reply = reply[-LONGEST_REPLY:]
+            return None, self._verdicts.submit("expression", gold, reply)
+        text = boxed.last_boxed(reply)
+        if text is None:
+            return Grade(0.0, False)
+        if text == gold:
+            return Grade(1.0, True, text)
+        shown = text[:LONGEST_ANSWER]
+        both_integers = _INTEGER.fullmatch(text) and _INTEGER.fullmatch(gold)
+        if len(text) > LONGEST_ANSWER or both_integers:
+            return Grade(0.0, False, shown)
+        return text, self._verdicts.submit("boxed", gold, text)
+
+    def _finished(self, begun: Grade | tuple[str | None, Future[Verdict]]) -> Grade:
+        if isinstance(begun, Grade):
+            return begun
+        text, verdict = begun[0], begun[1].result()
+        if self.answer_format == "expression" and verdict.answer is not None:
+            text = verdict.answer[:LONGEST_ANSWER]
+        return Grade(float(verdict.success), verdict.success, text)

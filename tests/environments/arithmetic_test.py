@@ -83,6 +83,15 @@ def test_the_message_asks_for_a_box_only_where_one_counts():
     assert Arithmetic(instruction="Be brief.").user_message(PROBLEM) == "What is 27 + 58? Be brief."
 
 
+def test_any_of_several_answers_is_right():
+    problem = Problem("p", "text", "5", aliases=("7",))
+    assert [grade.success for grade in Arithmetic().grade([problem] * 3, ["5", "7", "6"])] == [
+        True,
+        True,
+        False,
+    ]
+
+
 def test_errors_name_the_value():
     with pytest.raises(ValueError, match="answer_format='box'"):
         Arithmetic("box")

@@ -1,0 +1,56 @@
+"""The rules of equivalence, on answers written by hand and on real ones."""
+
+import itertools
+
+import pytest
+
+from espl_jax.data.jsonl import read_jsonl
+from espl_jax.environments.math import Math
+from espl_jax.types import Problem
+from tests.environments.answers.pairs import KNOWN_ERRORS, PAIRS
+from tests.environments.answers.rewritings import rewritings
+
+
+@pytest.fixture(scope="module")
+def math():
+    math = Math(timeout=30)
+    yield math
+    math.close()
+
+
+def graded(math, pairs):
+    """Whether each of (gold, answer) pairs counts as right."""
+    problems = [Problem("p", "", gold) for gold, _ in pairs]
+    grades = math.grade(problems, [rf"\boxed{{{answer}}}" for _, answer in pairs])
+    return [grade.success for grade in grades]
+
+
+def test_there_are_many_pairs_of_both_kinds():
+    pairs = [pair for entries in PAIRS.values() for pair in entries]
+    assert len(pairs) == len({(gold, answer) for gold, answer, _ in pairs}), "a pair is there twice"
+    assert sum(right for *_, right in pairs) > 300 < sum(not right for *_, right in pairs)
+    assert {(gold, answer) for gold, answer, _ in pairs} >= KNOWN_ERRORS
+
+
+@pytest.mark.parametrize("category", PAIRS)
+def test_errors_are_the_known_ones(math, category):
+    pairs = [(gold, answer) for gold, answer, _ in PAIRS[category]]
+    grades = zip(PAIRS[category], graded(math, pairs), strict=True)
+    errors = {(gold, answer) for (gold, answer, right), success in grades if success != right}
+    assert errors == KNOWN_ERRORS & set(pairs)
+
+
+def test_real_answers_are_themselves_however_they_are_written(math, shared):
+    answers = [problem.answer for problem in read_jsonl(shared / "data" / "hmmt_feb_2025.jsonl").problems]
+    written = {answer: rewritings(answer) for answer in answers}
+    assert len(answers) == 30 and min(map(len, written.values())) >= 5
+    pairs = [(answer, text) for answer, texts in written.items() for text in texts.values()]
+    wrong = [pair for pair, success in zip(pairs, graded(math, pairs), strict=True) if not success]
+    assert wrong == []
+
+
+def test_real_answers_are_not_each_other(math, shared):
+    answers = [problem.answer for problem in read_jsonl(shared / "data" / "hmmt_feb_2025.jsonl").problems]
+    pairs = list(itertools.permutations(answers, 2))
+    right = [pair for pair, success in zip(pairs, graded(math, pairs), strict=True) if success]
+    assert len(pairs) == 870 and right == []
