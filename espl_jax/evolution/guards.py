@@ -131,7 +131,8 @@ def drop_copies(edits: Sequence[Edit], problems: Sequence[Problem], guards: Guar
     if guards.copied_tokens:
         numbers = [_long_numbers(words(problem.text)) for problem in problems]
     if guards.copied_answers:
-        answers = {plain_answer(problem.answer) for problem in problems} - {()}
+        right = [answer for problem in problems for answer in (problem.answer, *problem.aliases)]
+        answers = set(map(plain_answer, right)) - {()}
 
     def why(edit: Edit) -> str:
         text = _said(edit)

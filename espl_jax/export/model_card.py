@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from espl_jax.environments.boxed import INSTRUCTION
+from espl_jax.environments import boxed, search
 from espl_jax.metrics import percent, table
 from espl_jax.types import SystemPrompt
 
@@ -153,10 +153,16 @@ def _fenced(text: str, language: str = "") -> str:
 
 def _use(config: Mapping[str, Any], base: str, folder: str, adapter: bool) -> str:
     environment = config["environment"]
-    instruction = environment["instruction"]
-    if instruction is None and environment["answer_format"] == "boxed":
-        instruction = INSTRUCTION
+    name, instruction = environment["name"], environment["instruction"]
+    if instruction is None and name == "search":
+        instruction = search.INSTRUCTION
+    elif instruction is None and name in ("math", "arithmetic") and environment["answer_format"] == "boxed":
+        instruction = boxed.INSTRUCTION
     notes = []
+    if name == "search":
+        notes.append(
+            f"In training it had this tool:\n\n{_fenced(json.dumps(search.SEARCH, indent=2), 'json')}"
+        )
     if adapter and base != config["model"]["source"]:
         notes.append(
             f"The adapters were trained on `{config['model']['source']}`, a copy that may be rounded."

@@ -106,6 +106,9 @@ def test_an_empty_prompt():
 def test_what_the_user_said_beside_the_problem():
     boxed = fakes.config(environment__name="math", environment__answer_format="boxed")
     assert any("\\boxed{}" in block for block in code_blocks(card(config=boxed)))
+    searching = code_blocks(card(config=fakes.config(environment__name="search")))
+    assert any("`Answer:`" in block for block in searching) and any('"query_list"' in x for x in searching)
+    assert not any("\\boxed{}" in block for block in searching)
     own = fakes.config(environment__instruction="Answer in Latin.")
     assert "Answer in Latin.\n" in code_blocks(card(config=own))
     kwargs = fakes.config(model__chat_template_kwargs='{"enable_thinking": false}')
