@@ -110,8 +110,8 @@ class Search:
     ) -> Sequence[Message] | concurrent.futures.Future | None:
         """What the calls of the last turn gave, one message each; nothing after a turn without any.
 
-        Where a call cannot be read or a search fails, the message says so, and has a field `error`:
-        `malformed` or `failed`.
+        Where a call cannot be read, a search fails or finds nothing, the message says so, and has a field
+        `error`: `malformed`, `failed` or `nothing`.
         """
         calls = transcript[-1].get("tool_calls", ())
         turns = sum(message["role"] == "assistant" for message in transcript)
@@ -157,7 +157,7 @@ class Search:
             words = passage.text.split()
             text = " ".join(words[: self.max_passage_words]) + " ..." * (len(words) > self.max_passage_words)
             lines.append(f"[{number}] {passage.title}: {text}" if passage.title else f"[{number}] {text}")
-        return "\n".join(lines) or "Nothing was found."
+        return "\n".join(lines)
 
     def grade(self, problems: Sequence[Problem], transcripts: Sequence[Conversation]) -> list[Grade]:
         """Grades of a batch, in order.
@@ -237,7 +237,9 @@ def _messages(
         elif failure:
             messages.append({"content": f"Error: the search failed, {failure}.", "error": "failed"})
         else:
-            messages.append({"content": "\n\n".join(f"{query}\n{found[query]}" for query in queries)})
+            texts = [f"{query}\n{found[query] or 'Nothing was found.'}" for query in queries]
+            error = {} if any(map(found.get, queries)) else {"error": "nothing"}
+            messages.append({"content": "\n\n".join(texts)} | error)
     if last:
         messages[-1]["content"] += f"\n\n{_LAST}"
     return [{"role": "tool", **message} for message in messages]

@@ -48,6 +48,9 @@ def test_each_call_is_answered_by_what_it_finds():
         "Ada\n[1] about Ada\n\nnothing\nNothing was found.",
     ]
     assert shelf.asked == [(["Ada", "Bob", "nothing"], 2)], "one search of a turn, no query twice"
+    assert not any("error" in message for message in messages)
+    (nothing,) = said(Search(shelf), turn(call("nothing")))
+    assert nothing["error"] == "nothing" and nothing["content"] == "nothing\nNothing was found."
 
 
 def test_a_turn_without_a_call_is_the_last():
@@ -169,6 +172,8 @@ class TestGrading:
     def test_rewards_are_composed(self):
         rewards = {"exact_match": 1, "f1": 0.5, "answered": 0.1, "searched": 0.2}
         rewards |= {"malformed_calls": -0.25, "failed_searches": -1}
+        empty = {"role": "tool", "content": "", "error": "nothing"}
+        assert self.grade("Answer: x", turn(), empty, rewards=rewards).metrics["searched"] == 0.0
         messages = [
             {"role": "tool", "content": "", "error": error} for error in ("malformed", "malformed", "failed")
         ]
