@@ -13,7 +13,7 @@ The paper reports 6.6% before training, 44.2% with weights alone (GRPO), 34.0% w
 with both, for gpt-oss-120b on 196 training and 64 test questions.
 """
 
-from configs import common
+from configs import hmmt
 
 
 def _questions(config: str, split: str, count: int) -> str:
@@ -22,10 +22,8 @@ def _questions(config: str, split: str, count: int) -> str:
 
 
 def get_config():
-    """Half of the questions from each set, chosen by a seed."""
-    c = common.get_config()
-    c.num_iterations = 30
-    c.model.source = "Qwen/Qwen3-8B"
+    """The settings of configs/hmmt.py; half of the questions from each set, chosen by a seed."""
+    c = hmmt.get_config()
     c.model.chat_template_kwargs = '{"enable_thinking": false}'
     c.data.train = f"{_questions('nq', 'train', 98)} + {_questions('hotpotqa', 'train', 98)}"
     c.data.test = f"{_questions('nq', 'test', 32)} + {_questions('hotpotqa', 'dev', 32)}"
@@ -34,12 +32,6 @@ def get_config():
         "Answer the question. Search for what you do not know for certain, and read what was found before "
         "you search again. Where the question takes several steps, search for one step at a time."
     )
-    c.num_prompts, c.batch_size, c.group_size = 3, 10, 5
-    c.sampling.temperature = 0.7
-    c.sampling.top_p = 0.95
     c.sampling.max_new_tokens = 4096
-    c.lora.rank = 32
-    c.optimizer.learning_rate = 4e-5
     c.loss.microbatch_rows = 5
-    c.evaluation.test_samples = 10
     return c

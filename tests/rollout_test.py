@@ -262,5 +262,5 @@ class TestGrading:
         result = collect(environment=Counting())
         assert result.metrics["n"].ravel().tolist() == list(range(36))
         assert means(result)["environment"] == {"n": 17.5}
-        assert [row["n"] for row in records(result)] == list(range(36))
+        assert [row["environment"]["n"] for row in records(result)] == list(range(36))
         assert "environment" not in means(collect())
