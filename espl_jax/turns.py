@@ -106,7 +106,7 @@ class Turns:
         """What tools found anywhere must not be able to end a turn and speak as the user."""
         for token in self._tokenizer.added_tokens_decoder.values():
             if token.special:
-                text = text.replace(token.content, "")
+                text = text.replace(token.content, " ")  # not nothing, or what is around it may make another
         return text
 
     def _own_turn(self, tokens: np.ndarray, opened: bool) -> Message:
