@@ -137,7 +137,11 @@ class TestLogprobs:
 class TestLayout:
     """What is drawn depends on its keys, not on rows, chunks, capacities or devices."""
 
-    @pytest.mark.parametrize("truncation", [UNTRUNCATED, Truncation(top_p=0.9)], ids=["all", "top-p"])
+    @pytest.mark.parametrize(
+        "truncation",
+        [pytest.param(UNTRUNCATED, marks=pytest.mark.slow), Truncation(top_p=0.9)],
+        ids=["all", "top-p"],
+    )
     def test_rows_that_differ_do_so_at_a_boundary(self, truncation, record_property):
         """Slots for two and seven rows a lane, chunks of four and of 32, one device and eight."""
         shape, new = (3, 4, 10), 40
