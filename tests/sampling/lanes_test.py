@@ -60,9 +60,7 @@ class TestOccupancy:
         drawn = self.MEDIAN * np.exp(np.log(20) * normal / normal.max())
         return np.maximum(6, np.round(drawn)).astype(int).reshape(3, 10, 5)
 
-    @pytest.mark.parametrize(
-        ("max_rows", "slots"), [pytest.param(50, 150, marks=pytest.mark.slow), (17, 51)]
-    )
+    @pytest.mark.parametrize(("max_rows", "slots"), [pytest.param(50, 150, marks=pytest.mark.slow), (17, 51)])
     def test_row_steps_against_an_oracle(self, max_rows, slots, record_property):
         lengths = self.lengths()
         assert lengths.max() == pytest.approx(20 * np.median(lengths), rel=0.02)
