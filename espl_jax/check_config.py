@@ -207,13 +207,6 @@ def _check_together(c: Any) -> None:
             "selection.temperature", c.selection.temperature, "give a positive one, or None for the default"
         )
     _check_environment(c)
-    formats = ENVIRONMENTS.get(c.environment.name, ())
-    if formats and c.environment.answer_format not in formats:
-        _refuse(
-            "environment.answer_format",
-            c.environment.answer_format,
-            f"environment.name={c.environment.name} reads one of {', '.join(formats)}",
-        )
     if c.population.start_from and (c.population.text or c.population.principles):
         _refuse(
             "population.start_from",
@@ -259,6 +252,13 @@ def _check_environment(c: Any) -> None:
             "environment.name",
             e.name,
             f"choose one of {', '.join(ENVIRONMENTS)}, or give a module:name of your own",
+        )
+    formats = ENVIRONMENTS.get(e.name, ())
+    if formats and e.answer_format not in formats:
+        _refuse(
+            "environment.answer_format",
+            e.answer_format,
+            f"environment.name={e.name} reads one of {', '.join(formats)}",
         )
     if e.reward and ":" not in e.reward:
         _refuse("environment.reward", e.reward, "give module:function, or nothing")

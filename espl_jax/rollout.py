@@ -178,9 +178,12 @@ def collect_rollouts(
             text = trim(text, stop_strings)
         return text if show_thinking else strip_thinking(text, opened)
 
+    begun = {}
+
     def begin(place: tuple[int, int, int], tokens: np.ndarray) -> None:
         if processes.is_first():
-            environment.begin(problems[place[1]], reply(place, tokens))
+            begun[place] = reply(place, tokens)
+            environment.begin(problems[place[1]], begun[place])
 
     samples = sample_tree(
         model.params,
@@ -205,7 +208,10 @@ def collect_rollouts(
 
     def graded() -> tuple[list[str], list[Grade]]:
         places = list(np.ndindex(*shape))
-        replies = [reply(place, samples.tokens[place][: samples.lengths[place]]) for place in places]
+        replies = [
+            begun[place] if place in begun else reply(place, samples.tokens[place][: samples.lengths[place]])
+            for place in places
+        ]
         grades = environment.grade([problems[b] for _, b, _ in places], replies)
         return [as_text(each) if turns else each for each in replies], grades
 
