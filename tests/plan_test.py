@@ -144,6 +144,14 @@ class TestCommand:
         assert done.returncode == 0, done.stderr[-2000:]
         assert "It fits:" in done.stdout and "policy-gradient step" in done.stdout
 
+    def test_no_chunk_copies_the_cache(self, tmp_path):
+        """Columns that are no whole tiles would need half of all slots once more, 0.26 GiB here."""
+        done = self.command(tmp_path, "group_size=64", "sampling.max_new_tokens=2000")
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows = [line.split("|") for line in done.stdout.splitlines() if "decode chunk" in line]
+        arguments, temporaries = ([float(row[n]) for row in rows] for n in (3, 4))
+        assert len(rows) == 9 and min(arguments) > 0.5 and max(temporaries) < 0.1
+
     def test_a_run_that_does_not_fit_until_its_microbatches_are_small(self, tmp_path):
         """A batch of long rollouts whose layers' inputs alone exceed the chip."""
         done = self.command(

@@ -25,14 +25,12 @@ CHUNK = 32
 """Decode steps between two looks at which rows are done."""
 
 SMALLEST = 32
-"""The fewest columns that a chunk attends to, and what columns are a multiple of."""
+"""The fewest columns of a short slot, and what its columns are a multiple of."""
 
 LANES = 128
-"""What the columns of a longer slot are a multiple of: how TPUs lay out the last axis of an array. In slots
-of any other width, columns cannot be read in place, and a chunk copies them."""
-
-SMALLEST_COARSE = 128
-"""The fewest columns where they come in few steps."""
+"""What the columns of a longer slot are a multiple of, and those of it that a chunk attends to: how TPUs lay
+out the last axis of an array. Any other number of columns cannot be read in place: for a chunk of 32 or 192
+columns the compiler copies all keys, half of what is reserved."""
 
 EXTENDED_ROWS, EXTENDED_TOKENS = 8, 256
 """Most rows of a part, and most tokens of each, that are prefilled at once behind what their slots hold."""
@@ -110,8 +108,8 @@ class Sizes:
     def columns_for(self, filled: int) -> int:
         """The columns that a chunk attends to when its longest row has filled so many."""
         if self.coarse:
-            return min(self.capacity, max(SMALLEST_COARSE, 1 << (filled - 1).bit_length()))
-        return min(self.capacity, bucket(filled, SMALLEST))
+            return min(self.capacity, max(LANES, 1 << (filled - 1).bit_length()))
+        return min(self.capacity, bucket(filled, _unit(self.capacity)))
 
     def __str__(self) -> str:
         return (
@@ -125,6 +123,11 @@ class Sizes:
     def programs(self) -> int:
         """Most decode programs ever compiled: all widths and columns, the full width in two forms."""
         return (len(self.widths) + 1) * len(self.columns)
+
+
+def _unit(capacity: int) -> int:
+    """What the columns of a slot are a multiple of."""
+    return LANES if capacity > LANES else SMALLEST
 
 
 def _listed(numbers: list[int]) -> str:
@@ -182,7 +185,7 @@ def choose_sizes(
     def stage(longest: int, extended: bool) -> Sizes:
         # What is written behind a row is written whole, however little of it will count.
         behind = max(steps, EXTENDED_TOKENS if extended else 0)
-        unit = LANES if longest + behind > LANES else SMALLEST
+        unit = _unit(longest + behind)
         capacity = -(-(longest + behind) // unit) * unit
         if max_rows is None:
             wanted = slots_that_fit(

@@ -30,10 +30,11 @@ def test_sizes_of_a_tree():
     chosen = only()
     # A problem's bucket, 64 new tokens, and room to write a whole chunk: 64 + 64 + 32 columns, rounded up.
     assert (chosen.slots, chosen.capacity, chosen.steps, chosen.problem) == (60, 256, 32, 64)
-    assert chosen.columns == [32, 64, 96, 128]
+    # A chunk reads the columns of TPU's tiles as they lie.
+    assert chosen.columns == [128]
     short = only(max_new_tokens=16)
     assert (short.capacity, short.steps, short.columns) == (96, 16, [32, 64, 96])
-    assert chosen.programs == (len(chosen.widths) + 1) * 4
+    assert chosen.programs == (len(chosen.widths) + 1) * 1
     assert chosen.problem_widths == [32, 64]
     assert "60 slots of 256 columns" in describe([chosen]) and "2 for prefill" in describe([chosen])
 
@@ -44,8 +45,16 @@ def test_problems_of_about_the_same_length_share_their_sizes():
 
 @pytest.mark.parametrize("filled", [0, 1, 31, 32, 33, 100, 159])
 def test_columns_hold_what_is_filled_and_little_more(filled):
-    columns = only().columns_for(filled)
-    assert filled <= columns <= max(64, 1.5 * filled)
+    short, longer = only(max_new_tokens=16), only(max_new_tokens=1000)
+    assert filled <= longer.columns_for(filled) <= max(128, 1.5 * filled + 64)
+    assert filled <= short.columns_for(filled) <= max(64, 1.5 * filled) or filled > short.capacity
+
+
+def test_longer_slots_are_read_in_whole_tiles():
+    """Of any other width a TPU's compiler copies them; see tests/plan_test.py."""
+    config = tiny.CONFIG.replace(max_positions=10_000)
+    (longer,) = choose_sizes(config, **TREE | {"max_new_tokens": 2000})
+    assert longer.columns == [128, 256, 384, 512, 768, 1024, 1536, 2048, 2176]
 
 
 def test_the_context_bounds_the_columns():
@@ -105,5 +114,5 @@ def test_coarse_sizes_are_few():
     assert rungs(150, coarse=True) == [1, 3, 10, 38, 150] and rungs(1, coarse=True) == [1]
     fine, coarse = only(chunk=1, max_new_tokens=300), only(chunk=1, max_new_tokens=300, coarse=True)
     assert coarse.widths == [1, 4, 15, 60] and coarse.columns == [128, 256]
-    assert coarse.programs < fine.programs / 3 and set(coarse.columns) <= set(fine.columns)
+    assert coarse.programs < fine.programs / 2 and set(coarse.columns) <= set(fine.columns)
     assert all(filled <= coarse.columns_for(filled) <= max(128, 2 * filled) for filled in range(256))
