@@ -22,18 +22,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
+import functools
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-# Before jax is imported: libtpu compiles here, and looks for no TPU.
-os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "JAX_PLATFORMS": "cpu"}
+from espl_jax import tpu_compiler  # isort: skip; before jax is imported
 
 import jax
 from absl import app, flags
-from jax.experimental import topologies
 from ml_collections import config_flags
 
 from espl_jax import command_line, pretrained, programs, sharding
@@ -43,7 +40,8 @@ from espl_jax.chips import Chip, find_chip
 from espl_jax.hlo_traffic import traffic
 from espl_jax.metrics import table
 from espl_jax.programs import Lengths, Program
-from espl_jax.sampling.sizes import choose_sizes, describe
+from espl_jax.sampling.sizes import Sizes, choose_sizes, describe
+from espl_jax.tpu_compiler import Compiled
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File of the run's configuration.", lock_config=True
@@ -52,6 +50,9 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "The slice, e.g. v5e:4x4, v5p:
 _SYSTEM = flags.DEFINE_integer("system_tokens", 1024, "Tokens of the longest system prompt.")
 _PROBLEM = flags.DEFINE_integer(
     "problem_tokens", 512, "Tokens of the longest problem, its turn's frame included."
+)
+_CODEGEN = flags.DEFINE_bool(
+    "codegen", False, "Generate code too: takes ten times as long, and finds kernels too large for the chip."
 )
 _ADVICE = flags.DEFINE_bool("advice", True, "Try other settings where these do not fit.")
 
@@ -138,6 +139,7 @@ def plan(
     *,
     phases: Sequence[str] = ("rollouts", "update"),
     every_bucket: bool = True,
+    codegen: bool = False,
     say: Callable[[str], None] = print,
 ) -> Plan:
     """Compiles a run's programs for a slice.
@@ -148,18 +150,44 @@ def plan(
       lengths: of prompts and problems; what is drawn follows from the configuration.
       phases: whose programs.
       every_bucket: all decode chunks, or the smallest and the largest in the place of all.
+      codegen: see `tpu_compiler.compile_each`.
       say: told about each program when it is compiled.
 
     Raises:
       ValueError: for an unknown topology, a mesh that it does not hold, or a model that cannot be read.
     """
     chip = find_chip(topology)
-    mesh = sharding.make_mesh(dict(c.mesh), _devices(topology))
+    asked = c, topology, lengths, phases, every_bucket
+    run = _run(*asked)
+    said = run.error or describe(run.stages)
+    lower = functools.partial(_lower, *asked)
+    costs = []
+    for program, compiled in zip(
+        run.programs, tpu_compiler.compile_each(lower, len(run.programs), codegen), strict=True
+    ):
+        costs.append(_cost(program, compiled, resident(c, run.sizes, program.phase)))
+        say(f"compiled in {compiled.seconds:.0f} s: {program.name}, {program.shape}")
+    return Plan(topology, chip, run.mesh, run.sizes, said, tuple(costs), run.error)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A run on a slice: devices by axis, bytes held by what they are for, what sampling reserves, or why it
+    cannot reserve anything, and all programs."""
+
+    mesh: dict[str, int]
+    sizes: dict[str, int]
+    stages: tuple[Sizes, ...]
+    error: str
+    programs: list[Program]
+
+
+def _run(c: Any, topology: str, lengths: Lengths, phases: Sequence[str], every_bucket: bool) -> _Run:
+    mesh = sharding.make_mesh(dict(c.mesh), tpu_compiler.devices(topology))
     config = pretrained.read_config(c.model.source, **numerics(c))
     optimizer = make_optimizer_of(c)
     held = programs.held(c, config, optimizer, mesh)
-    sizes = held.sizes()
-    axes = dict(mesh.shape)
+    sizes, axes = held.sizes(), dict(mesh.shape)
     try:
         stages = choose_sizes(
             config,
@@ -170,29 +198,31 @@ def plan(
             context_limit=c.sampling.context_limit or None,
             max_rows=c.sampling.max_rows or None,
             held=sum(sizes.values()),
-            memory=int(chip.memory),
+            memory=int(find_chip(topology).memory),
             mesh=mesh,
         )
     except ValueError as error:
-        return Plan(topology, chip, axes, sizes, str(error), (), error=str(error))
-    every = []
+        return _Run(axes, sizes, (), str(error), [])
+    every: list[Program] = []
     if "rollouts" in phases:
         every += programs.rollout_programs(
             c, config, held.policy, stages, lengths, mesh, every_bucket=every_bucket
         )
     if "update" in phases and held.state is not None:
         every += programs.update_programs(c, config, held, optimizer, lengths, mesh)
-    costs = []
-    for program in every:
-        costs.append(_cost(program, resident(c, sizes, program.phase)))
-        say(f"compiled in {costs[-1].seconds:.0f} s: {program.name}, {program.shape}")
-    return Plan(topology, chip, axes, sizes, describe(stages), tuple(costs))
+    return _Run(axes, sizes, stages, "", every)
+
+
+def _lower(*asked: Any) -> jax.stages.Lowered:
+    """The program of a number, the last of what is given, for a process that compiles it."""
+    *run, number = asked
+    return _run(*run).programs[number].lower()
 
 
 def least_memory(c: Any, topology: str, lengths: Lengths) -> float:
     """Bytes that a device needs at least for an update: what is held, the gradient, and the stored inputs of
     all layers for one microbatch. What exceeds the chip need not be compiled."""
-    mesh = sharding.make_mesh(dict(c.mesh), _devices(topology))
+    mesh = sharding.make_mesh(dict(c.mesh), tpu_compiler.devices(topology))
     config = pretrained.read_config(c.model.source, **numerics(c))
     sizes = programs.held(c, config, make_optimizer_of(c), mesh).sizes()
     parts = sharding.row_parts(mesh)
@@ -211,36 +241,20 @@ def resident(c: Any, sizes: dict[str, float], phase: str) -> float:
     return sum(size for name, size in sizes.items() if kept or name != "sampling copy")
 
 
-def _cost(program: Program, held: float) -> Cost:
-    since = time.time()
-    try:
-        compiled = program.lower().compile()
-    except jax.errors.JaxRuntimeError as error:  # too much memory, among others
-        said = next((line for line in str(error).splitlines() if "hbm" in line.lower()), str(error))
-        return Cost(program, error=said.strip()[:200], seconds=time.time() - since)
-    memory, counted = compiled.memory_analysis(), traffic(compiled.as_text(), program.loops)
+def _cost(program: Program, compiled: Compiled, held: float) -> Cost:
+    if compiled.error:
+        return Cost(program, error=compiled.error, seconds=compiled.seconds)
+    counted = traffic(compiled.text, program.loops)
     return Cost(
         program,
-        arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        arguments=compiled.arguments,
+        temporaries=compiled.temporaries,
+        outputs=compiled.outputs,
         beside=held - program.uses + program.beside,
         flops=counted.flops,
         moved=counted.total,
-        seconds=time.time() - since,
+        seconds=compiled.seconds,
     )
-
-
-def _devices(topology: str) -> list[jax.Device]:
-    """The devices of a slice, once no other process on this machine compiles for TPUs."""
-    while True:
-        try:
-            return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-        except jax.errors.JaxRuntimeError as error:
-            if "lockfile" in str(error):
-                time.sleep(5)
-                continue
-            raise ValueError(f"topology={topology!r}: {str(error).splitlines()[0]}") from None
 
 
 def report(result: Plan) -> str:
@@ -353,7 +367,13 @@ def main(argv: list[str]) -> None:
         sys.exit(str(error))
     lengths = Lengths(_SYSTEM.value, _PROBLEM.value, c.sampling.max_new_tokens)
     with command_line.without_traceback():
-        result = plan(c, topology, lengths, say=lambda text: print(text, file=sys.stderr, flush=True))
+        result = plan(
+            c,
+            topology,
+            lengths,
+            codegen=_CODEGEN.value,
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+        )
         print(report(result))
         if result.fits:
             return

@@ -7,7 +7,7 @@ For each model, with adapters and with all weights trained, slices are tried fro
 each of them layers recomputed and then offloaded, and meshes that give more devices to `tensor`, until
 every program compiles and fits; see espl_jax/plan.py. What cannot fit by what is held alone is not
 compiled. Results are appended to the file as they come, and what it holds already is not done again. Allow
-some minutes for each line.
+a minute or two for each line.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def main() -> None:
     done = {(x["model"], x["trained"], x["chip"]) for x in results}
     with tempfile.TemporaryDirectory() as folder:
         names, chips = args.models.split(","), args.chips.split(",")
-        for trained, chip, name in itertools.product(("LoRA", "all"), chips, names):
+        for chip, name, trained in itertools.product(chips, names, ("LoRA", "all")):
             if (name, trained, chip) in done:
                 continue
             model = Path(folder) / name

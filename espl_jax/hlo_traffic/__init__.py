@@ -154,6 +154,10 @@ class _Counter:
         if x.opcode in _FREE or (x.opcode == "custom-call" and "AllocateBuffer" in x.attributes):
             return 0, 0
         kind = re.sub(r"-(start|done)$", "", x.opcode)
+        if kind == "async" and "calls=" in x.attributes:
+            # As dumps write a slice-start: with the slice in a computation of its own.
+            called = self.computations[x.called("calls")]
+            kind = called.instructions[called.root].opcode
         operands = [computation.instructions[name] for name in x.operands]
         if x.opcode.endswith("-done"):
             return 0, x.hbm_bytes

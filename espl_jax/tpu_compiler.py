@@ -1,0 +1,166 @@
+"""Compiles programs for TPUs on a machine that has none, as far as it takes to know what they need.
+
+Which memory a program needs, and which operations it runs, the compiler settles within seconds; nearly all
+of its time goes into the code that follows. So each program is compiled in a process of its own, several at
+a time, and the process is ended when the compiler, told to dump what it does, has written down what it
+assigned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+# Before jax is imported: libtpu compiles here, beside other processes that do, and looks for no TPU.
+os.environ |= {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+import jax
+from jax.experimental import topologies
+
+MOST_AT_ONCE = 8
+"""Processes at a time, where there are as many cores; each needs 1 to 3 GiB."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a program.
+
+    Attributes:
+      arguments, temporaries, outputs: bytes of HBM of one device; outputs without those that take the place
+        of arguments.
+      text: the optimized, scheduled program, as `hlo_traffic.traffic` takes it.
+      error: why it could not be compiled, or nothing.
+      seconds: that tracing and compiling took.
+    """
+
+    arguments: int = 0
+    temporaries: int = 0
+    outputs: int = 0
+    text: str = ""
+    error: str = ""
+    seconds: float = 0.0
+
+
+def devices(topology: str) -> list[jax.Device]:
+    """The devices of a slice, to compile for.
+
+    Raises:
+      ValueError: for a topology that libtpu does not know.
+    """
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"topology={topology!r}: {str(error).splitlines()[0]}") from None
+
+
+def compile_each(
+    lower: Callable[[int], jax.stages.Lowered], count: int, codegen: bool = False
+) -> Iterator[Compiled]:
+    """Compiles programs for TPUs; yields them in order.
+
+    Args:
+      lower: traces the program of a number; pickled, since other processes call it.
+      count: how many programs there are.
+      codegen: generate their code too, which takes many times as long. It would find a kernel that needs more
+        of the chip's own memory than there is.
+
+    Raises:
+      RuntimeError: if a process ends without a word.
+    """
+    # A fork of a process that has imported jax, and started nothing of it, need not import it again.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["espl_jax.programs"])
+
+    def one(number: int) -> Compiled:
+        since = time.time()
+        with tempfile.TemporaryDirectory() as folder:
+            receiver, sender = processes.Pipe(duplex=False)
+            given = lower, number, sender, folder, codegen
+            process = processes.Process(target=_compile, args=given, daemon=True)
+            process.start()
+            sender.close()
+            try:
+                found = _wait(receiver, Path(folder))
+            except EOFError:
+                process.join()
+                said = (Path(folder) / _STDERR).read_text(errors="replace")
+                raise RuntimeError(
+                    f"the process that compiled program {number} ended with exit code {process.exitcode}: "
+                    f"{said[-2000:].strip()}"
+                ) from None
+            finally:
+                process.kill()
+                process.join()
+        return dataclasses.replace(found, seconds=time.time() - since)
+
+    with ThreadPoolExecutor(min(MOST_AT_ONCE, os.cpu_count() or 1)) as threads:
+        yield from threads.map(one, range(count))
+
+
+_STDERR = "stderr.txt"
+
+
+def _compile(
+    lower: Callable[[int], jax.stages.Lowered], number: int, sender: Connection, folder: str, codegen: bool
+) -> None:
+    """Compiles one program and sends what came of it; or dumps into the folder, and is killed."""
+    # libtpu says in each process that it finds no TPU.
+    with open(Path(folder) / _STDERR, "wb") as stderr:
+        os.dup2(stderr.fileno(), 2)
+    try:
+        compiled = lower(number).compile(compiler_options=None if codegen else {"xla_dump_to": folder})
+    except jax.errors.JaxRuntimeError as error:  # too much memory, among others
+        said = next((line for line in str(error).splitlines() if "hbm" in line.lower()), str(error))
+        sender.send(Compiled(error=said.strip()[:200]))
+        return
+    memory: Any = compiled.memory_analysis()
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    sizes = memory.argument_size_in_bytes, memory.temp_size_in_bytes, outputs
+    sender.send(Compiled(*sizes, text=compiled.as_text()))
+
+
+def _wait(receiver: Connection, folder: Path) -> Compiled:
+    """What the process sends or the compiler has written, whichever comes first.
+
+    Raises:
+      EOFError: when neither will come.
+    """
+    # The last of what the compiler writes before it generates code.
+    last = ".after_optimizations_after_buffer_assignment.txt"
+    while not receiver.poll(0.05):
+        for path in folder.glob(f"*{last}"):
+            stem = path.name.removesuffix(last)
+            written = folder / f"{stem}.after_optimizations-buffer-assignment.txt"
+            text = folder / f"{stem}.after_optimizations.txt"
+            return Compiled(*assigned_bytes(written.read_text()), text=text.read_text())
+    return receiver.recv()
+
+
+_ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (.*):$", re.MULTILINE)
+
+
+def assigned_bytes(text: str) -> tuple[int, int, int]:
+    """Bytes of arguments, temporaries and outputs in HBM, from the compiler's dump of its buffer assignment.
+
+    Other memories have a color. Outputs that take the place of arguments are arguments.
+    """
+    sizes = {"parameter": 0, "preallocated-temp": 0, "maybe-live-out": 0}
+    for size, what in _ALLOCATION.findall(text):
+        kind = next((kind for kind in sizes if kind in what), None)
+        if kind and "color" not in what:
+            sizes[kind] += int(size)
+    return tuple(sizes.values())
