@@ -161,9 +161,10 @@ def plan(
     run = _run(*asked)
     said = run.error or describe(run.stages)
     lower = functools.partial(_lower, *asked)
+    count, preload = len(run.programs), [programs.__name__]
     costs = []
     for program, compiled in zip(
-        run.programs, tpu_compiler.compile_each(lower, len(run.programs), codegen), strict=True
+        run.programs, tpu_compiler.compile_each(lower, count, codegen, preload), strict=True
     ):
         costs.append(_cost(program, compiled, resident(c, run.sizes, program.phase)))
         say(f"compiled in {compiled.seconds:.0f} s: {program.name}, {program.shape}")

@@ -14,7 +14,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -68,7 +68,10 @@ def devices(topology: str) -> list[jax.Device]:
 
 
 def compile_each(
-    lower: Callable[[int], jax.stages.Lowered], count: int, codegen: bool = False
+    lower: Callable[[int], jax.stages.Lowered],
+    count: int,
+    codegen: bool = False,
+    preload: Sequence[str] = ("jax",),
 ) -> Iterator[Compiled]:
     """Compiles programs for TPUs; yields them in order.
 
@@ -77,13 +80,14 @@ def compile_each(
       count: how many programs there are.
       codegen: generate their code too, which takes many times as long. It would find a kernel that needs more
         of the chip's own memory than there is.
+      preload: modules that `lower` needs, imported once for all processes.
 
     Raises:
       RuntimeError: if a process ends without a word.
     """
-    # A fork of a process that has imported jax, and started nothing of it, need not import it again.
+    # Forks of a process that has imported jax and started nothing of it.
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["espl_jax.programs"])
+    processes.set_forkserver_preload(list(preload))
 
     def one(number: int) -> Compiled:
         since = time.time()
@@ -121,6 +125,7 @@ def _compile(
     # libtpu says in each process that it finds no TPU.
     with open(Path(folder) / _STDERR, "wb") as stderr:
         os.dup2(stderr.fileno(), 2)
+    jax.config.update("jax_enable_compilation_cache", False)  # holds programs for devices at hand
     try:
         compiled = lower(number).compile(compiler_options=None if codegen else {"xla_dump_to": folder})
     except jax.errors.JaxRuntimeError as error:  # too much memory, among others

@@ -19,8 +19,6 @@ and attention would be.
 Besides ours, the decode step of google-tunix's sampler with its own Qwen3 goes through the same reader. Its
 packages are installed into an environment of its own, `.bench/tunix`; leave it out with `--notunix`. Its
 caches are sharded over the tensor axis, whatever `--mesh` says.
-
-libtpu serves one process at a time on a machine; the script waits for its turn.
 """
 
 from __future__ import annotations
@@ -28,7 +26,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -36,12 +33,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "JAX_PLATFORMS": "cpu"}
+from espl_jax import tpu_compiler  # isort: skip; before jax is imported
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from jax.experimental import topologies
 
 from configs import hmmt
 from espl_jax import sharding
@@ -269,18 +265,12 @@ def tunix() -> subprocess.CompletedProcess[str]:
     request = {"config": MODELS[FLAGS.model], "rows": FLAGS.rows, "filled": FLAGS.filled}
     request |= {"topology": FLAGS.topology, "hlo": str(tunix_hlo())}
     command = [python, Path(__file__).parent / "bench" / "lower_tunix.py"]
-    while "lockfile" in (done := _run(command, json.dumps(request))).stderr:
-        time.sleep(5)
-    return done
+    return subprocess.run(command, input=json.dumps(request), capture_output=True, text=True)
 
 
 def tunix_hlo() -> Path:
     """Where tunix's HLO is written."""
     return peers.FOLDER / "tunix_decode.hlo"
-
-
-def _run(command: list[Any], text: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, input=text, capture_output=True, text=True)
 
 
 def tunix_line(shapes: Shapes, done: subprocess.CompletedProcess[str]) -> list[str]:
@@ -293,17 +283,6 @@ def tunix_line(shapes: Shapes, done: subprocess.CompletedProcess[str]) -> list[s
     return line(case, tunix_hlo().read_text(encoding="utf-8"), **json.loads(done.stdout.splitlines()[-1]))
 
 
-def topology_devices() -> list[jax.Device]:
-    """The devices of the topology, once no other process has libtpu."""
-    while True:
-        try:
-            return topologies.get_topology_desc(platform="tpu", topology_name=FLAGS.topology).devices
-        except jax.errors.JaxRuntimeError as error:
-            if "lockfile" not in str(error):
-                raise
-        time.sleep(5)
-
-
 def main(_: list[str]) -> None:
     """Prints the table."""
     if unknown := set(FLAGS.programs) - set(PROGRAMS):
@@ -311,8 +290,8 @@ def main(_: list[str]) -> None:
     if importlib.util.find_spec("libtpu") is None:
         raise app.UsageError("the TPU compiler is missing here; pip install libtpu")
     config = from_hf_config(MODELS[FLAGS.model], dtype="bfloat16", param_dtype="bfloat16")
-    peer = tunix() if FLAGS.tunix else None  # first: once this process has libtpu, no other can
-    devices = topology_devices()
+    peer = tunix() if FLAGS.tunix else None
+    devices = tpu_compiler.devices(FLAGS.topology)
     sizes = dict(pair.split("=") for pair in FLAGS.mesh)
     mesh = sharding.make_mesh({axis: int(size) for axis, size in sizes.items()}, devices)
     shapes = Shapes(config, mesh)

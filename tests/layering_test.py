@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "espl_jax"
 DEVICE = {"models", "sampling", "rl"}
 HOST = {"evolution", "environments", "data", "text"}
 LAYERS = [
-    {"types", "sharding", "memory", "command_line", "hlo_traffic", "chips"}
+    {"types", "sharding", "memory", "command_line", "hlo_traffic", "chips", "tpu_compiler"}
     | {"durable", "storage", "json_values", "processes"},
     DEVICE | HOST,
     {"pretrained", "optimizer", "train_step", "check_config"},

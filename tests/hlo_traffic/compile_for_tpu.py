@@ -1,13 +1,10 @@
 """A script: compiles two small programs for a TPU topology and prints their HLO with a line between."""
 
-import os
-
-os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "JAX_PLATFORMS": "cpu"}
+from espl_jax import tpu_compiler  # isort: skip; before jax is imported
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 LAYERS, ROWS, WIDTH, CACHED = 12, 64, 2048, 65536
@@ -30,7 +27,7 @@ def fill(cache, rows, until):
 
 
 if __name__ == "__main__":
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    devices = tpu_compiler.devices("v5e:2x2")
     mesh = Mesh(np.array(devices), ("x",), axis_types=(AxisType.Auto,))
 
     def array(shape, dtype, *spec):

@@ -3,7 +3,6 @@
 import importlib.util
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,14 +19,9 @@ def programs():
     """Optimized HLO of `stack_of_products` and `fill`."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed; pip install libtpu")
-    for _ in range(4):
-        done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, timeout=120)
-        if done.returncode == 0:
-            return done.stdout.split("----\n")
-        if "lockfile" not in done.stderr:
-            pytest.fail(done.stderr[-2000:])
-        time.sleep(3)
-    pytest.skip("another process has libtpu, which serves one at a time")
+    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.split("----\n")
 
 
 def test_a_scan_of_products_reads_every_weight_once(programs):

@@ -123,6 +123,20 @@ def test_an_asynchronous_slice_reads_what_it_takes():
   ROOT %y = bf16[1,64]{1,0:S(1)} slice-done(%s)""") == (128, 0)
 
 
+def test_an_asynchronous_slice_as_dumps_write_it():
+    others = """
+%taken (x: bf16[36,64]) -> bf16[1,64] {
+  %x = bf16[36,64]{1,0} parameter(0)
+  ROOT %part = bf16[1,64]{1,0:S(1)} slice(%x), slice={[3:4], [0:64]}
+}
+"""
+    body = """
+  %x = bf16[36,64]{1,0} parameter(0)
+  %s = ((bf16[36,64]{1,0}), bf16[1,64]{1,0:S(1)}, s32[]{:S(2)}) async-start(%x), calls=%taken
+  ROOT %y = bf16[1,64]{1,0:S(1)} async-done(%s)"""
+    assert moved(body, others) == (128, 0)
+
+
 def test_a_gather_reads_its_rows():
     assert moved("""
   %table = f32[1000,10]{1,0} parameter(0)
