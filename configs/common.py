@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     c.model.matmul_precision = "default"  # default (as dtype), highest, bfloat16 (operands; fast on CPU)
     c.model.scan_layers = True  # one program for all layers, or one for each
     c.model.slice_as_integers = False  # how scanned bfloat16 weights are read while sampling; True for CPUs
-    c.model.remat = "full"  # what the backward pass recomputes: none, attention, products, full, offload
+    c.model.remat = "full"  # or none, attention, products, rounded, offload; see models/config.py
     c.model.chat_template_kwargs = "{}"  # JSON, passed to the chat template: {"enable_thinking": false}
 
     c.lora = ConfigDict()

@@ -30,6 +30,7 @@ from typing import Any
 from espl_jax import tpu_compiler  # isort: skip; before jax is imported
 
 import jax
+import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -229,9 +230,8 @@ def least_memory(c: Any, topology: str, lengths: Lengths) -> float:
     parts = sharding.row_parts(mesh)
     rows = -(-c.num_prompts * c.batch_size * c.group_size // parts)
     tokens = min(c.loss.microbatch_rows or rows, rows) * lengths.new
-    inputs = 4 * tokens * config.embed_dim * config.num_layers / mesh.shape["tensor"]
-    if config.remat == "offload":
-        inputs = 0
+    stored = {"rounded": jnp.dtype(config.dtype).itemsize, "offload": 0}.get(config.remat, 4)
+    inputs = stored * tokens * config.embed_dim * config.num_layers / mesh.shape["tensor"]
     return sum(sizes.values()) - sizes["sampling copy"] + sizes["trained"] + inputs
 
 
@@ -312,7 +312,7 @@ def alternatives(c: Any, topology: str) -> Iterator[tuple[str, Any, str]]:
         return " ".join(f"--config.{name.replace('__', '.')}={x}" for name, x in fields.items())
 
     changes: list[dict[str, Any]] = [{"loss__microbatch_rows": 1}]
-    changes.append({"model__remat": "offload", "loss__microbatch_rows": 1})
+    changes += [{"model__remat": remat, "loss__microbatch_rows": 1} for remat in ("rounded", "offload")]
     for tensor in (2, 4, 8):
         if devices % tensor == 0 and tensor != c.mesh.tensor:
             mesh = {"mesh__data": 1, "mesh__fsdp": -1, "mesh__tensor": tensor}

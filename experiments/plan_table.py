@@ -4,8 +4,8 @@ r"""The smallest TPU slices on which configs/hmmt.py fits, by model and chip: th
     python -m experiments.plan_table --out=plans.jsonl --models=qwen3-8b --chips=v5e,v6e
 
 For each model, with adapters and with all weights trained, slices are tried from the smallest up, and on
-each of them layers recomputed and then offloaded, and meshes that give more devices to `tensor`, until
-every program compiles and fits; see espl_jax/plan.py. What cannot fit by what is held alone is not
+each of them `remat` full, rounded and offload, and meshes that give more devices to `tensor`, until every
+program compiles and fits; see espl_jax/plan.py. What cannot fit by what is held alone is not
 compiled. Results are appended to the file as they come, and what it holds already is not done again. Allow
 a minute or two for each line.
 """
@@ -38,7 +38,7 @@ def candidates(model: Path, trained: str, chip: str) -> Iterator[tuple[Any, str]
     """The run on slices and meshes, smallest first."""
     for shape in CHIPS[chip].slices:
         devices = math.prod(map(int, shape.split("x")))
-        for remat, tensor in itertools.product(("full", "offload"), (1, 2, 4, 8)):
+        for remat, tensor in itertools.product(("full", "rounded", "offload"), (1, 2, 4, 8)):
             if devices % tensor == 0:
                 c = hmmt.get_config()
                 c.model.source, c.model.remat = str(model), remat
@@ -96,9 +96,9 @@ def lines(results: list[dict[str, Any]]) -> str:
                 cells.append("none" if found else "-")
                 continue
             shape, tensor = fit["topology"].split(":")[1], fit["tensor"]
-            offload = ", offload" if fit["remat"] == "offload" else ""
+            remat = "" if fit["remat"] == "full" else f", {fit['remat']}"
             bounds = f"{fit['rollouts']:.0f} + {fit['update']:.0f} s"
-            cells.append(f"{shape}, tensor={tensor}{offload}: {fit['largest'] / 2**30:.1f}, {bounds}")
+            cells.append(f"{shape}, tensor={tensor}{remat}: {fit['largest'] / 2**30:.1f}, {bounds}")
         rows.append([model, trained, *cells])
     return table(rows)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 MATMUL_PRECISIONS = ("default", "highest", "bfloat16")
 ACTIVATIONS = ("silu", "gelu_tanh")
-REMATS = ("none", "attention", "products", "full", "offload")
+REMATS = ("none", "attention", "products", "full", "rounded", "offload")
 PHASES = ("training", "sampling")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 
@@ -98,7 +98,8 @@ class DecoderConfig:
       slice_as_integers: while sampling, scan bfloat16 weights as 16-bit integers; faster on CPUs.
       remat: what the backward pass recomputes of each layer, beside the layer's input, which is stored:
         `none`, `attention` (all but its result), `products` (all but the results of products with weights),
-        `full`; and `offload`, which is `full` with the inputs stored in the host's memory.
+        `full`; `rounded`, which is `full` with the inputs stored in `dtype`, so that gradients are taken next
+        to where values were; and `offload`, which is `full` with the inputs stored in the host's memory.
       phase: which rules of `espl_jax.sharding` say where activations lie: `training` or `sampling`.
       lora_scale: alpha / rank, the factor of every adapter's product.
     """

@@ -213,7 +213,11 @@ def _run_layers(layer: Callable[..., Any], config: DecoderConfig, x: jax.Array, 
     def checkpointed(window: int | None) -> Callable[..., Any]:
         """The layer with a window known to the compiler, or given with each layer's slice."""
         known = layer if window is None else functools.partial(layer, window=window)
-        return known if config.remat == "none" else jax.checkpoint(known, policy=_SAVED[config.remat])
+        if config.remat == "none":
+            return known
+        if config.remat == "rounded":
+            return _from_rounded(known, config)
+        return jax.checkpoint(known, policy=_SAVED[config.remat])
 
     if config.scan_layers:
         if len(set(windows)) == 1:
@@ -241,6 +245,32 @@ _SAVED = {
         offload_dst="pinned_host",
     ),
 }
+
+
+def _from_rounded(layer: Callable[..., Any], config: DecoderConfig) -> Callable[..., Any]:
+    """A layer whose backward pass recomputes it from its input rounded to `config.dtype`."""
+
+    def run(x: jax.Array, *given: Any, **window: jax.Array) -> Any:
+        # What the layer closes over has to be among the arguments of what has a gradient of its own.
+        jaxpr, shapes = jax.make_jaxpr(layer, return_shape=True)(x, *given, **window)
+
+        def known(closed_over: Any, x: jax.Array, rest: Any) -> Any:
+            out = jax.core.eval_jaxpr(jaxpr.jaxpr, closed_over, *jax.tree.leaves((x, rest)))
+            return jax.tree.unflatten(jax.tree.structure(shapes), out)
+
+        def forward(closed_over: Any, x: jax.Array, rest: Any) -> Any:
+            return known(closed_over, x, rest), (closed_over, x.astype(config.dtype), rest)
+
+        def backward(stored: Any, cotangents: Any) -> Any:
+            # Where layers are not scanned, the compiler would keep what the forward pass computed instead.
+            closed_over, x, rest = jax.lax.optimization_barrier(stored)
+            return jax.vjp(known, closed_over, x.astype(jnp.float32), rest)[1](cotangents)
+
+        recomputed = jax.custom_vjp(known)
+        recomputed.defvjp(forward, backward)
+        return recomputed(jaxpr.consts, x, (given, window))
+
+    return run
 
 
 def _layer(x, weights, above, index, *, window, config, rotations, shape, start, ancestors):

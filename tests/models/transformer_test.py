@@ -170,6 +170,35 @@ def test_remat_says_what_is_stored(params):
     assert stored("none") > stored("products")
 
 
+@pytest.mark.parametrize("scan", [True, False])
+def test_rounded_inputs_change_gradients_alone_and_little(scan):
+    """In float32 nothing; in bfloat16 the gradient, by about as much as its products were rounded."""
+    tokens = np.random.default_rng(0).integers(0, tiny.CONFIG.vocab_size, (2, 9)).astype(np.int32)
+    params = tiny.params(tiny.CONFIG)
+
+    def run(remat, dtype):
+        config = tiny.CONFIG.replace(remat=remat, dtype=dtype, scan_layers=scan)
+
+        def loss(params):
+            hidden, cache = transformer.forward(params, config, tokens)
+            # The level below, whose gradient comes through the cache.
+            below, _ = transformer.forward(params, config, tokens[:, :3], ancestors=[cache])
+            return jnp.square(hidden).sum() + jnp.sin(below).sum()
+
+        stored = sum(x.nbytes for x in jax.tree.leaves(jax.vjp(loss, params)[1]))
+        value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+        return value, np.concatenate([x.reshape(-1) for x in jax.tree.leaves(gradient)]), stored
+
+    value, gradient, _ = run("full", "float32")
+    same, exact, _ = run("rounded", "float32")
+    assert same == value
+    np.testing.assert_allclose(exact, gradient, rtol=1e-4, atol=1e-5 * np.abs(gradient).max())
+    (value, full, stored), (same, rounded, fewer) = run("full", "bfloat16"), run("rounded", "bfloat16")
+    assert same == value and fewer < stored
+    off, rounding = (np.linalg.norm(x - y) for x, y in ((rounded, full), (full, gradient)))
+    assert 0 < off < rounding
+
+
 class TestCachedDecoding:
     @pytest.mark.parametrize("scan", [True, False])
     def test_token_by_token_over_growing_caches(self, scan):
