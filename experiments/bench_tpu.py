@@ -11,7 +11,8 @@ For each program: bytes that a device moves between its HBM and the chip (counte
 espl_jax/hlo_traffic) and flops, a decode step; beside it the least that could be moved, weights and filled
 caches once; memory of a device; and seconds to compile. No weight is ever allocated.
 
-`full` is an update of all weights on 16 sequences of 2,048 tokens that share nothing, layers recomputed.
+`full` is an update of all weights on 16 sequences of 2,048 tokens that share nothing, `--remat` of it
+recomputed.
 `tree` is an update of adapters on 150 rollouts of 500 tokens, of 10 problems of 150 tokens under 3 system
 prompts of 1,000, once as the tree and once flattened. Beside their flops stands what 6 x params x tokens
 and attention would be.
@@ -44,6 +45,7 @@ from espl_jax import sharding
 from espl_jax.hlo_traffic import breakdown, traffic
 from espl_jax.memory import bytes_per_device
 from espl_jax.metrics import table
+from espl_jax.models.config import REMATS
 from espl_jax.optimizer import make_optimizer
 from espl_jax.pretrained.hf_config import from_hf_config
 from espl_jax.sampling import decode
@@ -59,6 +61,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("topology", "v5e:2x4", "TPU to compile for, e.g. v5e:2x4, v4:2x2x2, v6e:4x4.")
 flags.DEFINE_list("mesh", ["tensor=-1"], "Devices by axis, e.g. fsdp=2,tensor=4; one may be -1.")
 flags.DEFINE_enum("model", "qwen3-8b", sorted(MODELS), "Whose shapes.")
+flags.DEFINE_enum("remat", "full", REMATS, "What updates recompute of each layer.")
 flags.DEFINE_list("programs", PROGRAMS[:3], f"Which of ours: some of {', '.join(PROGRAMS)}.")
 flags.DEFINE_bool("tunix", True, "Compile google-tunix's decode step too.")
 flags.DEFINE_integer("rows", 64, "Rows of a decode chunk.")
@@ -289,7 +292,8 @@ def main(_: list[str]) -> None:
         raise app.UsageError(f"--programs={','.join(FLAGS.programs)}: {sorted(unknown)} are unknown")
     if importlib.util.find_spec("libtpu") is None:
         raise app.UsageError("the TPU compiler is missing here; pip install libtpu")
-    config = from_hf_config(MODELS[FLAGS.model], dtype="bfloat16", param_dtype="bfloat16")
+    numerics = {"dtype": "bfloat16", "param_dtype": "bfloat16", "remat": FLAGS.remat}
+    config = from_hf_config(MODELS[FLAGS.model], **numerics)
     peer = tunix() if FLAGS.tunix else None
     devices = tpu_compiler.devices(FLAGS.topology)
     sizes = dict(pair.split("=") for pair in FLAGS.mesh)
@@ -302,7 +306,7 @@ def main(_: list[str]) -> None:
     if peer is not None:
         rows.append(tunix_line(shapes, peer))
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
-    print(f"\n{FLAGS.model} on {FLAGS.topology}, {axes}; figures of one device and one step")
+    print(f"\n{FLAGS.model} on {FLAGS.topology}, {axes}; remat={FLAGS.remat}; of one device, one step")
     print(table(rows))
 
 
