@@ -8,12 +8,15 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.devices import xla_flags
+
 ROOT = Path(__file__).resolve().parent.parent
+
 
 # Environment variables and not jax.config: read when jax is first imported, inherited by the processes that
 # tests start, and tests of the host world still run without importing jax.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 # A collective holds a thread until all devices have come to it. XLA would have no more threads than devices
 # or cores, and two collectives at a time can take all of them and wait for ever.
 os.environ["NPROC"] = "32"

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.conftest import run_module
+from tests.devices import xla_flags
 
 
 def run(*args, config="configs/quickstart.py", **environment):
@@ -64,7 +65,7 @@ def test_all_splits_come_from_a_set_that_has_them(no_jax):
 
 @pytest.mark.slow
 def test_dry_run_of_the_quickstart(tmp_path):
-    done = run("--dry_run", "--config.mesh.data=-1", "--config.mesh.fsdp=1", XLA_FLAGS="")
+    done = run("--dry_run", "--config.mesh.data=-1", "--config.mesh.fsdp=1", XLA_FLAGS=xla_flags(1))
     assert done.returncode == 0, done.stderr
     assert "<|im_start|>user\nWhat is" in done.stdout and "--- problem level: " in done.stdout
     assert "| policy-gradient step " in done.stdout

@@ -15,6 +15,7 @@ from espl_jax.optimizer import make_optimizer
 from espl_jax.programs import Program
 from tests import tiny
 from tests.conftest import run_module
+from tests.devices import xla_flags
 
 TINY_HF = {
     "model_type": "qwen3",
@@ -136,7 +137,7 @@ class TestCommand:
             "--problem_tokens=64",
             *(f"--config.{change}" for change in (f"model.source={folder}", *small, *changes)),
             JAX_ENABLE_COMPILATION_CACHE="0",
-            XLA_FLAGS="",
+            XLA_FLAGS=xla_flags(1),
         )
 
     def test_a_run_that_fits(self, tmp_path):

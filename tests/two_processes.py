@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import IO
 
+from tests.devices import xla_flags
+
 ROOT = Path(__file__).resolve().parent.parent
 # An error ends the process at once: jax would wait for the other one first.
 START = """import os, sys, traceback
@@ -86,7 +88,7 @@ def _start(
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": xla_flags(4),
     }
     return subprocess.Popen(
         [sys.executable, *command],

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.conftest import run_module
+from tests.devices import xla_flags
 
 
 def run(*args, **environment):
@@ -36,8 +37,9 @@ def test_sums_by_smollm2(tmp_path):
     common = ["--model=smollm2", "--data=addition:digits=1,count=8", "--environment=arithmetic"]
     common += ["--answer_format=last_number", "--max_new_tokens=12"]
     add = "--prompt=Reply with the sum."
-    both = run(*common, add, "--prompt=", f"--out={tmp_path / 'a.json'}", XLA_FLAGS="")
-    alone = run(*common, add, f"--out={tmp_path / 'b.json'}", f"--out={tmp_path / 'b.jsonl'}", XLA_FLAGS="")
+    one = {"XLA_FLAGS": xla_flags(1)}
+    both = run(*common, add, "--prompt=", f"--out={tmp_path / 'a.json'}", **one)
+    alone = run(*common, add, f"--out={tmp_path / 'b.json'}", f"--out={tmp_path / 'b.jsonl'}", **one)
     assert both.returncode == alone.returncode == 0, both.stderr + alone.stderr
     assert both.stdout.startswith("model        smollm2\ndata ")
     assert "| Reply with the sum.      | " in both.stdout

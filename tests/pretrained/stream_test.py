@@ -17,6 +17,7 @@ from espl_jax.models.transformer import Weight
 from espl_jax.pretrained import stream
 from espl_jax.pretrained.layout import file_shape, from_file
 from espl_jax.sharding import make_mesh
+from tests.devices import xla_flags
 
 LAYERS = 3
 WEIGHTS = {
@@ -124,7 +125,7 @@ def test_each_process_reads_the_shards_of_its_own_devices(axis):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(4)}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", IN_TWO_PROCESSES, address, str(number), axis],
