@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
@@ -78,9 +79,13 @@ def make_mesh(
         )
     if here and len(devices) == 1:
         return None
-    return jax.make_mesh(
-        tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
-    )
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    try:
+        return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=types, devices=devices)
+    except NotImplementedError:
+        # No axes of the slice make up one of these, such as 2 on a v6e:4x4: a part of one does.
+        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(arranged, MESH_AXES, axis_types=types)
 
 
 def named(
@@ -113,6 +118,15 @@ def constrain(x: jax.Array, axes: Sequence[str | None], phase: str) -> jax.Array
     """Tells the compiler where an array of a traced program lies; the identity without a mesh."""
     mesh = mesh_of(x)
     return x if mesh is None else jax.lax.with_sharding_constraint(x, named(mesh, axes, x.shape, phase))
+
+
+def move(x: jax.Array, to: Sequence[str | None], back: Sequence[str | None], phase: str) -> jax.Array:
+    """Tells the compiler that an array of a traced program lies by the axes `to`, and its gradient by `back`;
+    the identity without a mesh."""
+    mesh = mesh_of(x)
+    if mesh is None:
+        return x
+    return _moved(x, *(named(mesh, axes, x.shape, phase) for axes in (to, back)))
 
 
 def gather(weight: jax.Array, axes: Sequence[str]) -> jax.Array:

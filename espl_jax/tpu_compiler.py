@@ -61,8 +61,10 @@ def devices(topology: str) -> list[jax.Device]:
     Raises:
       ValueError: for a topology that libtpu does not know.
     """
+    # As runs see them: the two cores of a v4 are one device.
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"topology={topology!r}: {str(error).splitlines()[0]}") from None
 

@@ -55,9 +55,8 @@ def smallest(model: Path, trained: str, chip: str) -> dict[str, Any] | None:
         where = f"{model.name}, {trained}, {topology}, tensor={c.mesh.tensor}, remat={c.model.remat}"
         # The update first: it decides nearly always.
         update = planning.plan(c, topology, LENGTHS, phases=["update"], say=quiet)
-        print(
-            f"{where}: {update.largest / 2**30:.2f} GiB, {update.costs[-1].error or 'compiled'}", flush=True
-        )
+        error = update.error or update.costs[-1].error
+        print(f"{where}: {error or f'{update.largest / 2**30:.2f} GiB'}", flush=True)
         if not update.fits:
             continue
         rollouts = planning.plan(c, topology, LENGTHS, phases=["rollouts"], every_bucket=False, say=quiet)

@@ -1,10 +1,13 @@
 """Compiling for TPUs up to code: what is known then is what is known in the end."""
 
 import importlib.util
+import math
 import os
 
 import pytest
 
+from espl_jax.chips import CHIPS
+from espl_jax.sharding import make_mesh
 from espl_jax.tpu_compiler import assigned_bytes, compile_each, devices
 
 needs_libtpu = pytest.mark.skipif(
@@ -51,6 +54,20 @@ def lower(number):
     if number == 2:
         return jax.jit(products).lower(array(64, 65536), array(2, 65536, 65536))
     os._exit(3)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("chip", CHIPS)
+def test_meshes_of_the_slices_that_can_be_had(chip):
+    """With two devices along `tensor` too, which no axis of a v6e:4x4 has."""
+    for slice_ in CHIPS[chip].slices:
+        found = devices(f"{chip}:{slice_}")
+        per_chip = 2 if chip == "tpu7x" else 1
+        assert len(found) == per_chip * math.prod(map(int, slice_.split("x")))
+        for tensor in (1, 2, 4):
+            if len(found) % tensor == 0:
+                mesh = make_mesh({"fsdp": -1, "tensor": tensor}, found)
+                assert mesh.shape["fsdp"] * tensor == len(found)
 
 
 @needs_libtpu

@@ -146,10 +146,14 @@ def rms_norm(x: jax.Array, norm: dict[str, jax.Array], config: DecoderConfig) ->
 
 def gated_mlp(x: jax.Array, weights: dict[str, Any], config: DecoderConfig) -> jax.Array:
     """Gated feed-forward (Shazeer 2020, arXiv 2002.05202). [T, D] -> [T, D]."""
+
+    def placed(x: jax.Array) -> jax.Array:
+        return sharding.constrain(x, ("tokens", "mlp"), config.phase)
+
     activate = _ACTIVATIONS[config.activation]
-    gate = einsum("td,df->tf", x, weights["gate"], config)
-    up = einsum("td,df->tf", x, weights["up"], config)
-    return einsum("tf,fd->td", activate(gate) * up, weights["down"], config)
+    gate = placed(einsum("td,df->tf", x, weights["gate"], config))
+    up = placed(einsum("td,df->tf", x, weights["up"], config))
+    return einsum("tf,fd->td", placed(activate(gate) * up), weights["down"], config)
 
 
 def embed(tokens: jax.Array, embedding: Linear, config: DecoderConfig) -> jax.Array:
@@ -157,4 +161,6 @@ def embed(tokens: jax.Array, embedding: Linear, config: DecoderConfig) -> jax.Ar
     # First as the table lies, then moved: the table itself never is.
     x = sharding.constrain(embedding["weight"][tokens], ("lookup", "embed"), config.phase)
     x = rounded(x, config).astype(jnp.float32) * config.embed_scale
+    # In two steps, both of which the compiler has collectives for: from the other axis, then a part of that.
+    x = sharding.constrain(x, ("tokens", None), config.phase)
     return sharding.constrain(x, ("residual", None), config.phase)

@@ -192,7 +192,7 @@ def forward(
     index = jnp.arange(config.num_layers)
     x, (key, value) = _run_layers(layer, config, x, (params["layers"], stacked, index))
 
-    x = layers.rms_norm(x, params["final_norm"], config)
+    x = sharding.move(layers.rms_norm(x, params["final_norm"], config), *_TOKENS, config.phase)
     return x.reshape(nodes, steps, -1), KVCache(key, value, start, lengths)
 
 
@@ -273,6 +273,11 @@ def _from_rounded(layer: Callable[..., Any], config: DecoderConfig) -> Callable[
     return run
 
 
+_TOKENS = ("tokens", None), ("residual", None)
+"""Products take all tokens of the devices that share their rows, forward and backward; between products each
+of these has a part of them."""
+
+
 def _layer(x, weights, above, index, *, window, config, rotations, shape, start, ancestors):
     """One decoder layer on the level's flattened tokens. Returns x and the level's (key, value).
 
@@ -289,9 +294,10 @@ def _layer(x, weights, above, index, *, window, config, rotations, shape, start,
         return sharding.constrain(x, ("rows", None, "kv_heads", None), config.phase)
 
     def normalized(x: jax.Array, norm: dict[str, jax.Array]) -> jax.Array:
-        return sharding.constrain(layers.rms_norm(x, norm, config), ("tokens", None), config.phase)
+        return sharding.move(layers.rms_norm(x, norm, config), *_TOKENS, config.phase)
 
     def joined(x: jax.Array, out: jax.Array) -> jax.Array:
+        out = sharding.move(out, *reversed(_TOKENS), config.phase)
         return sharding.constrain(x + out, ("residual", None), config.phase)
 
     y = normalized(x, weights["attention_norm"])
