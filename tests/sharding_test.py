@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import numpy as np
@@ -6,12 +7,14 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from configs import common
 from espl_jax import sharding
 from espl_jax.models import lora, transformer
 from espl_jax.optimizer import make_optimizer
 from espl_jax.sampling import decode, draw
 from espl_jax.sampling.generate import sample_tree
 from espl_jax.train_step import init_train_state, place_batch, policy_gradient_step
+from experiments.bench.tpu_shapes import Shapes
 from tests import ragged_tree, tiny
 
 # Every logical axis divides, the vocabulary too.
@@ -252,6 +255,21 @@ def test_batches_lie_by_rows(mesh):
     assert batch.cutoffs is None and batch.old_logprobs is None
     whole = TREE.train_batch()
     assert place_batch(whole, None).inputs is whole.inputs
+
+
+def test_no_device_holds_activations_of_all_rows():
+    """Where tensor and fsdp meet, the compiler would gather all tokens for the gradients of weights, instead
+    of summing what each device has of them."""
+    config = CONFIG.replace(embed_dim=48, mlp_dim=160, num_heads=8, num_kv_heads=4, head_dim=16, remat="full")
+    shapes = Shapes(config, sharding.make_mesh({"fsdp": 2, "tensor": 4}))
+    c = common.get_config()
+    c.lora.rank = 0
+    batch, state = shapes.flat_batch(8, 40), shapes.train_state(c, OPTIMIZER)
+    text = policy_gradient_step.lower(state, None, None, batch, config, OPTIMIZER).compile().as_text()
+    tokens = 8 * 40
+    assert f"[{tokens // 2},{160 // 4}]" in text, "a device's share of the hidden layer"
+    wide = re.findall(rf"\w+\[{tokens},(?:160|48)\]", text)
+    assert not wide, set(wide)
 
 
 class TestStep:
