@@ -5,7 +5,7 @@
 
 Every program of the run is compiled for that topology, by the compiler that TPUs have, on this machine:
 prefill, the decode chunk of every bucket at its full width, scoring where updates need it, and the policy-
-gradient step. For each it prints what a device needs of HBM, what it computes and moves, and the larger of
+gradient step; up to where memory is assigned, or with `--codegen` to the end. For each it prints what a device needs of HBM, what it computes and moves, and the larger of
 the two bounds that follow. As in the run, sampling reserves as many slots as the chip has room for. No
 weight is allocated, and of a model on the hub config.json alone is fetched.
 
@@ -322,7 +322,7 @@ def alternatives(c: Any, topology: str) -> Iterator[tuple[str, Any, str]]:
     tried = [c.to_dict()]
     for fields in changes:
         other = changed(**fields)
-        if other.to_dict() not in tried:  # compiling the same twice takes minutes
+        if other.to_dict() not in tried:
             tried.append(other.to_dict())
             yield said(fields), other, topology
     for larger in chip.slices:

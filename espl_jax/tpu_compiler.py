@@ -75,7 +75,8 @@ def compile_each(
     codegen: bool = False,
     preload: Sequence[str] = ("jax",),
 ) -> Iterator[Compiled]:
-    """Compiles programs for TPUs; yields them in order.
+    """Compiles programs for TPUs; yields them in order. As whatever starts processes, it is called below
+    `if __name__ == "__main__":`.
 
     Args:
       lower: traces the program of a number; pickled, since other processes call it.
