@@ -5,9 +5,10 @@
 
 Every program of the run is compiled for that topology, by the compiler that TPUs have, on this machine:
 prefill, the decode chunk of every bucket at its full width, scoring where updates need it, and the policy-
-gradient step; up to where memory is assigned, or with `--codegen` to the end. For each it prints what a device needs of HBM, what it computes and moves, and the larger of
-the two bounds that follow. As in the run, sampling reserves as many slots as the chip has room for. No
-weight is allocated, and of a model on the hub config.json alone is fetched.
+gradient step; up to where memory is assigned, or with `--codegen` to the end. For each it prints what a
+device needs of HBM, what it computes and moves, and the larger of the two bounds that follow. As in the run,
+sampling reserves as many slots as the chip has room for. No weight is allocated, and of a model on the hub
+config.json alone is fetched.
 
 An iteration is reckoned at its longest: every rollout draws all tokens that it may, every group has a
 gradient, and prompts are as long as the flags say. Reflection and evaluation are not in it; they sample
