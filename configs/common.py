@@ -17,11 +17,14 @@ def get_config() -> ConfigDict:
 
     c.model = ConfigDict()
     c.model.source = "smollm2"  # smollm2, a .gguf file, a folder of safetensors, or org/name on the hub
-    c.model.dtype = "bfloat16"  # KV cache and operands of products: float32 or bfloat16
-    c.model.param_dtype = "bfloat16"  # how frozen weights are stored; trained ones are float32 always
-    c.model.matmul_precision = "default"  # default (as dtype), highest, bfloat16 (operands; fast on CPU)
+    # Each "auto" becomes what suits the machine; the values are recorded, and a resumed run keeps them.
+    c.model.dtype = "auto"  # KV cache and operands of products: float32 or bfloat16
+    c.model.param_dtype = "auto"  # how frozen weights are stored; trained ones are float32 always
+    c.model.matmul_precision = (
+        "auto"  # default (as dtype), highest, or bfloat16 (operands of float32 products)
+    )
+    c.model.sampling_layout = "auto"  # stacked (all layers in one array) or unstacked (faster on CPUs)
     c.model.scan_layers = True  # one program for all layers, or one for each
-    c.model.slice_as_integers = False  # how scanned bfloat16 weights are read while sampling; True for CPUs
     c.model.remat = "full"  # or none, attention, products, rounded, offload; see models/config.py
     c.model.chat_template_kwargs = "{}"  # JSON, passed to the chat template: {"enable_thinking": false}
 

@@ -14,10 +14,6 @@ def get_config():
     c.num_iterations = 8
 
     c.model.source = "smollm2"
-    c.model.dtype = "float32"
-    c.model.param_dtype = "bfloat16"
-    c.model.matmul_precision = "bfloat16"
-    c.model.slice_as_integers = True
     c.lora.rank = 16
 
     c.data.train = "addition:digits=2,count=1000"

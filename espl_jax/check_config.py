@@ -16,7 +16,7 @@ from espl_jax.evolution.editors import EDITORS
 from espl_jax.evolution.ratings import SYSTEMS
 from espl_jax.evolution.schemas import blocks_schema, edits_schema
 from espl_jax.evolution.selection import STRATEGIES
-from espl_jax.models.config import MATMUL_PRECISIONS, REMATS
+from espl_jax.models.config import MATMUL_PRECISIONS, REMATS, SAMPLING_LAYOUTS
 from espl_jax.text.tool_calls import FORMATS
 
 MODES = ("espl", "rl", "evolution", "reflection")
@@ -38,9 +38,10 @@ LORA_TARGETS = ("query", "key", "value", "out", "gate", "up", "down", "head")
 
 _CHOICES = {
     "mode": MODES,
-    "model.dtype": ("float32", "bfloat16"),
-    "model.param_dtype": ("float32", "bfloat16"),
-    "model.matmul_precision": MATMUL_PRECISIONS,
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.param_dtype": ("auto", "float32", "bfloat16"),
+    "model.matmul_precision": ("auto", *MATMUL_PRECISIONS),
+    "model.sampling_layout": SAMPLING_LAYOUTS,
     "model.remat": REMATS,
     "environment.tool_format": ("auto", *FORMATS),
     "selection.strategy": tuple(STRATEGIES),

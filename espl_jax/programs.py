@@ -21,7 +21,7 @@ from espl_jax.models.config import DecoderConfig
 from espl_jax.models.transformer import Params, abstract
 from espl_jax.sampling import decode
 from espl_jax.sampling.buckets import bucket
-from espl_jax.sampling.generate import for_sampling
+from espl_jax.sampling.layout import for_sampling
 from espl_jax.sampling.problem_blocks import block_size
 from espl_jax.sampling.sizes import Sizes
 from espl_jax.sampling.truncation import HALVINGS, Truncation
@@ -139,7 +139,7 @@ def rollout_programs(
       stop_ids: how many tokens end a turn.
       every_bucket: all lengths of the chunks, or the shortest and the longest in the place of all.
     """
-    params, config = for_sampling(params, config)
+    params, config = for_sampling(params, config, mesh)
     lanes = lanes_of(c)
     rows = c.num_prompts * c.batch_size * c.group_size
     shape = (lanes, bucket(lengths.system))

@@ -40,7 +40,6 @@ SMOLLM2 = DecoderConfig(
     max_positions=8192,
     param_dtype="bfloat16",
     matmul_precision="bfloat16",
-    slice_as_integers=True,
 )
 
 

@@ -30,17 +30,11 @@ from experiments.bench.variants import (
     write_workload,
 )
 
-OURS = {
-    "dtype": "float32",
-    "param_dtype": "bfloat16",
-    "matmul_precision": "bfloat16",
-    "slice_as_integers": True,
-}
-
+OURS = dict.fromkeys(("dtype", "param_dtype", "matmul_precision"), "auto")
 
 VARIANTS = (
-    Variant("ours", "bf16 products, layers scanned", OURS),
-    Variant("ours", "bf16 products, layers unrolled", OURS | {"scan_layers": False}),
+    Variant("ours", "layers unstacked", OURS | {"sampling_layout": "unstacked"}),
+    Variant("ours", "layers stacked", OURS | {"sampling_layout": "stacked"}),
     Variant("transformers", "float32", {"dtype": "float32"}),
     Variant("transformers", "bfloat16", {"dtype": "bfloat16"}),
     Variant("tunix", "float32", {"dtype": "float32"}),

@@ -69,9 +69,9 @@ flags.DEFINE_string(
     'JSON for the chat template: {"enable_thinking": false}; what a run sets stays unless it is set here.',
 )
 flags.DEFINE_bool("show_thinking", None, "Grade thinking blocks too; by default as the run did, else not.")
-flags.DEFINE_enum("dtype", None, DTYPES, "KV cache and operands of products; float32 on CPUs.")
-flags.DEFINE_enum("param_dtype", None, DTYPES, "How weights are stored; bfloat16 unless given.")
-flags.DEFINE_enum("matmul_precision", None, MATMUL_PRECISIONS, "Operands of products; bfloat16 on CPUs.")
+flags.DEFINE_enum("dtype", None, DTYPES, "KV cache and operands of products; auto if not given.")
+flags.DEFINE_enum("param_dtype", None, DTYPES, "How weights are stored; auto if not given.")
+flags.DEFINE_enum("matmul_precision", None, MATMUL_PRECISIONS, "Operands of products; auto if not given.")
 flags.DEFINE_list("mesh", [], "Devices by axis: data=1,fsdp=-1,tensor=2. One may be -1; fsdp takes all.")
 flags.DEFINE_multi_string(
     "out", [], "New file: .json holds settings and results, .jsonl every rollout; both may be given."

@@ -21,22 +21,13 @@ from espl_jax.evaluate.cells import Cell, make_cells, show
 from espl_jax.evaluate.request import Request, naming
 from espl_jax.metrics import duration
 from espl_jax.pretrained import find_folder, hf_folder, load_pretrained, peft, smollm2
+from espl_jax.pretrained.numerics import AUTO, CHOSEN
 from espl_jax.rollout import Model, collect_rollouts, longest_problem, records
 from espl_jax.run_state import plain
 from espl_jax.sampling.truncation import Truncation
 from espl_jax.saved_run import check_run, is_run, read_config, read_run
 from espl_jax.task import make_environment
 from espl_jax.types import Problem, Rollouts, SystemPrompt
-
-ON_CPU = {
-    "dtype": "float32",
-    "param_dtype": "bfloat16",
-    "matmul_precision": "bfloat16",
-    "slice_as_integers": True,
-}
-"""Numerics that are fast there; products are summed in float32."""
-
-ON_ACCELERATORS = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
 
 
 def compare(request: Request) -> list[Cell]:
@@ -181,8 +172,7 @@ def load_model(source: str, mesh: jax.sharding.Mesh | None, numerics: Mapping[st
     """
     if is_run(source):
         return read_run(source, mesh, **numerics).model
-    suitable = ON_CPU if jax.default_backend() == "cpu" else ON_ACCELERATORS
-    return load_pretrained(source, mesh=mesh, **{**suitable, **numerics})
+    return load_pretrained(source, mesh=mesh, **dict.fromkeys(CHOSEN, AUTO) | dict(numerics))
 
 
 def with_settings_of_run(source: str, given: Mapping[str, Any]) -> dict[str, Any]:

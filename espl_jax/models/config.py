@@ -9,9 +9,10 @@ MATMUL_PRECISIONS = ("default", "highest", "bfloat16")
 ACTIVATIONS = ("silu", "gelu_tanh")
 REMATS = ("none", "attention", "products", "full", "rounded", "offload")
 PHASES = ("training", "sampling")
+SAMPLING_LAYOUTS = ("auto", "stacked", "unstacked")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 
-NUMERICS = ("dtype", "param_dtype", "matmul_precision", "scan_layers", "slice_as_integers", "remat")
+NUMERICS = ("dtype", "param_dtype", "matmul_precision", "scan_layers", "sampling_layout", "remat")
 """Fields of DecoderConfig that are ours to choose, whatever the checkpoint."""
 
 
@@ -95,7 +96,9 @@ class DecoderConfig:
         accelerators that would round them; `bfloat16` rounds operands (cotangents too) to bfloat16 and
         accumulates in float32, which is what is fast on CPUs with AMX.
       scan_layers: run layers in one `lax.scan` (small programs) or unrolled (faster on some machines).
-      slice_as_integers: while sampling, scan bfloat16 weights as 16-bit integers; faster on CPUs.
+      sampling_layout: of the layers' weights while sampling. `stacked` keeps one array per kind of weight;
+        `unstacked` gives each layer its own arrays, outputs first, which CPUs read without copying them. It
+        takes memory for a second copy, and longer to compile. `auto` unstacks on one CPU device.
       remat: what the backward pass recomputes of each layer, beside the layer's input, which is stored:
         `none`, `attention` (all but its result), `products` (all but the results of products with weights),
         `full`; `rounded`, which is `full` with the inputs stored in `dtype`, so that gradients are taken next
@@ -131,7 +134,7 @@ class DecoderConfig:
     param_dtype: str = "float32"
     matmul_precision: str = "default"
     scan_layers: bool = True
-    slice_as_integers: bool = False
+    sampling_layout: str = "auto"
     remat: str = "full"
     phase: str = "training"
     lora_scale: float = 1.0
@@ -152,6 +155,7 @@ class DecoderConfig:
             "activation": ACTIVATIONS,
             "remat": REMATS,
             "phase": PHASES,
+            "sampling_layout": SAMPLING_LAYOUTS,
             "dtype": ("float32", "bfloat16"),
             "param_dtype": ("float32", "bfloat16"),
         }

@@ -10,11 +10,11 @@ import numpy as np
 
 from espl_jax.memory import bytes_per_device
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.layers import as_integers
 from espl_jax.sampling import draw
 from espl_jax.sampling.answers import Answers, Place, Respond
 from espl_jax.sampling.constraint import Constraint
 from espl_jax.sampling.lanes import Lanes
+from espl_jax.sampling.layout import for_sampling
 from espl_jax.sampling.sizes import CHUNK, choose_sizes
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
 
@@ -196,7 +196,10 @@ def sample_tree(
     if context > config.max_positions:
         raise ValueError(f"context_limit={context}: the model was made for {config.max_positions} tokens")
     limits = row_limits(system_tokens, problem_tokens, max_new_tokens, keys.shape[:3], context)
-    params, config = for_sampling(params, config)
+    held = bytes_per_device(params) if held_bytes is None else held_bytes
+    params, config = for_sampling(params, config, mesh)
+    if config.sampling_layout == "unstacked":
+        held += bytes_per_device(params["layers"])
     most = int(np.max(max_new_tokens))
     stages = choose_sizes(
         config,
@@ -209,7 +212,7 @@ def sample_tree(
         turns=respond is not None,
         coarse=constraint is not None,
         max_rows=max_rows,
-        held=bytes_per_device(params) if held_bytes is None else held_bytes,
+        held=held,
         mesh=mesh,
     )
     lanes = Lanes(
@@ -267,14 +270,6 @@ def sample_tree(
     arrays = lanes.tokens, lanes.position, lanes.logprobs, lanes.untruncated_logprobs
     arrays = *arrays, truncated, lanes.cutoffs, lanes.drawn
     return Samples(*(x.reshape(*limits.shape, *x.shape[1:]) for x in arrays), lanes.row_steps)
-
-
-def for_sampling(params: Any, config: DecoderConfig) -> tuple[Any, DecoderConfig]:
-    """Params and config as `prefill` and `decode_chunk` are given them."""
-    if config.slice_as_integers and config.scan_layers:
-        # Outside the jitted functions: inside, the compiler would see through it.
-        params = params | {"layers": as_integers(params["layers"])}
-    return params, config.replace(remat="none", phase="sampling")
 
 
 def row_limits(

@@ -110,23 +110,36 @@ class TestEinsum:
         assert tiny.relative_error(out, expected) < (1e-2 if precision == "bfloat16" else 1e-6)
 
 
-class TestAsIntegers:
-    def test_only_bfloat16_weights_change(self):
-        params = tiny.params(tiny.CONFIG.replace(param_dtype="bfloat16"))
-        seen = layers.as_integers(params["layers"] | {"other": {"weight": jnp.ones(3)}})
-        assert seen["mlp"]["up"]["weight"].dtype == jnp.uint16
-        assert seen["mlp_norm"]["scale"].dtype == jnp.bfloat16
-        assert seen["other"]["weight"].dtype == jnp.float32
+class TestOutputsFirst:
+    """While sampling on a CPU: another order of axes and, for few rows, of the product."""
 
     @pytest.mark.parametrize("precision", ["default", "bfloat16"])
-    def test_products_are_the_same_bit_for_bit(self, precision):
-        config = tiny.CONFIG.replace(dtype="bfloat16", matmul_precision=precision)
-        x, weight = (jnp.asarray(a, jnp.bfloat16) for a in operands("td,df->tf"))
-        seen = layers.as_integers({"weight": weight})
-        np.testing.assert_array_equal(
-            layers.einsum("td,df->tf", x, seen, config),
-            layers.einsum("td,df->tf", x, {"weight": weight}, config),
+    @pytest.mark.parametrize("rows", [1, 5, 200])
+    @pytest.mark.parametrize("spec", ["td,dnh->tnh", "tnh,nhd->td", "td,df->tf"])
+    def test_multiplies_as_the_weight_does(self, spec, rows, precision):
+        config = tiny.CONFIG.replace(
+            phase="sampling", sampling_layout="unstacked", matmul_precision=precision, lora_scale=0.5
         )
+        _, weight = operands(spec)
+        left, right = spec.split("->")[0].split(",")
+        kept = [axis for axis, letter in enumerate(right) if letter not in left]
+        contracted = [axis for axis in range(len(right)) if axis not in kept]
+        sizes = dict(zip(right, weight.shape, strict=True)) | {"t": rows, "r": 3}
+        rng = np.random.default_rng(5)
+
+        def draw(letters):
+            return jnp.asarray(rng.normal(size=[sizes[letter] for letter in letters]), jnp.float32)
+
+        adapter = {
+            "lora_a": draw([right[axis] for axis in contracted] + ["r"]),
+            "lora_b": draw(["r"] + [right[axis] for axis in kept]),
+        }
+        x, transposed = draw(left), jnp.asarray(weight.transpose(kept + contracted))
+        out = layers.einsum(spec, x, {layers.OUTPUTS_FIRST: transposed} | adapter, config)
+        expected = layers.einsum(
+            spec, x, {"weight": jnp.asarray(weight)} | adapter, tiny.CONFIG.replace(lora_scale=0.5)
+        )
+        assert tiny.relative_error(out, expected) < (1e-2 if precision == "bfloat16" else 1e-6)
 
 
 def test_rms_norm_by_hand():

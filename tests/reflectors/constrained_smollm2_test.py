@@ -25,9 +25,7 @@ RULES = [
 
 @pytest.fixture(scope="module")
 def model():
-    return load_pretrained(
-        "smollm2", param_dtype="bfloat16", matmul_precision="bfloat16", slice_as_integers=True
-    )
+    return load_pretrained("smollm2", dtype="auto", param_dtype="auto", matmul_precision="auto")
 
 
 def shown(rules, letter="G"):

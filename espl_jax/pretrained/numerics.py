@@ -1,0 +1,69 @@
+"""Numerics that suit the machine: what "auto" stands for."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+
+from espl_jax.memory import device_memory
+from espl_jax.models.config import DecoderConfig
+from espl_jax.models.transformer import abstract
+
+AUTO = "auto"
+
+CHOSEN = ("dtype", "param_dtype", "matmul_precision", "sampling_layout")
+"""Fields of DecoderConfig that may be "auto"."""
+
+BFLOAT16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}
+"""What Linux calls the instructions of x86-64 and of Arm that multiply bfloat16 numbers."""
+
+SHARE = 0.25
+"""Part of a device's memory that float32 weights may take; their copy for sampling takes as much again."""
+
+
+def resolve(
+    given: Mapping[str, str],
+    decoder: Callable[[], DecoderConfig],
+    platform: str | None = None,
+    devices: int | None = None,
+) -> dict[str, str]:
+    """Returns the numerics with a value that suits the machine in place of every "auto".
+
+    TPUs and GPUs compute in bfloat16. CPUs compute in float32; those with bfloat16 instructions round the operands
+    of products to bfloat16 and store frozen weights so. Other CPUs would convert bfloat16 weights in every
+    product, so they store float32 where it fits.
+
+    Args:
+      given: values of some of `CHOSEN`.
+      decoder: reads the model's config; called only where its size matters.
+      platform: "cpu", "tpu" or "gpu"; that of the devices at hand by default.
+      devices: of the mesh; by default all at hand.
+    """
+    platform = platform or jax.default_backend()
+    cpu, fast = platform == "cpu", platform != "cpu" or multiplies_bfloat16()
+
+    def param_dtype() -> str:
+        if not fast:
+            size = sum(4 * math.prod(weight.shape) for weight in jax.tree.leaves(abstract(decoder())))
+            return "float32" if size < SHARE * device_memory() else "bfloat16"
+        return "bfloat16"
+
+    one = (devices or jax.device_count()) == 1
+    suitable: dict[str, Callable[[], str]] = {
+        "dtype": lambda: "float32" if cpu else "bfloat16",
+        "param_dtype": param_dtype,
+        "matmul_precision": lambda: "bfloat16" if cpu and fast else "default",
+        "sampling_layout": lambda: "unstacked" if cpu and one else "stacked",
+    }
+    return {name: suitable[name]() if value == AUTO else value for name, value in given.items()}
+
+
+def multiplies_bfloat16() -> bool:
+    """Returns whether this machine's CPU has instructions for products of bfloat16 numbers, as Linux says."""
+    cpuinfo = Path("/proc/cpuinfo")
+    words = set(re.findall(r"\w+", cpuinfo.read_text())) if cpuinfo.is_file() else set()
+    return bool(words & BFLOAT16_INSTRUCTIONS)
