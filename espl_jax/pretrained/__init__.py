@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from transformers import PreTrainedTokenizerBase
 
 from espl_jax import sharding
@@ -48,7 +49,7 @@ class Pretrained:
 
 
 def load_pretrained(
-    source: str | os.PathLike[str], dtype: str = "float32", mesh: Mesh | None = None, **numerics: Any
+    source: str | os.PathLike[str], dtype: DTypeLike = "float32", mesh: Mesh | None = None, **numerics: Any
 ) -> Pretrained:
     """Loads a model.
 
@@ -60,7 +61,7 @@ def load_pretrained(
         - a folder with a LoRA adapter in PEFT's format, which is attached to the base model that it names;
         - `org/name` or `org/name@revision`, such a folder on the Hugging Face hub. The files needed are
           fetched into the hub's own cache; a complete copy there needs no network.
-      dtype: KV cache and operands of products, `float32` or `bfloat16`.
+      dtype: KV cache and operands of products, float32 or bfloat16, as a name or a dtype of jax or numpy.
       mesh: devices that share the params, sharded by `espl_jax.sharding`; the default device when None.
       **numerics: other DecoderConfig fields of our own, such as `param_dtype` or `matmul_precision`.
 
@@ -99,7 +100,7 @@ def read_config(source: str | os.PathLike[str], **numerics: Any) -> DecoderConfi
     return hf_folder.described(find_folder(source, weights=False), **numerics)
 
 
-def _with_adapter(folder: Path, dtype: str, mesh: Mesh | None, **numerics: Any) -> Pretrained:
+def _with_adapter(folder: Path, dtype: DTypeLike, mesh: Mesh | None, **numerics: Any) -> Pretrained:
     """The base model of an adapter with the adapter attached and, if the folder has one, its tokenizer."""
     source = peft.base_of(folder)
     try:
@@ -151,7 +152,7 @@ def find_folder(source: str, weights: bool = True) -> Path:
         ) from error
 
 
-def _from_gguf(source: str, dtype: str, mesh: Mesh | None, **numerics: Any) -> Pretrained:
+def _from_gguf(source: str, dtype: DTypeLike, mesh: Mesh | None, **numerics: Any) -> Pretrained:
     if source == "smollm2":
         params, config, metadata = gguf_cache.unpack_cached(smollm2.find_gguf())
     else:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 from transformers import PreTrainedTokenizerFast
 
 from espl_jax.models import lora
-from espl_jax.models.config import DecoderConfig
+from espl_jax.models.config import DecoderConfig, dtype_name
 from espl_jax.models.transformer import Params, Weight, abstract
 from espl_jax.pretrained.hf_config import to_hf_config
 from espl_jax.pretrained.hf_names import by_path, names
@@ -30,7 +31,7 @@ def save_pretrained(
     tokenizer: PreTrainedTokenizerFast,
     system_prompt: SystemPrompt | str | None = None,
     *,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     max_shard_bytes: float = 5e9,
     generation: dict[str, Any] | None = None,
     model_card: str | None = None,
@@ -46,7 +47,8 @@ def save_pretrained(
       config: the decoder, with the `lora_scale` of the adapters.
       tokenizer: written beside.
       system_prompt: becomes the default system message of the chat template, and `system_prompt.txt`.
-      dtype: of the weights in the files, `float32` or `bfloat16`; by default that of `config.param_dtype`.
+      dtype: of the weights in the files, float32 or bfloat16, as a name or a dtype of jax or numpy; by
+        default that of `config.param_dtype`.
       max_shard_bytes: most bytes of weights in one file.
       generation: fields of generation_config.json beside the ids of special tokens.
       model_card: the text of README.md.
@@ -58,7 +60,7 @@ def save_pretrained(
         unknown, or the tokenizer without the chat template that a system prompt needs.
       OSError: if the disk is full.
     """
-    dtype = dtype or config.param_dtype
+    dtype = config.param_dtype if dtype is None else dtype_name(dtype)
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from espl_jax.models import transformer
-from espl_jax.pretrained import load_pretrained, smollm2
+from espl_jax.pretrained import load_pretrained, read_config, smollm2
 from espl_jax.pretrained.gguf import cache as gguf_cache
 from espl_jax.sharding import make_mesh
 from tests.pretrained.gguf.tiny_gguf import tiny_tensors
@@ -93,6 +93,11 @@ class TestLoadPretrained:
             np.testing.assert_array_equal(weight, expected.astype(jnp.bfloat16))
         tokens = model.tokenizer.encode("abcab")
         assert transformer.logits(model.params, model.config, jnp.array([tokens])).shape == (1, 2, 40)
+
+    def test_dtypes_as_jax_has_them(self, tiny):
+        model = load_pretrained(tiny, dtype=jnp.bfloat16, param_dtype=np.dtype("float32"))
+        assert (model.config.dtype, model.config.param_dtype) == ("bfloat16", "float32")
+        assert read_config(tiny, dtype=jnp.bfloat16) == model.config
 
     def test_a_mesh(self, tiny):
         alone, spread = load_pretrained(tiny), load_pretrained(tiny, mesh=make_mesh())
