@@ -103,6 +103,7 @@ def read_config(source: str | os.PathLike[str], **numerics: Any) -> DecoderConfi
 def _with_adapter(folder: Path, dtype: DTypeLike, mesh: Mesh | None, **numerics: Any) -> Pretrained:
     """The base model of an adapter with the adapter attached and, if the folder has one, its tokenizer."""
     source = peft.base_of(folder)
+    peft.read_settings(folder)  # what is wrong with them is said before gigabytes are read
     try:
         base = load_pretrained(source, dtype, mesh, **numerics)
     except OSError as error:  # no such file, no network, no access
