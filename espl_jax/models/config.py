@@ -65,6 +65,11 @@ class Rope:
                 f"rope scaling={self.scaling!r} needs original_positions, the length of the contexts that "
                 f"the model was first trained on; it is {self.original_positions}"
             )
+        if self.scaling == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor={self.low_freq_factor}: give one below high_freq_factor="
+                f"{self.high_freq_factor}"
+            )
 
     @property
     def reach(self) -> int:
