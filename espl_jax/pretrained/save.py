@@ -28,7 +28,7 @@ def save_pretrained(
     folder: str | os.PathLike[str],
     params: Params,
     config: DecoderConfig,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerFast | None,
     system_prompt: SystemPrompt | str | None = None,
     *,
     dtype: DTypeLike | None = None,
@@ -45,7 +45,7 @@ def save_pretrained(
       folder: appears whole or not at all; must be new or empty.
       params: with adapters attached or not; all leaves addressable by this process.
       config: the decoder, with the `lora_scale` of the adapters.
-      tokenizer: written beside.
+      tokenizer: written beside; None leaves it out.
       system_prompt: becomes the default system message of the chat template, and `system_prompt.txt`.
       dtype: of the weights in the files, float32 or bfloat16, as a name or a dtype of jax or numpy; by
         default that of `config.param_dtype`.
@@ -63,11 +63,14 @@ def save_pretrained(
     dtype = config.param_dtype if dtype is None else dtype_name(dtype)
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids, padding = {}, {}
+    if tokenizer is not None:
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        padding = {"pad_token_id": pad}
     # Older readers know the dtype as torch_dtype.
     described = {**to_hf_config(config), **ids, "dtype": dtype, "torch_dtype": dtype}
-    generating = {**ids, "pad_token_id": pad, **(generation or {})}
+    generating = {**ids, **padding, **(generation or {})}
     tensors = _tensors(params, config)
     with new_folder(folder) as unfinished:
         for name, fields in {"config": described, "generation_config": generating}.items():

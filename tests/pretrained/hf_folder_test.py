@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import subprocess
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from espl_jax.pretrained import Pretrained, hf_folder, load_pretrained
+from espl_jax.pretrained.save import save_pretrained
 from espl_jax.sharding import make_mesh
 from tests import fakes, families, tiny
 
@@ -281,7 +283,34 @@ class TestTokenizer:
             load_pretrained(folder)
         (folder / "tokenizer.json").unlink()
         with pytest.raises(FileNotFoundError, match=r"has no tokenizer \(none of tokenizer\.json"):
-            load_pretrained(folder)
+            _ = load_pretrained(folder).tokenizer
+
+    def test_weights_and_config_alone(self, folder, llama, tmp_path_factory):
+        """They load, and are saved again; only what needs a tokenizer asks for it."""
+        for path in folder.iterdir():
+            if path.name not in ("config.json", "model.safetensors"):
+                path.unlink()
+        edit_json(folder / "config.json", eos_token_id=5)
+        model = load_pretrained(folder)
+        jax.tree.map(np.testing.assert_array_equal, model.params, families.our_params(llama, model.config))
+        assert model.stop_ids == (5,)
+        for asked in (model, dataclasses.replace(model, params={})):
+            with pytest.raises(
+                FileNotFoundError, match=f"{folder} has no tokenizer .*; copy that of the model"
+            ):
+                _ = asked.tokenizer
+        again = tmp_path_factory.mktemp("again")
+        save_pretrained(
+            again, model.params, model.config, None, model_card="# A", generation=model.generation
+        )
+        assert sorted(path.name for path in again.iterdir()) == [
+            *("README.md", "config.json", "generation_config.json", "model.safetensors")
+        ]
+        back = load_pretrained(again)
+        jax.tree.map(np.testing.assert_array_equal, back.params, model.params)
+        assert (back.config, back.stop_ids) == (model.config, (5,))
+        with pytest.raises(ValueError, match="tokenizer=None: a system prompt needs"):
+            save_pretrained(tmp_path_factory.mktemp("b"), model.params, model.config, None, "Add.")
 
     def test_a_template_in_a_file_of_its_own(self, folder):
         (folder / "chat_template.jinja").unlink(missing_ok=True)

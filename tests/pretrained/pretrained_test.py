@@ -114,6 +114,15 @@ class TestLoadPretrained:
     def test_stop_ids(self, tiny):
         assert load_pretrained(tiny).stop_ids == (0,)
 
+    @pytest.mark.parametrize("kind", [None, "none", "no_vocab"])
+    def test_a_file_without_a_tokenizer(self, write_gguf, kind):
+        """As llama.cpp converts without the vocabulary."""
+        path = write_gguf(tiny_tensors(np.random.default_rng(0)), vocabulary=False, tokenizer=kind)
+        model = load_pretrained(path)
+        assert model.params["embedding"]["weight"].shape == (40, 32) and model.stop_ids == ()
+        with pytest.raises(FileNotFoundError, match=r"tiny\.gguf has no tokenizer"):
+            _ = model.tokenizer
+
     def test_unknown_numerics_are_refused(self, tiny):
         with pytest.raises(ValueError, match="dtype='float64' is unknown"):
             load_pretrained(tiny, dtype="float64")
