@@ -22,6 +22,7 @@ from espl_jax.pretrained.gguf import cache as gguf_cache
 from espl_jax.pretrained.gguf.config import config_from_gguf
 from espl_jax.pretrained.gguf.file import open_gguf
 from espl_jax.pretrained.gguf.tokenizer import has_tokenizer, stop_ids_from_metadata, tokenizer_from_metadata
+from espl_jax.pretrained.vocabulary import check_vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,8 @@ def load_pretrained(
         not in a format that is read.
       PermissionError: if a repository of the hub is gated, or refuses the access token.
       ConnectionError: if the hub is needed and cannot be reached.
-      ValueError: for a model that cannot be read as this decoder, or a damaged file.
+      ValueError: for a model that cannot be read as this decoder, a damaged file, or a tokenizer whose
+        tokens are not in the model's vocabulary.
     """
     source = os.fspath(source)
     if source == "smollm2" or source.endswith(".gguf"):
@@ -93,7 +95,8 @@ def load_pretrained(
     config = hf_folder.read_config(folder, dtype=dtype, **numerics)
     # The small files first: what is wrong with them is known before gigabytes are read.
     tokenizer, generation = _tokenizer_of(folder, config.family), hf_folder.read_generation(folder)
-    return Pretrained(hf_folder.read_params(folder, config, mesh), config, tokenizer, generation)
+    model = _checked(folder, Pretrained({}, config, tokenizer, generation))
+    return dataclasses.replace(model, params=hf_folder.read_params(folder, config, mesh))
 
 
 def read_config(source: str | os.PathLike[str], **numerics: Any) -> DecoderConfig:
@@ -122,15 +125,23 @@ def _with_adapter(folder: Path, dtype: DTypeLike, mesh: Mesh | None, **numerics:
         raise type(error)(
             f"{folder} is an adapter, and its base model {source} cannot be had: {error}"
         ) from error
+    if hf_folder.has_tokenizer(folder):
+        tokenizer = hf_folder.read_tokenizer(folder, base.config.family)
+        base = _checked(folder, dataclasses.replace(base, loaded_tokenizer=tokenizer))
     adapters, lora_scale = peft.load_adapter(folder, base.config, mesh)
     return dataclasses.replace(
         base,
         params=lora.attach(base.params, adapters),
         config=base.config.replace(lora_scale=lora_scale),
-        loaded_tokenizer=hf_folder.read_tokenizer(folder, base.config.family)
-        if hf_folder.has_tokenizer(folder)
-        else base.loaded_tokenizer,
     )
+
+
+def _checked(source: str | Path, model: Pretrained) -> Pretrained:
+    """The model, if its tokens are in its vocabulary; see `check_vocabulary`."""
+    tokenizer = model.loaded_tokenizer
+    tokenizer = None if isinstance(tokenizer, FileNotFoundError) else tokenizer
+    check_vocabulary(str(source), tokenizer, model.config.vocab_size, model.stop_ids)
+    return model
 
 
 def _tokenizer_of(folder: Path, family: str) -> PreTrainedTokenizerBase | FileNotFoundError:
@@ -189,4 +200,4 @@ def _from_gguf(source: str, dtype: DTypeLike, mesh: Mesh | None, **numerics: Any
         why = f"{source} has no tokenizer (tokenizer.ggml.model); convert it anew with the model's vocabulary"
         return Pretrained(params, config, FileNotFoundError(why))
     generation = {"eos_token_id": list(stop_ids_from_metadata(metadata))}
-    return Pretrained(params, config, tokenizer_from_metadata(metadata), generation)
+    return _checked(source, Pretrained(params, config, tokenizer_from_metadata(metadata), generation))

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import re
@@ -10,9 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM
 
+from espl_jax.models import transformer
 from espl_jax.pretrained import Pretrained, hf_folder, load_pretrained
+from espl_jax.pretrained.peft import save_adapter
 from espl_jax.pretrained.save import save_pretrained
 from espl_jax.sharding import make_mesh
 from tests import fakes, families, tiny
@@ -25,6 +29,7 @@ def llama():
     """A tiny Llama of transformers, tied."""
     hf_config = families.draw_hf_config("llama", 1)
     hf_config.update({"tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False})
+    hf_config.update({"vocab_size": fakes.CONFIG.vocab_size})  # the tokenizer's
     return families.torch_model(hf_config, 0)
 
 
@@ -331,6 +336,74 @@ class TestTokenizer:
         (folder / "vocab.json").write_text("{}")
         with pytest.raises(ValueError, match=r"custom code.*, which is never run: save it anew"):
             load_pretrained(folder)
+
+
+class TestVocabulary:
+    """Tokens past the embedding, of 259 rows."""
+
+    def add(self, folder, *tokens, **changes):
+        tokenizer = copy.deepcopy(fakes.tokenizer())
+        tokenizer.add_tokens(list(tokens))
+        for name, value in changes.items():
+            setattr(tokenizer, name, value)
+        for path in folder.glob("*token*"):
+            path.unlink()
+        tokenizer.save_pretrained(folder)
+
+    END, PAD = AddedToken("<|end|>", special=True), AddedToken("[PAD]", special=True)
+
+    def test_that_the_template_writes(self, folder):
+        self.add(folder, self.PAD, self.END, chat_template=fakes.TEMPLATE.replace("<|im_end|>", "<|end|>"))
+        with pytest.raises(
+            ValueError, match=rf"{folder}: .*'<\|end\|>' has id 260, past .* vocab_size=259, .*template"
+        ):
+            load_pretrained(folder)
+
+    def test_that_the_template_puts_together(self, folder):
+        self.add(
+            folder, AddedToken("<user>", special=True), chat_template="{{ '<' + messages[0].role + '>a' }}"
+        )
+        with pytest.raises(ValueError, match="'<user>' has id 259"):
+            load_pretrained(folder)
+
+    def test_that_texts_contain(self, folder):
+        self.add(folder, "<think>")
+        with pytest.raises(
+            ValueError, match=r"'<think>' has id 259, .*any text may contain it; take the tokenizer"
+        ):
+            load_pretrained(folder)
+
+    @pytest.mark.parametrize("place", ["generation_config.json", "config.json"])
+    def test_that_end_replies(self, folder, place):
+        self.add(folder, self.END)
+        (folder / "generation_config.json").write_text("{}")
+        edit_json(folder / place, eos_token_id=[257, 259])
+        with pytest.raises(
+            ValueError, match=r"eos_token_id=259 \('<\|end\|>'\) is outside .* vocab_size=259"
+        ):
+            load_pretrained(folder)
+        for path in folder.glob("*token*"):
+            path.unlink()
+        with pytest.raises(ValueError, match="eos_token_id=259 is outside"):
+            load_pretrained(folder)
+
+    def test_that_nothing_brings_are_let_pass(self, folder):
+        """Gemma 3 1B's tokenizer has one for images; many have a padding token that somebody added."""
+        self.add(folder, self.PAD)
+        model = load_pretrained(folder)
+        ids = model.tokenizer.encode("a[PAD]")
+        assert ids[-1] == 259
+        with pytest.raises(ValueError, match="tokens: token id 259 is outside the model's vocabulary"):
+            transformer.logits(model.params, model.config, jnp.array([ids]))
+
+    def test_of_an_adapters_own_tokenizer(self, folder, tmp_path_factory):
+        base = load_pretrained(folder)
+        adapter = tmp_path_factory.mktemp("adapters") / "a"
+        save_adapter(adapter, tiny.adapters(base.config), base.config, base.tokenizer, base=str(folder))
+        assert load_pretrained(adapter).config.lora_scale == 1.0
+        self.add(adapter, self.END, chat_template="<|end|>{{ messages[0].content }}")
+        with pytest.raises(ValueError, match=rf"{adapter}: the tokenizer's '<\|end\|>' has id 259"):
+            load_pretrained(adapter)
 
 
 class TestStopIds:

@@ -123,6 +123,15 @@ class TestLoadPretrained:
         with pytest.raises(FileNotFoundError, match=r"tiny\.gguf has no tokenizer"):
             _ = model.tokenizer
 
+    def test_a_vocabulary_longer_than_the_embedding(self, write_gguf):
+        tensors = tiny_tensors(np.random.default_rng(0))
+        for name in ("token_embd.weight", "output.weight"):
+            tensors[name] = tensors[name][:32]
+        with pytest.raises(
+            ValueError, match=r"tiny\.gguf: the tokenizer's 'Ġ' has id 32, past .* vocab_size=32"
+        ):
+            load_pretrained(write_gguf(tensors))
+
     def test_unknown_numerics_are_refused(self, tiny):
         with pytest.raises(ValueError, match="dtype='float64' is unknown"):
             load_pretrained(tiny, dtype="float64")
