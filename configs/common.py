@@ -182,4 +182,4 @@ def get_config() -> ConfigDict:
     c.checkpoint_keep = 2  # checkpoints kept
     c.compilation_cache = "~/.cache/espl_jax/xla"  # compiled programs, kept between runs; empty for none
     c.profile_iteration = 0  # iteration to write a profile of, to <workdir>/profile; 0 for none
-    return c
+    return c.lock()  # a run's file that sets a field by a wrong name is refused

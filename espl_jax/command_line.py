@@ -3,13 +3,100 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import re
+import runpy
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+
+def define_config() -> flags.FlagHolder[ConfigDict]:
+    """Defines `--config=FILE.py` or `--config=FILE.py:PRESET`, whose fields `--config.field=value` sets."""
+    holder = config_flags.DEFINE_config_file("config", None, "File of the run's configuration.")
+    flags.FLAGS["config"].parser = _ConfigFile()
+    return holder
+
+
+class _ConfigFile(flags.ArgumentParser):
+    """Ends the command with one sentence for a file that is of no use.
+
+    The library's own parser answers with tracebacks, or with an object that raises when it is read.
+    """
+
+    def parse(self, argument: str) -> ConfigDict:
+        """The configuration."""
+        try:
+            return read_config_file(argument)
+        except ValueError as error:
+            sys.exit(f"--config={argument}: {error}")
+
+    def flag_type(self) -> str:
+        """What help calls it."""
+        return "config file"
+
+
+def read_config_file(argument: str) -> ConfigDict:
+    """Runs a configuration file.
+
+    Args:
+      argument: `FILE.py`, or `FILE.py:PRESET` for a file whose `get_config` takes one.
+
+    Returns:
+      What `get_config` returns, locked.
+
+    Raises:
+      ValueError: if there is no such file, its code fails, or it has no `get_config` that fits.
+    """
+    file, *preset = argument.split(":", 1)
+    if not Path(file).is_file():
+        what = "this is a folder" if file and Path(file).is_dir() else "there is no such file"
+        raise ValueError(f"{what}; {_config_files(Path(file))}")
+    with _faults_of(file):
+        get_config = runpy.run_path(file).get("get_config")
+    if get_config is None:
+        raise ValueError("the file has no get_config; define one that returns a ConfigDict")
+    try:
+        inspect.signature(get_config).bind(*preset)
+    except TypeError as error:
+        fix = f"leave out :{preset[0]}" if preset else f"name a preset, --config={file}:PRESET"
+        raise ValueError(f"get_config does not take what is given ({error}); {fix}") from error
+    with _faults_of(file):
+        config = get_config(*preset)
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"get_config returns {config!r}; return a ConfigDict, as configs/hmmt.py does")
+    return config.lock()
+
+
+def _config_files(missing: Path) -> str:
+    """Which configuration files there are in the folder of one that is missing, or else in configs/."""
+    for folder in (missing, missing.parent, Path("configs")):
+        files = [file for file in folder.glob("*.py") if file.name != "common.py"]
+        if names := sorted(
+            file.name for file in files if "def get_config(" in file.read_text("utf-8", "replace")
+        ):
+            return f"{folder}/ has {', '.join(names)}"
+    return "give the path of a .py file that defines get_config"
+
+
+@contextlib.contextmanager
+def _faults_of(file: str) -> Iterator[None]:
+    """Raises ValueError for whatever the file's code raises, with the line of the file that it came from."""
+    try:
+        yield
+    except Exception as error:
+        lines = [
+            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file
+        ]
+        said, where = " ".join(str(error).split()), f"line {lines[-1]}" if lines else "this file"
+        if isinstance(error, SyntaxError):
+            said, where = error.msg, f"{error.filename}, line {error.lineno}"
+        raise ValueError(f"{where}: {type(error).__name__}: {said}; correct the file") from error
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -26,8 +113,6 @@ def parse_flags(argv: list[str]) -> list[str]:
         given = [arg.split("=")[0].lstrip("-") for arg in argv if arg.lstrip("-").startswith("config.")]
         named = [field for field in given if unknown in field.split(".")] or given
         sys.exit(f"{' or '.join(named)}: there is no such field; configs/common.py lists all of them")
-    except OSError as error:
-        sys.exit(str(error))
 
 
 def _every_split(arg: str) -> list[str]:

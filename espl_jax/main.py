@@ -5,14 +5,11 @@ from __future__ import annotations
 import sys
 
 from absl import app, flags
-from ml_collections import config_flags
 
 from espl_jax import command_line
 from espl_jax.check_config import check_config
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "File of the run's configuration.", lock_config=True
-)
+_CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command resumes it.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show one problem, one answer, shapes and memory, and stop.")
 _COORDINATOR = flags.DEFINE_string(
@@ -32,7 +29,7 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     try:
         check_config(config)
-    except (ValueError, OSError) as error:  # OSError: there is no such configuration file
+    except ValueError as error:
         sys.exit(str(error))
     if not _WORKDIR.value and not _DRY_RUN.value:
         sys.exit("--workdir is missing: name a folder for checkpoints, logs and results")

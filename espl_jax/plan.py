@@ -33,7 +33,6 @@ from espl_jax import tpu_compiler  # isort: skip; before jax is imported
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from ml_collections import config_flags
 
 from espl_jax import command_line, pretrained, programs, sharding
 from espl_jax.assemble import lanes_of, make_optimizer_of, numerics
@@ -45,9 +44,7 @@ from espl_jax.programs import Lengths, Program
 from espl_jax.sampling.sizes import Sizes, choose_sizes, describe
 from espl_jax.tpu_compiler import Compiled
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "File of the run's configuration.", lock_config=True
-)
+_CONFIG = command_line.define_config()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "The slice, e.g. v5e:4x4, v5p:2x2x2, v6e:2x4.")
 _SYSTEM = flags.DEFINE_integer("system_tokens", 1024, "Tokens of the longest system prompt.")
 _PROBLEM = flags.DEFINE_integer(
@@ -365,7 +362,7 @@ def main(argv: list[str]) -> None:
     try:
         check_config(c, files=False)
         find_chip(topology)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         sys.exit(str(error))
     lengths = Lengths(_SYSTEM.value, _PROBLEM.value, c.sampling.max_new_tokens)
     with command_line.without_traceback():

@@ -1,8 +1,11 @@
 """The command line: what cannot run is refused in a sentence, before anything is loaded."""
 
+import re
+
 import pytest
 
-from tests.conftest import run_module
+from espl_jax.command_line import read_config_file
+from tests.conftest import ROOT, run_module
 from tests.devices import xla_flags
 
 
@@ -38,11 +41,71 @@ def test_refused_before_anything_is_loaded(args, message, no_jax, tmp_path):
     assert not workdir.exists()
 
 
-def test_a_config_file_that_is_not_there(no_jax):
-    for args in ([], ["--config.batch_size=4"]):
-        done = run(*args, config="configs/none.py", PYTHONPATH=no_jax)
-        assert done.returncode == 1 and "configs/none.py" in done.stderr
-        assert "Traceback" not in done.stderr
+CONFIGS = "configs/ has aime.py, dapo.py, gsm8k.py, hmmt.py, quickstart.py, search.py"
+
+
+@pytest.mark.parametrize("command", ["main", "plan"])
+def test_a_config_file_that_is_not_there(command, no_jax):
+    """Said in one sentence by every command, whatever else is given."""
+    path = no_jax if command == "main" else ""
+    config = "--config=configs/none.py"
+    done = run_module(f"espl_jax.{command}", config, "--config.batch_size=4", PYTHONPATH=path)
+    assert done.returncode == 1
+    assert done.stderr == f"{config}: there is no such file; {CONFIGS}\n"
+
+
+class TestConfigFiles:
+    @pytest.fixture(autouse=True)
+    def from_the_root(self, monkeypatch):
+        monkeypatch.chdir(ROOT)
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            ("configs/hmm.py", f"there is no such file; {CONFIGS}"),
+            ("confgis/hmmt.py", f"there is no such file; {CONFIGS}"),
+            ("configs", f"this is a folder; {CONFIGS}"),
+            ("", f"there is no such file; {CONFIGS}"),
+            (
+                "configs/hmmt.py:small",
+                "does not take what is given (too many positional arguments); leave out :small",
+            ),
+            ("LICENSE", "LICENSE, line 2: IndentationError: unexpected indent; correct the file"),
+        ],
+    )
+    def test_that_cannot_be_used(self, config, message):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            read_config_file(config)
+
+    @pytest.mark.parametrize(
+        ("code", "preset", "message"),
+        [
+            ("def get_config(:", "", "own.py, line 2: SyntaxError: invalid syntax; correct the file"),
+            ("import nowhere", "", "line 2: ModuleNotFoundError: No module named 'nowhere'"),
+            ("def get_config(name):\n    return {'a': 1}[name]", ":b", "line 3: KeyError: 'b'"),
+            ("def get_config(name): ...", "", "'name'); name a preset, --config="),
+            ("def get_config(): ...", "", "get_config returns None; return a ConfigDict"),
+            ("get_confg = 1", "", "the file has no get_config; define one"),
+            (
+                "def get_config():\n    c = common.get_config()\n    c.optimizer.lr = 1",
+                "",
+                'line 4: AttributeError: \'Key "lr" does not exist',
+            ),
+        ],
+    )
+    def test_of_ones_own(self, code, preset, message, tmp_path):
+        path = tmp_path / "own.py"
+        path.write_text(f"from configs import common\n{code}\n")
+        with pytest.raises(ValueError, match=re.escape(message)):
+            read_config_file(f"{path}{preset}")
+
+    def test_a_preset(self, tmp_path):
+        path = tmp_path / "own.py"
+        path.write_text(
+            "from ml_collections import ConfigDict\nget_config = lambda n='1': ConfigDict({'n': n})"
+        )
+        assert read_config_file(str(path)).n == "1"
+        assert read_config_file(f"{path}:a:b").n == "a:b"
 
 
 def test_what_only_loading_finds_out_is_said_without_a_traceback(tmp_path):

@@ -8,8 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jax.typing import DTypeLike
+
 from espl_jax.assemble import trains
 from espl_jax.export.model_card import hub_name, model_card, serve_adapter
+from espl_jax.models.config import dtype_name
 from espl_jax.pretrained.new_folder import check_free
 from espl_jax.pretrained.peft import save_adapter
 from espl_jax.pretrained.save import save_pretrained
@@ -26,7 +29,7 @@ def export(
     *,
     format: str = "merged",
     prompt: str = "deployed",
-    dtype: str = "bfloat16",
+    dtype: DTypeLike = "bfloat16",
     base: str = "",
     say: Callable[[str], None] = print,
 ) -> None:
@@ -38,7 +41,8 @@ def export(
       format: `merged`, whole weights for transformers and the servers that read its folders; `adapter`, the
         LoRA adapters alone, for PEFT.
       prompt: `deployed`, `root`, or the id of a member of the population.
-      dtype: of merged weights, `float32` or `bfloat16`; adapters are float32.
+      dtype: of merged weights, float32 or bfloat16, as a name or a dtype of jax or numpy; adapters are
+        float32.
       base: what others call the model that the run began with; by default `model.source`.
       say: shows a line of progress.
 
@@ -47,6 +51,7 @@ def export(
       FileNotFoundError: if there is no run, no checkpoint yet, or its model is gone.
       ValueError: for an unknown prompt or format, adapters of a run that has none, or damaged files.
     """
+    dtype = dtype_name(dtype)
     for name, value, choices in (("format", format, FORMATS), ("dtype", dtype, tuple(DTYPES_WRITTEN))):
         if value not in choices:
             raise ValueError(f"{name}={value!r}: choose one of {', '.join(choices)}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 MATMUL_PRECISIONS = ("default", "highest", "bfloat16")
 ACTIVATIONS = ("silu", "gelu_tanh")
 REMATS = ("none", "attention", "products", "full", "rounded", "offload")
@@ -14,6 +16,17 @@ ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 
 NUMERICS = ("dtype", "param_dtype", "matmul_precision", "scan_layers", "sampling_layout", "remat")
 """Fields of DecoderConfig that are ours to choose, whatever the checkpoint."""
+
+
+def dtype_name(dtype: Any) -> Any:
+    """The name of a dtype that is given as jax or numpy have it (`jnp.bfloat16`, `np.dtype("float32")`, an
+    array's `dtype`). Names, and what is no dtype, come back as they are."""
+    if dtype is None or isinstance(dtype, str):
+        return dtype
+    try:
+        return np.dtype(dtype).name
+    except TypeError:
+        return dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +66,11 @@ class Rope:
                 f"rope scaling={self.scaling!r} needs original_positions, the length of the contexts that "
                 f"the model was first trained on; it is {self.original_positions}"
             )
+        if self.scaling == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor={self.low_freq_factor}: give one below high_freq_factor="
+                f"{self.high_freq_factor}"
+            )
 
     @property
     def reach(self) -> int:
@@ -90,8 +108,9 @@ class DecoderConfig:
       max_positions: longest sequence the model was made for, in tokens.
       family: whose names and layout checkpoints carry, on the way in and out.
       dtype: KV cache and operands of products, `float32` or `bfloat16`. The residual stream is float32 in
-        both: rounded in every layer, it would set sampler and trainer 0.03 nats a token apart.
-      param_dtype: how weights are stored.
+        both: rounded in every layer, it would set sampler and trainer 0.03 nats a token apart. A dtype of jax
+        or numpy becomes its name.
+      param_dtype: how weights are stored; likewise.
       matmul_precision: `default` multiplies in `dtype`; `highest` asks for full float32 products on
         accelerators that would round them; `bfloat16` rounds operands (cotangents too) to bfloat16 and
         accumulates in float32, which is what is fast on CPUs with AMX.
@@ -140,6 +159,8 @@ class DecoderConfig:
     lora_scale: float = 1.0
 
     def __post_init__(self):
+        for field in ("dtype", "param_dtype"):
+            object.__setattr__(self, field, dtype_name(getattr(self, field)))
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "

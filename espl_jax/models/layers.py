@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from espl_jax import sharding
 from espl_jax.models.config import DecoderConfig
@@ -26,6 +27,34 @@ FEW_ROWS = range(2, 65)
 """Numbers of rows for which XLA's CPU backend multiplies weight by rows faster than rows by weight."""
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+
+
+def check_ids(name: str, ids: Any, config: DecoderConfig, lengths: Any = None) -> None:
+    """Refuses token ids outside the vocabulary where their values are known: for those a gather would read
+    another token's row. Nothing is known while a function is traced, nor of arrays spread over processes.
+
+    Args:
+      name: what to call the ids in the error.
+      ids: int [...], or [R, T] with lengths.
+      config: the decoder.
+      lengths: int [R], how many of each row are tokens; all of them by default.
+
+    Raises:
+      ValueError: naming the first such id.
+    """
+    given = ids if lengths is None else (ids, lengths)
+    for x in jax.tree.leaves(given):
+        if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+            return
+    values = np.asarray(ids)
+    wrong = (values < 0) | (values >= config.vocab_size)
+    if lengths is not None:
+        wrong &= np.arange(values.shape[1]) < np.asarray(lengths)[:, None]
+    if wrong.any():
+        raise ValueError(
+            f"{name}: token id {int(values[wrong][0])} is outside the model's vocabulary, "
+            f"vocab_size={config.vocab_size}; give ids from 0 to {config.vocab_size - 1}"
+        )
 
 
 def einsum(

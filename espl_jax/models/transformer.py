@@ -164,8 +164,10 @@ def forward(
       Values at padding are finite and meaningless.
 
     Raises:
-      ValueError: if the nodes do not divide among those of a level above.
+      ValueError: if the nodes do not divide among those of a level above, or a token that is known is not in
+        the vocabulary.
     """
+    layers.check_ids("tokens", tokens, config, lengths)
     nodes, steps = tokens.shape
     if lengths is None:
         lengths = jnp.full(nodes, steps, jnp.int32)
@@ -396,6 +398,9 @@ def unembed(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Arr
 
 
 def logits(params: Params, config: DecoderConfig, tokens: jax.Array) -> jax.Array:
-    """Next-token logits of plain sequences, causal. int32 [B, T] -> float32 [B, T, V]."""
+    """Next-token logits of plain sequences, causal. int32 [B, T] -> float32 [B, T, V].
+
+    Raises ValueError as `forward`.
+    """
     hidden, _ = forward(params, config, tokens)
     return unembed(params, config, hidden)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from espl_jax.models.config import NUMERICS, DecoderConfig, Rope
@@ -228,10 +229,26 @@ def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _windows(c: _Fields, family: str) -> tuple[int, ...]:
-    window, layers = c.get("sliding_window"), c["num_hidden_layers"]
-    if not window or (family.startswith("qwen") and not c.get("use_sliding_window")) or family == "llama":
+    if family == "llama":
         return ()
-    if kinds := c.get("layer_types"):
+    window, layers, kinds = c.get("sliding_window"), c["num_hidden_layers"], c.get("layer_types") or ()
+    if family.startswith("qwen") and not c.get("use_sliding_window"):
+        window = None
+    if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
+        raise ValueError(
+            f"layer_types names {', '.join(sorted(unknown))}, which is not supported; supported: "
+            "full_attention, sliding_attention"
+        )
+    if kinds and len(kinds) != layers:
+        raise ValueError(f"layer_types has {len(kinds)} entries for num_hidden_layers={layers}; give as many")
+    if "sliding_attention" in kinds and not window:
+        raise ValueError(
+            "sliding_window is missing, or switched off by use_sliding_window, but layer_types names "
+            "sliding_attention; correct one of them in config.json"
+        )
+    if not window:
+        return ()
+    if kinds:
         local = [kind == "sliding_attention" for kind in kinds]
     elif family == "gemma3":
         local = [bool((i + 1) % c["sliding_window_pattern"]) for i in range(layers)]
@@ -244,48 +261,116 @@ def _ropes(c: _Fields, gemma: bool) -> tuple[Rope, Rope | None]:
     """RoPE of the model and, for Gemma 3, of its layers with a window, from any of three spellings:
     `rope_parameters` (by kind of layer for Gemma), or `rope_theta` with or without `rope_scaling`."""
     positions = c["max_position_embeddings"]
-    given = c.get("rope_parameters") or {}
-    scaling = c.get("rope_scaling") or {}
+    given, scaling = c.get("rope_parameters") or {}, c.get("rope_scaling") or {}
+    for name, value in (("rope_parameters", given), ("rope_scaling", scaling)):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name}={value!r} is no JSON object; take config.json of the original model")
+    # Where older files have them; transformers looks there too.
+    beside = (
+        {}
+        if c.get("partial_rotary_factor") is None
+        else {"partial_rotary_factor": c["partial_rotary_factor"]}
+    )
     if not gemma:
-        return _rope({"rope_theta": c.get("rope_theta") or 10_000.0, **scaling, **given}, positions), None
-    full = {"rope_theta": c.get("rope_theta") or 1e6, **scaling, **(given.get("full_attention") or {})}
-    # transformers looks for this one beside the kinds of layers, and not within them.
-    full["truncate"] = given.get("truncate", True)
+        rope = {"rope_theta": c.get("rope_theta") or 10_000.0, **beside, **scaling, **given}
+        if c.get("original_max_position_embeddings") and _kind(rope) in ("llama3", "yarn"):
+            rope["original_max_position_embeddings"] = c["original_max_position_embeddings"]
+        return _rope(rope, positions), None
+    _warn_unknown("rope_parameters", given.keys() - {"full_attention", "sliding_attention", "truncate"})
+    full = {
+        "rope_theta": c.get("rope_theta") or 1e6,
+        **beside,
+        **scaling,
+        **(given.get("full_attention") or {}),
+    }
+    if _kind(full) == "yarn":
+        # transformers looks for this one beside the kinds of layers, and not within them.
+        full["truncate"] = given.get("truncate", True)
     local = {
         "rope_theta": c.get("rope_local_base_freq") or 10_000.0,
+        **beside,
         **(given.get("sliding_attention") or {}),
     }
     return _rope(full, positions), _rope(local, positions)
 
 
+_ROPE_NEEDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+"""Kinds of RoPE that are computed, and what the parameters of each have to say."""
+
+_ROPE_ALSO = {
+    "llama3": ("original_max_position_embeddings",),
+    "yarn": (
+        *("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
+        *("mscale", "mscale_all_dim", "truncate"),
+    ),
+}
+"""What else they may say."""
+
+
+def _kind(p: Mapping[str, Any]) -> str:
+    return p.get("rope_type") or p.get("type") or "default"
+
+
 def _rope(p: dict[str, Any], max_positions: int) -> Rope:
-    kind = p.get("rope_type") or p.get("type") or "default"
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        raise ValueError(f"rope_type={kind!r} is not supported; supported: default, linear, llama3, yarn")
+    kind = _kind(p)
+    if kind not in _ROPE_NEEDS:
+        raise ValueError(f"rope_type={kind!r} is not supported; supported: {', '.join(_ROPE_NEEDS)}")
     if (share := p.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError(f"partial_rotary_factor={share!r} is not supported; only 1.0 is")
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    _warn_unknown(
+        f"rope_parameters of rope_type={kind!r}",
+        p.keys() - {*known, *_ROPE_NEEDS[kind], *_ROPE_ALSO.get(kind, ())},
+    )
+
+    def number(name: str) -> float:
+        value = p.get(name)
+        if not isinstance(value, int | float) or not value > 0:
+            raise ValueError(
+                f"rope_parameters.{name}={value!r}: rope_type={kind!r} needs a number above 0; take "
+                "config.json of the original model"
+            )
+        return float(value)
+
+    fields: dict[str, Any] = {"theta": number("rope_theta")}
     if kind == "default":
-        return Rope(theta=float(p["rope_theta"]))
-    fields: dict[str, Any] = {"theta": float(p["rope_theta"]), "scaling": kind}
+        return Rope(**fields)
+    fields["scaling"] = kind
     if kind in ("llama3", "yarn"):
-        fields["original_positions"] = p.get("original_max_position_embeddings") or max_positions
+        p.setdefault("original_max_position_embeddings", max_positions)
+        fields["original_positions"] = int(number("original_max_position_embeddings"))
+    if kind == "yarn" and "factor" in p and p["factor"] is None:  # as DeepSeek has it
+        p["factor"] = max_positions / fields["original_positions"]
+    fields["factor"] = number("factor")
     if kind == "llama3":
-        fields |= {name: float(p[name]) for name in ("low_freq_factor", "high_freq_factor")}
-    factor = p.get("factor") or max_positions / fields["original_positions"]
+        fields |= {name: number(name) for name in ("low_freq_factor", "high_freq_factor")}
     if kind == "yarn":
-        fields |= {name: float(p[name]) for name in ("beta_fast", "beta_slow") if p.get(name)}
-        fields |= {"truncate": p.get("truncate", True), "attention_factor": _yarn_attention(p, factor)}
-    return Rope(factor=float(factor), **fields)
+        fields |= {name: number(name) for name in ("beta_fast", "beta_slow") if p.get(name)}
+        given = p.get("attention_factor") is not None
+        fields["attention_factor"] = number("attention_factor") if given else _yarn_attention(p)
+        fields["truncate"] = p.get("truncate", True)
+    return Rope(**fields)
 
 
-def _yarn_attention(p: dict[str, Any], factor: float) -> float:
-    """What YaRN multiplies cosines and sines with, given or computed."""
-    if p.get("attention_factor") is not None:
-        return float(p["attention_factor"])
+def _warn_unknown(where: str, keys: Collection[str]) -> None:
+    """Says which keys transformers, too, would ignore, with a warning."""
+    if keys:
+        warnings.warn(
+            f"config.json: {where} has unknown keys {sorted(keys)}, which are ignored", stacklevel=2
+        )
+
+
+def _yarn_attention(p: Mapping[str, Any]) -> float:
+    """What YaRN multiplies cosines and sines with where it is not given."""
     if p.get("mscale") and p.get("mscale_all_dim"):
         weights = p["mscale"], p["mscale_all_dim"]
-        return yarn_attention_factor(factor, weights[0]) / yarn_attention_factor(factor, weights[1])
-    return yarn_attention_factor(factor)
+        return yarn_attention_factor(p["factor"], weights[0]) / yarn_attention_factor(p["factor"], weights[1])
+    return yarn_attention_factor(p["factor"])
 
 
 def _rope_parameters(rope: Rope) -> dict[str, Any]:

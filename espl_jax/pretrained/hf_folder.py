@@ -53,7 +53,7 @@ def described(folder: Path, **numerics: Any) -> DecoderConfig:
       FileNotFoundError: if there is no config.json.
       ValueError: if it is damaged, of an architecture that is not supported, or of a quantized model.
     """
-    fields = _read_json(folder / "config.json")
+    fields = read_json(folder / "config.json")
     text_fields = fields.get("text_config") or {}
     quantization = fields.get("quantization_config") or text_fields.get("quantization_config")
     if quantization:
@@ -157,7 +157,7 @@ def read_tokenizer(folder: Path, family: str = "") -> PreTrainedTokenizerBase:
             # Models that see images keep their template here, which transformers' processors read.
             separate = folder / "chat_template.json"
             if tokenizer.chat_template is None and separate.is_file():
-                tokenizer.chat_template = _read_json(separate).get("chat_template")
+                tokenizer.chat_template = read_json(separate).get("chat_template")
             return tokenizer
         from transformers import AutoTokenizer  # imports torch where it finds it, in seconds
 
@@ -177,8 +177,8 @@ def read_generation(folder: Path) -> dict[str, Any]:
       FileNotFoundError, ValueError: if the files are missing or damaged.
     """
     path = folder / "generation_config.json"
-    own = _read_json(path) if path.is_file() else {}
-    fields = _read_json(folder / "config.json")
+    own = read_json(path) if path.is_file() else {}
+    fields = read_json(folder / "config.json")
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {name: fields[name] for name in ids if fields.get(name) is not None} | own
 
@@ -220,7 +220,8 @@ def _listed(names: Sequence[str]) -> str:
     return f"{len(names)} tensors ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}) are"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object of a file. Raises FileNotFoundError or ValueError, naming the file."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is not there; give a folder as transformers' save_pretrained writes it, whole"

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -26,19 +27,19 @@ SHARE = 0.25
 
 
 def resolve(
-    given: Mapping[str, str],
+    given: Mapping[str, Any],
     decoder: Callable[[], DecoderConfig],
     platform: str | None = None,
     devices: int | None = None,
-) -> dict[str, str]:
+) -> dict[str, Any]:
     """Returns the numerics with a value that suits the machine in place of every "auto".
 
-    TPUs and GPUs compute in bfloat16. CPUs compute in float32; those with bfloat16 instructions round the operands
-    of products to bfloat16 and store frozen weights so. Other CPUs would convert bfloat16 weights in every
-    product, so they store float32 where it fits.
+    TPUs and GPUs compute in bfloat16. CPUs compute in float32; those with bfloat16 instructions round the
+    operands of products to bfloat16 and store frozen weights so. Other CPUs would convert bfloat16 weights in
+    every product, so they store float32 where it fits.
 
     Args:
-      given: values of some of `CHOSEN`.
+      given: DecoderConfig fields; those of `CHOSEN` may be "auto".
       decoder: reads the model's config; called only where its size matters.
       platform: "cpu", "tpu" or "gpu"; that of the devices at hand by default.
       devices: of the mesh; by default all at hand.
@@ -59,7 +60,8 @@ def resolve(
         "matmul_precision": lambda: "bfloat16" if cpu and fast else "default",
         "sampling_layout": lambda: "unstacked" if cpu and one else "stacked",
     }
-    return {name: suitable[name]() if value == AUTO else value for name, value in given.items()}
+    asked = {name for name in CHOSEN if isinstance(given.get(name), str) and given[name] == AUTO}
+    return {**given, **{name: suitable[name]() for name in asked}}
 
 
 def multiplies_bfloat16() -> bool:

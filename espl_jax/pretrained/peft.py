@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from espl_jax.models import lora
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.transformer import Params, Weight
+from espl_jax.pretrained.hf_folder import read_json
 from espl_jax.pretrained.hf_names import by_path, module
 from espl_jax.pretrained.hub import REPOSITORY
 from espl_jax.pretrained.layout import file_shape, to_file
@@ -36,10 +38,22 @@ _COMPUTED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "fan_in_fan_out": (False,),
-    "use_dora": (False,),
+    **dict.fromkeys(("use_dora", "use_qalora"), (False,)),
     **dict.fromkeys(("rank_pattern", "alpha_pattern", "modules_to_save"), (None, {}, [])),
     **dict.fromkeys(("layers_to_transform", "layer_replication", "trainable_token_indices"), (None, [])),
     **dict.fromkeys(("lora_bias", "alora_invocation_tokens", "target_parameters"), (None, False, [])),
+    **dict.fromkeys(("kasa_config", "monteclora_config", "arrow_config", "use_bdlora"), (None, False, {})),
+    # The other initializations (pissa, olora, corda, loftq, lora_ga, ...) take the adapter's first value, or
+    # the error of quantization, out of the base: the adapter fits that changed base alone.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
+}
+
+# What does not: names, training, and the arguments of initializations.
+_OF_NO_EFFECT = {
+    *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode"),
+    *("target_modules", "exclude_modules", "layers_pattern", "ensure_weight_tying", "runtime_config"),
+    *("lora_dropout", "megatron_config", "megatron_core", "qalora_group_size", "velora_config"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
 }
 
 
@@ -111,7 +125,7 @@ def base_of(folder: str | os.PathLike[str]) -> str:
       ValueError: if the adapter does not say.
     """
     path = Path(folder) / "adapter_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = read_json(path)
     if not (base := settings.get("base_model_name_or_path")):
         raise ValueError(
             f"{path}: base_model_name_or_path is missing; write there what the adapter belongs to"
@@ -144,13 +158,40 @@ def load_adapter(
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is not there; name a folder that PEFT wrote")
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    for field, computed in _COMPUTED.items():
-        if (value := settings.get(field, computed[0])) not in computed:
-            raise ValueError(f"{folder}/adapter_config.json: {field}={value!r} is not supported")
+    settings = read_settings(folder)
+    known = {*_COMPUTED, *_OF_NO_EFFECT, "r", "lora_alpha", "use_rslora"}
+    if unknown := {field: value for field, value in settings.items() if value and field not in known}:
+        warnings.warn(  # as PEFT does
+            f"{folder}/adapter_config.json: unknown settings {unknown} are ignored", stacklevel=2
+        )
     rank = settings["r"]
     scale = settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     return _read(folder / "adapter_model.safetensors", config, rank, mesh), scale
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json of a folder, if what it asks for is what we compute.
+
+    Raises:
+      FileNotFoundError: if it is not there.
+      ValueError: naming a setting that we do not compute, or that is missing.
+    """
+    path = folder / "adapter_config.json"
+    settings = read_json(path)
+    for field, computed in _COMPUTED.items():
+        if (value := settings.get(field, computed[0])) not in computed:
+            raise ValueError(
+                f"{path}: {field}={value!r} is not supported; merge the adapter into its base with PEFT "
+                "(merge_and_unload), save the model and load its folder"
+            )
+    for field, least in (("r", 1), ("lora_alpha", 0)):
+        value = settings.get(field)
+        if not isinstance(value, int | float) or value < least:
+            raise ValueError(
+                f"{path}: {field}={value!r} is not a number of at least {least}; write the value that the "
+                "adapter was trained with"
+            )
+    return settings
 
 
 def declare_like(adapters: Params, config: DecoderConfig) -> dict[str, Weight]:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 from transformers import PreTrainedTokenizerFast
 
 from espl_jax.models import lora
-from espl_jax.models.config import DecoderConfig
+from espl_jax.models.config import DecoderConfig, dtype_name
 from espl_jax.models.transformer import Params, Weight, abstract
 from espl_jax.pretrained.hf_config import to_hf_config
 from espl_jax.pretrained.hf_names import by_path, names
@@ -27,10 +28,10 @@ def save_pretrained(
     folder: str | os.PathLike[str],
     params: Params,
     config: DecoderConfig,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerFast | None,
     system_prompt: SystemPrompt | str | None = None,
     *,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     max_shard_bytes: float = 5e9,
     generation: dict[str, Any] | None = None,
     model_card: str | None = None,
@@ -44,9 +45,10 @@ def save_pretrained(
       folder: appears whole or not at all; must be new or empty.
       params: with adapters attached or not; all leaves addressable by this process.
       config: the decoder, with the `lora_scale` of the adapters.
-      tokenizer: written beside.
+      tokenizer: written beside; None leaves it out.
       system_prompt: becomes the default system message of the chat template, and `system_prompt.txt`.
-      dtype: of the weights in the files, `float32` or `bfloat16`; by default that of `config.param_dtype`.
+      dtype: of the weights in the files, float32 or bfloat16, as a name or a dtype of jax or numpy; by
+        default that of `config.param_dtype`.
       max_shard_bytes: most bytes of weights in one file.
       generation: fields of generation_config.json beside the ids of special tokens.
       model_card: the text of README.md.
@@ -58,14 +60,17 @@ def save_pretrained(
         unknown, or the tokenizer without the chat template that a system prompt needs.
       OSError: if the disk is full.
     """
-    dtype = dtype or config.param_dtype
+    dtype = config.param_dtype if dtype is None else dtype_name(dtype)
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids, padding = {}, {}
+    if tokenizer is not None:
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        padding = {"pad_token_id": pad}
     # Older readers know the dtype as torch_dtype.
     described = {**to_hf_config(config), **ids, "dtype": dtype, "torch_dtype": dtype}
-    generating = {**ids, "pad_token_id": pad, **(generation or {})}
+    generating = {**ids, **padding, **(generation or {})}
     tensors = _tensors(params, config)
     with new_folder(folder) as unfinished:
         for name, fields in {"config": described, "generation_config": generating}.items():

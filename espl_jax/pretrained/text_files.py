@@ -18,7 +18,7 @@ from espl_jax.types import SystemPrompt
 
 def write_text_files(
     folder: Path,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerFast | None,
     system_prompt: SystemPrompt | str | None = None,
     model_card: str | None = None,
     template_arguments: Mapping[str, Any] | None = None,
@@ -34,7 +34,15 @@ def write_text_files(
     system = system_prompt.render() if isinstance(system_prompt, SystemPrompt) else system_prompt
     if system is not None:
         (folder / "system_prompt.txt").write_text(system, encoding="utf-8", newline="")
+    if model_card is not None:
+        (folder / "README.md").write_text(model_card, encoding="utf-8")
     said, arguments = bool(system and system.strip()), dict(template_arguments or {})
+    if tokenizer is None:
+        if said:
+            raise ValueError(
+                "tokenizer=None: a system prompt needs its chat template; give one, or no prompt"
+            )
+        return
     if said and not isinstance(tokenizer.chat_template, str):
         raise ValueError(
             "the tokenizer has no chat_template (or several), so that the system prompt has no place in "
@@ -52,8 +60,6 @@ def write_text_files(
     sentencepiece = Path(tokenizer.name_or_path or ".") / "tokenizer.model"
     if sentencepiece.is_file():
         shutil.copy(sentencepiece, folder / sentencepiece.name)
-    if model_card is not None:
-        (folder / "README.md").write_text(model_card, encoding="utf-8")
 
 
 def _readable_by_older_versions(path: Path) -> None:

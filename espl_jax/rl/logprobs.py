@@ -218,6 +218,10 @@ def token_logprobs(
 
     Returns:
       float32 [B, T - 1].
+
+    Raises:
+      ValueError: if a token that is known is not in the vocabulary.
     """
+    layers.check_ids("tokens", tokens, config)
     hidden, _ = forward(params, config, tokens[:, :-1])
     return target_logprobs(params, config, hidden, tokens[:, 1:], temperature).logprobs

@@ -10,6 +10,7 @@ import numpy as np
 
 from espl_jax.memory import bytes_per_device
 from espl_jax.models.config import DecoderConfig
+from espl_jax.models.layers import check_ids
 from espl_jax.sampling import draw
 from espl_jax.sampling.answers import Answers, Place, Respond
 from espl_jax.sampling.constraint import Constraint
@@ -84,7 +85,7 @@ def generate(
       Samples with leading axes [P, N] or [M, B, N].
 
     Raises:
-      ValueError: for empty prompts, unequal B, or options out of range.
+      ValueError: for empty prompts, unequal B, options out of range, or ids outside the vocabulary.
     """
     flat = bool(prompts) and all(isinstance(token, int | np.integer) for token in prompts[0])
     lanes = [prompts] if flat else prompts
@@ -96,6 +97,7 @@ def generate(
         raise ValueError(
             "prompts: give at least one non-empty token list, and equally many for every system prompt"
         )
+    check_ids("prompts", np.concatenate([prompt for lane in lanes for prompt in lane]), config)
     shared = [_common_start(lane) for lane in lanes]
     m, b, n = np.ogrid[: len(lanes), : len(lanes[0]), :group_size]
     samples = sample_tree(
@@ -178,8 +180,8 @@ def sample_tree(
       Samples, leading axes [M, B, N], T = the largest of max_new_tokens.
 
     Raises:
-      ValueError: if an argument is out of range, a prompt leaves no room in the context, or `find_end` or
-        `respond` comes with a constraint.
+      ValueError: if an argument is out of range, an id is not in the vocabulary, a prompt leaves no room in
+        the context, or `find_end` or `respond` comes with a constraint.
     """
     if temperature < 0:
         raise ValueError(f"temperature={temperature}: give 0 for the most likely token, or a positive number")
@@ -196,6 +198,11 @@ def sample_tree(
     if context > config.max_positions:
         raise ValueError(f"context_limit={context}: the model was made for {config.max_positions} tokens")
     limits = row_limits(system_tokens, problem_tokens, max_new_tokens, keys.shape[:3], context)
+    check_ids("system_tokens", np.concatenate(system_tokens), config)
+    check_ids(
+        "problem_tokens", np.concatenate([tokens for lane in problem_tokens for tokens in lane]), config
+    )
+    check_ids("stop_ids", [stop for stop in stop_ids if stop >= 0], config)  # models without any name -1
     held = bytes_per_device(params) if held_bytes is None else held_bytes
     params, config = for_sampling(params, config, mesh)
     if config.sampling_layout == "unstacked":
@@ -264,6 +271,8 @@ def sample_tree(
             lanes.release(row)
             if finished is not None:
                 finished(*so_far(row))
+        for answer in appended.values():
+            check_ids("respond", answer, config)
         lanes.append(appended)
         for row in appended:
             turn_start[row] = lanes.position[row]

@@ -51,7 +51,7 @@ def under(text):
 
 def test_merged(workdir, tmp_path):
     said = []
-    export(workdir, tmp_path / "out", dtype="float32", say=said.append)
+    export(workdir, tmp_path / "out", dtype=np.dtype("float32"), say=said.append)
     run = read_run(workdir)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ours = np.asarray(tiny.logits(run.model.params, run.model.config, TOKENS))

@@ -1,7 +1,10 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+import torch
 
 from espl_jax.models.config import Rope, config_from_dict
 from tests import tiny
@@ -14,6 +17,11 @@ from tests import tiny
         ({"matmul_precision": "half"}, "matmul_precision='half' is unknown"),
         ({"dtype": "float16"}, "dtype='float16' is unknown"),
         ({"param_dtype": "int8"}, "param_dtype='int8' is unknown"),
+        ({"dtype": jnp.float16}, "dtype='float16' is unknown"),
+        ({"param_dtype": np.int8}, "param_dtype='int8' is unknown"),
+        ({"dtype": "float"}, "dtype='float' is unknown"),
+        ({"dtype": None}, "dtype=None is unknown"),
+        ({"dtype": torch.float32}, "dtype=torch.float32 is unknown; choose one of"),
         ({"activation": "relu"}, "activation='relu' is unknown"),
         ({"windows": (4,)}, "windows=\\(4,\\): give one for each of the 2 layers"),
         ({"windows": (4, -1)}, "0 where a layer sees everything"),
@@ -22,6 +30,16 @@ from tests import tiny
 def test_impossible_records_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         tiny.CONFIG.replace(**change)
+
+
+@pytest.mark.parametrize(
+    "dtype", [jnp.bfloat16, jnp.dtype("bfloat16"), jnp.zeros(1, "bfloat16").dtype, np.float32, np.dtype("f4")]
+)
+def test_dtypes_of_jax_and_numpy_are_their_names(dtype):
+    name = "float32" if dtype in (np.float32, np.dtype("f4")) else "bfloat16"
+    config = tiny.CONFIG.replace(dtype=dtype, param_dtype=dtype)
+    assert config == tiny.CONFIG.replace(dtype=name, param_dtype=name)
+    assert json.loads(json.dumps(dataclasses.asdict(config)))["dtype"] == name
 
 
 def test_it_is_a_static_argument():

@@ -236,6 +236,21 @@ class TestLogits:
             np.testing.assert_array_equal(before[0, :t], after[0, :t])
             assert np.abs(before[0, t:] - after[0, t:]).max(axis=-1).min() > 1e-4
 
+    @pytest.mark.parametrize("token", [61, -1])
+    @pytest.mark.parametrize("array", [np.array, jnp.array])
+    def test_tokens_outside_the_vocabulary_are_refused(self, params, token, array):
+        """Where they are known, and not in padding."""
+        tokens = array([[1, 2], [3, token]])
+        with pytest.raises(
+            ValueError, match=f"tokens: token id {token} is outside .*, vocab_size=61; give ids"
+        ):
+            transformer.logits(params, tiny.CONFIG, tokens)
+        with pytest.raises(ValueError, match=f"tokens: token id {token} is outside"):
+            transformer.forward(params, tiny.CONFIG, tokens, jnp.array([1, 2]))
+        lengths = np.array([2, 1])
+        hidden, _ = jax.eval_shape(lambda: transformer.forward(params, tiny.CONFIG, tokens, lengths))
+        assert hidden.shape == (2, 2, 16)
+
     @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
     @pytest.mark.parametrize("precision", ["default", "highest", "bfloat16"])
     def test_numerics(self, params, dtype, precision):

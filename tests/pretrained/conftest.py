@@ -8,7 +8,7 @@ from tests.pretrained.gguf.tiny_gguf import D, F, K, L, N, write_field
 def write_gguf(tmp_path):
     """Writes a tiny model: fields and tensors may be overridden, left out (None) or quantized."""
 
-    def write(tensors, fields=(), architecture="llama", quantize=()):
+    def write(tensors, fields=(), architecture="llama", quantize=(), *, tokenizer="gpt2", vocabulary=True):
         path = tmp_path / "tiny.gguf"
         writer = gguf.GGUFWriter(path, architecture)
         values = {
@@ -26,13 +26,15 @@ def write_gguf(tmp_path):
                 write_field(writer, f"{architecture}.{name}", value)
         alphabet = [chr(i) for i in range(ord("a"), ord("a") + 26)]
         tokens = ["<|end|>", "<|user|>", *alphabet, "ab", "abc", "1", "2", "Ġ"]
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("smollm")
-        writer.add_token_list(tokens)
-        writer.add_token_types([3, 4] + [1] * (len(tokens) - 2))
-        writer.add_token_merges(["a b", "ab c"])
-        writer.add_eos_token_id(0)
-        writer.add_chat_template("{{ messages[0].content }}")
+        if tokenizer:
+            writer.add_tokenizer_model(tokenizer)
+        if vocabulary:
+            writer.add_tokenizer_pre("smollm")
+            writer.add_token_list(tokens)
+            writer.add_token_types([3, 4] + [1] * (len(tokens) - 2))
+            writer.add_token_merges(["a b", "ab c"])
+            writer.add_eos_token_id(0)
+            writer.add_chat_template("{{ messages[0].content }}")
         for name, value in tensors.items():
             if name in quantize:
                 kind = gguf.GGMLQuantizationType.Q8_0

@@ -113,11 +113,98 @@ def test_gemma_3_4b_as_published():
         ),
         ({"hidden_size": None}, "config.json of a llama has no hidden_size"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"partial_rotary_factor": 0.25}, "partial_rotary_factor=0.25"),
+        (
+            {"model_type": "qwen3", "layer_types": ["chunked_attention"] * 3},
+            "names chunked_attention, which is",
+        ),
+        (
+            {"model_type": "qwen3", "layer_types": ["full_attention"]},
+            "layer_types has 1 entries for num_hidden",
+        ),
+        ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 3}, "sliding_window is missing, or"),
     ],
 )
 def test_what_is_not_computed_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         from_hf_config(HF | change)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    ("rope", "missing"),
+    [
+        (LLAMA3, "factor"),
+        (LLAMA3, "low_freq_factor"),
+        (LLAMA3, "high_freq_factor"),
+        (YARN, "factor"),
+        ({"type": "linear"}, "factor"),
+    ],
+)
+@pytest.mark.parametrize("value", ["left out", "8", -1.0])
+def test_incomplete_rope_settings(rope, missing, value):
+    rope = {name: x for name, x in rope.items() if name != missing}
+    rope |= {} if value == "left out" else {missing: value}
+    said = repr(None if value == "left out" else value)
+    with pytest.raises(
+        ValueError, match=rf"rope_parameters\.{missing}={said}: rope_type='\w+' needs a number"
+    ):
+        from_hf_config(HF | {"rope_scaling": rope})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"rope_theta": None, "rope_parameters": {"rope_theta": None}},
+            "rope_theta=None: rope_type='default'",
+        ),
+        ({"rope_scaling": 4.0}, r"rope_scaling=4\.0 is no JSON object"),
+        (
+            {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}},
+            r"low_freq_factor=4\.0: give one below high_freq",
+        ),
+        ({"rope_scaling": YARN | {"attention_factor": "1"}}, r"attention_factor='1': rope_type='yarn' needs"),
+    ],
+)
+def test_rope_settings_of_the_wrong_kind(change, message):
+    with pytest.raises(ValueError, match=message):
+        from_hf_config(HF | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"rope_scaling": YARN | {"attn_factor": 2.0}},
+            r"rope_type='yarn' has unknown keys \['attn_factor'\]",
+        ),
+        ({"rope_scaling": {"factor": 2.0}}, r"rope_type='default' has unknown keys \['factor'\]"),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": {"rope_type": "linear", "factor": 8.0}},
+            r"rope_parameters has unknown keys \['factor', 'rope_type'\]",
+        ),
+    ],
+)
+def test_unknown_rope_settings_are_said_and_ignored(change, message):
+    """As in transformers, which warns too."""
+    with pytest.warns(UserWarning, match=message):
+        config = from_hf_config(HF | change)
+    scaling = {"rope_scaling": YARN} if "attn_factor" in message else {}
+    assert config == from_hf_config({**HF, **change, "rope_parameters": None, "rope_scaling": None} | scaling)
+
+
+def test_original_positions_beside_the_rope_settings():
+    """Where transformers looks first."""
+    config = from_hf_config(HF | {"rope_scaling": YARN, "original_max_position_embeddings": 64})
+    assert config.rope.original_positions == 64
+
+
+def test_yarn_with_a_factor_of_null_is_stretched_to_the_longest_context():
+    assert from_hf_config(HF | {"rope_scaling": YARN | {"factor": None}}).rope.factor == 512 / 128
 
 
 def test_yarn_of_gemma_is_as_transformers_reads_it():

@@ -1,3 +1,5 @@
+import copy
+import dataclasses
 import json
 import re
 import subprocess
@@ -9,9 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM
 
+from espl_jax.models import transformer
 from espl_jax.pretrained import Pretrained, hf_folder, load_pretrained
+from espl_jax.pretrained.peft import save_adapter
+from espl_jax.pretrained.save import save_pretrained
 from espl_jax.sharding import make_mesh
 from tests import fakes, families, tiny
 
@@ -23,6 +29,7 @@ def llama():
     """A tiny Llama of transformers, tied."""
     hf_config = families.draw_hf_config("llama", 1)
     hf_config.update({"tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False})
+    hf_config.update({"vocab_size": fakes.CONFIG.vocab_size})  # the tokenizer's
     return families.torch_model(hf_config, 0)
 
 
@@ -281,7 +288,34 @@ class TestTokenizer:
             load_pretrained(folder)
         (folder / "tokenizer.json").unlink()
         with pytest.raises(FileNotFoundError, match=r"has no tokenizer \(none of tokenizer\.json"):
-            load_pretrained(folder)
+            _ = load_pretrained(folder).tokenizer
+
+    def test_weights_and_config_alone(self, folder, llama, tmp_path_factory):
+        """They load, and are saved again; only what needs a tokenizer asks for it."""
+        for path in folder.iterdir():
+            if path.name not in ("config.json", "model.safetensors"):
+                path.unlink()
+        edit_json(folder / "config.json", eos_token_id=5)
+        model = load_pretrained(folder)
+        jax.tree.map(np.testing.assert_array_equal, model.params, families.our_params(llama, model.config))
+        assert model.stop_ids == (5,)
+        for asked in (model, dataclasses.replace(model, params={})):
+            with pytest.raises(
+                FileNotFoundError, match=f"{folder} has no tokenizer .*; copy that of the model"
+            ):
+                _ = asked.tokenizer
+        again = tmp_path_factory.mktemp("again")
+        save_pretrained(
+            again, model.params, model.config, None, model_card="# A", generation=model.generation
+        )
+        assert sorted(path.name for path in again.iterdir()) == [
+            *("README.md", "config.json", "generation_config.json", "model.safetensors")
+        ]
+        back = load_pretrained(again)
+        jax.tree.map(np.testing.assert_array_equal, back.params, model.params)
+        assert (back.config, back.stop_ids) == (model.config, (5,))
+        with pytest.raises(ValueError, match="tokenizer=None: a system prompt needs"):
+            save_pretrained(tmp_path_factory.mktemp("b"), model.params, model.config, None, "Add.")
 
     def test_a_template_in_a_file_of_its_own(self, folder):
         (folder / "chat_template.jinja").unlink(missing_ok=True)
@@ -302,6 +336,74 @@ class TestTokenizer:
         (folder / "vocab.json").write_text("{}")
         with pytest.raises(ValueError, match=r"custom code.*, which is never run: save it anew"):
             load_pretrained(folder)
+
+
+class TestVocabulary:
+    """Tokens past the embedding, of 259 rows."""
+
+    def add(self, folder, *tokens, **changes):
+        tokenizer = copy.deepcopy(fakes.tokenizer())
+        tokenizer.add_tokens(list(tokens))
+        for name, value in changes.items():
+            setattr(tokenizer, name, value)
+        for path in folder.glob("*token*"):
+            path.unlink()
+        tokenizer.save_pretrained(folder)
+
+    END, PAD = AddedToken("<|end|>", special=True), AddedToken("[PAD]", special=True)
+
+    def test_that_the_template_writes(self, folder):
+        self.add(folder, self.PAD, self.END, chat_template=fakes.TEMPLATE.replace("<|im_end|>", "<|end|>"))
+        with pytest.raises(
+            ValueError, match=rf"{folder}: .*'<\|end\|>' has id 260, past .* vocab_size=259, .*template"
+        ):
+            load_pretrained(folder)
+
+    def test_that_the_template_puts_together(self, folder):
+        self.add(
+            folder, AddedToken("<user>", special=True), chat_template="{{ '<' + messages[0].role + '>a' }}"
+        )
+        with pytest.raises(ValueError, match="'<user>' has id 259"):
+            load_pretrained(folder)
+
+    def test_that_texts_contain(self, folder):
+        self.add(folder, "<think>")
+        with pytest.raises(
+            ValueError, match=r"'<think>' has id 259, .*any text may contain it; take the tokenizer"
+        ):
+            load_pretrained(folder)
+
+    @pytest.mark.parametrize("place", ["generation_config.json", "config.json"])
+    def test_that_end_replies(self, folder, place):
+        self.add(folder, self.END)
+        (folder / "generation_config.json").write_text("{}")
+        edit_json(folder / place, eos_token_id=[257, 259])
+        with pytest.raises(
+            ValueError, match=r"eos_token_id=259 \('<\|end\|>'\) is outside .* vocab_size=259"
+        ):
+            load_pretrained(folder)
+        for path in folder.glob("*token*"):
+            path.unlink()
+        with pytest.raises(ValueError, match="eos_token_id=259 is outside"):
+            load_pretrained(folder)
+
+    def test_that_nothing_brings_are_let_pass(self, folder):
+        """Gemma 3 1B's tokenizer has one for images; many have a padding token that somebody added."""
+        self.add(folder, self.PAD)
+        model = load_pretrained(folder)
+        ids = model.tokenizer.encode("a[PAD]")
+        assert ids[-1] == 259
+        with pytest.raises(ValueError, match="tokens: token id 259 is outside the model's vocabulary"):
+            transformer.logits(model.params, model.config, jnp.array([ids]))
+
+    def test_of_an_adapters_own_tokenizer(self, folder, tmp_path_factory):
+        base = load_pretrained(folder)
+        adapter = tmp_path_factory.mktemp("adapters") / "a"
+        save_adapter(adapter, tiny.adapters(base.config), base.config, base.tokenizer, base=str(folder))
+        assert load_pretrained(adapter).config.lora_scale == 1.0
+        self.add(adapter, self.END, chat_template="<|end|>{{ messages[0].content }}")
+        with pytest.raises(ValueError, match=rf"{adapter}: the tokenizer's '<\|end\|>' has id 259"):
+            load_pretrained(adapter)
 
 
 class TestStopIds:

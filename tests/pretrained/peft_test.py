@@ -80,11 +80,40 @@ class TestReading:
 
     @pytest.mark.parametrize(
         ("field", "value"),
-        [("use_dora", True), ("bias", "all"), ("peft_type", "IA3"), ("rank_pattern", {"q_proj": 4})],
+        [
+            ("use_dora", True),
+            ("bias", "all"),
+            ("peft_type", "IA3"),
+            ("rank_pattern", {"q_proj": 4}),
+            *(("init_lora_weights", name) for name in ("pissa", "pissa_niter_16", "olora", "corda", "loftq")),
+            ("init_lora_weights", "lora_ga"),
+            ("init_lora_weights", "of tomorrow"),
+            ("kasa_config", {"r": 4}),
+            ("use_bdlora", {"nblocks": 2}),
+            ("r", None),
+            ("r", 0),
+            ("lora_alpha", "16"),
+        ],
     )
     def test_settings_that_are_not_computed(self, folder, field, value):
         self.settings(folder, **{field: value})
         with pytest.raises(ValueError, match=f"adapter_config.json: {field}="):
+            load_adapter(folder, CONFIG)
+
+    @pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal", "mica"])
+    def test_initializations_that_leave_the_base_alone(self, folder, start):
+        self.settings(folder, init_lora_weights=start)
+        assert_same(load_adapter(folder, CONFIG)[0], tiny.adapters(CONFIG))
+
+    @pytest.mark.filterwarnings("error")
+    def test_settings_as_peft_writes_them(self, folder):
+        """Nothing of them is unknown; what is, is said and ignored, as PEFT does."""
+        peft = pytest.importorskip("peft", reason="needs peft: pip install peft")
+        theirs = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        theirs.save_pretrained(folder)
+        assert load_adapter(folder, CONFIG)[1] == 2.0
+        self.settings(folder, use_tomorrow=True, use_yesterday=False)
+        with pytest.warns(UserWarning, match=r"adapter_config.json: unknown settings {'use_tomorrow': True}"):
             load_adapter(folder, CONFIG)
 
     NAME = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
@@ -121,6 +150,9 @@ class TestReading:
         (folder / "adapter_model.safetensors").write_bytes(b"\x10")
         with pytest.raises(ValueError, match="truncated"):
             load_adapter(folder, CONFIG)
+        (folder / "adapter_config.json").write_text("{")
+        with pytest.raises(ValueError, match=r"adapter_config.json is not JSON"):
+            load_pretrained(folder)
         (folder / "adapter_config.json").unlink()
         with pytest.raises(FileNotFoundError, match=r"adapter_config.json is not there"):
             load_adapter(folder, CONFIG)
@@ -133,6 +165,14 @@ def test_the_base_comes_back(base, tmp_path):
     assert settings["base_model_name_or_path"] == base.removesuffix("@v2")
     assert settings["revision"] == ("v2" if base.endswith("@v2") else None)
     assert base_of(tmp_path / "out") == base
+
+
+def test_settings_are_read_before_the_base(tmp_path):
+    save_adapter(tmp_path / "out", tiny.adapters(CONFIG), CONFIG, fakes.tokenizer(), base="/none/such")
+    path = tmp_path / "out" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": "pissa"}))
+    with pytest.raises(ValueError, match="init_lora_weights='pissa' is not supported; merge the adapter"):
+        load_pretrained(tmp_path / "out")
 
 
 def test_a_base_that_is_not_to_be_had(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from espl_jax.models import transformer
-from espl_jax.pretrained import load_pretrained, smollm2
+from espl_jax.pretrained import load_pretrained, read_config, smollm2
 from espl_jax.pretrained.gguf import cache as gguf_cache
 from espl_jax.sharding import make_mesh
 from tests.pretrained.gguf.tiny_gguf import tiny_tensors
@@ -94,6 +94,11 @@ class TestLoadPretrained:
         tokens = model.tokenizer.encode("abcab")
         assert transformer.logits(model.params, model.config, jnp.array([tokens])).shape == (1, 2, 40)
 
+    def test_dtypes_as_jax_has_them(self, tiny):
+        model = load_pretrained(tiny, dtype=jnp.bfloat16, param_dtype=np.dtype("float32"))
+        assert (model.config.dtype, model.config.param_dtype) == ("bfloat16", "float32")
+        assert read_config(tiny, dtype=jnp.bfloat16) == model.config
+
     def test_a_mesh(self, tiny):
         alone, spread = load_pretrained(tiny), load_pretrained(tiny, mesh=make_mesh())
         weight = spread.params["layers"]["mlp"]["up"]["weight"]
@@ -108,6 +113,24 @@ class TestLoadPretrained:
 
     def test_stop_ids(self, tiny):
         assert load_pretrained(tiny).stop_ids == (0,)
+
+    @pytest.mark.parametrize("kind", [None, "none", "no_vocab"])
+    def test_a_file_without_a_tokenizer(self, write_gguf, kind):
+        """As llama.cpp converts without the vocabulary."""
+        path = write_gguf(tiny_tensors(np.random.default_rng(0)), vocabulary=False, tokenizer=kind)
+        model = load_pretrained(path)
+        assert model.params["embedding"]["weight"].shape == (40, 32) and model.stop_ids == ()
+        with pytest.raises(FileNotFoundError, match=r"tiny\.gguf has no tokenizer"):
+            _ = model.tokenizer
+
+    def test_a_vocabulary_longer_than_the_embedding(self, write_gguf):
+        tensors = tiny_tensors(np.random.default_rng(0))
+        for name in ("token_embd.weight", "output.weight"):
+            tensors[name] = tensors[name][:32]
+        with pytest.raises(
+            ValueError, match=r"tiny\.gguf: the tokenizer's 'Ġ' has id 32, past .* vocab_size=32"
+        ):
+            load_pretrained(write_gguf(tensors))
 
     def test_unknown_numerics_are_refused(self, tiny):
         with pytest.raises(ValueError, match="dtype='float64' is unknown"):

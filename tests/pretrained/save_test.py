@@ -122,7 +122,7 @@ def test_merging_rounds_once(tmp_path):
     config = CONFIG.replace(param_dtype="bfloat16")
     params = adapted(config)
     save_pretrained(tmp_path / "out", params, config, fakes.tokenizer())
-    save_pretrained(tmp_path / "exact", params, config, fakes.tokenizer(), dtype="float32")
+    save_pretrained(tmp_path / "exact", params, config, fakes.tokenizer(), dtype=jnp.float32)
     exact = load_file(tmp_path / "exact" / "model.safetensors")
     node = params["layers"]["attention"]["query"]
     by_hand = np.asarray(node["weight"][1], np.float64) + 0.5 * np.einsum(

@@ -184,7 +184,7 @@ class TestConstrained:
         thinking = copy.deepcopy(tokenizer())
         thinking.chat_template = TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
         settings = {"key": jax.random.key(0), "max_new_tokens": 120, "temperature": 1.0}
-        reflect = local_reflector(dataclasses.replace(model(), tokenizer=thinking), **settings)
+        reflect = local_reflector(dataclasses.replace(model(), loaded_tokenizer=thinking), **settings)
         reflect.constrained([asked("one")], SCHEMAS[:1])
         reflect([asked("one")])
         ends = [tokenizer().decode(rest)[-30:] for _, rest in sampled]

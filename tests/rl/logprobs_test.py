@@ -220,6 +220,9 @@ def test_token_logprobs_of_plain_sequences():
     ours = token_logprobs(params, CONFIG, tokens, 0.5)
     assert ours.shape == (2, 8)
     np.testing.assert_allclose(ours, expected, atol=1e-5)
+    tokens[1, -1] = 61  # of which no logits are computed
+    with pytest.raises(ValueError, match="tokens: token id 61 is outside the model's vocabulary"):
+        token_logprobs(params, CONFIG, tokens, 0.5)
 
 
 def whole_vocabulary(function, *arguments):

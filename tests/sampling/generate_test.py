@@ -272,6 +272,12 @@ class TestGenerate:
             ({"prompts": []}, "prompts: give at least one"),
             ({"prompts": [[1], []]}, "prompts: give at least one"),
             ({"prompts": [[[1], [2]], [[3]]]}, "equally many"),
+            (
+                {"prompts": [[1, 2], [1, 61]]},
+                "prompts: token id 61 is outside the model's vocabulary, vocab_size=61",
+            ),
+            ({"prompts": [[[-1, 2]]]}, "prompts: token id -1 is outside .*; give ids from 0 to 60"),
+            ({"stop_ids": (3, 61)}, "stop_ids: token id 61 is outside"),
         ],
     )
     def test_what_makes_no_sense_is_refused(self, params, changes, message):
@@ -279,6 +285,15 @@ class TestGenerate:
         prompts = settings.pop("prompts", [[1, 2, 3]])
         with pytest.raises(ValueError, match=message):
             generate(params, tiny.CONFIG, prompts, **settings)
+
+    @pytest.mark.parametrize("name", ["system_tokens", "problem_tokens"])
+    def test_a_tree_of_unknown_tokens_is_refused(self, params, name):
+        tree = {"system_tokens": [[1]], "problem_tokens": [[[2]]]}
+        tree[name] = [[99]] if name == "system_tokens" else [[[2, 99]]]
+        with pytest.raises(ValueError, match=f"{name}: token id 99 is outside"):
+            sample_tree(
+                params, tiny.CONFIG, **tree, keys=keys_of()[:1, :1], max_new_tokens=2, temperature=1.0
+            )
 
     def test_a_problem_of_no_tokens_is_refused(self, params):
         with pytest.raises(ValueError, match="at least one token"):

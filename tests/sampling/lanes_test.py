@@ -346,6 +346,10 @@ class TestTurns:
         assert short.truncated.all() and short.drawn.sum() == short.lengths.sum()
         assert (np.take_along_axis(short.tokens, short.lengths[..., None] - 1, -1) == self.STOP).any()
 
+    def test_an_answer_of_unknown_tokens_is_refused(self):
+        with pytest.raises(ValueError, match="respond: token id 61 is outside the model's vocabulary"):
+            sample(stop_ids=(self.STOP,), respond=lambda place, tokens: [1, 61])
+
     def test_a_broken_tool_is_an_error(self):
         future = concurrent.futures.Future()
         future.set_exception(RuntimeError("the tool is down"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,7 @@ def config_from_gguf(file: GGUFFile, **numerics: Any) -> DecoderConfig:
     refused = {
         "attention.value_length": head_dim,
         "rope.dimension_count": head_dim,
+        "rope.dimension_count_swa": head_dim,
         "expert_count": 0,
         "attn_logit_softcapping": 0.0,
         "final_logit_softcapping": 0.0,
@@ -135,7 +137,22 @@ def _windows(file: GGUFFile, field: Field, architecture: str, num_layers: int) -
     return windows if any(windows) else ()
 
 
+_ROPE_KEYS = {
+    *("freq_base", "freq_base_swa", "dimension_count", "dimension_count_swa", "scale_linear"),
+    *("scaling.type", "scaling.factor", "scaling.original_context_length", "scaling.finetuned"),
+    *("scaling.attn_factor", "scaling.yarn_attn_factor", "scaling.yarn_beta_fast", "scaling.yarn_beta_slow"),
+}
+"""Fields of RoPE that are read, or say nothing about the result."""
+
+
 def _rope(file: GGUFFile, field: Field, head_dim: int) -> Rope:
+    architecture = file.metadata["general.architecture"]
+    names = {key.partition(".rope.")[2] for key in file.metadata if key.startswith(f"{architecture}.rope.")}
+    if unknown := sorted(names - _ROPE_KEYS):
+        warnings.warn(
+            f"{file.path}: unknown fields {', '.join(unknown)} of {architecture}.rope are ignored",
+            stacklevel=2,
+        )
     theta = field("rope.freq_base", 10_000.0)
     if "rope_freqs.weight" in file.tensors:
         return _llama3_rope(file, theta, head_dim)
@@ -148,11 +165,12 @@ def _rope(file: GGUFFile, field: Field, head_dim: int) -> Rope:
         case "linear":
             return Rope(theta, "linear", factor) if factor not in (0.0, 1.0) else Rope(theta)
         case "yarn":
+            positions, factor = field("rope.scaling.original_context_length"), field("rope.scaling.factor")
             return Rope(
                 theta,
                 "yarn",
                 factor,
-                original_positions=field("rope.scaling.original_context_length"),
+                original_positions=positions,
                 beta_fast=field("rope.scaling.yarn_beta_fast", 32.0),
                 beta_slow=field("rope.scaling.yarn_beta_slow", 1.0),
                 attention_factor=field(

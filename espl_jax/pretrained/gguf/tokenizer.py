@@ -22,6 +22,11 @@ END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>")
 """Control tokens that end a turn, although many files name only another one as `eos`."""
 
 
+def has_tokenizer(metadata: Mapping[str, Any]) -> bool:
+    """Whether a GGUF file was converted with its vocabulary."""
+    return metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
+
+
 def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     """Builds the tokenizer of a GGUF file.
 

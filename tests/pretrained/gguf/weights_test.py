@@ -109,6 +109,10 @@ def test_quantized_weights_are_unpacked(write_gguf, tensors):
     [
         ({"rope.scaling.type": "longrope"}, "rope.scaling.type='longrope' is not supported; supported: none"),
         ({"rope.scaling.type": "yarn"}, "the field llama.rope.scaling.original_context_length is missing"),
+        (
+            {"rope.scaling.type": "yarn", "rope.scaling.original_context_length": 16},
+            "the field llama.rope.scaling.factor is missing",
+        ),
         ({"expert_count": 8}, "llama.expert_count=8 is not supported"),
         ({"rope.dimension_count": 4}, "llama.rope.dimension_count=4 is not supported; only 8"),
         ({"block_count": None}, "the field llama.block_count is missing"),
@@ -120,6 +124,13 @@ def test_quantized_weights_are_unpacked(write_gguf, tensors):
 def test_unusable_metadata_is_refused(write_gguf, tensors, fields, message):
     with pytest.raises(ValueError, match=message):
         read(write_gguf(tensors, fields))
+
+
+def test_fields_of_rope_that_are_unknown_are_said(write_gguf, tensors):
+    plain = read(write_gguf(tensors))[1]
+    path = write_gguf(tensors, {"rope.scaling.yarn_ext_factor": 0.5})
+    with pytest.warns(UserWarning, match=r"unknown fields scaling\.yarn_ext_factor of llama\.rope"):
+        assert read(path)[1] == plain
 
 
 def test_other_architectures_and_features_are_refused(write_gguf, tensors):
