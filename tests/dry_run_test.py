@@ -108,6 +108,15 @@ def test_without_training_there_is_no_step():
     assert "12 rows x 64 columns" in text
 
 
+def test_programs_with_weights_read_as_integers():
+    """The numerics of the quickstart: shapes are taken wherever arrays would be."""
+    config = fakes.config(mode="rl", model__param_dtype="bfloat16", model__slice_as_integers=True)
+    parts = assemble(config)
+    prompts, problems = assembling.first_population(config).members, parts.splits["train"].problems[:2]
+    found = dry.programs_of(parts, prompts, problems, config, say=lambda text: None)
+    assert [program.name for program in found][-1] == "policy-gradient step"
+
+
 def test_a_long_answer_is_cut(monkeypatch):
     monkeypatch.setattr(dry, "LONGEST_ANSWER", 4)
     text = shown(fakes.config(mode="evolution", sampling__max_new_tokens=6))

@@ -118,6 +118,17 @@ class TestAsIntegers:
         assert seen["mlp_norm"]["scale"].dtype == jnp.bfloat16
         assert seen["other"]["weight"].dtype == jnp.float32
 
+    def test_shapes_become_those_of_the_arrays(self):
+        """So that programs can be compiled without weights; shardings stay."""
+        params = tiny.params(tiny.CONFIG.replace(param_dtype="bfloat16"))["layers"]
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[-1])
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), params)
+        seen = layers.as_integers(shapes)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), seen) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), layers.as_integers(params)
+        )
+        assert all(x.sharding == sharding for x in jax.tree.leaves(seen))
+
     @pytest.mark.parametrize("precision", ["default", "bfloat16"])
     def test_products_are_the_same_bit_for_bit(self, precision):
         config = tiny.CONFIG.replace(dtype="bfloat16", matmul_precision=precision)
