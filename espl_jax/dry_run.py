@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 
 from espl_jax import processes, programs
@@ -19,14 +18,14 @@ from espl_jax.assemble import (
     rollout_sizes,
     stream_key,
 )
-from espl_jax.data.order import Cursor, next_batch
+from espl_jax.data.order import Cursor
 from espl_jax.metrics import table
 from espl_jax.programs import Program
 from espl_jax.rollout import collect_rollouts, conversation, encode_tree, stop_ids_of
 from espl_jax.sampling.generate import row_limits
 from espl_jax.sampling.sizes import describe
 from espl_jax.text.chat import encode_conversation, render
-from espl_jax.train import choose_prompts
+from espl_jax.train import choose
 from espl_jax.types import Problem, SystemPrompt
 
 LONGEST_ANSWER = 256
@@ -48,9 +47,7 @@ def dry_run(config: Any, console: Console | None = None) -> None:
     console = (console or Console()) if processes.is_first() else Console(quiet=True)
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     parts = assemble(config)
-    rng = np.random.default_rng([config.seed, 1])
-    prompts = choose_prompts(first_population(config), parts, config, rng)
-    problems, _ = next_batch(parts.splits["train"], Cursor(config.seed), config.batch_size)
+    prompts, problems, *_ = choose(first_population(config), Cursor(config.seed), 1, parts, config)
     show_problem(parts, prompts[0], problems[0], say)
     show_answer(parts, prompts[0], problems[0], config, say)
     show_programs(parts, prompts, problems, config, say)

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from espl_jax import iteration_log, processes
 from espl_jax.assemble import Parts, assemble, rollout_sizes, stream_key
-from espl_jax.data.order import next_batch
+from espl_jax.data.order import Cursor, next_batch
 from espl_jax.deploy import evaluate_on, finish
 from espl_jax.evolution.deployment import deployed
 from espl_jax.evolution.evolve import evolve, outcome
@@ -29,7 +29,7 @@ from espl_jax.run_reflection import Beside, MakeReflect, open_reflectors
 from espl_jax.run_state import WorkDir
 from espl_jax.sampling.sizes import describe
 from espl_jax.train_step import TrainState
-from espl_jax.types import Reflect, Rollouts, SystemPrompt
+from espl_jax.types import Problem, Reflect, Rollouts, SystemPrompt
 from espl_jax.update import update
 
 
@@ -73,11 +73,9 @@ def iterate(
 ) -> Run:
     """One iteration: rollouts, and the two branches that learn from them, weights and prompts."""
     iteration = run.iteration + 1
-    rng = np.random.default_rng([c.seed, stable_hash("selection"), iteration])
     policy = parts.policy(run.train_state)
 
-    prompts = choose_prompts(run.population, parts, c, rng)
-    problems, cursor = next_batch(parts.splits["train"], run.cursor, c.batch_size)
+    prompts, problems, cursor, rng = choose(run.population, run.cursor, iteration, parts, c)
     with progress.phase("rollouts"):
         rollouts = collect_rollouts(
             policy,
@@ -128,6 +126,20 @@ def iterate(
     progress.report(iteration, record)
     not_finite = learned.get("not_finite_in_row", run.not_finite_in_row)
     return Run(iteration, run.root, train_state, population, cursor, skipped, not_finite)
+
+
+def choose(
+    population: Population, cursor: Cursor, iteration: int, parts: Parts, c: Any
+) -> tuple[tuple[SystemPrompt, ...], tuple[Problem, ...], Cursor, np.random.Generator]:
+    """Chooses what an iteration begins with.
+
+    Returns:
+      (its M prompts, its B problems, the cursor after these, the generator of the iteration's later choices).
+    """
+    rng = np.random.default_rng([c.seed, stable_hash("selection"), iteration])
+    prompts = choose_prompts(population, parts, c, rng)
+    problems, cursor = next_batch(parts.splits["train"], cursor, c.batch_size)
+    return prompts, problems, cursor, rng
 
 
 def choose_prompts(

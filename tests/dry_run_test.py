@@ -3,6 +3,7 @@
 import io
 import re
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -98,6 +99,32 @@ def test_shapes_are_those_that_the_run_compiles(monkeypatch, tmp_path):
     # The run says the same, once.
     assert said.getvalue().count("Rollouts: ") == 1
     assert re.search(announced, said.getvalue()).group(0) in text
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "softmax"])
+def test_shows_what_the_first_iteration_chooses(strategy, tmp_path, monkeypatch):
+    """With more roots than an iteration has prompts: the same prompts, problems and random key."""
+    roots = tmp_path / "roots.jsonl"
+    roots.write_text("".join(f'{{"text": "Add, way {i}."}}\n' for i in range(9)))
+    chosen = []
+
+    def listen(model, prompts, problems, environment, *, key, **settings):
+        chosen.append((prompts, problems, jax.random.key_data(key).tolist()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "collect_rollouts", listen)
+    monkeypatch.setattr(dry, "collect_rollouts", listen)
+    for seed in (0, 1):
+        changes = {"population__start_from": str(roots), "population__text": "", "mode": "evolution"}
+        changes |= {"seed": seed, "selection__strategy": strategy}
+        config = fakes.config(**changes)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(config, tmp_path / f"run{seed}", Console(quiet=True))
+        with pytest.raises(KeyboardInterrupt):
+            shown(config)
+        (prompts, problems, key), seen = chosen
+        assert seen == (list(prompts[:1]), list(problems[:1]), key)
+        chosen.clear()
 
 
 def test_without_training_there_is_no_step():
