@@ -175,6 +175,9 @@ def get_config() -> ConfigDict:
     c.mesh.tensor = 1  # devices that share heads
     c.mesh.expert = 1  # devices that share the experts of a mixture; of other models, rows
 
+    c.resume = ConfigDict()
+    c.resume.changed_inputs = "refuse"  # refuse or allow (and log): files replaced since the run's checkpoint
+
     c.checkpoint_every = 1  # iterations between checkpoints
     c.checkpoint_keep = 2  # checkpoints kept
     c.compilation_cache = "~/.cache/espl_jax/xla"  # compiled programs, kept between runs; empty for none

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from espl_jax import processes, sharding
+from espl_jax import inputs, processes, sharding
 from espl_jax.data.problems import ProblemSet
 from espl_jax.environments.base import Dialogue, Environment
 from espl_jax.evolution import population as populations
@@ -50,6 +50,7 @@ class Parts:
       rollouts: those that training and evaluation add.
       evolution: keyword arguments of `evolve`.
       loss: keyword arguments of `policy_gradient_step`.
+      inputs: fingerprints of what was read.
     """
 
     reference: Pretrained
@@ -65,6 +66,7 @@ class Parts:
     rollouts: dict[str, Any]
     evolution: dict[str, Any]
     loss: dict[str, Any]
+    inputs: inputs.Fingerprints
 
     @property
     def frozen(self) -> Any:
@@ -125,6 +127,7 @@ def assemble(config: Any) -> Parts:
             "tie_margin": c.ratings.tie_margin,
         },
         loss=loss_settings(c),
+        inputs=processes.decide(lambda: inputs.fingerprints(c, splits, model.files)),
     )
     parts.sampling["held_bytes"] = held_while_sampling(c, parts)
     problems = [problem for split in splits.values() for problem in split.problems]

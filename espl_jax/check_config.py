@@ -60,6 +60,7 @@ _CHOICES = {
     "loss.kl_estimator": KL_ESTIMATORS,
     "optimizer.kind": OPTIMIZERS,
     "optimizer.schedule": SCHEDULES,
+    "resume.changed_inputs": ("refuse", "allow"),
 }
 _AT_LEAST = {
     **dict.fromkeys(("num_iterations", "num_prompts", "batch_size", "group_size"), 1),

@@ -125,7 +125,7 @@ def iterate(
             record |= {"validation": dataclasses.asdict(validation), "held_out": validation.accuracy}
     progress.report(iteration, record)
     not_finite = learned.get("not_finite_in_row", run.not_finite_in_row)
-    return Run(iteration, run.root, train_state, population, cursor, skipped, not_finite)
+    return Run(iteration, run.root, train_state, population, cursor, skipped, not_finite, run.inputs)
 
 
 def choose(

@@ -15,7 +15,17 @@ LAYERS = [
     | {"durable", "storage", "json_values", "processes"},
     DEVICE | HOST,
     {"pretrained", "optimizer", "train_step", "check_config"},
-    {"rollout", "turns", "task", "train_batch", "reflectors", "run_state", "saved_arrays", "metrics"}
+    {
+        "rollout",
+        "turns",
+        "task",
+        "inputs",
+        "train_batch",
+        "reflectors",
+        "run_state",
+        "saved_arrays",
+        "metrics",
+    }
     | {"report"},
     {"assemble", "resume", "run_reflection", "evaluate", "deploy", "train", "dry_run", "saved_run", "export"}
     | {"iteration_log", "update", "programs", "plan"},

@@ -32,12 +32,14 @@ class Pretrained:
       config: its decoder.
       tokenizer: its tokenizer, with the chat template if it has one.
       generation: how its makers sample it, as in `generation_config.json`; may be empty.
+      files: those that it was read from, by name.
     """
 
     params: dict[str, Any]
     config: DecoderConfig
     tokenizer: PreTrainedTokenizerBase
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, Path] = dataclasses.field(default_factory=dict)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -80,7 +82,8 @@ def load_pretrained(
     config = hf_folder.read_config(folder, dtype=dtype, **numerics)
     # The small files first: what is wrong with them is known before gigabytes are read.
     tokenizer, generation = hf_folder.read_tokenizer(folder, config.family), hf_folder.read_generation(folder)
-    return Pretrained(hf_folder.read_params(folder, config, mesh), config, tokenizer, generation)
+    params = hf_folder.read_params(folder, config, mesh)
+    return Pretrained(params, config, tokenizer, generation, _files(folder))
 
 
 def read_config(source: str | os.PathLike[str], **numerics: Any) -> DecoderConfig:
@@ -116,7 +119,14 @@ def _with_adapter(folder: Path, dtype: str, mesh: Mesh | None, **numerics: Any) 
         tokenizer=hf_folder.read_tokenizer(folder, base.config.family)
         if hf_folder.has_tokenizer(folder)
         else base.tokenizer,
+        files={**base.files, **{f"adapter/{name}": path for name, path in _files(folder).items()}},
     )
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Files of a model's folder that can change what is read from it."""
+    kinds = (".json", ".jinja", ".model", ".txt", ".safetensors")
+    return {path.name: path for path in sorted(folder.iterdir()) if path.suffix in kinds and path.is_file()}
 
 
 def find_folder(source: str, weights: bool = True) -> Path:
@@ -153,9 +163,11 @@ def find_folder(source: str, weights: bool = True) -> Path:
 
 def _from_gguf(source: str, dtype: str, mesh: Mesh | None, **numerics: Any) -> Pretrained:
     if source == "smollm2":
-        params, config, metadata = gguf_cache.unpack_cached(smollm2.find_gguf())
+        path = smollm2.find_gguf()
+        params, config, metadata = gguf_cache.unpack_cached(path)
     else:
-        params, config, metadata = gguf_cache.unpack(os.path.expanduser(source), dtype=dtype, **numerics)
+        path = Path(source).expanduser()
+        params, config, metadata = gguf_cache.unpack(os.fspath(path), dtype=dtype, **numerics)
     config = config.replace(dtype=dtype, **numerics)
     param_dtype = jnp.dtype(config.param_dtype)
     params = jax.tree.map(lambda weight: weight.astype(param_dtype, copy=False), params)
@@ -164,4 +176,4 @@ def _from_gguf(source: str, dtype: str, mesh: Mesh | None, **numerics: Any) -> P
     else:
         params = sharding.place(params, transformer.abstract(config), mesh, "sampling")
     generation = {"eos_token_id": list(stop_ids_from_metadata(metadata))}
-    return Pretrained(params, config, tokenizer_from_metadata(metadata), generation)
+    return Pretrained(params, config, tokenizer_from_metadata(metadata), generation, {path.name: path})
