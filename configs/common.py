@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
     c.data.validation = ""  # likewise; empty holds out validation_count problems of train
     c.data.test = ""  # likewise; empty means that there is no test
     c.data.validation_count = 10  # problems held out of train where data.validation is empty
+    c.data.too_long = "refuse"  # problems that leave no room in the context: refuse, or drop (and count)
     c.data.fields = ConfigDict()  # names of fields of all sources whose spec does not name them
     c.data.fields.text = ""  # the statement's, e.g. prompt.0.content; empty finds problem or question
     c.data.fields.answer = ""  # the answer's; empty finds answer

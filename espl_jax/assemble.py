@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from espl_jax import inputs, processes, sharding
+from espl_jax.context import context_of, fitting, least_budget
 from espl_jax.data.problems import ProblemSet
 from espl_jax.environments.base import Dialogue, Environment
 from espl_jax.evolution import population as populations
@@ -24,7 +25,7 @@ from espl_jax.models.transformer import abstract
 from espl_jax.optimizer import make_optimizer
 from espl_jax.pretrained import Pretrained, load_pretrained
 from espl_jax.rl.losses import Loss
-from espl_jax.rollout import longest_problem, stable_hash
+from espl_jax.rollout import longest_conversation, longest_problem, stable_hash
 from espl_jax.sampling.sizes import Sizes, choose_sizes
 from espl_jax.sampling.truncation import Truncation
 from espl_jax.task import environment_of, load_splits
@@ -51,6 +52,7 @@ class Parts:
       evolution: keyword arguments of `evolve`.
       loss: keyword arguments of `policy_gradient_step`.
       inputs: fingerprints of what was read.
+      left_out: ids of the problems that are too long for the context, by split.
     """
 
     reference: Pretrained
@@ -67,6 +69,7 @@ class Parts:
     evolution: dict[str, Any]
     loss: dict[str, Any]
     inputs: inputs.Fingerprints
+    left_out: dict[str, tuple[str, ...]]
 
     @property
     def frozen(self) -> Any:
@@ -95,6 +98,8 @@ def assemble(config: Any) -> Parts:
     splits = processes.decide(lambda: load_splits(c))
     environment = environment_of(c)
     model = load_reference(c, mesh)
+    read = processes.decide(lambda: inputs.fingerprints(c, splits, model.files))
+    splits, left_out = fitting(c, splits, model, environment)
     parts = Parts(
         reference=model,
         splits=splits,
@@ -127,7 +132,8 @@ def assemble(config: Any) -> Parts:
             "tie_margin": c.ratings.tie_margin,
         },
         loss=loss_settings(c),
-        inputs=processes.decide(lambda: inputs.fingerprints(c, splits, model.files)),
+        inputs=read,
+        left_out=left_out,
     )
     parts.sampling["held_bytes"] = held_while_sampling(c, parts)
     problems = [problem for split in splits.values() for problem in split.problems]
@@ -162,13 +168,16 @@ def guards(config: Any, parts: Parts) -> Guards:
     A prompt leaves room in the context for the longest problem and a whole rollout, or where these fill it
     themselves, takes a quarter of it at most.
     """
-    model = parts.reference
-    context = parts.rollouts["context_limit"] or model.config.max_positions
-    room = context - parts.rollouts["longest_problem"] - config.sampling.max_new_tokens
+    model, environment = parts.reference, parts.environment
+    context = context_of(config, model.config)
+    problems = [problem for split in parts.splits.values() for problem in split.problems]
+    kwargs = parts.sampling["chat_template_kwargs"]
+    longest = longest_conversation(model.tokenizer, problems, environment, kwargs)
+    room = context - max(parts.rollouts["longest_problem"] + config.sampling.max_new_tokens, longest + 1)
     names = ("max_edits", "max_words", "word_retries", "max_principles", "copied_tokens", "copied_answers")
     return Guards(
         **{name: config.evolution[name] for name in names},
-        max_prompt_tokens=min(config.evolution.max_prompt_tokens, max(room, context // 4)),
+        max_prompt_tokens=max(min(config.evolution.max_prompt_tokens, room), least_budget(config, context)),
         max_reply_tokens=config.reflection.max_new_tokens,
         tokenize=functools.partial(encode, model.tokenizer),
         problems=parts.splits["train"].problems,

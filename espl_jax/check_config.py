@@ -46,6 +46,7 @@ _CHOICES = {
     "model.param_dtype": ("float32", "bfloat16"),
     "model.matmul_precision": MATMUL_PRECISIONS,
     "model.remat": REMATS,
+    "data.too_long": ("refuse", "drop"),
     "environment.tool_format": ("auto", *FORMATS),
     "selection.strategy": tuple(STRATEGIES),
     "ratings.system": tuple(SYSTEMS),

@@ -10,7 +10,13 @@ from typing import Any
 from absl import logging
 
 from espl_jax import processes
-from espl_jax.assemble import Parts, abstract_run_state, first_population, first_train_state
+from espl_jax.assemble import (
+    Parts,
+    abstract_run_state,
+    first_population,
+    first_train_state,
+)
+from espl_jax.context import check_first_prompts
 from espl_jax.data.order import Cursor
 from espl_jax.evolution import lineage
 from espl_jax.evolution.population import Population, from_json, prompt_from_json
@@ -99,6 +105,7 @@ def restore(workdir: WorkDir, config: Any, parts: Parts) -> Run:
     saved = workdir.restore(abstract_run_state(config, parts))
     if saved is None:
         population = processes.decide(lambda: first_population(config))
+        check_first_prompts(population, config, parts.splits, parts.reference, parts.environment)
         for member in population.members:
             workdir.append("lineage", lineage.entry("root", member, 0))
         state = first_train_state(config, parts)

@@ -56,6 +56,8 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
             progress.say(
                 f"Rollouts: {describe(rollout_sizes(config, parts))}, each compiled when first needed."
             )
+            for line in left_out(parts):
+                progress.say(line)
             if run.iteration:
                 progress.say(f"resumed after iteration {run.iteration}")
             for iteration in range(run.iteration + 1, config.num_iterations + 1):
@@ -66,6 +68,14 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
                 stop_if_stuck(folder, run, config)
             policy = parts.policy(run.train_state)
             return finish(parts, policy, run.root, run.population, config, folder, progress)
+
+
+def left_out(parts: Parts) -> list[str]:
+    """A line for each split that lacks problems, too long for the context."""
+    return [
+        f"Left out of data.{split}, too long for the context: {len(ids)} problems ({', '.join(ids)})."
+        for split, ids in parts.left_out.items()
+    ]
 
 
 def iterate(
