@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
     c.data.validation = ""  # likewise; empty holds out validation_count problems of train
     c.data.test = ""  # likewise; empty means that there is no test
     c.data.validation_count = 10  # problems held out of train where data.validation is empty
+    c.data.too_long = "refuse"  # problems that leave no room in the context: refuse, or drop (and count)
     c.data.fields = ConfigDict()  # names of fields of all sources whose spec does not name them
     c.data.fields.text = ""  # the statement's, e.g. prompt.0.content; empty finds problem or question
     c.data.fields.answer = ""  # the answer's; empty finds answer
@@ -177,6 +178,9 @@ def get_config() -> ConfigDict:
     c.mesh.fsdp = -1  # devices that share rows and weights
     c.mesh.tensor = 1  # devices that share heads
     c.mesh.expert = 1  # devices that share the experts of a mixture; of other models, rows
+
+    c.resume = ConfigDict()
+    c.resume.changed_inputs = "refuse"  # refuse or allow (and log): files replaced since the run's checkpoint
 
     c.checkpoint_every = 1  # iterations between checkpoints
     c.checkpoint_keep = 2  # checkpoints kept

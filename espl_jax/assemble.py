@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
-from espl_jax import processes, sharding
+from espl_jax import inputs, processes, sharding, storage
+from espl_jax.context import context_of, fitting, least_budget
 from espl_jax.data.problems import ProblemSet
 from espl_jax.environments.base import Dialogue, Environment
 from espl_jax.evolution import population as populations
@@ -22,9 +25,10 @@ from espl_jax.models import lora
 from espl_jax.models.config import NUMERICS, DecoderConfig
 from espl_jax.models.transformer import abstract
 from espl_jax.optimizer import make_optimizer
-from espl_jax.pretrained import Pretrained, load_pretrained
+from espl_jax.pretrained import Pretrained, load_pretrained, read_config
+from espl_jax.pretrained.numerics import AUTO, CHOSEN, resolve
 from espl_jax.rl.losses import Loss
-from espl_jax.rollout import longest_problem, stable_hash
+from espl_jax.rollout import longest_conversation, longest_problem, stable_hash
 from espl_jax.sampling.sizes import Sizes, choose_sizes
 from espl_jax.sampling.truncation import Truncation
 from espl_jax.task import environment_of, load_splits
@@ -50,6 +54,8 @@ class Parts:
       rollouts: those that training and evaluation add.
       evolution: keyword arguments of `evolve`.
       loss: keyword arguments of `policy_gradient_step`.
+      inputs: fingerprints of what was read.
+      left_out: ids of the problems that are too long for the context, by split.
     """
 
     reference: Pretrained
@@ -65,6 +71,8 @@ class Parts:
     rollouts: dict[str, Any]
     evolution: dict[str, Any]
     loss: dict[str, Any]
+    inputs: inputs.Fingerprints
+    left_out: dict[str, tuple[str, ...]]
 
     @property
     def frozen(self) -> Any:
@@ -93,6 +101,8 @@ def assemble(config: Any) -> Parts:
     splits = processes.decide(lambda: load_splits(c))
     environment = environment_of(c)
     model = load_reference(c, mesh)
+    read = processes.decide(lambda: inputs.fingerprints(c, splits, model.files))
+    splits, left_out = fitting(c, splits, model, environment)
     parts = Parts(
         reference=model,
         splits=splits,
@@ -125,6 +135,8 @@ def assemble(config: Any) -> Parts:
             "tie_margin": c.ratings.tie_margin,
         },
         loss=loss_settings(c),
+        inputs=read,
+        left_out=left_out,
     )
     parts.sampling["held_bytes"] = held_while_sampling(c, parts)
     problems = [problem for split in splits.values() for problem in split.problems]
@@ -159,13 +171,16 @@ def guards(config: Any, parts: Parts) -> Guards:
     A prompt leaves room in the context for the longest problem and a whole rollout, or where these fill it
     themselves, takes a quarter of it at most.
     """
-    model = parts.reference
-    context = parts.rollouts["context_limit"] or model.config.max_positions
-    room = context - parts.rollouts["longest_problem"] - config.sampling.max_new_tokens
+    model, environment = parts.reference, parts.environment
+    context = context_of(config, model.config)
+    problems = [problem for split in parts.splits.values() for problem in split.problems]
+    kwargs = parts.sampling["chat_template_kwargs"]
+    longest = longest_conversation(model.tokenizer, problems, environment, kwargs)
+    room = context - max(parts.rollouts["longest_problem"] + config.sampling.max_new_tokens, longest + 1)
     names = ("max_edits", "max_words", "word_retries", "max_principles", "copied_tokens", "copied_answers")
     return Guards(
         **{name: config.evolution[name] for name in names},
-        max_prompt_tokens=min(config.evolution.max_prompt_tokens, max(room, context // 4)),
+        max_prompt_tokens=max(min(config.evolution.max_prompt_tokens, room), least_budget(config, context)),
         max_reply_tokens=config.reflection.max_new_tokens,
         tokenize=functools.partial(encode, model.tokenizer),
         problems=parts.splits["train"].problems,
@@ -200,6 +215,34 @@ def held_while_sampling(config: Any, parts: Parts) -> int:
     held = {id(x) for x in jax.tree.leaves((parts.reference.params, state))}
     copies = [x for x in jax.tree.leaves(parts.policy(state).params) if id(x) not in held]
     return bytes_per_device((parts.reference.params, state, copies))
+
+
+def settle_numerics(config: ConfigDict, workdir: str | os.PathLike[str] | None = None) -> ConfigDict:
+    """Returns the configuration with a value in place of every "auto" among its numerics.
+
+    Args:
+      config: of the run.
+      workdir: of the run; one that is resumed keeps the values recorded in its config.json.
+    """
+    settled = config.copy_and_resolve_references()
+    recorded = _recorded_numerics(workdir) if workdir is not None else {}
+    given = {name: config.model[name] for name in CHOSEN}
+    given |= {name: value for name, value in recorded.items() if given.get(name) == AUTO}
+    mesh = sharding.make_mesh(dict(config.mesh))
+    chosen = resolve(
+        given, lambda: read_config(config.model.source), devices=1 if mesh is None else mesh.size
+    )
+    for name, value in processes.decide(lambda: chosen).items():
+        settled.model[name] = value
+    return settled
+
+
+def _recorded_numerics(workdir: str | os.PathLike[str]) -> dict[str, str]:
+    try:
+        model = json.loads(storage.open_folder(workdir).read("config.json") or "{}").get("model", {})
+    except ValueError:  # cut short; opening the work directory says so
+        return {}
+    return {name: model[name] for name in CHOSEN if name in model}
 
 
 def numerics(config: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from espl_jax.data import specs
+from espl_jax.environments.retrievers.server import is_address
 from espl_jax.evolution.deployment import RULES
 from espl_jax.evolution.editors import EDITORS
 from espl_jax.evolution.ratings import SYSTEMS
@@ -31,6 +32,9 @@ SEQUENCE_LOSSES = ("sequence_importance_sampling", "gspo")
 CLIPPED_LOSSES = ("ppo", "cispo", "gspo")
 AGGREGATIONS = ("seq_mean_token_sum", "token_mean", "constant_length")
 KL_ESTIMATORS = ("exact", "k1", "k2", "k3")
+UNTRUNCATED = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+"""The settings of sampling with which every token may be drawn."""
+
 OPTIMIZERS = ("adam", "adamw", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine")
 REFLECTORS = ("local", "openai", "replay")
@@ -43,6 +47,7 @@ _CHOICES = {
     "model.matmul_precision": ("auto", *MATMUL_PRECISIONS),
     "model.sampling_layout": SAMPLING_LAYOUTS,
     "model.remat": REMATS,
+    "data.too_long": ("refuse", "drop"),
     "environment.tool_format": ("auto", *FORMATS),
     "selection.strategy": tuple(STRATEGIES),
     "ratings.system": tuple(SYSTEMS),
@@ -57,6 +62,7 @@ _CHOICES = {
     "loss.kl_estimator": KL_ESTIMATORS,
     "optimizer.kind": OPTIMIZERS,
     "optimizer.schedule": SCHEDULES,
+    "resume.changed_inputs": ("refuse", "allow"),
 }
 _AT_LEAST = {
     **dict.fromkeys(("num_iterations", "num_prompts", "batch_size", "group_size"), 1),
@@ -225,6 +231,8 @@ def _check_together(c: Any) -> None:
             "give room for the root's principles, and for one at least",
         )
     _check_loss(c.loss)
+    if trains:
+        _check_kl(c)
     _check_optimizer(c)
     for split in ("validation", "test"):
         if c.evaluation.temperature == 0 and c.evaluation[f"{split}_samples"] > 1:
@@ -318,6 +326,19 @@ def _check_loss(loss: Any) -> None:
         )
 
 
+def _check_kl(c: Any) -> None:
+    """Whether sampling draws what the estimate of the KL needs; the update checks it too, of its batch."""
+    cut = [name for name, all_tokens in UNTRUNCATED.items() if c.sampling[name] != all_tokens]
+    if c.loss.kl_coef and c.loss.kl_estimator != "exact" and cut:
+        named = ", ".join(f"sampling.{name}={c.sampling[name]}" for name in cut)
+        _refuse(
+            "loss.kl_estimator",
+            c.loss.kl_estimator,
+            f"it requires untruncated sampling, and there is {named}; give exact, or disable top_p, top_k "
+            "and min_p",
+        )
+
+
 def _check_optimizer(c: Any) -> None:
     o = c.optimizer
     for name in ("b1", "b2"):
@@ -350,8 +371,10 @@ def _check_optimizer(c: Any) -> None:
 def _check_reflection(r: Any) -> None:
     if r.reflector == "openai" and not r.model:
         _refuse("reflection.model", r.model, "say what the server at reflection.base_url calls its model")
-    if r.reflector == "openai" and not r.base_url.startswith(("http://", "https://")):
+    if r.reflector == "openai" and not is_address(r.base_url):
         _refuse("reflection.base_url", r.base_url, "give an address such as http://localhost:8000/v1")
+    if r.reflector == "openai" and r.base_url.rstrip("/").endswith("/chat/completions"):
+        _refuse("reflection.base_url", r.base_url, "leave out /chat/completions, which is added to it")
     if r.reflector == "replay" and not r.replay:
         _refuse("reflection.replay", r.replay, "give the reflections.jsonl or replies.jsonl of a run")
     if r.reflector == "openai" and r.opening:

@@ -47,6 +47,7 @@ def finish(
         "iteration": c.num_iterations,
         "deployed": dataclasses.asdict(best),
         "reason": reason,
+        "problems_left_out": {split: len(ids) for split, ids in parts.left_out.items()},
         "test": {},
     }
     if "test" in parts.splits:

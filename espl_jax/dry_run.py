@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 
 from espl_jax import processes, programs
@@ -17,16 +16,18 @@ from espl_jax.assemble import (
     assemble,
     first_population,
     rollout_sizes,
+    settle_numerics,
     stream_key,
 )
-from espl_jax.data.order import Cursor, next_batch
+from espl_jax.context import check_first_prompts, context_of
+from espl_jax.data.order import Cursor
 from espl_jax.metrics import table
 from espl_jax.programs import Program
 from espl_jax.rollout import collect_rollouts, conversation, encode_tree, stop_ids_of
 from espl_jax.sampling.generate import row_limits
 from espl_jax.sampling.sizes import describe
 from espl_jax.text.chat import encode_conversation, render
-from espl_jax.train import choose_prompts
+from espl_jax.train import choose, left_out
 from espl_jax.types import Problem, SystemPrompt
 
 LONGEST_ANSWER = 256
@@ -47,10 +48,13 @@ def dry_run(config: Any, console: Console | None = None) -> None:
     """
     console = (console or Console()) if processes.is_first() else Console(quiet=True)
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    config = settle_numerics(config)
     parts = assemble(config)
-    rng = np.random.default_rng([config.seed, 1])
-    prompts = choose_prompts(first_population(config), parts, config, rng)
-    problems, _ = next_batch(parts.splits["train"], Cursor(config.seed), config.batch_size)
+    population = first_population(config)
+    check_first_prompts(population, config, parts.splits, parts.reference, parts.environment)
+    prompts, problems, *_ = choose(population, Cursor(config.seed), 1, parts, config)
+    for line in left_out(parts):
+        say(line)
     show_problem(parts, prompts[0], problems[0], say)
     show_answer(parts, prompts[0], problems[0], config, say)
     show_programs(parts, prompts, problems, config, say)
@@ -130,8 +134,7 @@ def programs_of(
     model, most, stages = parts.reference, c.sampling.max_new_tokens, rollout_sizes(c, parts)
     kwargs = parts.sampling["chat_template_kwargs"]
     tree = encode_tree(model.tokenizer, prompts, problems, parts.environment, kwargs)
-    context = parts.rollouts["context_limit"] or model.config.max_positions
-    row_limits(*tree, most, (len(prompts), len(problems), 1), context)
+    row_limits(*tree, most, (len(prompts), len(problems), 1), context_of(c, model.config))
     say(f"Rollouts: {describe(stages)}.")
     longest = (max(map(len, tree[0])), max(len(tokens) for lane in tree[1] for tokens in lane))
     lengths = programs.Lengths(*longest, most)

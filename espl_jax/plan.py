@@ -40,6 +40,8 @@ from espl_jax.check_config import check_config
 from espl_jax.chips import Chip, find_chip
 from espl_jax.hlo_traffic import traffic
 from espl_jax.metrics import table
+from espl_jax.models.config import DecoderConfig
+from espl_jax.pretrained.numerics import resolve
 from espl_jax.programs import Lengths, Program
 from espl_jax.sampling.sizes import Sizes, choose_sizes, describe
 from espl_jax.tpu_compiler import Compiled
@@ -182,9 +184,18 @@ class _Run:
     programs: list[Program]
 
 
+def on_tpu(config: Any) -> dict[str, Any]:
+    """The DecoderConfig fields that the run would have on a TPU."""
+
+    def unread() -> DecoderConfig:
+        raise AssertionError("on a TPU no default depends on the model's size")
+
+    return resolve(numerics(config), unread, platform="tpu")
+
+
 def _run(c: Any, topology: str, lengths: Lengths, phases: Sequence[str], every_bucket: bool) -> _Run:
     mesh = sharding.make_mesh(dict(c.mesh), tpu_compiler.devices(topology))
-    config = pretrained.read_config(c.model.source, **numerics(c))
+    config = pretrained.read_config(c.model.source, **on_tpu(c))
     optimizer = make_optimizer_of(c)
     held = programs.held(c, config, optimizer, mesh)
     sizes, axes = held.sizes(), dict(mesh.shape)
@@ -223,7 +234,7 @@ def least_memory(c: Any, topology: str, lengths: Lengths) -> float:
     """Bytes that a device needs at least for an update: what is held, the gradient, and the stored inputs of
     all layers for one microbatch. What exceeds the chip need not be compiled."""
     mesh = sharding.make_mesh(dict(c.mesh), tpu_compiler.devices(topology))
-    config = pretrained.read_config(c.model.source, **numerics(c))
+    config = pretrained.read_config(c.model.source, **on_tpu(c))
     sizes = programs.held(c, config, make_optimizer_of(c), mesh).sizes()
     parts = sharding.row_parts(mesh)
     rows = -(-c.num_prompts * c.batch_size * c.group_size // parts)

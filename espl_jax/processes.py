@@ -2,8 +2,9 @@
 
 All of them run the same program on the same values. What could differ between them, because it comes from
 text, files, servers or the clock, is decided by the first one and sent to the others (`decide`); what has to
-be equal is compared (`agree`). Both are for the main thread alone, which also dispatches the work of the
-devices: all processes have to do these things in the same order. With one process both cost nothing.
+be equal is compared (`agree`); what each did of a common task is added up (`total`). All three are for the
+main thread alone, which also dispatches the work of the devices: all processes have to do these things in the
+same order. With one process they cost nothing.
 """
 
 from __future__ import annotations
@@ -100,6 +101,14 @@ def only_first(make: Callable[[], T]) -> T | None:
     made: list[T] = []
     decide(lambda: made.append(make()))
     return made[0] if made else None
+
+
+def total(array: np.ndarray) -> np.ndarray:
+    """The sum of what the processes give, on every process; all have to call this, with equal shapes."""
+    if jax.process_count() == 1:
+        return array
+    _meet()
+    return np.asarray(multihost_utils.process_allgather(array)).sum(axis=0, dtype=array.dtype)
 
 
 def agree(what: str, value: Any) -> None:

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from typing import Any
 
+from absl import logging
+
 from espl_jax import processes
-from espl_jax.assemble import Parts, abstract_run_state, first_population, first_train_state
+from espl_jax.assemble import (
+    Parts,
+    abstract_run_state,
+    first_population,
+    first_train_state,
+)
+from espl_jax.context import check_first_prompts
 from espl_jax.data.order import Cursor
 from espl_jax.evolution import lineage
 from espl_jax.evolution.population import Population, from_json, prompt_from_json
-from espl_jax.run_state import WorkDir
+from espl_jax.inputs import Fingerprints, changes
+from espl_jax.run_state import WorkDir, read_checkpoint
 from espl_jax.train_step import TrainState
 from espl_jax.types import SystemPrompt
 
@@ -21,6 +32,7 @@ MAY_CHANGE = (
     "compilation_cache",
     "profile_iteration",
     "optimizer.max_skipped",
+    "resume",
     *(
         f"reflection.{name}"
         for name in ("base_url", "api_key_variable", "concurrency", "timeout", "max_retries")
@@ -41,6 +53,7 @@ class Run:
       skipped: updates left out because no group was mixed.
       not_finite_in_row: updates skipped since the last one taken, because their loss or gradient was not
         finite.
+      inputs: fingerprints of what the run has read.
     """
 
     iteration: int
@@ -50,6 +63,7 @@ class Run:
     cursor: Cursor
     skipped: int = 0
     not_finite_in_row: int = 0
+    inputs: Fingerprints = dataclasses.field(default_factory=dict)
 
 
 def save(workdir: WorkDir, run: Run) -> None:
@@ -61,6 +75,7 @@ def save(workdir: WorkDir, run: Run) -> None:
         "cursor": dataclasses.asdict(run.cursor),
         "skipped": run.skipped,
         "not_finite_in_row": run.not_finite_in_row,
+        "inputs": run.inputs,
     }
     workdir.save(run.iteration, run.train_state, state)
     workdir.write_json("population.json", population)
@@ -81,14 +96,20 @@ def stop_if_stuck(workdir: WorkDir, run: Run, config: Any) -> None:
 
 
 def restore(workdir: WorkDir, config: Any, parts: Parts) -> Run:
-    """The run as of the newest checkpoint, or its beginning."""
+    """The run as of the newest checkpoint, or its beginning.
+
+    Raises:
+      ValueError: as `WorkDir.restore`, or for files that were replaced since the checkpoint.
+    """
+    check_inputs(workdir, config, parts.inputs)
     saved = workdir.restore(abstract_run_state(config, parts))
     if saved is None:
         population = processes.decide(lambda: first_population(config))
+        check_first_prompts(population, config, parts.splits, parts.reference, parts.environment)
         for member in population.members:
             workdir.append("lineage", lineage.entry("root", member, 0))
         state = first_train_state(config, parts)
-        return Run(0, population.members[0], state, population, Cursor(config.seed))
+        return Run(0, population.members[0], state, population, Cursor(config.seed), inputs=parts.inputs)
     iteration, train_state, state = saved
     workdir.write_json("population.json", state["population"])
     return Run(
@@ -99,4 +120,26 @@ def restore(workdir: WorkDir, config: Any, parts: Parts) -> Run:
         Cursor(**state["cursor"]),
         state["skipped"],
         state["not_finite_in_row"],
+        state["inputs"] | parts.inputs,
     )
+
+
+def check_inputs(workdir: WorkDir, config: Any, now: Fingerprints) -> None:
+    """Compares what a run reads with what it had read at its newest checkpoint.
+
+    Raises:
+      ValueError: something was replaced, and `resume.changed_inputs` does not allow it.
+    """
+    saved = read_checkpoint(workdir.path, None)
+    if saved is None:
+        return
+    iteration, _, state = saved
+    for field, names in changes(state["inputs"], now).items():
+        value = functools.reduce(operator.getitem, field.split("."), config)
+        said = f"{field}={value!r}: {', '.join(names)} changed since the checkpoint of iteration {iteration}"
+        if config.resume.changed_inputs == "refuse":
+            raise ValueError(
+                f"{said}; put back what was there, use another --workdir, or resume with "
+                "--config.resume.changed_inputs=allow"
+            )
+        logging.warning("%s; the run goes on with what is there now", said)

@@ -15,7 +15,7 @@ from espl_jax.models.config import DecoderConfig
 from espl_jax.sampling.draw import row_keys
 from espl_jax.sampling.generate import sample_tree
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
-from espl_jax.text.chat import common_length, encode_conversation
+from espl_jax.text.chat import common_length, encode, encode_conversation, render
 from espl_jax.text.stop_strings import stop_finder, trim
 from espl_jax.text.thinking import prompt_opens_thinking, strip_thinking
 from espl_jax.text.tool_calls import tool_format_of
@@ -94,9 +94,57 @@ def longest_problem(
     Only the 32 with the longest statements are looked at. A longer one among the others would do no harm: its
     batch compiles programs of its own.
     """
-    candidates = sorted(problems, key=lambda problem: len(problem.text))[-32:]
-    _, (tokens,) = encode_tree(tokenizer, [SystemPrompt("-")], candidates, environment, chat_template_kwargs)
+    prompts, candidates = [SystemPrompt("-")], _longest_statements(problems)
+    _, (tokens,) = encode_tree(tokenizer, prompts, candidates, environment, chat_template_kwargs)
     return max(map(len, tokens))
+
+
+def _longest_statements(problems: Sequence[Problem], count: int = 32) -> list[Problem]:
+    return sorted(problems, key=lambda problem: len(problem.text))[-count:]
+
+
+def longest_conversation(
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    environment: Environment | Dialogue,
+    chat_template_kwargs: Mapping[str, Any],
+) -> int:
+    """Tokens of the longest of the conversations that rollouts begin with, the system prompt's not counted;
+    out of the candidates of `longest_problem`."""
+    candidates = _longest_statements(problems)
+    return max(conversation_lengths(tokenizer, candidates, environment, chat_template_kwargs).values())
+
+
+def conversation_lengths(
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    environment: Environment | Dialogue,
+    chat_template_kwargs: Mapping[str, Any],
+    least: int = 0,
+) -> dict[str, int]:
+    """Tokens of the conversations that rollouts begin with, the system prompt's not counted.
+
+    Args:
+      least: problems whose texts have too few bytes for as many tokens are left out: encoding thousands of
+        problems takes seconds.
+
+    Returns:
+      Tokens by the id of the problem.
+    """
+    prompt = SystemPrompt("-")
+    prompt_tokens = len(encode(tokenizer, prompt.render()))
+
+    def length(problem: Problem) -> int:
+        messages, kwargs = conversation(tokenizer, prompt, problem, environment, chat_template_kwargs)
+        return len(encode(tokenizer, render(tokenizer, messages, **kwargs))) - prompt_tokens
+
+    # Its frame is that of all others, and a token stands for one byte at least.
+    frame = length(problems[0])
+    return {
+        problem.id: length(problem)
+        for problem in problems
+        if frame + len(environment.user_message(problem).encode()) >= least
+    }
 
 
 def collect_rollouts(
@@ -154,6 +202,7 @@ def collect_rollouts(
     """
     tokenizer, kwargs = model.tokenizer, chat_template_kwargs or {}
     system_tokens, problem_tokens = encode_tree(tokenizer, prompts, problems, environment, kwargs)
+    _check_room(prompts, problems, system_tokens, problem_tokens, context_limit or model.config.max_positions)
     stop_ids = stop_ids_of(model) if stop_ids is None else stop_ids
     opened = prompt_opens_thinking(tokenizer.decode(problem_tokens[0][0][-8:]))
     turns = None
@@ -259,6 +308,24 @@ def _nested(values: Sequence[Any], shape: tuple[int, int, int]) -> tuple[tuple[t
     m, b, n = shape
     rows = iter(values)
     return tuple(tuple(tuple(next(rows) for _ in range(n)) for _ in range(b)) for _ in range(m))
+
+
+def _check_room(
+    prompts: Sequence[SystemPrompt],
+    problems: Sequence[Problem],
+    system_tokens: Sequence[Sequence[int]],
+    problem_tokens: Sequence[Sequence[Sequence[int]]],
+    context: int,
+) -> None:
+    """Raises ValueError, naming the first problem that leaves no room for an answer."""
+    for prompt, system, lane in zip(prompts, system_tokens, problem_tokens, strict=True):
+        for problem, tokens in zip(problems, lane, strict=True):
+            if (count := len(system) + len(tokens)) >= context:
+                raise ValueError(
+                    f"problem {problem.id} with prompt {prompt.id}: a prompt of {count} tokens leaves no "
+                    f"room in a context of {context}; leave the problem out, shorten one of the two, or "
+                    "raise context_limit up to what the model was made for"
+                )
 
 
 def records(rollouts: Rollouts) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@
     population.json ...                derived from the state, for people to read; replaced whole
     checkpoints/00000012/arrays/       params, optimizer state: any pytree of jax arrays, by orbax
     checkpoints/00000012/state.json    everything else: population, cursors, keys as plain JSON values
-    checkpoints/00000012/COMMIT        written last: log lengths, names of the arrays, hash of state.json
+    checkpoints/00000012/COMMIT        written last: log lengths, names of the arrays, hashes of all files
 
 The marker alone decides: a checkpoint without a whole COMMIT does not exist and is removed when the directory
 is next opened, and logs are cut back to the lengths in the newest COMMIT. What was done after it is done
@@ -168,8 +168,10 @@ class WorkDir:
         leaves, _ = saved_arrays.named_leaves(arrays)
         saved_arrays.check_shared(leaves)
         self._first(lambda: self._begin(iteration))
-        saved_arrays.save(self.path / _folder(iteration) / "arrays", leaves)
-        self._first(lambda: self._commit(iteration, text, saved_arrays.describe(leaves)))
+        path = self.path / _folder(iteration) / "arrays"
+        saved_arrays.save(path, leaves)
+        files = saved_arrays.hashes(path)
+        self._first(lambda: self._commit(iteration, text, saved_arrays.describe(leaves), files))
 
     def restore(self, abstract_arrays: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """Reads the newest checkpoint.
@@ -184,7 +186,8 @@ class WorkDir:
           `(iteration, arrays, state)`, or None where nothing was saved yet.
 
         Raises:
-          ValueError: the checkpoint is damaged, or its arrays have other names, shapes or dtypes.
+          ValueError: a file of the checkpoint is damaged (named, with the checkpoint before it), or its
+            arrays have other names, shapes or dtypes.
         """
         newest = self._first(lambda: _newest(self._storage, _committed(self._storage)))
         return _with_arrays(self._storage, newest, abstract_arrays) if newest else None
@@ -242,7 +245,7 @@ class WorkDir:
             self._remove(iteration)
         self._storage.make(_folder(iteration))
 
-    def _commit(self, iteration: int, state: bytes, arrays: dict[str, str]) -> None:
+    def _commit(self, iteration: int, state: bytes, arrays: dict[str, str], files: dict[str, str]) -> None:
         for log in self._logs.values():
             log.sync()
         folder = _folder(iteration)
@@ -251,8 +254,10 @@ class WorkDir:
             "iteration": iteration,
             "logs": {name: log.length() for name, log in self._logs.items()},
             "arrays": arrays,
+            "files_sha256": files,
             "state_sha256": hashlib.sha256(state).hexdigest(),
         }
+        commit["sha256"] = _hash_of_commit(commit)
         self._storage.write(f"{folder}/COMMIT", json.dumps(commit, sort_keys=True).encode())
         self._remove_old()
 
@@ -275,7 +280,7 @@ def read_checkpoint(
 
     Args:
       path: of the work directory.
-      abstract_arrays: as for `WorkDir.restore`, or a part of it: of what is left out nothing is read.
+      abstract_arrays: as for `WorkDir.restore`, or a part of it: what is left out is not loaded.
 
     Returns, Raises:
       As `WorkDir.restore`.
@@ -307,46 +312,70 @@ def _iterations(folder: storage.Folder) -> list[int]:
 
 
 def _committed(folder: storage.Folder) -> dict[int, dict[str, Any]]:
-    """What COMMIT says, by iteration. A marker cut short by a kill does not parse, and does not count."""
+    """What COMMIT says, by iteration. A marker cut short by a kill does not parse, and does not count.
+
+    Raises:
+      ValueError: a marker is whole, but not what was written, or of another version of the package.
+    """
     committed = {}
     for iteration in _iterations(folder):
         text = folder.read(f"{_folder(iteration)}/COMMIT") or b""
         with contextlib.suppress(json.JSONDecodeError):
             committed[iteration] = json.loads(text.decode("ascii", errors="replace"))
+    for iteration, commit in committed.items():
+        if "sha256" not in commit:
+            raise ValueError(
+                f"{folder.path / _folder(iteration)} was written by another version of espl_jax, without "
+                "hashes: read it with that version"
+            )
+        if commit["sha256"] != _hash_of_commit(commit):
+            raise ValueError(_damaged(folder, iteration, "COMMIT", committed))
     return committed
+
+
+def _hash_of_commit(commit: dict[str, Any]) -> str:
+    """Of all that it says but this hash."""
+    said = {name: value for name, value in commit.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(folder: storage.Folder, iteration: int, file: str, committed: Collection[int]) -> str:
+    """What to say of a file of a checkpoint whose hash is not the one that was written down."""
+    other = max(set(committed) - {iteration}, default=None)
+    rest = "start from the beginning" if other is None else f"resume from iteration {other}"
+    return (
+        f"{folder.path / _folder(iteration) / file} is damaged: its hash is not the one in COMMIT. Remove "
+        f"{folder.path / _folder(iteration)} to {rest}."
+    )
 
 
 def _newest(
     folder: storage.Folder, committed: dict[int, dict[str, Any]]
-) -> tuple[int, dict[str, Any], bytes] | None:
-    """Iteration, COMMIT and state.json of the newest of the committed checkpoints."""
+) -> tuple[int, dict[int, dict[str, Any]], bytes] | None:
+    """Iteration of the newest of the committed checkpoints, what COMMIT says in each, and its state.json."""
     if not committed:
         return None
     iteration = max(committed)
-    name = f"{_folder(iteration)}/state.json"
-    text = folder.read(name) or b""
+    text = folder.read(f"{_folder(iteration)}/state.json") or b""
     if hashlib.sha256(text).hexdigest() != committed[iteration]["state_sha256"]:
-        older = max(committed.keys() - {iteration}, default=None)
-        rest = "start from the beginning" if older is None else f"resume from iteration {older}"
-        raise ValueError(
-            f"{folder.path / name} is damaged: its hash is not the one in COMMIT. Remove "
-            f"{folder.path / _folder(iteration)} to {rest}."
-        )
-    return iteration, committed[iteration], text
+        raise ValueError(_damaged(folder, iteration, "state.json", committed))
+    return iteration, committed, text
 
 
 def _with_arrays(
     folder: storage.Folder,
-    newest: tuple[int, dict[str, Any], bytes],
+    newest: tuple[int, dict[int, dict[str, Any]], bytes],
     abstract_arrays: Any,
     partial: bool = False,
 ) -> tuple[int, Any, dict[str, Any]]:
     """That checkpoint, with all of its arrays or those of them that are asked for."""
-    iteration, commit, text = newest
-    path = folder.path / _folder(iteration)
+    iteration, committed, text = newest
+    path, commit = folder.path / _folder(iteration), committed[iteration]
     leaves, treedef = saved_arrays.named_leaves(abstract_arrays)
     wanted = saved_arrays.describe(leaves)
     saved = {name: x for name, x in commit["arrays"].items() if name in wanted or not partial}
     saved_arrays.check_same(path, saved, wanted)
     saved_arrays.check_shared(leaves)
+    if leaves and (name := saved_arrays.damaged(path / "arrays", commit["files_sha256"])):
+        raise ValueError(_damaged(folder, iteration, f"arrays/{name}", committed))
     return iteration, treedef.unflatten(saved_arrays.load(path / "arrays", leaves)), json.loads(text)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,10 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from espl_jax import durable
+from espl_jax import durable, processes
+
+_AT_ONCE = 8  # files that a process hashes side by side
+_UNREADABLE = ""
 
 
 def named_leaves(tree: Any) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
@@ -67,6 +73,57 @@ def save(path: Path, leaves: dict[str, Any]) -> None:
     if leaves:
         with durable.disk_full_explained(path):
             ocp.save(path, leaves)
+
+
+def hashes(path: Path) -> dict[str, str]:
+    """SHA-256 of every file that `save` wrote, by its name below `path`; each process reads its share.
+
+    Raises:
+      OSError: a file cannot be read.
+    """
+    found = _hashes(path, processes.decide(lambda: _files(path)))
+    if unreadable := [name for name, digest in found.items() if digest == _UNREADABLE]:
+        raise OSError(f"{path / unreadable[0]} cannot be read back; look at the disk that it is on")
+    return found
+
+
+def damaged(path: Path, saved: dict[str, str]) -> str | None:
+    """Looks for a file whose content is not what was saved.
+
+    Args:
+      path: of the arrays.
+      saved: what `hashes` gave then.
+
+    Returns:
+      The name of the first one, cut short, changed or gone, or None.
+    """
+    now = _hashes(path, sorted(saved))
+    return next((name for name in now if now[name] != saved[name]), None)
+
+
+def _files(path: Path, prefix: str = "") -> list[str]:
+    """Names below a folder, of this machine or in a bucket."""
+    names: list[str] = []
+    for each in sorted(path.iterdir()) if path.is_dir() else ():
+        names += _files(each, f"{prefix}{each.name}/") if each.is_dir() else [prefix + each.name]
+    return names
+
+
+def _hashes(path: Path, names: Sequence[str]) -> dict[str, str]:
+    def digest(name: str) -> bytes:
+        try:
+            with (path / name).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").digest()
+        except OSError:
+            return b""
+
+    share = range(jax.process_index(), len(names), jax.process_count())
+    found = np.zeros((len(names), hashlib.sha256().digest_size), np.uint8)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for i, each in zip(share, pool.map(digest, [names[i] for i in share]), strict=True):
+            found[i, : len(each)] = np.frombuffer(each, np.uint8)
+    rows = zip(names, processes.total(found), strict=True)
+    return {name: row.tobytes().hex() if row.any() else _UNREADABLE for name, row in rows}
 
 
 def load(path: Path, leaves: dict[str, Any]) -> list[jax.Array]:

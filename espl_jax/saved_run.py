@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 from ml_collections import ConfigDict
 
-from espl_jax import storage
+from espl_jax import inputs, storage
 from espl_jax.assemble import abstract_trainable, load_reference, trains
 from espl_jax.evolution.deployment import deployed
 from espl_jax.evolution.population import Population, from_json, prompt_from_json
@@ -143,6 +144,15 @@ def read_run(
     model = load_reference(config, mesh, **numerics)
     trainable = abstract_trainable(config, model.config, mesh) if trains(config) else None
     iteration, train_state, state = _newest(path, TrainState(None, trainable, opt_state=None))
+    read = {"model.source": inputs.fingerprint_files(model.files)}
+    for field, names in inputs.changes(state["inputs"], read).items():
+        logging.warning(
+            "%s=%r: %s changed since the run in %s; its weights may not fit",
+            field,
+            config.model.source,
+            ", ".join(names),
+            path,
+        )
     adapters = train_state.trainable if trains(config) and config.lora.rank else None
     if adapters is not None:
         model = dataclasses.replace(model, params=lora.attach(model.params, adapters))

@@ -32,12 +32,17 @@ def load_splits(c: Any) -> dict[str, ProblemSet]:
     if c.data.test:
         splits["test"] = data.load(c.data.test, "test", fields=fields)
     check_disjoint(**splits)
-    if c.batch_size > len(splits["train"]):
-        raise ValueError(
-            f"batch_size={c.batch_size}: data.train has {len(splits['train'])} problems after validation was "
-            "held out; lower batch_size or data.validation_count, or give more problems"
-        )
+    check_batch(c, splits["train"])
     return splits
+
+
+def check_batch(c: Any, train: ProblemSet) -> None:
+    """Raises ValueError if the training problems are fewer than a batch has."""
+    if c.batch_size > len(train):
+        raise ValueError(
+            f"batch_size={c.batch_size}: data.train has {len(train)} problems after validation was held out; "
+            "lower batch_size or data.validation_count, or give more problems"
+        )
 
 
 def environment_of(c: Any) -> Environment | Dialogue:

@@ -13,8 +13,8 @@ import numpy as np
 from rich.console import Console
 
 from espl_jax import iteration_log, processes
-from espl_jax.assemble import Parts, assemble, rollout_sizes, stream_key
-from espl_jax.data.order import next_batch
+from espl_jax.assemble import Parts, assemble, rollout_sizes, settle_numerics, stream_key
+from espl_jax.data.order import Cursor, next_batch
 from espl_jax.deploy import evaluate_on, finish
 from espl_jax.evolution.deployment import deployed
 from espl_jax.evolution.evolve import evolve, outcome
@@ -29,7 +29,7 @@ from espl_jax.run_reflection import Beside, MakeReflect, open_reflectors
 from espl_jax.run_state import WorkDir
 from espl_jax.sampling.sizes import describe
 from espl_jax.train_step import TrainState
-from espl_jax.types import Reflect, Rollouts, SystemPrompt
+from espl_jax.types import Problem, Reflect, Rollouts, SystemPrompt
 from espl_jax.update import update
 
 
@@ -44,6 +44,7 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
     Returns:
       What `results.json` holds: the test by weights and prompt, and the prompt to deploy.
     """
+    config = settle_numerics(config, workdir)
     processes.agree("the configuration", config.to_dict())
     console = console if processes.is_first() else Console(quiet=True)
     with contextlib.ExitStack() as stack:
@@ -56,6 +57,8 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
             progress.say(
                 f"Rollouts: {describe(rollout_sizes(config, parts))}, each compiled when first needed."
             )
+            for line in left_out(parts):
+                progress.say(line)
             if run.iteration:
                 progress.say(f"resumed after iteration {run.iteration}")
             for iteration in range(run.iteration + 1, config.num_iterations + 1):
@@ -68,16 +71,22 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
             return finish(parts, policy, run.root, run.population, config, folder, progress)
 
 
+def left_out(parts: Parts) -> list[str]:
+    """A line for each split that lacks problems, too long for the context."""
+    return [
+        f"Left out of data.{split}, too long for the context: {len(ids)} problems ({', '.join(ids)})."
+        for split, ids in parts.left_out.items()
+    ]
+
+
 def iterate(
     run: Run, parts: Parts, make_reflect: MakeReflect, c: Any, workdir: WorkDir, progress: Progress
 ) -> Run:
     """One iteration: rollouts, and the two branches that learn from them, weights and prompts."""
     iteration = run.iteration + 1
-    rng = np.random.default_rng([c.seed, stable_hash("selection"), iteration])
     policy = parts.policy(run.train_state)
 
-    prompts = choose_prompts(run.population, parts, c, rng)
-    problems, cursor = next_batch(parts.splits["train"], run.cursor, c.batch_size)
+    prompts, problems, cursor, rng = choose(run.population, run.cursor, iteration, parts, c)
     with progress.phase("rollouts"):
         rollouts = collect_rollouts(
             policy,
@@ -127,7 +136,21 @@ def iterate(
             record |= {"validation": dataclasses.asdict(validation), "held_out": validation.accuracy}
     progress.report(iteration, record)
     not_finite = learned.get("not_finite_in_row", run.not_finite_in_row)
-    return Run(iteration, run.root, train_state, population, cursor, skipped, not_finite)
+    return Run(iteration, run.root, train_state, population, cursor, skipped, not_finite, run.inputs)
+
+
+def choose(
+    population: Population, cursor: Cursor, iteration: int, parts: Parts, c: Any
+) -> tuple[tuple[SystemPrompt, ...], tuple[Problem, ...], Cursor, np.random.Generator]:
+    """Chooses what an iteration begins with.
+
+    Returns:
+      (its M prompts, its B problems, the cursor after these, the generator of the iteration's later choices).
+    """
+    rng = np.random.default_rng([c.seed, stable_hash("selection"), iteration])
+    prompts = choose_prompts(population, parts, c, rng)
+    problems, cursor = next_batch(parts.splits["train"], cursor, c.batch_size)
+    return prompts, problems, cursor, rng
 
 
 def choose_prompts(

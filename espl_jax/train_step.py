@@ -157,8 +157,8 @@ def gradients(
     divisor = denominator(loss, batch.num_rollouts, batch.num_tokens)
     if kl_coef and kl_estimator != "exact" and batch.cutoffs is not None:
         raise ValueError(
-            f"kl_estimator={kl_estimator!r} wants tokens drawn from the whole distribution, and top-p, top-k "
-            "or min-p have cut it; give exact"
+            f"kl_estimator={kl_estimator!r} requires untruncated sampling: disable top_p, top_k and min_p, "
+            "or use kl_estimator='exact'"
         )
 
     def shared(trainable: Params) -> tuple[Arrays, Places]:

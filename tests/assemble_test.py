@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from espl_jax import assemble as assembling
-from espl_jax.assemble import abstract_run_state, assemble, first_population, first_train_state, stream_key
+from espl_jax.assemble import (
+    abstract_run_state,
+    assemble,
+    first_population,
+    first_train_state,
+    stream_key,
+)
 from espl_jax.environments.arithmetic import Arithmetic
 from espl_jax.environments.math import Math
 from espl_jax.evolution import population as populations

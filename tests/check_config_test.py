@@ -1,5 +1,6 @@
 """Configurations that cannot run are refused with the field, its value and the fix."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from espl_jax import optimizer
 from espl_jax.check_config import check_config
 from espl_jax.models import lora
 from espl_jax.rl import advantages, kl, losses
+from espl_jax.sampling import truncation
 
 
 def valid(**changes):
@@ -69,6 +71,7 @@ def test_names_written_out_are_those_of_the_modules():
     assert tuple(losses.CLIPS) == checked.CLIPPED_LOSSES
     assert checked.AGGREGATIONS == losses.AGGREGATIONS
     assert ("exact", *kl.ESTIMATORS) == checked.KL_ESTIMATORS
+    assert dataclasses.asdict(truncation.UNTRUNCATED) == checked.UNTRUNCATED
     assert checked.OPTIMIZERS == optimizer.KINDS
     assert checked.SCHEDULES == optimizer.SCHEDULES
     assert checked.LORA_TARGETS == lora.TARGETS
@@ -133,6 +136,16 @@ def test_names_written_out_are_those_of_the_modules():
             {"reflection.reflector": "openai", "reflection.model": "m", "reflection.base_url": "localhost"},
             "reflection.base_url='localhost': give an address",
         ),
+        *(
+            (
+                {"reflection.reflector": "openai", "reflection.model": "m", "reflection.base_url": url},
+                f"reflection.base_url='{url}': {fix}",
+            )
+            for url, fix in (
+                ("http://:8000/v1", "give an address"),
+                ("http://localhost:8000/v1/chat/completions/", "leave out /chat/completions"),
+            )
+        ),
         (
             {"reflection.reflector": "openai", "reflection.model": "m"},
             "reflection.opening=True: a server cannot be given",
@@ -177,6 +190,13 @@ def test_names_written_out_are_those_of_the_modules():
         (
             {"loss.kl_estimator": "k1", "loss.kl_coef": 0.1},
             "loss.kl_estimator='k1': its gradient is zero on average, so that it holds nothing back; give",
+        ),
+        *(
+            (
+                {"loss.kl_estimator": kind, "loss.kl_coef": 0.1, f"sampling.{cut}": value},
+                f"loss.kl_estimator='{kind}': it requires untruncated sampling, and there is sampling.{cut}=",
+            )
+            for kind, cut, value in (("k2", "top_p", 0.95), ("k3", "top_k", 20), ("k2", "min_p", 0.1))
         ),
         (
             {"optimizer.weight_decay": 0.1},
@@ -243,6 +263,8 @@ def test_impossible_combinations(changes, message):
         {"loss.kind": "gspo", "loss.clip_low": 0.0, "loss.normalize_advantages": "std"},
         {"loss.kl_estimator": "k1"},
         {"loss.kl_estimator": "k2", "loss.kl_coef": 0.1},
+        {"loss.kl_estimator": "exact", "loss.kl_coef": 0.1, "sampling.top_p": 0.95},
+        {"loss.kl_estimator": "k2", "loss.kl_coef": 0.1, "sampling.top_p": 0.95, "mode": "evolution"},
         {"optimizer.kind": "adamw", "optimizer.weight_decay": 0.1, "optimizer.max_skipped": 0},
         {"optimizer.warmup_steps": 8},
         {"optimizer.warmup_steps": 8, "optimizer.schedule": "cosine", "loss.minibatches": 2},

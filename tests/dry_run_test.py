@@ -3,6 +3,7 @@
 import io
 import re
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -100,12 +101,47 @@ def test_shapes_are_those_that_the_run_compiles(monkeypatch, tmp_path):
     assert re.search(announced, said.getvalue()).group(0) in text
 
 
+@pytest.mark.parametrize("strategy", ["uniform", "softmax"])
+def test_shows_what_the_first_iteration_chooses(strategy, tmp_path, monkeypatch):
+    """With more roots than an iteration has prompts: the same prompts, problems and random key."""
+    roots = tmp_path / "roots.jsonl"
+    roots.write_text("".join(f'{{"text": "Add, way {i}."}}\n' for i in range(9)))
+    chosen = []
+
+    def listen(model, prompts, problems, environment, *, key, **settings):
+        chosen.append((prompts, problems, jax.random.key_data(key).tolist()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "collect_rollouts", listen)
+    monkeypatch.setattr(dry, "collect_rollouts", listen)
+    for seed in (0, 1):
+        changes = {"population__start_from": str(roots), "population__text": "", "mode": "evolution"}
+        changes |= {"seed": seed, "selection__strategy": strategy}
+        config = fakes.config(**changes)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(config, tmp_path / f"run{seed}", Console(quiet=True))
+        with pytest.raises(KeyboardInterrupt):
+            shown(config)
+        (prompts, problems, key), seen = chosen
+        assert seen == (list(prompts[:1]), list(problems[:1]), key)
+        chosen.clear()
+
+
 def test_without_training_there_is_no_step():
     text = shown(fakes.config(mode="reflection"))
     assert "policy-gradient step" not in text and "Trained:" not in text
     # One prompt takes the places of both.
     assert re.search(r"\| +1 x 64 tokens", text) and re.search(r"\| +2 x 32 tokens", text)
     assert "12 rows x 64 columns" in text
+
+
+def test_programs_with_each_layers_weights_alone():
+    """What CPUs sample with: shapes are taken wherever arrays would be."""
+    config = fakes.config(mode="rl", model__param_dtype="bfloat16", model__sampling_layout="unstacked")
+    parts = assemble(config)
+    prompts, problems = assembling.first_population(config).members, parts.splits["train"].problems[:2]
+    found = dry.programs_of(parts, prompts, problems, config, say=lambda text: None)
+    assert [program.name for program in found][-1] == "policy-gradient step"
 
 
 def test_a_long_answer_is_cut(monkeypatch):

@@ -130,6 +130,7 @@ def config(**changes):
         "num_iterations": 2,
         "model.dtype": "float32",
         "model.param_dtype": "float32",
+        "model.sampling_layout": "stacked",
         "model.remat": "none",
         "lora.rank": 2,
         "data.train": "addition:digits=1,count=6",

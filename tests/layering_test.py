@@ -15,10 +15,20 @@ LAYERS = [
     | {"durable", "storage", "json_values", "processes"},
     DEVICE | HOST,
     {"pretrained", "optimizer", "train_step", "check_config"},
-    {"rollout", "turns", "task", "train_batch", "reflectors", "run_state", "saved_arrays", "metrics"}
+    {
+        "rollout",
+        "turns",
+        "task",
+        "inputs",
+        "train_batch",
+        "reflectors",
+        "run_state",
+        "saved_arrays",
+        "metrics",
+    }
     | {"report"},
     {"assemble", "resume", "run_reflection", "evaluate", "deploy", "train", "dry_run", "saved_run", "export"}
-    | {"iteration_log", "update", "programs", "plan"},
+    | {"iteration_log", "update", "programs", "plan", "context"},
     {"main"},
 ]
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
@@ -38,6 +48,9 @@ SAME_LAYER = {
     ("reflectors", "rollout"),
     # The loop in parts: what it is made of, what it ends with, and a look before it.
     ("resume", "assemble"),
+    ("assemble", "context"),
+    ("resume", "context"),
+    ("dry_run", "context"),
     ("run_reflection", "assemble"),
     ("evaluate", "assemble"),
     ("deploy", "assemble"),

@@ -71,6 +71,12 @@ def test_levels_together_are_the_tokens_of_the_whole_conversation(rollouts):
     assert all(len(tokens) >= 1 for slot in rollouts.problem_tokens for tokens in slot)
 
 
+def test_a_problem_without_room_is_named_before_anything_is_sampled():
+    message = r"problem q1 with prompt p2: a prompt of \d+ tokens leaves no room in a context of 91; leave"
+    with pytest.raises(ValueError, match=message):
+        collect(problems=PROBLEMS[:2], context_limit=91)
+
+
 def test_an_empty_prompt_has_no_system_turn():
     (turn,), _ = conversation(tokenizer(), PROMPTS[0], PROBLEMS[0], ENVIRONMENT, {})
     assert turn == {"role": "user", "content": PROBLEMS[0].text}

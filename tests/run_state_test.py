@@ -16,7 +16,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from espl_jax.run_state import WorkDir
+from espl_jax.run_state import WorkDir, read_checkpoint
 
 CONFIG = {"seed": 0, "optimizer": {"learning_rate": 1e-3, "clip": 1.0}, "num_iterations": 10}
 
@@ -203,6 +203,59 @@ def test_damaged_state_is_named_and_the_one_before_serves(tmp_path):
     with WorkDir(tmp_path, CONFIG) as workdir:
         assert workdir.restore(ABSTRACT)[0] == 1
     assert len(lines(tmp_path / "metrics.jsonl")) == 1
+
+
+def flip(content):
+    """One bit in the middle."""
+    place = len(content) // 2
+    return content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [flip, lambda content: content[: len(content) // 2], lambda content: None],
+    ids=["bit", "cut", "gone"],
+)
+def test_every_damaged_file_of_arrays_is_named(tmp_path, damage):
+    """Whichever file of a checkpoint it is: one sentence with that file and the checkpoint to resume from."""
+    with WorkDir(tmp_path, CONFIG) as workdir:
+        advance(workdir, 1)
+        advance(workdir, 2)
+    newest = tmp_path / "checkpoints" / "00000002"
+    files = [
+        path for path in sorted((newest / "arrays").rglob("*")) if path.is_file() and path.stat().st_size
+    ]
+    assert len(files) > 2
+    for file in files:
+        content = file.read_bytes()
+        file.unlink()
+        if (changed := damage(content)) is not None:
+            file.write_bytes(changed)
+        sentence = f"{file} is damaged: its hash is not the one in COMMIT. Remove {newest} to "
+        sentence += "resume from iteration 1."
+        with WorkDir(tmp_path, CONFIG) as workdir, pytest.raises(ValueError) as error:
+            workdir.restore(ABSTRACT)
+        assert str(error.value) == sentence
+        with pytest.raises(ValueError) as error:
+            read_checkpoint(tmp_path, ABSTRACT)
+        assert str(error.value) == sentence
+        file.write_bytes(content)
+    assert read_checkpoint(tmp_path, ABSTRACT)[0] == 2
+
+
+def test_a_damaged_marker_is_refused_before_logs_are_cut_back(tmp_path):
+    with WorkDir(tmp_path, CONFIG) as workdir:
+        advance(workdir, 1)
+        advance(workdir, 2)
+    marker = tmp_path / "checkpoints" / "00000002" / "COMMIT"
+    length = json.loads(marker.read_text())["logs"]["metrics"]
+    marker.write_text(marker.read_text().replace(f'"metrics": {length}', f'"metrics": {length - 1}'))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"COMMIT is damaged: .* to resume from iteration 1\.$"):
+        WorkDir(tmp_path, CONFIG)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    with pytest.raises(ValueError, match="COMMIT is damaged"):
+        read_checkpoint(tmp_path, ABSTRACT)
 
 
 def test_shortened_log_is_refused(tmp_path):

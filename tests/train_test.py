@@ -17,6 +17,7 @@ from espl_jax.evolution import lineage
 from espl_jax.evolution import population as populations
 from espl_jax.optimizer import make_optimizer
 from espl_jax.reflectors.local import local_reflector
+from espl_jax.run_state import read_checkpoint
 from espl_jax.train import train
 from espl_jax.types import Grade, SystemPrompt
 from tests import fakes
@@ -288,6 +289,7 @@ def test_a_finished_run_does_not_train_again(straight, monkeypatch):
 
 def test_another_configuration_is_refused(straight):
     path, before = straight
+    assert {"data.train", "data.validation", "data.test"} < set(read_checkpoint(path, None)[2]["inputs"])
     with pytest.raises(ValueError, match=r"optimizer.learning_rate: 0.01 there, 0.5 now"):
         run(path, num_iterations=4, optimizer__learning_rate=0.5)
     assert outcome(path) == before

@@ -22,8 +22,8 @@ from espl_jax.pretrained.gguf import cache as gguf_cache
 from espl_jax.pretrained.gguf.config import config_from_gguf
 from espl_jax.pretrained.gguf.file import open_gguf
 from espl_jax.pretrained.gguf.tokenizer import has_tokenizer, stop_ids_from_metadata, tokenizer_from_metadata
-from espl_jax.pretrained.vocabulary import check_vocabulary
 from espl_jax.pretrained.numerics import resolve
+from espl_jax.pretrained.vocabulary import check_vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +36,14 @@ class Pretrained:
       loaded_tokenizer: its tokenizer, with the chat template if it has one; where the source has none, the
         error that says so.
       generation: how its makers sample it, as in `generation_config.json`; may be empty.
+      files: those that it was read from, by name.
     """
 
     params: dict[str, Any]
     config: DecoderConfig
     loaded_tokenizer: PreTrainedTokenizerBase | FileNotFoundError
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, Path] = dataclasses.field(default_factory=dict)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -101,12 +103,12 @@ def load_pretrained(
     config = hf_folder.read_config(folder, dtype=dtype, **given)
     # The small files first: what is wrong with them is known before gigabytes are read.
     tokenizer, generation = _tokenizer_of(folder, config.family), hf_folder.read_generation(folder)
-    model = _checked(folder, Pretrained({}, config, tokenizer, generation))
+    model = _checked(folder, Pretrained({}, config, tokenizer, generation, _files(folder)))
     return dataclasses.replace(model, params=hf_folder.read_params(folder, config, mesh))
 
 
 def read_config(source: str | os.PathLike[str], **numerics: Any) -> DecoderConfig:
-    """Returns the decoder of a model without its weights: of a folder or a repository, config.json alone is read.
+    """Returns the decoder of a model without its weights: of a folder, config.json alone is read.
 
     Args:
       source: as `load_pretrained` takes it; of an adapter, the decoder of its base.
@@ -143,6 +145,7 @@ def _with_adapter(folder: Path, dtype: DTypeLike, mesh: Mesh | None, **numerics:
         base,
         params=lora.attach(base.params, adapters),
         config=base.config.replace(lora_scale=lora_scale),
+        files={**base.files, **{f"adapter/{name}": path for name, path in _files(folder).items()}},
     )
 
 
@@ -160,6 +163,12 @@ def _tokenizer_of(folder: Path, family: str) -> PreTrainedTokenizerBase | FileNo
         return hf_folder.read_tokenizer(folder, family)
     except FileNotFoundError as error:
         return error.with_traceback(None)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Files of a model's folder that can change what is read from it."""
+    kinds = (".json", ".jinja", ".model", ".txt", ".safetensors")
+    return {path.name: path for path in sorted(folder.iterdir()) if path.suffix in kinds and path.is_file()}
 
 
 def find_folder(source: str, weights: bool = True) -> Path:
@@ -196,9 +205,11 @@ def find_folder(source: str, weights: bool = True) -> Path:
 
 def _from_gguf(source: str, dtype: DTypeLike, mesh: Mesh | None, **numerics: Any) -> Pretrained:
     if source == "smollm2":
-        params, config, metadata = gguf_cache.unpack_cached(smollm2.find_gguf())
+        path = smollm2.find_gguf()
+        params, config, metadata = gguf_cache.unpack_cached(path)
     else:
-        params, config, metadata = gguf_cache.unpack(os.path.expanduser(source), dtype=dtype, **numerics)
+        path = Path(source).expanduser()
+        params, config, metadata = gguf_cache.unpack(os.fspath(path), dtype=dtype, **numerics)
     config = config.replace(dtype=dtype, **numerics)
     param_dtype = jnp.dtype(config.param_dtype)
     params = jax.tree.map(lambda weight: weight.astype(param_dtype, copy=False), params)
@@ -208,6 +219,8 @@ def _from_gguf(source: str, dtype: DTypeLike, mesh: Mesh | None, **numerics: Any
         params = sharding.place(params, transformer.abstract(config), mesh, "sampling")
     if not has_tokenizer(metadata):
         why = f"{source} has no tokenizer (tokenizer.ggml.model); convert it anew with the model's vocabulary"
-        return Pretrained(params, config, FileNotFoundError(why))
+        return Pretrained(params, config, FileNotFoundError(why), files={path.name: path})
     generation = {"eos_token_id": list(stop_ids_from_metadata(metadata))}
-    return _checked(source, Pretrained(params, config, tokenizer_from_metadata(metadata), generation))
+    return _checked(
+        source, Pretrained(params, config, tokenizer_from_metadata(metadata), generation, {path.name: path})
+    )
