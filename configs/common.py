@@ -140,17 +140,19 @@ def get_config() -> ConfigDict:
     c.reflection.replay = ""  # the reflections.jsonl or replies.jsonl that `replay` answers from
 
     c.loss = ConfigDict()
+    # The ratio of importance_sampling is policy / sampler, that of the other kinds policy / old policy: the
+    # trainer's own logprobs before the batch's first update, so the ratio is 1 in that update.
     c.loss.kind = "importance_sampling"  # or sequence_importance_sampling, ppo, cispo, gspo
     c.loss.clip_low = placeholder(float)  # ratios are kept above 1 - clip_low; None for the kind's own
     c.loss.clip_high = placeholder(float)  # ratios are kept below 1 + clip_high; None for the kind's own
     c.loss.aggregation = "seq_mean_token_sum"  # or token_mean, or constant_length (sampling.max_new_tokens)
     c.loss.baseline = "per_prompt"  # per_prompt or marginalized (over prompts too)
     c.loss.normalize_advantages = "none"  # none, std (of what the baseline is the mean of) or batch_std
-    c.loss.sampler_weight_cap = 0.0  # largest weight where trainer and sampler disagree; 0 for no weights
+    c.loss.sampler_weight_cap = 0.0  # largest weight old policy / sampler of a term; 0 for no weights
     c.loss.epochs = 1  # passes over a batch
     c.loss.minibatches = 1  # parts of a batch, one update each
     c.loss.kl_coef = 0.0  # weight of KL(policy || reference)
-    c.loss.kl_estimator = "exact"  # exact (whole vocabulary), or k1, k2, k3 (of the tokens drawn alone)
+    c.loss.kl_estimator = "exact"  # exact (whole vocabulary), or k1, k2, k3 (tokens drawn, weighted)
     c.loss.mask_truncated = False  # no gradient from rollouts that a limit ended (DAPO's overlong filtering)
     c.loss.microbatch_rows = 0  # rollouts at a time in the backward pass; 0 for all at once
 

@@ -240,7 +240,7 @@ def update_programs(
     reference = held.base if c.loss.kl_coef else None
     uses = bytes_per_device((held.state, frozen or reference))
     settings = loss_settings(c)
-    if c.loss.epochs * c.loss.minibatches > 1:
+    if c.loss.epochs * c.loss.minibatches > 1 and settings["loss"].needs_old_logprobs:
 
         def score() -> Any:
             names = ("temperature", "microbatch_rows")

@@ -133,10 +133,10 @@ def gradients(
       batch: the tree.
       config: the decoder; `config.remat` says which activations are recomputed.
       temperature: of sampling; logits are divided by it here too.
-      loss: kind, bounds and aggregation. Where it weighs the sampler's tokens and the batch has no
-        `old_logprobs`, this is its first update, and they are the logprobs themselves.
+      loss: kind, bounds and aggregation. Where it needs old logprobs and the batch has none, this is the
+        batch's only update, and they are the logprobs themselves, without gradient.
       kl_coef: weight of KL(policy || reference), summed over a rollout's tokens.
-      kl_estimator: `exact`, over the whole vocabulary, or one of `rl.kl`.
+      kl_estimator: `exact`, over the whole vocabulary, or one of `rl.kl`, weighted by policy over sampler.
       microbatch_rows: how many rollouts of each part go at a time, 0 for all. It has to divide them.
 
     Returns:
@@ -172,7 +172,7 @@ def gradients(
         hidden = hidden_states(params, arrays, places, batch, micro, config)
         stats = target_logprobs(params, config, hidden, micro["targets"], temperature, cutoffs)
         old = micro.get("old_logprobs")
-        if old is None and loss.sampler_weight_cap:
+        if old is None and loss.needs_old_logprobs:
             old = stats.logprobs
         total, _, metrics = policy_gradient_loss(
             stats.logprobs,
@@ -195,8 +195,9 @@ def gradients(
                 kl = token_kl(params, hidden, reference, other, config, temperature)
             else:
                 theirs = target_logprobs(reference, config, other, micro["targets"], temperature).logprobs
-                ours, theirs = (jnp.where(mask, x, 0.0) for x in (stats.logprobs, theirs))
-                kl = kl_estimate(ours, theirs, kl_estimator)
+                three = stats.logprobs, theirs, micro["sampler_logprobs"]
+                ours, theirs, sampler = (jnp.where(mask, x, 0.0) for x in three)
+                kl = kl_estimate(ours, theirs, kl_estimator, sampler)
             metrics["kl"] = jnp.where(mask, kl, 0.0).sum()
             total = total + kl_coef * metrics["kl"]
         return total / divisor, jax.lax.stop_gradient(metrics | {"loss": total / divisor})

@@ -202,8 +202,8 @@ class TrainBatch(NamedTuple):
       num_rollouts: float32 [], rollouts that the update stands for, those left out included: the 1/(NMB) of
         the paper.
       num_tokens: float32 [], tokens that the policy drew in them.
-      old_logprobs: float32 [D, R, T], under the params before the first update of several; None in a single
-        one.
+      old_logprobs: float32 [D, R, T], under the params before the first update of several; None for a single
+        one, and for a loss that does not need them.
     """
 
     system_tokens: Any

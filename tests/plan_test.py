@@ -105,6 +105,26 @@ def test_two_chunks_stand_for_all_between_them():
     assert programs._ends({64: 3.0}) == {64: 3.0}
 
 
+@pytest.mark.parametrize(
+    ("fields", "scored"),
+    [
+        ({"kind": "gspo"}, False),
+        ({"kind": "gspo", "epochs": 2}, True),
+        ({"kind": "ppo", "minibatches": 2}, True),
+        ({"minibatches": 2}, False),
+        ({"minibatches": 2, "sampler_weight_cap": 2.0}, True),
+    ],
+    ids=str,
+)
+def test_old_logprobs_are_a_program_where_an_update_reads_them(fields, scored):
+    c, optimizer = common.get_config(), make_optimizer(1e-3)
+    c.loss.update(fields)
+    held = programs.held(c, tiny.CONFIG, optimizer, None)
+    lengths = programs.Lengths(system=8, problem=8, new=16)
+    listed = programs.update_programs(c, tiny.CONFIG, held, optimizer, lengths, None)
+    assert [p.name for p in listed] == ["logprobs"] * scored + ["policy-gradient step"]
+
+
 def test_alternatives_change_the_least_first():
     c = common.get_config()
     c.loss.microbatch_rows = 4

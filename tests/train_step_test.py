@@ -5,6 +5,7 @@ import pytest
 
 from espl_jax.models import lora
 from espl_jax.optimizer import make_optimizer
+from espl_jax.rl.losses import Loss
 from espl_jax.train_step import gradients, init_train_state, policy_gradient_step, whole_params
 from tests import ragged_tree, tiny, torch_llama
 
@@ -183,6 +184,56 @@ class TestMeaning:
             params, None, None, batch.train_batch(), config, temperature=TEMPERATURE, microbatch_rows=4
         )
         tiny.assert_trees_close(grads, expected, 0.1)
+
+
+@pytest.fixture(scope="module")
+def of_kinds(params, batch):
+    """Metrics of three losses in a batch's only update, under the KL estimator k2."""
+
+    @jax.jit
+    def metrics(batch):
+        settings = {"temperature": TEMPERATURE, "kl_coef": 0.3, "kl_estimator": "k2"}
+        reference = tiny.params(seed=7)
+        config = CONFIG.replace(remat="none")
+        kinds = {"plain": Loss(), "capped": Loss(sampler_weight_cap=1.1), "gspo": Loss("gspo")}
+        return {
+            name: gradients(params, None, reference, batch, config, loss=loss, **settings)[1]
+            for name, loss in kinds.items()
+        }
+
+    return metrics(batch.train_batch())
+
+
+class TestOffPolicy:
+    """The sampler's logprobs are off by 0.2 nats a token; the trainer's own are those before the update."""
+
+    def log_ratios(self, params, batch):
+        own = tiny.token_logprobs(params, CONFIG, ragged_tree.flatten(batch).tokens, TEMPERATURE)
+        own = ragged_tree.pick(own, batch).reshape(batch.mask.shape)
+        return own[batch.mask] - batch.sampler_logprobs[batch.mask]
+
+    def test_the_ratio_of_gspo_is_not_to_the_sampler(self, of_kinds):
+        metrics = of_kinds["gspo"]
+        assert metrics["ratio"] == pytest.approx(1, abs=1e-6) and metrics["clip_fraction"] == 0
+        assert metrics["log_ratio_abs"] > 0.1
+
+    def test_but_that_of_importance_sampling(self, of_kinds, params, batch):
+        expected = np.exp(self.log_ratios(params, batch)).mean()
+        assert of_kinds["plain"]["ratio"] == pytest.approx(expected, rel=1e-4)
+
+    def test_the_cap_weighs_what_the_ratio_leaves_out(self, of_kinds, params, batch):
+        expected = np.minimum(np.exp(self.log_ratios(params, batch)), 1.1).mean()
+        assert of_kinds["capped"]["ratio"] == pytest.approx(1, abs=1e-6)
+        assert of_kinds["capped"]["sampler_weight"] == pytest.approx(expected, rel=1e-4)
+
+    def test_estimates_of_the_kl_are_weighted(self, of_kinds, params, batch):
+        flat = ragged_tree.flatten(batch).tokens
+        pairs = (tiny.token_logprobs(p, CONFIG, flat, TEMPERATURE) for p in (params, tiny.params(seed=7)))
+        ours, theirs = (ragged_tree.pick(x, batch).reshape(batch.mask.shape)[batch.mask] for x in pairs)
+        expected = (np.exp(self.log_ratios(params, batch)) * (ours - theirs) ** 2 / 2).mean()
+        assert expected > 0.01
+        for metrics in of_kinds.values():
+            assert metrics["kl"] == pytest.approx(expected, rel=1e-3)
 
 
 class TestTruncation:

@@ -3,15 +3,19 @@
 import functools
 import io
 import json
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 
+from configs import common
 from espl_jax import assemble, run_reflection, update
+from espl_jax.metrics import Progress
 from espl_jax.optimizer import make_optimizer
 from espl_jax.train import train
+from espl_jax.types import TrainBatch
 from tests import fakes
 
 optimizer = functools.cache(make_optimizer)
@@ -55,6 +59,52 @@ def test_epochs_and_minibatches_are_updates_each(tmp_path):
     # Ratios are to the weights before the first of them, and one in that one alone.
     assert record["ratio"] != 1 and record["ratio"] == pytest.approx(1, abs=0.2)
     assert 0 <= record["clip_fraction"] <= 1 and record["log_ratio_abs"] > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "batches", "scored"),
+    [
+        ({"kind": "gspo"}, 1, False),
+        ({"kind": "gspo"}, 2, True),
+        ({"kind": "cispo", "epochs": 2}, 1, True),
+        ({"epochs": 2}, 2, False),
+        ({"epochs": 2, "sampler_weight_cap": 2.0}, 1, True),
+    ],
+    ids=str,
+)
+def test_old_logprobs_are_computed_where_an_update_reads_them(fields, batches, scored, monkeypatch):
+    """Once for each batch before the first of several updates; never for ratios to the sampler."""
+    c = common.get_config()
+    c.loss.update(fields)
+    given = [TrainBatch(*[None] * 12, num_rollouts=n, num_tokens=n) for n in range(batches)]
+    seen = []
+
+    def step(state, batch, **settings):
+        seen.append((batch.num_rollouts, batch.old_logprobs))
+        return SimpleNamespace(trainable=state.trainable + 1), {"loss": 0.0, "skipped": 0.0}
+
+    def score(trainable, frozen, batch, config, **settings):
+        return trainable, batch.num_rollouts
+
+    monkeypatch.setattr(update, "_batches", lambda *_: given)
+    monkeypatch.setattr(update, "place_batch", lambda batch, mesh: batch)
+    monkeypatch.setattr(update, "batch_logprobs", score)
+    monkeypatch.setattr(update, "policy_gradient_step", step)
+
+    parts = SimpleNamespace(
+        mesh=None,
+        frozen=None,
+        reference=SimpleNamespace(config=None),
+        loss=assemble.loss_settings(c),
+        step_arguments=lambda state, batch: (state, batch),
+    )
+    rollouts = SimpleNamespace(slots=dict, problems=())
+    progress = Progress(1, append=None, console=Console(file=io.StringIO()))
+    untrained = SimpleNamespace(trainable=0)
+    state, record = update.update(untrained, rollouts, parts, c, 1, progress)
+    assert record["updates"] == state.trainable == c.loss.epochs * batches
+    expected = [(n, (0, n) if scored else None) for n in range(batches)]
+    assert seen == expected * c.loss.epochs
 
 
 def test_sampler_weights_are_one_where_trainer_and_sampler_agree(tmp_path):

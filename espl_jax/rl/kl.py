@@ -8,7 +8,12 @@ import jax.numpy as jnp
 ESTIMATORS = ("k1", "k2", "k3")
 
 
-def kl_estimate(logprobs: jax.Array, reference_logprobs: jax.Array, estimator: str) -> jax.Array:
+def kl_estimate(
+    logprobs: jax.Array,
+    reference_logprobs: jax.Array,
+    estimator: str,
+    sampler_logprobs: jax.Array | None = None,
+) -> jax.Array:
     """Per token, an estimate of KL(policy || reference) (Schulman 2020, "Approximating KL divergence").
 
     With d = reference_logprob - logprob of a token drawn from the policy:
@@ -26,14 +31,18 @@ def kl_estimate(logprobs: jax.Array, reference_logprobs: jax.Array, estimator: s
       while the two are close; a token that the reference likes far better has a gradient of about exp(d).
 
     All of this is per token, its context given: that an earlier token changes the contexts of later ones
-    enters no gradient, as it enters none of `token_kl`. For tokens that another policy drew, multiply the
-    estimates by their importance ratios, without gradient.
+    enters no gradient, as it enters none of `token_kl`.
+
+    Tokens that another policy drew, such as the one before the updates of a batch, have other means. With
+    `sampler_logprobs` each estimate is multiplied by its importance ratio exp(logprob - sampler_logprob),
+    without gradient, and the means are those above again.
 
     Args:
       logprobs: float32 [...], of the tokens drawn, under the policy.
       reference_logprobs: float32 [...], of the same tokens under the reference; no gradient flows through
-        them. Outside of a mask replace both by finite numbers beforehand.
+        them. Outside of a mask replace all logprobs by finite numbers beforehand.
       estimator: one of `ESTIMATORS`.
+      sampler_logprobs: float32 [...], of the same tokens under what drew them; None if the policy did.
 
     Returns:
       float32 [...], in nats.
@@ -45,7 +54,11 @@ def kl_estimate(logprobs: jax.Array, reference_logprobs: jax.Array, estimator: s
         raise ValueError(f"estimator={estimator!r} is unknown; choose one of {ESTIMATORS}")
     difference = jax.lax.stop_gradient(reference_logprobs) - logprobs
     if estimator == "k1":
-        return -difference
-    if estimator == "k2":
-        return jnp.square(difference) / 2
-    return jnp.expm1(difference) - difference
+        estimate = -difference
+    elif estimator == "k2":
+        estimate = jnp.square(difference) / 2
+    else:
+        estimate = jnp.expm1(difference) - difference
+    if sampler_logprobs is None:
+        return estimate
+    return jax.lax.stop_gradient(jnp.exp(logprobs - sampler_logprobs)) * estimate

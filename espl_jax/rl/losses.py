@@ -3,8 +3,10 @@
 A loss has a kind (what is summed: `policy_gradient_loss`) and an aggregation (what the sum is divided by:
 `denominator`). Both are fields of `Loss`.
 
-Every kind compares the policy with the one before the update by an importance ratio, and those that clip keep
-it within [1 - clip_low, 1 + clip_high]:
+Every kind weighs its terms by an importance ratio, and those that clip keep it within [1 - clip_low,
+1 + clip_high]. For `importance_sampling` the ratio is policy over sampler. For the other kinds it is policy
+over old policy, the trainer's own before the batch's first update: 1 in that update. How far the sampler's
+logprobs are from the trainer's does not enter it, and clips nothing; `sampler_weight_cap` corrects for that.
 
 - `importance_sampling` (Zhang et al. 2026, arXiv 2602.14697, equation 3): ratio * advantage of each token.
 - `sequence_importance_sampling` (Precup et al. 2000, "Eligibility traces for off-policy policy evaluation"):
@@ -73,6 +75,11 @@ class Loss:
                 f"sampler_weight_cap={self.sampler_weight_cap}: give a positive one, or 0 for no weights"
             )
 
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether ratios or weights compare with the old policy: in all but plain `importance_sampling`."""
+        return self.kind != "importance_sampling" or self.sampler_weight_cap > 0
+
 
 def ratio_bounds(kind: str, clip_low: float | None, clip_high: float | None) -> tuple[float, float] | None:
     """The least and the largest ratio of a kind, or None if it does not clip.
@@ -114,7 +121,8 @@ def policy_gradient_loss(
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """The loss as a sum over the rollouts' terms, which the caller divides by `denominator`.
 
-    Ratios are those of `logprobs` to `old_logprobs`, or without these to `sampler_logprobs`. With a
+    Ratios are those of `logprobs` to `old_logprobs`, or without these to `sampler_logprobs`; a loss that
+    `needs_old_logprobs` should be given them, or it clips where sampler and trainer disagree. With a
     `sampler_weight_cap`, every term is multiplied by the importance weight of the old policy over the
     sampler, truncated and without gradient: min(exp(old - sampler), cap) (Yao et al. 2025, "Your efficient RL
     framework secretly brings you off-policy RL training"). In a sequence kind that ratio too is the rollout's

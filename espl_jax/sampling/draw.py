@@ -7,7 +7,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from espl_jax.sampling.truncation import BLOCK, UNTRUNCATED, Truncation, cutoff, in_blocks
+from espl_jax.sampling.truncation import BLOCK, NEGLIGIBLE, UNTRUNCATED, Truncation, cutoff, in_blocks
+
+_SMALLEST_UNIFORM = 2.0**-24
+"""Half the step between uniforms. A uniform of 0 stands for all numbers below the next one; taken as 0 itself
+it would fall to the first token, however unlikely."""
 
 
 @jax.jit
@@ -80,9 +84,12 @@ def draw(
     The search runs in two levels, blocks of tokens and then tokens, which costs little beside the head's
     product, where a Gumbel draw would need a random number for every token of the vocabulary.
 
+    Tokens that are e^30 times less likely than the likeliest one are never drawn: together they weigh less
+    than the sum is rounded by, so only rounding could choose them.
+
     Args:
       logits: float32 [R, V]; a token of -inf is never drawn.
-      uniform: float32 [R] in [0, 1).
+      uniform: float32 [R] in [0, 1), multiples of 2^-23; 0 counts as 2^-24.
       temperature: above zero.
       truncation: which tokens may be drawn.
     """
@@ -94,19 +101,21 @@ def draw(
         return (logits - largest) / temperature
 
     def weights(logits: jax.Array) -> jax.Array:
-        probs = jnp.exp(scores(logits))
-        return jnp.where(logits >= least, probs, 0.0) if truncation else probs
+        logs = scores(logits)
+        return jnp.where((logits >= least) & (logs >= NEGLIGIBLE), jnp.exp(logs), 0.0)
 
     sums = weights(blocks).sum(axis=-1)
     below = jnp.cumsum(sums, axis=-1)
-    target = uniform * below[:, -1]
+    target = jnp.maximum(uniform, _SMALLEST_UNIFORM) * below[:, -1]
     block = _first_past(target, sums, below)
     before = jnp.where(
         block > 0, jnp.take_along_axis(below, jnp.maximum(block - 1, 0)[:, None], axis=-1)[:, 0], 0.0
     )
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)
     inside_weights = weights(inside)[:, 0]
-    place = _first_past(target - before, inside_weights, jnp.cumsum(inside_weights, axis=-1))
+    # Added to what lies before: sums within the block alone would be finer than the target is.
+    inside_sums = before[:, None] + jnp.cumsum(inside_weights, axis=-1)
+    place = _first_past(jnp.maximum(target, before), inside_weights, inside_sums)
     score = jnp.take_along_axis(scores(inside)[:, 0], place[:, None], axis=-1)[:, 0]
     normalizer = jnp.log(jnp.exp(scores(blocks)).sum(axis=-1).sum(axis=-1))
     untruncated = score - normalizer
@@ -121,11 +130,11 @@ def draw(
 def _first_past(target: jax.Array, weights: jax.Array, sums: jax.Array) -> jax.Array:
     """Index of the first running sum above the target. [R], [R, C], [R, C] -> int [R].
 
-    However target and sums were rounded, an index without weight is never chosen; a target below zero belongs
-    to the first likely index, one at or past the largest sum to the last.
+    However target and sums were rounded, an index without weight is never chosen; a target at or past the
+    largest sum belongs to the index that reaches it.
     """
     sums = jnp.where(weights > 0, sums, 0.0)
-    target = jnp.clip(target, 0, jnp.nextafter(sums.max(axis=-1), jnp.float32(0)))
+    target = jnp.minimum(target, jnp.nextafter(sums.max(axis=-1), jnp.float32(0)))
     return jnp.argmax(sums > target[:, None], axis=-1)
 
 

@@ -108,14 +108,18 @@ class Lanes:
 
     def admit(self) -> None:
         """Fills free slots: with rows that return, then from the queue. With none of either left, and nothing
-        running, goes on to the next stage."""
+        running, goes on to the next stage that holds any of the outgrown rows; others stay outgrown."""
         for row in np.flatnonzero(self.running & self._too_long(self.length)).tolist():
             self.release(row)
             self.outgrown.append(row)
         if self.outgrown and not (self.queue or self.returning or self.running.any()):
+            filled = [(row, self._filled(row)) for row in self.outgrown]
+            # An answer may have carried rows past several stages: those that hold none of them are left out.
+            while len(self.stages) > 1 and min(columns for _, columns in filled) >= self.stages[0].longest:
+                self.stages.popleft()
             self._begin_stage()
-            self.returning.extend(self.outgrown)
-            self.outgrown = []
+            self.returning.extend(row for row, columns in filled if not self._too_long(columns))
+            self.outgrown = [row for row, columns in filled if self._too_long(columns)]
         if self.queue or self.returning:
             self._free_slots_of_waiting_rows(wanted=len(self.queue) + len(self.returning))
         back = {}
@@ -208,8 +212,7 @@ class Lanes:
             self.tokens[row, self.position[row] : self.position[row] + len(answer)] = answer
             self.position[row] += len(answer)
             self.token[row] = answer[-1]
-            length = len(self.prompts[self.node[row]]) - 1 + self.position[row]
-            if self._too_long(length):
+            if self._too_long(self._filled(row)):
                 self.release(row)
                 self.outgrown.append(row)
             elif self.table.holds(row):
@@ -273,6 +276,10 @@ class Lanes:
     def _too_long(self, length: np.ndarray | int) -> np.ndarray | bool:
         """Whether a row that fills so many columns has to go on in a later stage."""
         return (length >= self.sizes.longest) & bool(self.stages)
+
+    def _filled(self, row: int) -> int:
+        """Columns that a row fills once its slot holds all of it but its last token."""
+        return len(self.prompts[self.node[row]]) - 1 + int(self.position[row])
 
     def _move(self, row: int, count: int) -> None:
         self.position[row] += count

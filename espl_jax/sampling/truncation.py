@@ -20,7 +20,7 @@ CANDIDATES = 192
 
 # Logs of probabilities relative to the most likely token's:
 _FLOOR = -87.0  # about where they become zero in float32
-_NEGLIGIBLE = -30.0  # where a whole vocabulary of them is less than the rounding of their sum
+NEGLIGIBLE = -30.0  # where a whole vocabulary of them is less than the rounding of their sum
 
 HALVINGS = 40
 """Most steps of a search: they take any bracket to neighbouring float32 numbers."""
@@ -149,7 +149,7 @@ def _search(
         bound = _bisect(lambda bound: held(above(bound, 1.0)), wanted, jnp.ones_like, bound)
         exact, total = bound > outside, held(above(bound, probs))
     if truncation.top_p < 1:
-        low = jnp.maximum(bound, _NEGLIGIBLE)
+        low = jnp.maximum(bound, NEGLIGIBLE)
         bound = _bisect(lambda bound: held(above(bound, probs)), truncation.top_p * total, jnp.exp, low)
     # The most likely token, which has 1, is kept however the rest was rounded.
     least = jnp.minimum(jnp.maximum(jnp.exp(bound), truncation.min_p), 1.0)

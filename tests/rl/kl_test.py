@@ -30,12 +30,14 @@ def test_a_small_difference_is_not_rounded_away():
     assert kl_estimate(jnp.zeros(()), jnp.float32(1e-3), "k3") == pytest.approx(1e-6 / 2, rel=1e-3)
 
 
-def expectations(estimator, scores, reference_scores):
-    """Mean of the estimate and of its gradient to the scores, over tokens drawn from the policy."""
-    drawn, reference = jax.nn.softmax(scores), jax.nn.log_softmax(reference_scores)
+def expectations(estimator, scores, reference_scores, sampler_scores=None):
+    """Mean of the estimate and of its gradient to the scores, over tokens drawn from policy or sampler."""
+    reference = jax.nn.log_softmax(reference_scores)
+    sampler = None if sampler_scores is None else jax.nn.log_softmax(sampler_scores)
+    drawn = jax.nn.softmax(scores if sampler_scores is None else sampler_scores)
 
     def mean(x):
-        return (drawn * kl_estimate(jax.nn.log_softmax(x), reference, estimator)).sum()
+        return (drawn * kl_estimate(jax.nn.log_softmax(x), reference, estimator, sampler)).sum()
 
     return jax.value_and_grad(mean)(scores)
 
@@ -59,6 +61,15 @@ def test_means_over_what_the_policy_draws(seed):
     np.testing.assert_allclose(expectations("k1", scores, reference)[1], np.zeros(11), **close)
     np.testing.assert_allclose(expectations("k2", scores, reference)[1], wanted, **close)
     np.testing.assert_allclose(expectations("k3", scores, reference)[1], reverse, **close)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_means_over_what_another_policy_draws_are_the_same(estimator):
+    scores, reference, sampler = jnp.asarray(np.random.default_rng(3).normal(size=(3, 11)), jnp.float32)
+    expected = expectations(estimator, scores, reference)
+    value, grads = expectations(estimator, scores, reference, sampler)
+    assert value == pytest.approx(float(expected[0]), rel=1e-5)
+    np.testing.assert_allclose(grads, expected[1], atol=1e-6)
 
 
 def test_an_unknown_estimator_is_refused():

@@ -281,6 +281,12 @@ def test_a_loss_that_makes_no_sense_is_refused(fields, message):
         Loss(**fields)
 
 
+def test_only_plain_importance_sampling_compares_with_the_sampler():
+    plain = [kind for kind in KINDS if not Loss(kind).needs_old_logprobs]
+    assert plain == ["importance_sampling"]
+    assert all(Loss(kind, sampler_weight_cap=2.0).needs_old_logprobs for kind in KINDS)
+
+
 def test_a_loss_is_a_static_argument():
     assert hash(Loss(kind="ppo", clip_low=0.1)) == hash(dataclasses.replace(Loss(kind="ppo"), clip_low=0.1))
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -127,6 +127,39 @@ def test_impossible_tokens_are_never_drawn(likely, seed, temperature):
     assert np.isfinite(logprobs).all()
 
 
+@pytest.mark.parametrize("truncation", [Truncation(), Truncation(top_k=200)], ids=str)
+@pytest.mark.parametrize("likely", [[1, 65], [1, 63], [70, 299], [5, 129]], ids=str)
+def test_tokens_of_almost_no_probability_are_drawn_at_no_edge(likely, truncation):
+    """Two tokens are likely; every token before, between and behind them has a probability of e^-25 or e^-80.
+
+    Edges are 0, what is next to 1, and the bound between the two, at the start of a block or inside of one.
+    """
+    uniform = np.array([0, 2.0**-24, 0.5, np.nextafter(np.float32(0.5), 0), LARGEST], np.float32)
+    for unlikely in (-25.0, -80.0):
+        logits = np.full(VOCAB, unlikely, np.float32)
+        logits[likely] = np.log(0.5)
+        drawn = draw_many(jnp.tile(logits, (len(uniform), 1)), jnp.asarray(uniform), 1.0, truncation)
+        first, second = likely
+        assert drawn.token.tolist() == [first, first, second, first, second]
+        np.testing.assert_allclose(drawn.logprob, np.log(0.5), atol=1e-6)
+
+
+def test_tokens_of_almost_no_probability_are_not_drawn_where_sums_are_rounded():
+    """A thousand likely tokens among others of e^-40: tries every bound and the steps on either side."""
+    vocab = 40_000
+    logits = np.full(vocab, -40.0, np.float32)
+    likely = np.sort(np.random.default_rng(2).choice(vocab, 1000, replace=False))
+    logits[likely] = np.random.default_rng(3).normal(size=1000)
+    edges = np.cumsum(np.exp(logits[likely], dtype=np.float64))
+    edges = (edges / edges[-1])[:-1].astype(np.float32)
+    edges = np.unique(np.clip(edges[:, None] * (1 + np.arange(-2, 3) * 2.0**-24), 0, LARGEST))
+    rows = 400
+    edges = np.append(edges, np.zeros(-len(edges) % rows)).astype(np.float32)
+    tiled = jnp.tile(logits, (rows, 1))
+    tokens = np.concatenate([draw_many(tiled, jnp.asarray(u), 1.0)[0] for u in edges.reshape(-1, rows)])
+    assert np.isin(tokens, likely).all()
+
+
 def test_impossible_tokens_in_a_large_vocabulary():
     """Sums of many numbers, each rounded: every boundary between two possible tokens is tried."""
     vocab, rng = 40_000, np.random.default_rng(1)

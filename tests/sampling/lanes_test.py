@@ -10,7 +10,7 @@ import pytest
 from espl_jax import sharding
 from espl_jax.memory import bytes_per_device
 from espl_jax.models import transformer
-from espl_jax.sampling import decode, draw, lanes
+from espl_jax.sampling import decode, draw, generate, lanes
 from espl_jax.sampling import sizes as sizing
 from espl_jax.sampling.generate import sample_tree
 from espl_jax.sampling.truncation import Truncation
@@ -397,6 +397,74 @@ class TestStages:
         np.testing.assert_array_equal(staged.tokens, samples.tokens)
         np.testing.assert_array_equal(staged.truncated, samples.truncated)
         np.testing.assert_allclose(staged.logprobs, samples.logprobs, atol=2e-5)
+
+
+class TestOutgrownRows:
+    """Rows that answers carry past a stage, or past two at once; nothing is computed, only written."""
+
+    PROMPT, LIMIT, STOP = 400, 4096, 3
+    LONGEST = 1152, 2304, 4608  # before a chunk, in slots of 1408, 2560 and 4864 columns
+    SLOTS = 3, 2, 1
+
+    def run(self, monkeypatch, respond, rows):
+        """Samples rows that stop at once, are answered, and talk up to their limit. Returns also the columns
+        of the slots of each stage that ran."""
+        reserved = []
+
+        def reserve(config, slots, capacity, mesh):
+            reserved.append(capacity)
+            return capacity
+
+        def extend(params, config, system, capacity, at, rows, tokens, lengths, *, columns, mesh):
+            fed = np.asarray(lengths) > 0
+            assert (np.asarray(rows.length)[fed] + tokens.shape[1] <= capacity).all()
+            return capacity
+
+        def decode_chunk(params, config, system, capacity, rows, *args, columns, steps, **kwargs):
+            live = np.asarray(rows.position < rows.limit)
+            assert (np.asarray(rows.length)[live] + steps <= capacity).all()
+            tokens = np.full((len(live), steps), 7, np.int32)
+            stopped = live & np.asarray(rows.position == 0)
+            tokens[stopped, 0] = self.STOP
+            count = np.where(stopped, 1, np.minimum(steps, rows.limit - rows.position))
+            numbers = np.zeros(tokens.shape, np.float32)
+            return capacity, decode.Drawn(tokens, numbers, numbers, numbers, count, stopped, np.int32(steps))
+
+        stages = [
+            sizing.Sizes(1, slots, longest + 256, longest, 512, 32)
+            for slots, longest in zip(self.SLOTS, self.LONGEST, strict=True)
+        ]
+        monkeypatch.setattr(generate, "choose_sizes", lambda *_, **__: stages)
+        for name, fake in (("reserve", reserve), ("extend", extend), ("decode_chunk", decode_chunk)):
+            monkeypatch.setattr(decode, name, fake)
+        monkeypatch.setattr(decode, "prefill", lambda *_, **__: None)
+        for name in ("admit", "move"):
+            monkeypatch.setattr(decode, name, lambda capacity, *_, **__: capacity)
+        samples = sample_tree(
+            {},
+            SMALL.replace(max_positions=8192),
+            [[5]],
+            [[list(range(self.PROMPT))]],
+            keys_of((1, 1, rows)),
+            max_new_tokens=self.LIMIT,
+            temperature=1.0,
+            stop_ids=(self.STOP,),
+            respond=respond,
+            held_bytes=0,
+        )
+        assert (samples.lengths == self.LIMIT).all()
+        return samples, reserved
+
+    def test_an_answer_past_two_stages(self, monkeypatch):
+        samples, reserved = self.run(monkeypatch, lambda place, tokens: [9] * 2600, rows=4)
+        assert reserved == [1408, 4864]
+        assert ((samples.tokens == 9).sum(axis=-1) == 2600).all()
+
+    def test_each_row_waits_for_the_stage_that_holds_it(self, monkeypatch):
+        """In turn past two stages, past one, to just below the second one's longest row, and past none."""
+        answers = [2600, 900, 2304 - 400, 10]
+        _, reserved = self.run(monkeypatch, lambda place, tokens: [9] * answers[place[2]], rows=4)
+        assert reserved == [1408, 2560, 4864]
 
 
 class TestEnds:
