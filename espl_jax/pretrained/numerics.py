@@ -22,6 +22,8 @@ CHOSEN = ("dtype", "param_dtype", "matmul_precision", "sampling_layout")
 BFLOAT16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}
 """What Linux calls the instructions of x86-64 and of Arm that multiply bfloat16 numbers."""
 
+CPUINFO = Path("/proc/cpuinfo")
+
 SHARE = 0.25
 """Part of a device's memory that float32 weights may take; their copy for sampling takes as much again."""
 
@@ -66,6 +68,5 @@ def resolve(
 
 def multiplies_bfloat16() -> bool:
     """Returns whether this machine's CPU has instructions for products of bfloat16 numbers, as Linux says."""
-    cpuinfo = Path("/proc/cpuinfo")
-    words = set(re.findall(r"\w+", cpuinfo.read_text())) if cpuinfo.is_file() else set()
+    words = set(re.findall(r"\w+", CPUINFO.read_text())) if CPUINFO.is_file() else set()
     return bool(words & BFLOAT16_INSTRUCTIONS)
