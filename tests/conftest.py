@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import hypothesis
@@ -11,6 +12,7 @@ import pytest
 from tests.devices import xla_flags
 
 ROOT = Path(__file__).resolve().parent.parent
+STARTED = time.monotonic()
 
 
 # Environment variables and not jax.config: read when jax is first imported, inherited by the processes that
@@ -38,12 +40,34 @@ def programs_of_one_module():
 def pytest_addoption(parser):
     group = parser.getgroup("espl_jax")
     group.addoption("--family-seed", type=int, default=0, help="draws the tiny models of every family")
-    group.addoption("--family-draws", type=int, default=5, help="how many models are drawn of each family")
+    group.addoption("--family-draws", type=int, help="how many models are drawn of each family")
+    group.addoption("--minutes", type=float, help="start no test after so many minutes; the rest is skipped")
 
 
-def pytest_report_header(config):
-    seed, draws = config.getoption("family_seed"), config.getoption("family_draws")
-    return f"families: {draws} models of each, --family-seed={seed}"
+LONGEST_FILES = (
+    "sampling/lanes_test.py",
+    "train_test.py",
+    "smollm2_test.py",
+    "sampling/generate_test.py",
+    "models/families_test.py",
+    "train_batch_test.py",
+)
+"""Test files that take longest: they start first, so that no worker is left alone with one at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    """Sorts files by `LONGEST_FILES`; within a file, and beyond them, the order stays."""
+    rank = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
+def pytest_runtest_setup(item):
+    """Skips tests that would start too late, by --minutes and what they say they take."""
+    limit, slow = item.config.getoption("minutes"), item.get_closest_marker("slow")
+    if limit is not None:
+        expected = slow.kwargs.get("minutes", 1) if slow else 0
+        if (time.monotonic() - STARTED) / 60 + expected > limit:
+            pytest.skip(f"takes {expected} of the {limit:g} minutes that --minutes gives all tests")
 
 
 def pytest_terminal_summary(terminalreporter):

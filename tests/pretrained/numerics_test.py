@@ -63,7 +63,7 @@ def test_instructions_are_read_from_cpuinfo(monkeypatch, tmp_path, flags, expect
 
 
 def test_a_resumed_run_keeps_what_was_recorded(monkeypatch, tmp_path):
-    """On a machine of another kind, too; what is given on the command line is for the work directory to judge."""
+    """On a machine of another kind, too; the work directory judges what is given on the command line."""
     monkeypatch.setattr(numerics, "multiplies_bfloat16", lambda: True)
     config = fakes.config(model__dtype=AUTO, model__param_dtype=AUTO, model__matmul_precision="highest")
     first = assemble.settle_numerics(config, tmp_path)
