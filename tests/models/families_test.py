@@ -28,8 +28,8 @@ SHAPE, WIDTHS = (2, 3, 2), (15, 11, 13)  # of the trees, longer than any window
 
 
 FAST = {"llama": 0, "mistral": 1, "qwen2": 3, "qwen3": 2, "gemma3": 3}
-"""One of the five draws of each family. Together they show each scaling of RoPE, tied and untied heads, windows,
-scanned and unrolled layers, and four ways of recomputing. The others are slow tests."""
+"""One of the five draws of each family. Together they show all scalings of RoPE, tied and untied heads,
+windows, scanned and unrolled layers, and four ways of recomputing. The others are slow tests."""
 
 
 def pytest_generate_tests(metafunc):
