@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import datetime
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
 
+from espl_jax.text.chat_template import apply_chat_template
 from espl_jax.types import Conversation, Message
-
-_TODAY = datetime.datetime(2024, 7, 26)
-"""What templates that ask for the date are told (Llama 3.2's own default), so that a run goes on tomorrow
-with the tokens of today. `date_string` in the template's arguments says another, if the template knows it."""
-
-_ASKS_THE_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 TURN_HEADER = 16
 """Most tokens that a template writes between its last added token and the user's text for the turn itself."""
@@ -41,10 +34,8 @@ def render(
 
     Raises:
       ValueError: for a conversation without a user turn, or one that the template refuses for another
-        reason; for a tokenizer without a chat template.
+        reason; for a tokenizer without a chat template, or with several of which none is to be used.
     """
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError("the tokenizer has no chat_template; use an instruction-tuned model, or set one")
     turns = [m for m in messages if m["role"] != "system" or m["content"].strip()]
     opening = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else ""
     if not any(turn["role"] == "user" for turn in turns):
@@ -52,7 +43,7 @@ def render(
     if turns[0]["role"] == "system" and not has_system_role(tokenizer, **chat_template_kwargs):
         turns = _system_in_user_turn(turns)
     try:
-        return _apply(tokenizer, turns, **chat_template_kwargs) + opening
+        return apply_chat_template(tokenizer, turns, **chat_template_kwargs) + opening
     except TemplateError as error:
         raise ValueError(
             f"the chat template refuses this conversation: {error}; use another template, or other "
@@ -66,7 +57,7 @@ def has_system_role(tokenizer: PreTrainedTokenizerFast, **chat_template_kwargs: 
     system = "the system message of a trial"
     trial = [{"role": "system", "content": system}, {"role": "user", "content": "a"}]
     try:
-        return system in _apply(tokenizer, trial, **chat_template_kwargs)
+        return system in apply_chat_template(tokenizer, trial, **chat_template_kwargs)
     except TemplateError:
         return False
 
@@ -138,14 +129,6 @@ def cut_middle(tokens: Sequence[int], limit: int, mark_tokens: Sequence[int]) ->
         )
     tail = kept // 2
     return [*tokens[: kept - tail], *mark_tokens, *tokens[len(tokens) - tail :]]
-
-
-def _apply(tokenizer: PreTrainedTokenizerFast, turns: Conversation, **chat_template_kwargs: Any) -> str:
-    template = tokenizer.get_chat_template()
-    dated = _ASKS_THE_DATE.sub(lambda found: repr(_TODAY.strftime(found[2])), template)
-    return tokenizer.apply_chat_template(
-        turns, chat_template=dated, tokenize=False, add_generation_prompt=True, **chat_template_kwargs
-    )
 
 
 def _system_in_user_turn(turns: Conversation) -> Conversation:

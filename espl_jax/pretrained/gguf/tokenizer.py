@@ -63,7 +63,7 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> PreTrainedTokenizerF
     begins = model == "llama" or metadata.get("tokenizer.ggml.pre") in BEGINS_WITH_BOS
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=_chat_templates(metadata),
         clean_up_tokenization_spaces=False,
         add_bos_token=metadata.get("tokenizer.ggml.add_bos_token", begins),
         add_eos_token=metadata.get("tokenizer.ggml.add_eos_token", False),
@@ -84,6 +84,15 @@ def stop_ids_from_metadata(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     }
     known = [controls.get(token) for token in END_OF_TURN]
     return tuple(dict.fromkeys(i for i in named + known if i is not None))
+
+
+def _chat_templates(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """The file's chat template, or several by their names, the unnamed one as `default`."""
+    default, prefix = metadata.get("tokenizer.chat_template"), "tokenizer.chat_template."
+    named = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    if not named:
+        return default
+    return named if default is None else {"default": default, **named}
 
 
 def _field(metadata: Mapping[str, Any], name: str) -> Any:

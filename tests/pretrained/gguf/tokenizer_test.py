@@ -174,6 +174,16 @@ def test_tiny(write_gguf):
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
 
 
+def test_several_chat_templates(metadata):
+    named = {"tokenizer.chat_templates": ["tool_use"], "tokenizer.chat_template.tool_use": "{{ tools }}"}
+    default = metadata["tokenizer.chat_template"]
+    both = {"default": default, "tool_use": "{{ tools }}"}
+    assert tokenizer_from_metadata({**metadata, **named}).chat_template == both
+    del both["default"]
+    without = {name: value for name, value in metadata.items() if name != "tokenizer.chat_template"}
+    assert tokenizer_from_metadata({**without, **named}).chat_template == both
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
