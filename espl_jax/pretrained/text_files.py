@@ -12,14 +12,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from espl_jax.text.chat import has_system_role
-from espl_jax.text.chat_template import WITH_TOOLS, named_templates
+from espl_jax.text.chat_template import TRIAL_TOOL, WITH_TOOLS, named_templates
+from espl_jax.text.control_tokens import without_control_tokens
 from espl_jax.text.template_defaults import with_default_arguments, with_default_system
 from espl_jax.types import SystemPrompt
-
-_TRIAL_TOOL = {
-    "type": "function",
-    "function": {"name": "a", "description": "", "parameters": {"type": "object", "properties": {}}},
-}
 
 
 def write_text_files(
@@ -32,13 +28,15 @@ def write_text_files(
     """Writes the tokenizer's files, its chat templates, `system_prompt.txt` and `README.md`.
 
     A system prompt that is not blank becomes the default system message of every chat template, and arguments
-    what the templates take them for where they are not told otherwise.
+    what the templates take them for where they are not told otherwise. The prompt is written as it was
+    rendered in the run, without control tokens.
 
     Raises:
       ValueError: for a system prompt, but no chat template to speak it.
     """
     system = system_prompt.render() if isinstance(system_prompt, SystemPrompt) else system_prompt
     if system is not None:
+        system = without_control_tokens(tokenizer, system)
         (folder / "system_prompt.txt").write_text(system, encoding="utf-8", newline="")
     templates, arguments = named_templates(tokenizer), dict(template_arguments or {})
     if system and system.strip() and not templates:
@@ -49,7 +47,7 @@ def write_text_files(
     saved = copy.copy(tokenizer)
     for name, template in templates.items():
         saved.chat_template = template
-        tried = arguments | ({"tools": [_TRIAL_TOOL]} if name == WITH_TOOLS else {})
+        tried = arguments | ({"tools": [TRIAL_TOOL]} if name == WITH_TOOLS else {})
         spoken = with_default_system(template, system or "", has_system_role(saved, **tried))
         templates[name] = with_default_arguments(spoken, arguments)
     saved.chat_template = templates if isinstance(tokenizer.chat_template, dict) else templates.get("default")

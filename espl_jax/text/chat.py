@@ -9,6 +9,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from espl_jax.text.chat_template import apply_chat_template
+from espl_jax.text.control_tokens import without_control_tokens
 from espl_jax.types import Conversation, Message
 
 TURN_HEADER = 16
@@ -20,9 +21,10 @@ def render(
 ) -> str:
     """The text of a conversation up to where the model writes on.
 
-    The model's own template is used, with its generation prompt. A last message of the assistant's is an
-    opening: it follows the generation prompt as it stands, and the model continues it. A blank system message
-    is left out, so that the template's own default (if it has one) applies.
+    The model's own template is used, with its generation prompt. Every text enters it without control tokens,
+    see `without_control_tokens`: the template alone begins and ends turns. A last message of the assistant's
+    is an opening: it follows the generation prompt, and the model continues it. A blank system message is
+    left out, so that the template's own default (if it has one) applies.
 
     Where the template has no system role, the system text begins the first user turn, with a blank line after
     it.
@@ -36,6 +38,9 @@ def render(
       ValueError: for a conversation without a user turn, or one that the template refuses for another
         reason; for a tokenizer without a chat template, or with several of which none is to be used.
     """
+    messages = without_control_tokens(tokenizer, list(messages))
+    if "tools" in chat_template_kwargs:
+        chat_template_kwargs["tools"] = without_control_tokens(tokenizer, chat_template_kwargs["tools"])
     turns = [m for m in messages if m["role"] != "system" or m["content"].strip()]
     opening = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else ""
     if not any(turn["role"] == "user" for turn in turns):

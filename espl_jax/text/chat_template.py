@@ -31,6 +31,12 @@ _FIXED_DATE = _FIXED_DATE.replace("CODES", json.dumps({code: _TODAY.strftime(cod
 
 _DEFAULT, WITH_TOOLS = "default", "tool_use"
 
+TRIAL_TOOL = {
+    "type": "function",
+    "function": {"name": "a", "description": "", "parameters": {"type": "object", "properties": {}}},
+}
+"""What templates for tools are tried with."""
+
 
 def apply_chat_template(tokenizer: PreTrainedTokenizerFast, turns: Conversation, **arguments: Any) -> str:
     """Renders a conversation as it stands, with the generation prompt.
