@@ -19,7 +19,9 @@ BEGINS_WITH_BOS = {"llama-bpe", "llama3", "llama-v3", "tekken"}
 """Values of `tokenizer.ggml.pre` that mean add_bos_token where the file does not say (SentencePiece too)."""
 
 END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>")
-"""Control tokens that end a turn, although many files name only another one as `eos`."""
+"""Tokens that end a turn, although many files name only another one as `eos`."""
+
+_BEGINS_TURN = ("<|start_header_id|>", "<|end_header_id|>", "<|im_start|>", "<start_of_turn>")
 
 
 def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
@@ -44,6 +46,7 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> PreTrainedTokenizerF
     else:
         tokens, tokenizer, normalized = _sentencepiece(metadata)
     # Matched whole, before any merging.
+    kinds = _token_types(metadata)
     tokenizer.add_tokens(
         [
             AddedToken(
@@ -51,7 +54,7 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> PreTrainedTokenizerF
                 special=kind == TokenType.CONTROL,
                 normalized=normalized and kind == TokenType.USER_DEFINED,
             )
-            for token, kind in zip(tokens, _field(metadata, "token_type"), strict=True)
+            for token, kind in zip(tokens, kinds, strict=True)
             if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
         ]
     )
@@ -74,16 +77,30 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> PreTrainedTokenizerF
 def stop_ids_from_metadata(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     """The tokens that end an answer: `eos`, then the ends of a turn or message, each once.
 
-    Those that the file names (`eos_token_id`, `eot_token_id`, `eom_token_id`), and control tokens known to be
-    such. What `eos_token_id` of a generation config lists.
+    Those that the file names (`eos_token_id`, `eot_token_id`, `eom_token_id`), and `END_OF_TURN`, whatever
+    type the file gives them. What `eos_token_id` of a generation config lists.
     """
-    named = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    kinds = _field(metadata, "token_type")
-    controls = {
-        token: i for i, token in enumerate(_field(metadata, "tokens")) if kinds[i] == TokenType.CONTROL
-    }
-    known = [controls.get(token) for token in END_OF_TURN]
-    return tuple(dict.fromkeys(i for i in named + known if i is not None))
+    ids = {token: i for i, token in enumerate(_field(metadata, "tokens"))}
+    known = [ids[token] for token in END_OF_TURN if token in ids]
+    return tuple(dict.fromkeys(_named_ends(metadata) + known))
+
+
+def _named_ends(metadata: Mapping[str, Any]) -> list[int]:
+    """The ids that the file itself names as ends."""
+    fields = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    return [metadata[field] for field in fields if field in metadata]
+
+
+def _token_types(metadata: Mapping[str, Any]) -> list[int]:
+    """The file's `token_type`, but marks and named ends of turns are control tokens: converters write them as
+    ordinary or user-defined tokens, too."""
+    kinds = list(_field(metadata, "token_type"))
+    marks = {*END_OF_TURN, *_BEGINS_TURN}
+    controls = [i for i, token in enumerate(_field(metadata, "tokens")) if token in marks]
+    for i in controls + _named_ends(metadata):
+        if kinds[i] in (TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED):
+            kinds[i] = TokenType.CONTROL
+    return kinds
 
 
 def _chat_templates(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
@@ -113,7 +130,7 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> tuple[list[str], Tokenizer, b
     They do in SentencePiece; files spell them with plain spaces all the same. But where every stretch of
     text gets a space in front, normalizing would put one into the token too.
     """
-    kinds = _field(metadata, "token_type")
+    kinds = _token_types(metadata)
     space_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     tokens = [
         token.replace(" ", SPACE) if kind == TokenType.USER_DEFINED and not space_prefix else token
