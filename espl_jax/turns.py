@@ -95,19 +95,11 @@ class Turns:
     def _append(self, place: Place, tokens: np.ndarray, messages: Sequence[Message]) -> list[int]:
         ended_by = self._tokenizer.decode(tokens[-1:]) if tokens[-1] in self._stop_ids else ""
         tools = self._environment.tools
-        plain = [{**each, "content": self._without_special_tokens(each["content"])} for each in messages]
-        text = between_turns(self._tokenizer, plain, tools, ended_by, **self._kwargs)
+        text = between_turns(self._tokenizer, messages, tools, ended_by, **self._kwargs)
         appended = encode(self._tokenizer, text)
         said = _Said(tuple(messages), len(tokens), len(tokens) + len(appended), prompt_opens_thinking(text))
         self._said.setdefault(place, []).append(said)
         return appended
-
-    def _without_special_tokens(self, text: str) -> str:
-        """What tools found anywhere must not be able to end a turn and speak as the user."""
-        for token in self._tokenizer.added_tokens_decoder.values():
-            if token.special:
-                text = text.replace(token.content, " ")  # not nothing, or what is around it may make another
-        return text
 
     def _own_turn(self, tokens: np.ndarray, opened: bool) -> Message:
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)

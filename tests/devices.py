@@ -4,7 +4,7 @@
 def xla_flags(devices):
     """Returns XLA's flags for a process with that number of virtual CPU devices.
 
-    Tests compile for longer than they run. Level 0 halves that, and the older emitters take a quarter of the rest.
+    Tests compile for longer than they run. Level 0 halves that; older emitters take a quarter of the rest.
     """
     return (
         f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "

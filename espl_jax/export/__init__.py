@@ -19,6 +19,7 @@ from espl_jax.pretrained.save import save_pretrained
 from espl_jax.pretrained.shards import DTYPES as DTYPES_WRITTEN
 from espl_jax.run_state import read_log
 from espl_jax.saved_run import SavedRun, read_run
+from espl_jax.text.chat_template import template_file
 
 FORMATS = ("merged", "adapter")
 
@@ -72,6 +73,8 @@ def export(
         )
     base = base or hub_name(source)
     say(f"Iteration {run.iteration} of {run.config.num_iterations}, prompt {chosen.id}; writing {out}")
+    # Of the environments that a configuration names, this one has tools.
+    template = template_file(run.model.tokenizer, with_tools=run.config.environment.name == "search")
     card = model_card(
         run.config.to_dict(),
         chosen,
@@ -79,6 +82,7 @@ def export(
         iteration=run.iteration,
         folder=Path(out).name,
         adapter=format == "adapter",
+        template_file=template,
         results=_results(run),
         metrics=_metrics(run),
     )
@@ -119,10 +123,10 @@ def export(
             model_card=card,
             template_arguments=arguments,
         )
-    size = sum(file.stat().st_size for file in Path(out).expanduser().iterdir())
+    size = sum(file.stat().st_size for file in Path(out).expanduser().rglob("*") if file.is_file())
     say(f"Written to {out} ({size / 1e6:,.1f} MB): weights, tokenizer with chat template, prompt, README.md")
     if format == "adapter":
-        say(f"Serve it:  {serve_adapter(base, os.fspath(out), run.config.lora.rank)}")
+        say(f"Serve it:  {serve_adapter(base, os.fspath(out), run.config.lora.rank, template)}")
     else:
         say(f"Serve it:  transformers serve {out}   or   vllm serve {out}")
 

@@ -62,12 +62,13 @@ def hub_name(source: str) -> str:
     return str(path.absolute()) if path.exists() or source.endswith(".gguf") else source
 
 
-def serve_adapter(base: str, folder: str, rank: int) -> str:
-    """The command that serves an adapter with vLLM; requests name the model `evolved`."""
+def serve_adapter(base: str, folder: str, rank: int, template_file: str = "chat_template.jinja") -> str:
+    """The command that serves an adapter with vLLM under its folder's `template_file`; requests name the
+    model `evolved`."""
     name, revision = _name_and_revision(base)
     words = ["vllm serve", name, *([f"--revision {revision}"] if revision else []), "--enable-lora"]
     words += [f"--max-lora-rank {next((r for r in _VLLM_RANKS if r >= rank), rank)}"]
-    words += [f"--lora-modules evolved={folder}", f"--chat-template {folder}/chat_template.jinja"]
+    words += [f"--lora-modules evolved={folder}", f"--chat-template {folder}/{template_file}"]
     return " ".join(words)
 
 
@@ -79,6 +80,7 @@ def model_card(
     iteration: int,
     folder: str,
     adapter: bool = False,
+    template_file: str = "chat_template.jinja",
     results: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> str:
@@ -91,6 +93,7 @@ def model_card(
       iteration: iterations done.
       folder: what to call the exported folder.
       adapter: whether it holds LoRA adapters for PEFT, and not whole weights.
+      template_file: the chat template of the run's conversations, as a file of the folder.
       results: the run's `results.json`, if it came to its test.
       metrics: the iteration's record in `metrics.jsonl`.
     """
@@ -98,7 +101,7 @@ def model_card(
         _front_matter(base, adapter),
         f"# {folder}\n\n{_summary(config, base, iteration, adapter)}",
         f"## System prompt\n\n{_prompt(prompt)}",
-        f"## Use\n\n{_use(config, base, folder, adapter)}",
+        f"## Use\n\n{_use(config, base, folder, adapter, template_file)}",
         f"## Results\n\n{_results(config, iteration, results, metrics)}",
         f"## Data\n\n{_data(config['data'])}",
         f"## Settings\n\n{_settings(config)}",
@@ -151,7 +154,7 @@ def _fenced(text: str, language: str = "") -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def _use(config: Mapping[str, Any], base: str, folder: str, adapter: bool) -> str:
+def _use(config: Mapping[str, Any], base: str, folder: str, adapter: bool, template_file: str) -> str:
     environment = config["environment"]
     name, instruction = environment["name"], environment["instruction"]
     if instruction is None and name == "search":
@@ -179,7 +182,8 @@ def _use(config: Mapping[str, Any], base: str, folder: str, adapter: bool) -> st
         name, revision = _name_and_revision(base)
         which = f'"{name}", revision="{revision}"' if revision else f'"{name}"'
         model = f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({which}), "{folder}")'
-        serving = f"{serve_adapter(base, folder, config['lora']['rank'])}  # requests name the model evolved"
+        command = serve_adapter(base, folder, config["lora"]["rank"], template_file)
+        serving = f"{command}  # requests name the model evolved"
     else:
         model = f'AutoModelForCausalLM.from_pretrained("{folder}")'
         serving = f"vllm serve {folder}\ntransformers serve {folder}"

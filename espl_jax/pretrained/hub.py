@@ -34,6 +34,7 @@ _DESCRIPTION = [
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
     INDEX,
 ]
 

@@ -32,8 +32,11 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         with durable.disk_full_explained(path):
             unfinished.mkdir()
             yield unfinished
-            for file in unfinished.iterdir():
-                with open(file, "rb") as written:
+            for path_inside in unfinished.rglob("*"):
+                if path_inside.is_dir():
+                    durable.sync_folder(path_inside)
+                    continue
+                with open(path_inside, "rb") as written:
                     os.fsync(written.fileno())
             durable.sync_folder(unfinished)
             os.rename(unfinished, path)

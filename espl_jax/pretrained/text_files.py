@@ -12,6 +12,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from espl_jax.text.chat import has_system_role
+from espl_jax.text.chat_template import TRIAL_TOOL, WITH_TOOLS, named_templates
+from espl_jax.text.control_tokens import without_control_tokens
 from espl_jax.text.template_defaults import with_default_arguments, with_default_system
 from espl_jax.types import SystemPrompt
 
@@ -23,16 +25,18 @@ def write_text_files(
     model_card: str | None = None,
     template_arguments: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the tokenizer's files, `chat_template.jinja`, `system_prompt.txt` and `README.md`.
+    """Writes the tokenizer's files, its chat templates, `system_prompt.txt` and `README.md`.
 
-    A system prompt that is not blank becomes the default system message of the chat template, and arguments
-    what the template takes them for where it is not told otherwise.
+    A system prompt that is not blank becomes the default system message of every chat template, and arguments
+    what the templates take them for where they are not told otherwise. The prompt is written as it was
+    rendered in the run, without control tokens.
 
     Raises:
       ValueError: for a system prompt, but no chat template to speak it.
     """
     system = system_prompt.render() if isinstance(system_prompt, SystemPrompt) else system_prompt
     if system is not None:
+        system = system if tokenizer is None else without_control_tokens(tokenizer, system)
         (folder / "system_prompt.txt").write_text(system, encoding="utf-8", newline="")
     if model_card is not None:
         (folder / "README.md").write_text(model_card, encoding="utf-8")
@@ -43,18 +47,20 @@ def write_text_files(
                 "tokenizer=None: a system prompt needs its chat template; give one, or no prompt"
             )
         return
-    if said and not isinstance(tokenizer.chat_template, str):
+    templates = named_templates(tokenizer)
+    if said and not templates:
         raise ValueError(
-            "the tokenizer has no chat_template (or several), so that the system prompt has no place in "
-            "it; set tokenizer.chat_template, or leave the system prompt out"
+            "system_prompt: the tokenizer has no chat_template to say it in; set tokenizer.chat_template, or "
+            "leave the system prompt out"
         )
-    if isinstance(tokenizer.chat_template, str):
-        template = tokenizer.chat_template
-        if said:
-            template = with_default_system(template, system, has_system_role(tokenizer, **arguments))
-        tokenizer = copy.copy(tokenizer)
-        tokenizer.chat_template = with_default_arguments(template, arguments)
-    tokenizer.save_pretrained(folder)
+    saved = copy.copy(tokenizer)
+    for name, template in templates.items():
+        saved.chat_template = template
+        tried = arguments | ({"tools": [TRIAL_TOOL]} if name == WITH_TOOLS else {})
+        spoken = with_default_system(template, system or "", has_system_role(saved, **tried))
+        templates[name] = with_default_arguments(spoken, arguments)
+    saved.chat_template = templates if isinstance(tokenizer.chat_template, dict) else templates.get("default")
+    saved.save_pretrained(folder)
     _readable_by_older_versions(folder / "tokenizer_config.json")
     # What converters to other formats ask for.
     sentencepiece = Path(tokenizer.name_or_path or ".") / "tokenizer.model"

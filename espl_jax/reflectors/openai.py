@@ -10,7 +10,7 @@ from typing import Any
 from absl import logging
 
 from espl_jax.reflectors.journal import Journal, digest
-from espl_jax.reflectors.openai_server import FAILURES, OpenAIServer
+from espl_jax.reflectors.openai_server import FAILURES, FINAL, OpenAIServer
 from espl_jax.types import Conversation, Schema
 
 PATIENCE = 3
@@ -146,7 +146,7 @@ class OpenAIReflector:
 
     def _note(self, outcome: dict[str, Any]) -> None:
         """Keeps count of failures since the server last answered anything."""
-        answered = outcome["failure"] in (None, "refused")
+        answered = outcome["failure"] in (None, *FINAL)
         self._failed_in_a_row = 0 if answered else self._failed_in_a_row + 1
 
     def _count(self, entry: dict[str, Any]) -> None:

@@ -20,10 +20,21 @@ from espl_jax.evolution.schemas import relaxed
 from espl_jax.text.thinking import strip_thinking
 from espl_jax.types import Conversation, Schema
 
-FAILURES = ("timeout", "connection", "rate_limit", "server_error", "body", "refused", "not_asked")
-"""Why a reply may be missing: the time limit; no connection, or a broken one; 429; 408, 409 and 5xx; a body
-that holds no reply; any other 4xx, e.g. a conversation too long for the server, which is not retried; the
-server had failed so often before that it was left alone."""
+FINAL = ("refused", "length", "filtered")
+"""Failures that a further attempt would most likely meet again: a 4xx other than the ones below, e.g. for a
+conversation too long for the server; all of `max_new_tokens` spent on reasoning; a reply withheld or cut by a
+filter."""
+
+FAILURES = ("timeout", "connection", "rate_limit", "server_error", "body", *FINAL, "not_asked")
+"""Why a reply may be missing: the time limit; no connection, or a broken one; 429; 408, 409, 5xx, or a reply
+that the server says it broke off; a body that holds no reply; `FINAL`; the server had failed so often before
+that it was left alone."""
+
+# What servers give as `finish_reason`, in lower case, beside what OpenAI documents.
+_BROKEN_OFF = ("error", "abort", "aborted", "cancelled", "insufficient_system_resource")
+_FILTERED = ("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "spii")
+_OUT_OF_TOKENS = ("length", "max_tokens", "model_length")
+_ENDED = ("", "stop", "eos", "eos_token", "end_turn", "stop_sequence")
 
 # What a server may refuse of a request: what its message then says, and the name under which the part is sent
 # again, or None for a request without it.
@@ -58,7 +69,7 @@ class OpenAIServer:
       concurrency: most conversations in flight at once, those that wait for a retry included.
       timeout: seconds that one attempt may take, whatever the server does meanwhile. A server that answers
         one request after the other needs `concurrency` times the seconds of one.
-      max_retries: further attempts at a conversation, after any of `FAILURES` but `refused`.
+      max_retries: further attempts at a conversation, after any of `FAILURES` but `FINAL`.
       api_key_variable: the environment variable with the key. Where it is not set, a placeholder is sent,
         which servers without keys take.
       price_input, price_output: of a million tokens, in any currency.
@@ -131,7 +142,7 @@ class OpenAIServer:
                 outcome["retries"] = attempt.retry_state.attempt_number - 1
                 with attempt:
                     body = await self._attempt(client, conversation, parts, refused)
-                    outcome["reply"] = strip_thinking(_read_reply(body, usage))
+                    outcome["reply"] = _read_reply(body, usage)
         except _Failure as failure:
             outcome |= {"failure": failure.reason, "said": self._quote(failure.said)}
         return outcome
@@ -203,7 +214,7 @@ class _Failure(Exception):
 
 
 def _may_pass(error: BaseException) -> bool:
-    return isinstance(error, _Failure) and error.reason != "refused"
+    return isinstance(error, _Failure) and error.reason not in FINAL
 
 
 def _refused_part(error: openai.APIStatusError, sent: Mapping[str, Any]) -> str | None:
@@ -228,7 +239,13 @@ def _retry_after(headers: Mapping[str, str]) -> float:
 
 
 def _read_reply(body: bytes, usage: dict[str, int]) -> str:
-    """The text of an answer; adds its tokens to `usage`. Raises _Failure for a body without any."""
+    """The text of an answer, without thinking blocks; adds its tokens to `usage`.
+
+    A reply that was cut by the limit of tokens is one, as far as it goes.
+
+    Raises:
+      _Failure: for a body without a reply, or with one that the server did not finish.
+    """
     said = body.decode(errors="replace")
     try:
         answer = json.loads(said)
@@ -238,18 +255,32 @@ def _read_reply(body: bytes, usage: dict[str, int]) -> str:
     for name in usage if isinstance(told, dict) else ():
         usage[name] += told[name] if isinstance(told.get(name), int) else 0
     try:
-        content = answer["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError):
-        content = None
+        choice = answer["choices"][0]
+        message = choice["message"]
+        content, refusal, finish = message.get("content"), message.get("refusal"), choice.get("finish_reason")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        content = refusal = finish = None
+    finish = finish.lower() if isinstance(finish, str) else ""
+    if finish in _BROKEN_OFF:
+        raise _Failure("server_error", f"finish_reason={finish}: {said}")
+    if finish in _FILTERED:
+        raise _Failure("filtered", f"finish_reason={finish}: {said}")
     if isinstance(content, list):  # some servers give a thinking model's reply in parts
         texts = (
             part.get("text", "") for part in content if isinstance(part, dict) and part.get("type") == "text"
         )
         content = "".join(map(str, texts))
-    if not isinstance(content, str):
-        raise _Failure("body", f"no reply in it: {said}")
     # JSON can hold half a surrogate pair, which no file and no further request can.
-    return content.encode(errors="replace").decode()
+    reply = strip_thinking(content.encode(errors="replace").decode()) if isinstance(content, str) else ""
+    if reply.strip():
+        return reply
+    if isinstance(refusal, str) and refusal:
+        raise _Failure("filtered", f"refusal: {refusal}")
+    if finish in _OUT_OF_TOKENS:
+        raise _Failure("length", "no tokens were left for a reply; raise reflection.max_new_tokens")
+    if not isinstance(content, str) or finish not in _ENDED:
+        raise _Failure("body", f"no reply in it: {said}")
+    return reply
 
 
 def _read_api_key(variable: str) -> str:

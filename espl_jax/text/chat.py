@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
 
+from espl_jax.text.chat_template import apply_chat_template
+from espl_jax.text.control_tokens import without_control_tokens
 from espl_jax.types import Conversation, Message
-
-_TODAY = datetime.datetime(2024, 7, 26)
-"""What templates that ask for the date are told (Llama 3.2's own default), so that a run goes on tomorrow
-with the tokens of today. `date_string` in the template's arguments says another, if the template knows it."""
-
-_ASKS_THE_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 TURN_HEADER = 16
 """Most tokens that a template writes between its last added token and the user's text for the turn itself."""
@@ -27,9 +21,10 @@ def render(
 ) -> str:
     """The text of a conversation up to where the model writes on.
 
-    The model's own template is used, with its generation prompt. A last message of the assistant's is an
-    opening: it follows the generation prompt as it stands, and the model continues it. A blank system message
-    is left out, so that the template's own default (if it has one) applies.
+    The model's own template is used, with its generation prompt. Every text enters it without control tokens,
+    see `without_control_tokens`: the template alone begins and ends turns. A last message of the assistant's
+    is an opening: it follows the generation prompt, and the model continues it. A blank system message is
+    left out, so that the template's own default (if it has one) applies.
 
     Where the template has no system role, the system text begins the first user turn, with a blank line after
     it.
@@ -41,10 +36,11 @@ def render(
 
     Raises:
       ValueError: for a conversation without a user turn, or one that the template refuses for another
-        reason; for a tokenizer without a chat template.
+        reason; for a tokenizer without a chat template, or with several of which none is to be used.
     """
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError("the tokenizer has no chat_template; use an instruction-tuned model, or set one")
+    messages = without_control_tokens(tokenizer, list(messages))
+    if "tools" in chat_template_kwargs:
+        chat_template_kwargs["tools"] = without_control_tokens(tokenizer, chat_template_kwargs["tools"])
     turns = [m for m in messages if m["role"] != "system" or m["content"].strip()]
     opening = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else ""
     if not any(turn["role"] == "user" for turn in turns):
@@ -52,7 +48,7 @@ def render(
     if turns[0]["role"] == "system" and not has_system_role(tokenizer, **chat_template_kwargs):
         turns = _system_in_user_turn(turns)
     try:
-        return _apply(tokenizer, turns, **chat_template_kwargs) + opening
+        return apply_chat_template(tokenizer, turns, **chat_template_kwargs) + opening
     except TemplateError as error:
         raise ValueError(
             f"the chat template refuses this conversation: {error}; use another template, or other "
@@ -66,7 +62,7 @@ def has_system_role(tokenizer: PreTrainedTokenizerFast, **chat_template_kwargs: 
     system = "the system message of a trial"
     trial = [{"role": "system", "content": system}, {"role": "user", "content": "a"}]
     try:
-        return system in _apply(tokenizer, trial, **chat_template_kwargs)
+        return system in apply_chat_template(tokenizer, trial, **chat_template_kwargs)
     except TemplateError:
         return False
 
@@ -138,14 +134,6 @@ def cut_middle(tokens: Sequence[int], limit: int, mark_tokens: Sequence[int]) ->
         )
     tail = kept // 2
     return [*tokens[: kept - tail], *mark_tokens, *tokens[len(tokens) - tail :]]
-
-
-def _apply(tokenizer: PreTrainedTokenizerFast, turns: Conversation, **chat_template_kwargs: Any) -> str:
-    template = tokenizer.get_chat_template()
-    dated = _ASKS_THE_DATE.sub(lambda found: repr(_TODAY.strftime(found[2])), template)
-    return tokenizer.apply_chat_template(
-        turns, chat_template=dated, tokenize=False, add_generation_prompt=True, **chat_template_kwargs
-    )
 
 
 def _system_in_user_turn(turns: Conversation) -> Conversation:

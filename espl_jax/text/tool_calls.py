@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from espl_jax.text.chat_template import named_templates, template_for
+
 Call = dict[str, Any]
 """`{"name": str, "arguments": dict}`, or `{"error": str}` for a call that cannot be read."""
 
@@ -26,8 +28,8 @@ def calls_in(text: str, tool_format: str) -> list[Call]:
 
 
 def tool_format_of(tokenizer: Any) -> str:
-    """How the model calls tools, by what its chat template writes: one of `FORMATS`."""
-    template = str(getattr(tokenizer, "chat_template", None) or "")
+    """How the model calls tools, by what its chat template for tools writes: one of `FORMATS`."""
+    template = template_for(tokenizer, with_tools=True) if named_templates(tokenizer) else ""
     for mark, tool_format in (
         ("<function=", "xml"),
         ("<tool_call>", "hermes"),

@@ -136,6 +136,12 @@ def test_serving_an_adapter_makes_room_for_its_rank(rank, room):
     )
 
 
+def test_the_template_that_an_adapter_is_served_with():
+    assert "--chat-template out/chat_template.jinja" in serve_adapter("a/b", "out", 8)
+    file = "additional_chat_templates/tool_use.jinja"
+    assert f"--chat-template out/{file}" in card(adapter=True, template_file=file)
+
+
 def test_adapters_of_a_copy():
     assert "were trained on `smollm2`, a copy" in card(adapter=True)
     assert "were trained on" not in card()

@@ -12,6 +12,7 @@ from espl_jax.pretrained import find_folder, hub
 from tests.pretrained.hub_server import COMMIT, serve
 
 TEXTS = {"config.json": b"{}", "tokenizer.json": b"{}", "generation_config.json": b"{}"}
+TEXTS |= {"chat_template.jinja": b"{{ 1 }}", "additional_chat_templates/tool_use.jinja": b"{{ 2 }}"}
 NEVER = {
     "pytorch_model.bin": b"pickle",
     "modeling_own.py": b"import os",

@@ -21,8 +21,10 @@ from espl_jax.pretrained import save
 from espl_jax.pretrained.hf_config import from_hf_config
 from espl_jax.pretrained.save import save_pretrained
 from espl_jax.text.chat import render
+from espl_jax.text.chat_template import template_file, template_for
 from espl_jax.types import SystemPrompt
 from tests import fakes, families, tiny
+from tests.text.tools_test import TOOLS
 
 CONFIG = fakes.CONFIG.replace(lora_scale=0.5)
 TOKENS = np.random.default_rng(0).integers(0, 97, (2, 24)).astype(np.int32)
@@ -222,6 +224,38 @@ def test_arguments_of_the_template_go_along(tmp_path):
     user = {"role": "user", "content": "Hi"}
     assert render(back, [user]) == render(tokenizer, [user], **arguments)
     assert render(back, [user], thinking=7) == "7 Hi"
+
+
+def test_a_prompt_that_spells_control_tokens_is_said_as_in_the_run(tmp_path):
+    prompt = "Add.<|im_end|>\n<|im_start|>assistant\nSure."
+    save_pretrained(tmp_path / "out", tiny.params(CONFIG), CONFIG, fakes.tokenizer(), prompt)
+    back = AutoTokenizer.from_pretrained(tmp_path / "out")
+    system, user = ({"role": "system", "content": prompt}, {"role": "user", "content": "Hi"})
+    served = back.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+    assert served == render(fakes.tokenizer(), [system, user])
+    assert (tmp_path / "out" / "system_prompt.txt").read_text() == "Add. \n assistant\nSure."
+
+
+def test_all_templates_go_along_with_prompt_and_arguments(tmp_path):
+    tokenizer = copy.copy(fakes.tokenizer())
+    with_tools = "{{ tools[0].function.name }} {{ thinking }} " + fakes.TEMPLATE
+    no_system_role = "{% for m in messages if m.role == 'user' %}{{ m.content }}{{ thinking }}{% endfor %}"
+    tokenizer.chat_template = {"default": fakes.TEMPLATE, "tool_use": with_tools, "plain": no_system_role}
+    arguments = {"thinking": False}
+    save_pretrained(
+        tmp_path / "out", tiny.params(CONFIG), CONFIG, tokenizer, "Add.", template_arguments=arguments
+    )
+    back = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert set(back.chat_template) == set(tokenizer.chat_template)
+    system, user = ({"role": "system", "content": "Add."}, {"role": "user", "content": "Hi"})
+    for tools in ({}, {"tools": TOOLS}):
+        assert render(back, [user], **tools) == render(tokenizer, [system, user], **arguments, **tools)
+        served = back.apply_chat_template([user], tokenize=False, add_generation_prompt=True, **tools)
+        assert served == render(back, [user], **tools)
+        file = tmp_path / "out" / template_file(tokenizer, with_tools=bool(tools))
+        assert file.read_text() == template_for(back, with_tools=bool(tools))
+    back.chat_template = back.chat_template["plain"]
+    assert render(back, [user]) == "Add.\n\nHiFalse"
 
 
 def test_the_sentencepiece_model_goes_along(tmp_path):

@@ -90,10 +90,11 @@ def send(handler, status, body, headers=()):
     handler.wfile.write(body)
 
 
-def good_body(content, prompt_tokens=10, completion_tokens=3):
+def good_body(content, prompt_tokens=10, completion_tokens=3, finish_reason="stop", **fields):
     usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
-    message = {"role": "assistant", "content": content, "reasoning_content": "Let me see."}
-    return json.dumps({"choices": [{"index": 0, "message": message}], "usage": usage}).encode()
+    message = {"role": "assistant", "content": content, "reasoning_content": "Let me see.", **fields}
+    choice = {"index": 0, "message": message, "finish_reason": finish_reason}
+    return json.dumps({"choices": [choice], "usage": usage}).encode()
 
 
 def said(request, number):

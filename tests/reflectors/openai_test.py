@@ -54,6 +54,11 @@ def fails(*behaviours):
     return lambda request, number: behaviours[number] if number < len(behaviours) else None
 
 
+def unfinished(content, finish_reason, **fields):
+    """An answer with the status of success that may say why it is none."""
+    return faulty.body(faulty.good_body(content, 0, 0, finish_reason, **fields))
+
+
 def test_replies_come_in_order_and_the_request_is_as_configured():
     wait = {"a": 0.2, "b": 0.0, "c": 0.1}
     script = lambda request, number: faulty.answer(wait=wait[request["messages"][-1]["content"]])  # noqa: E731
@@ -137,6 +142,10 @@ def test_what_a_reply_is(content, reply, tmp_path):
         (faulty.body(b'{"choices": []}'), "body"),
         (faulty.body(b'{"choices": [{"message": {}}], "usage": 3}'), "body"),
         (faulty.body(b'{"choices": null, "usage": {"prompt_tokens": null}}'), "body"),
+        (unfinished("", "error"), "server_error"),
+        (unfinished("cut off in the mid", "error"), "server_error"),
+        (unfinished("cut off in the mid", "abort"), "server_error"),
+        (unfinished("", "tool_calls"), "body"),
     ],
 )
 def test_what_may_pass_is_asked_again_and_given_up_at_last(behaviour, reason, tmp_path):
@@ -156,6 +165,32 @@ def test_what_may_pass_is_asked_again_and_given_up_at_last(behaviour, reason, tm
         again = reflector(served, journal, **settings)
         assert again([asked("a")]) == [None]
         assert again.counts == reflect.counts and again.replayed == 1 and len(served.asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "reason"),
+    [
+        (unfinished("", "length"), "length"),
+        (unfinished(None, "length"), "length"),
+        (unfinished("<think>Let me see", "length"), "length"),
+        (unfinished([{"type": "thinking", "thinking": []}], "MAX_TOKENS"), "length"),
+        (unfinished("", "content_filter"), "filtered"),
+        (unfinished("cut off in the mid", "content_filter"), "filtered"),
+        (unfinished(None, "stop", refusal="I can't help with that."), "filtered"),
+    ],
+)
+def test_a_reply_that_the_next_attempt_would_lack_too_is_counted_and_not_asked_again(behaviour, reason):
+    with faulty.serve(fails(behaviour)) as served:
+        reflect = reflector(served, concurrency=1)
+        assert reflect([asked(text) for text in "abcd"]) == [None] * 4
+        assert counted(reflect) == {"requests": 4, "failed": 4, f"failed_{reason}": 4}
+        assert len(served.asked) == 4, "a server that answers is not left alone"
+
+
+@pytest.mark.parametrize("finish", ["length", "stop", "eos_token", None, 0])
+def test_a_reply_is_one_as_far_as_it_goes(finish):
+    with faulty.serve(fails(unfinished("[{", finish))) as served:
+        assert reflector(served)([asked("a")]) == ["[{"] and len(served.asked) == 1
 
 
 def test_tokens_of_attempts_without_a_reply_are_paid_too():

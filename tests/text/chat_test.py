@@ -1,10 +1,13 @@
 import copy
+import datetime
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from espl_jax.text.chat import cut_middle, encode, encode_conversation, has_system_role, render
+from espl_jax.text.chat_template import template_for
 from tests.messages import assistant, system, user
 
 CHATML = (
@@ -183,6 +186,48 @@ class TestDate:
     def test_it_can_be_given(self, with_template):
         tokenizer = with_template(self.TEMPLATE)
         assert render(tokenizer, [user("Hi")], date_string="1 Jan 2030") == "1 Jan 2030 Hi"
+
+    @pytest.mark.parametrize(
+        "asks",
+        [
+            "{% set written = '%d %b %Y' %}{{ strftime_now(written) }}",
+            "{% set now = strftime_now %}{{ now('%d %b ' ~ '%Y') }}",
+            "{% macro date(written='%d %b %Y') %}{{ strftime_now(written) }}{% endmacro %}{{ date() }}",
+            "{{ strftime_now(\n  format if format else '%d %b %Y'\n) }}",
+        ],
+        ids=["variable", "another name", "macro", "expression"],
+    )
+    def test_it_is_the_same_however_the_template_asks(self, with_template, asks):
+        assert render(with_template(asks + " {{ messages[0].content }}"), [user("Hi")]) == "26 Jul 2024 Hi"
+
+    @pytest.mark.parametrize("written", ["%A, %-d.%-m.%y %H:%M", "100%% %Y-%m-%dT%X", "%%d", "no date", "%"])
+    def test_any_format(self, with_template, written):
+        tokenizer = with_template("\n  {% if 1 %}{{ strftime_now(messages[0].content) }}|{% endif %}")
+        expected = datetime.datetime(2024, 7, 26).strftime(written)
+        assert render(tokenizer, [user(written)]) == f"\n{expected}|"
+
+
+class TestSeveralTemplates:
+    TEMPLATES: ClassVar = {"default": CHATML, "tool_use": "{{ tools[0].function.name }}" + CHATML, "rag": "x"}
+    TOOLS: ClassVar = [{"type": "function", "function": {"name": "search"}}]
+
+    def test_the_one_for_tools_is_used_with_tools_alone(self, with_template):
+        tokenizer = with_template(self.TEMPLATES)
+        plain = render(with_template(CHATML), [system("Add."), user("1")])
+        assert render(tokenizer, [system("Add."), user("1")]) == plain
+        assert render(tokenizer, [system("Add."), user("1")], tools=[]) == plain
+        assert render(tokenizer, [system("Add."), user("1")], tools=self.TOOLS) == "search" + plain
+        first, rest = encode_conversation(tokenizer, [system("Add."), user("1")], tools=self.TOOLS)
+        assert tokenizer.decode(first + rest) == "search" + plain
+
+    def test_it_is_the_one_that_servers_choose(self, with_template):
+        tokenizer = with_template(self.TEMPLATES)
+        for tools in (None, self.TOOLS):
+            assert template_for(tokenizer, with_tools=bool(tools)) == tokenizer.get_chat_template(tools=tools)
+
+    def test_none_to_choose_is_an_error(self, with_template):
+        with pytest.raises(ValueError, match=r"chat_template=\['rag', 'tool_use'\]: none .* named 'default'"):
+            render(with_template({"rag": CHATML, "tool_use": CHATML}), [user("1")])
 
 
 class TestEdges:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 
 from espl_jax.text.chat import has_system_role, render
+from espl_jax.text.control_tokens import without_control_tokens
 from espl_jax.text.template_defaults import with_default_system
 from tests.messages import assistant, system, user
 
@@ -138,7 +139,8 @@ def templates(smollm2_tokenizer):
 def exported(tokenizer, text):
     """The tokenizer whose template has the text as its default system message."""
     changed = copy.copy(tokenizer)
-    template = with_default_system(tokenizer.chat_template, text, has_system_role(tokenizer))
+    said = without_control_tokens(tokenizer, text)
+    template = with_default_system(tokenizer.chat_template, said, has_system_role(tokenizer))
     changed.chat_template = template
     return changed
 

@@ -94,6 +94,8 @@ def test_what_cannot_be_read_says_why(tool_format, text, error):
         ("""{{- '"parameters": ' }}""", "llama"),
         ("no tools at all", "hermes"),
         (None, "hermes"),
+        ({"default": "[TOOL_CALLS]", "tool_use": "<function=example>"}, "xml"),
+        ({"default": "[TOOL_CALLS]", "rag": "<function=example>"}, "mistral"),
     ],
 )
 def test_the_format_is_that_of_the_template(template, tool_format):

@@ -67,6 +67,14 @@ def test_templates_that_know_tools_show_them(with_template):
     assert rendered(tokenizer, [USER], thinking=True).endswith("<think>\n")
 
 
+def test_a_template_for_tools_is_used_where_there_is_one(with_template):
+    tokenizer, alone = with_template({"default": PLAIN, "tool_use": WITH_TOOLS}), with_template(WITH_TOOLS)
+    assert writes_tools(tokenizer, TOOLS)
+    assert rendered(tokenizer, [SYSTEM, USER]) == rendered(alone, [SYSTEM, USER])
+    said = between_turns(tokenizer, RESULTS, TOOLS, "<|im_end|>")
+    assert said == between_turns(alone, RESULTS, TOOLS, "<|im_end|>")
+
+
 def test_tools_stand_in_the_system_turn_and_not_with_the_user(with_template):
     """Llama's templates put them into the first user turn unless they are asked not to."""
     tokenizer = with_template(IN_USER_TURN)

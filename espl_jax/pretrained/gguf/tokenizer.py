@@ -19,7 +19,9 @@ BEGINS_WITH_BOS = {"llama-bpe", "llama3", "llama-v3", "tekken"}
 """Values of `tokenizer.ggml.pre` that mean add_bos_token where the file does not say (SentencePiece too)."""
 
 END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>")
-"""Control tokens that end a turn, although many files name only another one as `eos`."""
+"""Tokens that end a turn, although many files name only another one as `eos`."""
+
+_BEGINS_TURN = ("<|start_header_id|>", "<|end_header_id|>", "<|im_start|>", "<start_of_turn>")
 
 
 def has_tokenizer(metadata: Mapping[str, Any]) -> bool:
@@ -49,6 +51,7 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> PreTrainedTokenizerF
     else:
         tokens, tokenizer, normalized = _sentencepiece(metadata)
     # Matched whole, before any merging.
+    kinds = _token_types(metadata)
     tokenizer.add_tokens(
         [
             AddedToken(
@@ -56,7 +59,7 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> PreTrainedTokenizerF
                 special=kind == TokenType.CONTROL,
                 normalized=normalized and kind == TokenType.USER_DEFINED,
             )
-            for token, kind in zip(tokens, _field(metadata, "token_type"), strict=True)
+            for token, kind in zip(tokens, kinds, strict=True)
             if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
         ]
     )
@@ -68,7 +71,7 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> PreTrainedTokenizerF
     begins = model == "llama" or metadata.get("tokenizer.ggml.pre") in BEGINS_WITH_BOS
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=_chat_templates(metadata),
         clean_up_tokenization_spaces=False,
         add_bos_token=metadata.get("tokenizer.ggml.add_bos_token", begins),
         add_eos_token=metadata.get("tokenizer.ggml.add_eos_token", False),
@@ -79,16 +82,39 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> PreTrainedTokenizerF
 def stop_ids_from_metadata(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     """The tokens that end an answer: `eos`, then the ends of a turn or message, each once.
 
-    Those that the file names (`eos_token_id`, `eot_token_id`, `eom_token_id`), and control tokens known to be
-    such. What `eos_token_id` of a generation config lists.
+    Those that the file names (`eos_token_id`, `eot_token_id`, `eom_token_id`), and `END_OF_TURN`, whatever
+    type the file gives them. What `eos_token_id` of a generation config lists.
     """
-    named = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    kinds = _field(metadata, "token_type")
-    controls = {
-        token: i for i, token in enumerate(_field(metadata, "tokens")) if kinds[i] == TokenType.CONTROL
-    }
-    known = [controls.get(token) for token in END_OF_TURN]
-    return tuple(dict.fromkeys(i for i in named + known if i is not None))
+    ids = {token: i for i, token in enumerate(_field(metadata, "tokens"))}
+    known = [ids[token] for token in END_OF_TURN if token in ids]
+    return tuple(dict.fromkeys(_named_ends(metadata) + known))
+
+
+def _named_ends(metadata: Mapping[str, Any]) -> list[int]:
+    """The ids that the file itself names as ends."""
+    fields = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    return [metadata[field] for field in fields if field in metadata]
+
+
+def _token_types(metadata: Mapping[str, Any]) -> list[int]:
+    """The file's `token_type`, but marks and named ends of turns are control tokens: converters write them as
+    ordinary or user-defined tokens, too."""
+    kinds = list(_field(metadata, "token_type"))
+    marks = {*END_OF_TURN, *_BEGINS_TURN}
+    controls = [i for i, token in enumerate(_field(metadata, "tokens")) if token in marks]
+    for i in controls + _named_ends(metadata):
+        if kinds[i] in (TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED):
+            kinds[i] = TokenType.CONTROL
+    return kinds
+
+
+def _chat_templates(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """The file's chat template, or several by their names, the unnamed one as `default`."""
+    default, prefix = metadata.get("tokenizer.chat_template"), "tokenizer.chat_template."
+    named = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    if not named:
+        return default
+    return named if default is None else {"default": default, **named}
 
 
 def _field(metadata: Mapping[str, Any], name: str) -> Any:
@@ -109,7 +135,7 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> tuple[list[str], Tokenizer, b
     They do in SentencePiece; files spell them with plain spaces all the same. But where every stretch of
     text gets a space in front, normalizing would put one into the token too.
     """
-    kinds = _field(metadata, "token_type")
+    kinds = _token_types(metadata)
     space_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     tokens = [
         token.replace(" ", SPACE) if kind == TokenType.USER_DEFINED and not space_prefix else token

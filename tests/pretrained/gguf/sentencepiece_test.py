@@ -149,3 +149,17 @@ def test_without_bytes_what_is_not_in_the_vocabulary_is_unknown():
 def test_merges_by_score():
     pieces = {"a": -9.0, "b": -9.0, "ab": -2.0, "abb": -1.0, "bb": -3.0, "xab": 0.0}
     assert merges_from_scores(pieces) == [("ab", "b"), ("a", "bb"), ("a", "b"), ("b", "b")]
+
+
+@pytest.mark.parametrize("kind", [1, 4], ids=["normal", "user-defined"])
+def test_ends_of_turns_are_control_tokens_whatever_their_type(gemma_like, kind):
+    _, tokenizer, metadata = gemma_like
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    kinds = list(metadata["tokenizer.ggml.token_type"])
+    kinds[end] = kind
+    changed = metadata | {"tokenizer.ggml.token_type": kinds}
+    assert end in stop_ids_from_metadata(changed)
+    text = "a b<end_of_turn>\n c"
+    built = tokenizer_from_metadata(changed)
+    assert built.encode(text) == tokenizer.encode(text)
+    assert "<end_of_turn>" not in built.decode(built.encode(text), skip_special_tokens=True)

@@ -3,6 +3,7 @@ import itertools
 
 import pytest
 import regex
+from gguf import TokenType
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -174,6 +175,16 @@ def test_tiny(write_gguf):
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
 
 
+def test_several_chat_templates(metadata):
+    named = {"tokenizer.chat_templates": ["tool_use"], "tokenizer.chat_template.tool_use": "{{ tools }}"}
+    default = metadata["tokenizer.chat_template"]
+    both = {"default": default, "tool_use": "{{ tools }}"}
+    assert tokenizer_from_metadata({**metadata, **named}).chat_template == both
+    del both["default"]
+    without = {name: value for name, value in metadata.items() if name != "tokenizer.chat_template"}
+    assert tokenizer_from_metadata({**without, **named}).chat_template == both
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -197,9 +208,27 @@ def test_ends_of_turns_are_stop_ids():
         "tokenizer.ggml.token_type": [3, 3, 1, 3, 1],
         "tokenizer.ggml.eos_token_id": 0,
     }
-    assert stop_ids_from_metadata(metadata) == (0, 1)  # <|im_end|> is no control token here
-    assert stop_ids_from_metadata(metadata | {"tokenizer.ggml.eot_token_id": 3}) == (0, 3, 1)
-    assert stop_ids_from_metadata(metadata | {"tokenizer.ggml.eos_token_id": 1}) == (1,)
+    assert stop_ids_from_metadata(metadata) == (0, 1, 2)
+    assert stop_ids_from_metadata(metadata | {"tokenizer.ggml.eot_token_id": 3}) == (0, 3, 1, 2)
+    assert stop_ids_from_metadata(metadata | {"tokenizer.ggml.eos_token_id": 1}) == (1, 2)
+
+
+@pytest.mark.parametrize("kind", [TokenType.NORMAL, TokenType.USER_DEFINED])
+@pytest.mark.parametrize("names", [["<|im_end|>"], ["<|im_start|>", "<|im_end|>", "<file_sep>"]])
+def test_marks_of_turns_are_control_tokens_whatever_their_type(metadata, tokenizer, kind, names):
+    """Another end of turn (here `<file_sep>`) is one because the file names it."""
+    ids = tokenizer.convert_tokens_to_ids(names)
+    kinds = list(metadata["tokenizer.ggml.token_type"])
+    for i in ids:
+        kinds[i] = kind
+    changed = metadata | {"tokenizer.ggml.token_type": kinds, "tokenizer.ggml.eos_token_id": 0}
+    if "<file_sep>" in names:
+        changed["tokenizer.ggml.eot_token_id"] = ids[-1]
+    assert set(stop_ids_from_metadata(changed)) == {0, *ids} - {1}
+    text = "".join(f"a{name}b" for name in names)
+    built = tokenizer_from_metadata(changed)
+    assert built.encode(text) == tokenizer.encode(text)
+    assert built.decode(built.encode(text), skip_special_tokens=True) == "ab" * len(names)
 
 
 def test_smollm2_stops_at_the_end_of_a_message(metadata):

@@ -1,0 +1,95 @@
+"""The chat template of a tokenizer: which one of several is used, and what it is told of the date."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import string
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from espl_jax.types import Conversation
+
+_TODAY = datetime.datetime(2024, 7, 26)
+"""What templates that ask for the date are told (Llama 3.2's own default), so that a resumed run has the same
+tokens on any day. `date_string` in the template's arguments overrides it, if the template knows it."""
+
+# The macro hides the function of this name that transformers gives to templates. Every line is a statement:
+# transformers drops the newline after one (`trim_blocks`), so nothing is written before the template itself.
+_FIXED_DATE = """\
+{% macro strftime_now(format) %}
+{% set written = namespace(text=format.replace("%%", "\\x00")) %}
+{% for code, value in CODES.items() %}
+{% set written.text = written.text.replace(code, value) %}
+{% endfor %}
+{{- written.text.replace("\\x00", "%") -}}
+{% endmacro %}
+"""
+_CODES = [f"%{flag}{letter}" for flag in ("", "-") for letter in string.ascii_letters]
+_FIXED_DATE = _FIXED_DATE.replace("CODES", json.dumps({code: _TODAY.strftime(code) for code in _CODES}))
+
+_DEFAULT, WITH_TOOLS = "default", "tool_use"
+
+TRIAL_TOOL = {
+    "type": "function",
+    "function": {"name": "a", "description": "", "parameters": {"type": "object", "properties": {}}},
+}
+"""What templates for tools are tried with."""
+
+
+def apply_chat_template(tokenizer: PreTrainedTokenizerFast, turns: Conversation, **arguments: Any) -> str:
+    """Renders a conversation as it stands, with the generation prompt.
+
+    Args:
+      tokenizer: with one or several chat templates.
+      turns: at least one.
+      **arguments: of the template; `tools` decides which one, see `template_for`.
+
+    Raises:
+      ValueError: as `template_for`.
+      TemplateError: the template refuses the conversation.
+    """
+    template = template_for(tokenizer, with_tools=bool(arguments.get("tools")))
+    if "strftime_now" in template:
+        template = _FIXED_DATE + template
+    return tokenizer.apply_chat_template(
+        turns, chat_template=template, tokenize=False, add_generation_prompt=True, **arguments
+    )
+
+
+def named_templates(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+    """Returns the tokenizer's chat templates by name; a single one is named `default`."""
+    template = getattr(tokenizer, "chat_template", None)
+    if template is None:
+        return {}
+    return dict(template) if isinstance(template, dict) else {_DEFAULT: template}
+
+
+def template_for(tokenizer: PreTrainedTokenizerFast, *, with_tools: bool) -> str:
+    """Returns the template that transformers and servers choose, too: `tool_use` where there are tools and a
+    template of that name, else `default`.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    templates = named_templates(tokenizer)
+    if not templates:
+        raise ValueError("the tokenizer has no chat_template; use an instruction-tuned model, or set one")
+    name = _chosen(templates, with_tools)
+    if name not in templates:
+        raise ValueError(
+            f"chat_template={sorted(templates)}: none of the tokenizer's chat templates is named "
+            f"{_DEFAULT!r}; save the one to use as chat_template.jinja in the model's folder"
+        )
+    return templates[name]
+
+
+def template_file(tokenizer: PreTrainedTokenizerFast, *, with_tools: bool) -> str:
+    """Returns the file of `template_for` in a folder that `save_pretrained` writes."""
+    name = _chosen(named_templates(tokenizer), with_tools)
+    return "chat_template.jinja" if name == _DEFAULT else f"additional_chat_templates/{name}.jinja"
+
+
+def _chosen(templates: dict[str, str], with_tools: bool) -> str:
+    return WITH_TOOLS if with_tools and WITH_TOOLS in templates else _DEFAULT
