@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,23 @@ Linear = dict[str, jax.Array]
 """`weight` (or `outputs_first`), beside it a `bias` if it has one, and `lora_a`, `lora_b` with an adapter."""
 
 OUTPUTS_FIRST = "outputs_first"
-"""Name of a weight whose axes are those of the outputs, then those of the inputs, in place of `weight`."""
+"""Name, in place of `weight`, of an `Unstacked` one: its axes are those of the outputs, then of the inputs."""
 
 FEW_ROWS = range(2, 65)
 """Numbers of rows for which XLA's CPU backend multiplies weight by rows faster than rows by weight."""
+
+
+class Unstacked(NamedTuple):
+    """One kind of weight as a separate array for every layer, and the layer that is meant.
+
+    Attributes:
+      weights: of all layers, outputs first.
+      layer: int32 [], the number of one of them.
+    """
+
+    weights: tuple[jax.Array, ...]
+    layer: jax.Array
+
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
@@ -81,7 +94,11 @@ def einsum(
     contracted = "".join(c for c in right if c in left)
     kept = "".join(c for c in right if c not in left)
     if OUTPUTS_FIRST in linear:
-        out = product(f"{left},{kept}{contracted}->{result}", x, linear[OUTPUTS_FIRST], config, out_dtype)
+        weights, layer = linear[OUTPUTS_FIRST]
+        multiply = functools.partial(product, f"{left},{kept}{contracted}->{result}", x)
+        # Only the product is chosen by the layer's number: choosing the weight would copy it.
+        branches = [functools.partial(multiply, w, config, out_dtype) for w in weights]
+        out = jax.lax.switch(layer, branches)
     else:
         out = product(spec, x, linear["weight"], config, out_dtype)
     if "lora_a" in linear:

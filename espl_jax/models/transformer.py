@@ -192,10 +192,33 @@ def forward(
     )
     stacked = tuple(None if isinstance(c, RowsView) else (c.key, c.value) for c in ancestors)
     index = jnp.arange(config.num_layers)
-    x, (key, value) = _run_layers(layer, config, x, params["layers"], (stacked, index))
+    weights, layer = _with_unstacked(layer, params["layers"])
+    x, (key, value) = _run_layers(layer, config, x, (weights, stacked, index))
 
     x = sharding.move(layers.rms_norm(x, params["final_norm"], config), *_TOKENS, config.phase)
     return x.reshape(nodes, steps, -1), KVCache(key, value, start, lengths)
+
+
+def _with_unstacked(layer: Callable[..., Any], weights: Params) -> tuple[Params, Callable[..., Any]]:
+    """The stacked part of the layers' weights, and a layer that adds to its slice what is unstacked."""
+
+    def stacked(node: Params) -> Params:
+        return {
+            name: stacked(child) if isinstance(child, dict) else child
+            for name, child in node.items()
+            if name != layers.OUTPUTS_FIRST
+        }
+
+    def join(part: Params, whole: Params, index: jax.Array) -> Params:
+        joined = {name: join(x, whole[name], index) if isinstance(x, dict) else x for name, x in part.items()}
+        if layers.OUTPUTS_FIRST in whole:
+            joined[layers.OUTPUTS_FIRST] = layers.Unstacked(whole[layers.OUTPUTS_FIRST], index)
+        return joined
+
+    def complete(x: jax.Array, part: Params, above: Any, index: jax.Array, **window: Any) -> Any:
+        return layer(x, join(part, weights, index), above, index, **window)
+
+    return stacked(weights), complete
 
 
 def _start(ancestors: Sequence[KVCache | RowsView], nodes: int) -> jax.Array:
@@ -208,21 +231,8 @@ def _start(ancestors: Sequence[KVCache | RowsView], nodes: int) -> jax.Array:
     return jnp.repeat(last.end, nodes // last.end.shape[0], total_repeat_length=nodes)
 
 
-def _run_layers(
-    layer: Callable[..., Any], config: DecoderConfig, x: jax.Array, weights: Any, stacked: Any
-) -> Any:
-    """Runs all layers, each with its weights and its slice of `stacked`.
-
-    Args:
-      layer: takes x, weights, and the slices of `stacked`.
-      config: the decoder.
-      x: the residual stream.
-      weights: stacked too, or a tuple with the tree of each layer.
-      stacked: arrays whose leading axis is the layer.
-
-    Returns:
-      (x, what the layers returned, stacked).
-    """
+def _run_layers(layer: Callable[..., Any], config: DecoderConfig, x: jax.Array, stacked: Any) -> Any:
+    """Runs all layers, each with its slice of `stacked`: (x, what the layers returned, stacked)."""
     windows = config.windows or (0,) * config.num_layers
 
     def checkpointed(window: int | None) -> Callable[..., Any]:
@@ -234,9 +244,7 @@ def _run_layers(
             return _from_rounded(known, config)
         return jax.checkpoint(known, policy=_SAVED[config.remat])
 
-    unstacked = isinstance(weights, tuple)
-    if config.scan_layers and not unstacked:
-        stacked = weights, *stacked
+    if config.scan_layers:
         if len(set(windows)) == 1:
             body = checkpointed(windows[0])
             return jax.lax.scan(lambda x, xs: body(x, *xs), x, stacked)
@@ -244,14 +252,9 @@ def _run_layers(
         return jax.lax.scan(
             lambda x, xs: body(x, *xs[0], window=xs[1]), x, (stacked, jnp.array(windows, jnp.int32))
         )
-
-    def of_layer(tree: Any, i: int) -> Any:
-        return jax.tree.map(lambda leaf: leaf[i], tree)
-
     written = []
     for i, window in enumerate(windows):
-        own = weights[i] if unstacked else of_layer(weights, i)
-        x, new = checkpointed(window)(x, own, *of_layer(stacked, i))
+        x, new = checkpointed(window)(x, *jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
         written.append(new)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *written)
 

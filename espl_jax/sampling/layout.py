@@ -1,8 +1,8 @@
 """How weights are laid out while sampling.
 
 XLA's CPU backend copies each layer's slice out of the stacked weights before it multiplies, and it multiplies
-a few rows with a weight two to three times as fast if the weight's output axes come first. On CPUs each layer
-therefore gets separate arrays, outputs first. Elsewhere the weights stay stacked.
+a few rows with a weight two to three times as fast if the weight's output axes come first. On CPUs every layer
+therefore has separate arrays, outputs first. Elsewhere the weights stay stacked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.layers import OUTPUTS_FIRST
-from espl_jax.models.transformer import ADAPTER, Params, Weight, abstract
+from espl_jax.models.transformer import Params, Weight, abstract
 
 _Layers = tuple[jax.Array | jax.ShapeDtypeStruct, ...]
 
@@ -40,55 +40,43 @@ def for_sampling(
     layout = config.sampling_layout
     if layout == "auto":
         layout = "unstacked" if mesh is None and jax.default_backend() == "cpu" else "stacked"
-    if layout == "unstacked" and isinstance(params["layers"], dict):
-        params = params | {"layers": unstack(params["layers"], config)}
+    if layout == "unstacked":
+        params = params | {"layers": unstack(params["layers"], abstract(config)["layers"])}
     return params, config.replace(remat="none", phase="sampling", sampling_layout=layout)
 
 
-def unstack(layers: Params, config: DecoderConfig) -> tuple[Params, ...]:
-    """Returns one tree for each layer, the axes of every product's outputs first.
+def unstack(layers: Params, declared: Params) -> Params:
+    """Returns the layers' params with a tuple of arrays, outputs first, for each weight of a product.
+
+    Biases, norms and adapters, which are small, stay stacked.
 
     Args:
       layers: the stacked weights of all layers, arrays or their shapes.
-      config: the decoder.
+      declared: their declarations.
     """
-
-    def walk(node: Params, declared: Params) -> list[Params]:
-        trees: list[Params] = [{} for _ in range(config.num_layers)]
-        for name, child in node.items():
-            key = name
-            if isinstance(child, dict):
-                each = walk(child, declared[name])
-            elif name in ADAPTER:
-                each = _layers_of(child, None)
-            else:
-                weight = declared[name]
-                each = _layers_of(child, weight if weight.inputs else None)
-                key = OUTPUTS_FIRST if weight.inputs else name
-            for tree, leaf in zip(trees, each, strict=True):
-                tree[key] = leaf
-        return trees
-
-    return tuple(walk(layers, abstract(config)["layers"]))
+    laid_out = {}
+    for name, node in layers.items():
+        if isinstance(node, dict):
+            laid_out[name] = unstack(node, declared[name])
+        elif name == "weight":
+            laid_out[OUTPUTS_FIRST] = _layers_of(node, declared[name])
+        else:
+            laid_out[name] = node
+    return laid_out
 
 
-def _layers_of(x: jax.Array | jax.ShapeDtypeStruct, weight: Weight | None) -> _Layers:
-    """Each layer's slice of a stacked array; of a product's weight with the outputs' axes first."""
-    axes = weight.axes[1:] if weight else ()
-    order = sorted(range(len(axes)), key=lambda i: axes[i] in weight.inputs) if weight else None
-    if isinstance(x, jax.ShapeDtypeStruct):
-        shape = x.shape[1:] if order is None else tuple(x.shape[1 + i] for i in order)
-        return (jax.ShapeDtypeStruct(shape, x.dtype),) * x.shape[0]
-    held = _unstacked.get(id(x))
-    if held is not None and held[0]() is x:
-        return held[1]
-    # By numpy, which sees the array in place: a jitted copy of all layers takes seconds to compile.
-    whole = np.asarray(x)
-    each = tuple(
-        jnp.asarray(np.ascontiguousarray(layer if order is None else layer.transpose(order)))
-        for layer in whole
-    )
-    if weight is not None:
-        number = id(x)
-        _unstacked[number] = weakref.ref(x, lambda _: _unstacked.pop(number, None)), each
-    return each
+def _layers_of(stacked: jax.Array | jax.ShapeDtypeStruct, weight: Weight) -> _Layers:
+    """Each layer's slice of a stacked weight, the outputs' axes first."""
+    axes = weight.axes[1:]
+    order = sorted(range(len(axes)), key=lambda i: axes[i] in weight.inputs)
+    if isinstance(stacked, jax.ShapeDtypeStruct):
+        shape = tuple(stacked.shape[1 + i] for i in order)
+        return (jax.ShapeDtypeStruct(shape, stacked.dtype),) * stacked.shape[0]
+    number = id(stacked)
+    held = _unstacked.get(number)
+    if held is None or held[0]() is not stacked:
+        # By numpy, which sees the array in place: a jitted copy of all layers takes seconds to compile.
+        each = tuple(jnp.asarray(np.ascontiguousarray(x.transpose(order))) for x in np.asarray(stacked))
+        held = weakref.ref(stacked, lambda _: _unstacked.pop(number, None)), each
+        _unstacked[number] = held
+    return held[1]

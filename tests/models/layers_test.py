@@ -135,7 +135,8 @@ class TestOutputsFirst:
             "lora_b": draw(["r"] + [right[axis] for axis in kept]),
         }
         x, transposed = draw(left), jnp.asarray(weight.transpose(kept + contracted))
-        out = layers.einsum(spec, x, {layers.OUTPUTS_FIRST: transposed} | adapter, config)
+        unstacked = layers.Unstacked((0 * transposed, transposed), jnp.int32(1))
+        out = layers.einsum(spec, x, {layers.OUTPUTS_FIRST: unstacked} | adapter, config)
         expected = layers.einsum(
             spec, x, {"weight": jnp.asarray(weight)} | adapter, tiny.CONFIG.replace(lora_scale=0.5)
         )

@@ -205,11 +205,12 @@ class TestLayout:
     def test_rows_draw_differently(self, samples):
         assert len({tuple(row) for row in samples.tokens.reshape(-1, NEW)}) == samples.lengths.size
 
-    def test_weights_of_each_layer_alone(self, params, samples):
-        config = tiny.CONFIG.replace(sampling_layout="stacked")
-        stacked = sample(params, config, max_new_tokens=NEW)
-        np.testing.assert_array_equal(stacked.tokens, samples.tokens)
-        np.testing.assert_allclose(stacked.logprobs, samples.logprobs, atol=1e-5)
+    @pytest.mark.parametrize("scan", [True, False])
+    def test_weights_of_each_layer_alone(self, params, samples, scan):
+        config = tiny.CONFIG.replace(sampling_layout="unstacked", scan_layers=scan)
+        unstacked = sample(params, config, max_new_tokens=NEW)
+        np.testing.assert_array_equal(unstacked.tokens, samples.tokens)
+        np.testing.assert_allclose(unstacked.logprobs, samples.logprobs, atol=1e-5)
 
 
 class TestDistribution:
