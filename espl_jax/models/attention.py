@@ -131,8 +131,31 @@ class Source(NamedTuple):
 def of_owners(x: jax.Array, owner: jax.Array, parts: int = 1, axis: int = 0) -> jax.Array:
     """What each row's node has. x [.., A, ..] with nodes on `axis`, owner int32 [R] -> [.., R, ..].
 
-    Each part is looked up by itself, so that nothing moves between the devices that hold them.
+    Each part is looked up by itself, so that nothing moves between the devices that hold them. A node's
+    gradient is the sum of its rows', taken in float32 and rounded once.
     """
+    return _of_owners(x, owner, parts, axis, x.shape[axis])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _of_owners(x: jax.Array, owner: jax.Array, parts: int, axis: int, nodes: int) -> jax.Array:
+    return _looked_up(x, owner, parts, axis)
+
+
+def _of_owners_forward(x: jax.Array, owner: jax.Array, parts: int, axis: int, nodes: int):
+    return _looked_up(x, owner, parts, axis), owner
+
+
+def _of_owners_backward(parts: int, axis: int, nodes: int, owner: jax.Array, g: jax.Array):
+    summed = jax.ShapeDtypeStruct((*g.shape[:axis], nodes, *g.shape[axis + 1 :]), jnp.float32)
+    pull_back = jax.linear_transpose(lambda x: _looked_up(x, owner, parts, axis), summed)
+    return pull_back(g.astype(jnp.float32))[0].astype(g.dtype), None
+
+
+_of_owners.defvjp(_of_owners_forward, _of_owners_backward)
+
+
+def _looked_up(x: jax.Array, owner: jax.Array, parts: int, axis: int) -> jax.Array:
     if parts == 1:
         return jnp.take(x, owner, axis=axis, mode="clip")
     split = x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
@@ -171,30 +194,35 @@ def attend(
     kv, groups = config.num_kv_heads, config.num_heads // config.num_kv_heads
     query = query.reshape(rows, steps, kv, groups, head).transpose(2, 0, 1, 3, 4)  # [K, R, T, G, H]
     own = key.transpose(2, 0, 3, 1), value.transpose(2, 0, 1, 3)  # [K, R, H, T], [K, R, T, H]
+    held = [*((s.key, s.value) for s in ancestors), own]
 
-    def block(queries: jax.Array, first: jax.Array | int) -> jax.Array:
-        """Queries [K, R, t, G, H] that begin at column `first` of the level."""
+    def block(queries: jax.Array, first: jax.Array | int, held: list[tuple[jax.Array, jax.Array]]):
+        """Queries [K, R, t, G, H] that begin at column `first` of the level, over all keys and values."""
         size = queries.shape[2]
         columns = first + jnp.arange(size)
         back = columns[:, None] - jnp.arange(steps)  # [t, T], how far each query looks back
         seen = (back >= 0) & _within(back, window)
-        masked = [
-            (s.key, s.value, _visible(s, start, columns, groups, window), s.owner is not None)
-            for s in ancestors
-        ]
-        masked.append((*own, jnp.repeat(seen, groups, axis=0)[None], False))  # [1, t*G, T]
+        masks = [(_visible(s, start, columns, groups, window), s.owner is not None) for s in ancestors]
+        masks.append((jnp.repeat(seen, groups, axis=0)[None], False))  # [1, t*G, T]
+        masked = [(*arrays, *mask) for arrays, mask in zip(held, masks, strict=True)]
         return _attend_all(queries.reshape(kv, rows, size * groups, head), masked, config).reshape(
             queries.shape
         )
 
     if steps <= QUERY_BLOCK:
-        out = block(query, 0)
+        out = block(query, 0, held)
     else:
         count = -(-steps // QUERY_BLOCK)
         query = jnp.pad(query, ((0, 0), (0, 0), (0, count * QUERY_BLOCK - steps), (0, 0), (0, 0)))
         blocks = jnp.moveaxis(query.reshape(kv, rows, count, QUERY_BLOCK, groups, head), 2, 0)
         firsts = jnp.arange(count) * QUERY_BLOCK
-        out = jax.lax.map(lambda x: jax.checkpoint(block)(*x), (blocks, firsts))
+        # In float32 outside of the loop, so that gradients are summed over the blocks in float32.
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32), held)
+
+        def narrowed(queries: jax.Array, first: jax.Array) -> jax.Array:
+            return block(queries, first, jax.tree.map(lambda x, y: x.astype(y.dtype), wide, held))
+
+        out = jax.lax.map(lambda x: jax.checkpoint(narrowed)(*x), (blocks, firsts))
         out = jnp.moveaxis(out, 0, 2).reshape(kv, rows, count * QUERY_BLOCK, groups, head)[:, :, :steps]
     return out.transpose(1, 2, 0, 3, 4).reshape(rows, steps, config.num_heads, head)
 

@@ -53,7 +53,8 @@ def einsum(
             f"{batch}r,r{kept}->{result}", low, linear["lora_b"], config, out_dtype
         )
     if "bias" in linear:
-        out = out + linear["bias"].astype(out.dtype)
+        # In float32, in which its gradient is then summed over the tokens.
+        out = (out.astype(jnp.float32) + linear["bias"].astype(jnp.float32)).astype(out.dtype)
     return out
 
 

@@ -80,12 +80,14 @@ def microbatches(batch: TrainBatch, size: int) -> dict[str, jax.Array]:
 
 
 def sum_over_microbatches(function: Callable[[Any], Any], batch: TrainBatch, size: int) -> Any:
-    """What the function gives for each microbatch, summed."""
+    """What the function gives for each microbatch, summed in float32 and then rounded to what it gives."""
     micros = microbatches(batch, size)
     first = jax.tree.map(lambda x: x[0], micros)
     if batch.inputs.shape[1] == size:
         return function(first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
-    return jax.lax.scan(
+    shapes = jax.eval_shape(function, first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    total, _ = jax.lax.scan(
         lambda total, micro: (jax.tree.map(jnp.add, total, function(micro)), None), zeros, micros
-    )[0]
+    )
+    return jax.tree.map(lambda x, shape: x.astype(shape.dtype), total, shapes)

@@ -97,6 +97,46 @@ def test_what_each_owner_has():
     assert taken.tolist() == [[11, 10, 11, 12, 12, 13], [21, 20, 21, 22, 22, 23]]
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_nodes_gradient_is_the_sum_of_its_rows_rounded_once(parts):
+    """A thousand rows over six nodes in bfloat16, as in a microbatch of many rollouts of one problem."""
+    rng = np.random.default_rng(0)
+    owner = rng.integers(0, 6 // parts, 1000).astype(np.int32)
+    rows = (1 + rng.normal(size=(2, 1000, HEAD))).astype(jnp.bfloat16)
+    nodes = jnp.zeros((2, 6, HEAD), jnp.bfloat16)
+    _, pull_back = jax.vjp(lambda x: attention.of_owners(x, jnp.asarray(owner), parts, axis=1), nodes)
+    (ours,) = pull_back(jnp.asarray(rows))
+    expected = np.zeros(nodes.shape)
+    part = np.arange(1000) // (1000 // parts)
+    np.add.at(expected, (slice(None), part * (6 // parts) + owner), rows.astype(np.float64))
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(ours, np.float64), expected, rtol=2.0**-8)
+
+
+def test_gradients_are_summed_over_blocks_of_queries_in_float32(monkeypatch):
+    """Those of the keys and values that 64 blocks in bfloat16 see, the level's own and an ancestor's."""
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
+    config = tiny.CONFIG.replace(num_heads=KV)
+    rng = np.random.default_rng(0)
+    level = [rng.normal(size=(1, 256, KV, HEAD)).astype(jnp.bfloat16) for _ in range(3)]
+    above = [rng.normal(size=shape).astype(jnp.bfloat16) for shape in ((KV, 1, HEAD, 5), (KV, 1, 5, HEAD))]
+    start = jnp.array([5])
+
+    @jax.jit
+    def gradients(query, keys_and_values):
+        def out(key, value, *above):
+            source = Source(*above, jnp.ones((1, 5), bool), jnp.array([0]))
+            return attend(query, key, value, [source], config, start)
+
+        return jax.vjp(out, *keys_and_values)[1](jnp.abs(query))
+
+    query, *rest = map(jnp.asarray, (*level, *above))
+    ours = gradients(query, rest)
+    exact = gradients(query.astype(jnp.float32), [x.astype(jnp.float32) for x in rest])
+    for narrow, wide in zip(ours, exact, strict=True):
+        assert tiny.relative_error(narrow.astype(jnp.float32), wide) < 3e-3
+
+
 @pytest.mark.parametrize("window", [0, 3])
 @pytest.mark.parametrize("steps", [STEPS, 1])
 def test_owners_within_parts_are_copies_of_their_nodes(steps, window):

@@ -162,6 +162,19 @@ def test_a_bias_joins_the_product_and_the_adapter(precision):
     )
 
 
+def test_the_gradient_of_a_bias_is_summed_over_tokens_in_float32():
+    config = tiny.CONFIG.replace(dtype="bfloat16")
+    tokens = jnp.zeros((1000, 1), jnp.bfloat16)
+
+    def out(bias):
+        return layers.einsum("td,df->tf", tokens, {"weight": jnp.zeros((1, 16)), "bias": bias}, config)
+
+    rows = np.random.default_rng(0).normal(size=(1000, 16)).astype(jnp.bfloat16)
+    result, pull_back = jax.vjp(out, jnp.zeros(16))
+    assert result.dtype == jnp.bfloat16
+    np.testing.assert_allclose(pull_back(jnp.asarray(rows))[0], rows.astype(np.float64).sum(0), atol=1e-3)
+
+
 def test_embeddings_are_scaled():
     table = {"weight": jnp.array([[1.0, 2.0], [3.0, 4.0]], jnp.bfloat16)}
     out = layers.embed(jnp.array([1, 0]), table, tiny.CONFIG.replace(embed_scale=0.5))
