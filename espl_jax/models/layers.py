@@ -21,7 +21,7 @@ Linear = dict[str, jax.Array]
 """`weight` (or `outputs_first`), beside it a `bias` if it has one, and `lora_a`, `lora_b` with an adapter."""
 
 OUTPUTS_FIRST = "outputs_first"
-"""Name, in place of `weight`, of an `Unstacked` one: its axes are those of the outputs, then of the inputs."""
+"""Name, in place of `weight`, of an `Unstacked` one: the outputs' axes come before those of the inputs."""
 
 FEW_ROWS = range(2, 65)
 """Numbers of rows for which XLA's CPU backend multiplies weight by rows faster than rows by weight."""

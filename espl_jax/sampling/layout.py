@@ -1,8 +1,8 @@
 """How weights are laid out while sampling.
 
 XLA's CPU backend copies each layer's slice out of the stacked weights before it multiplies, and it multiplies
-a few rows with a weight two to three times as fast if the weight's output axes come first. On CPUs every layer
-therefore has separate arrays, outputs first. Elsewhere the weights stay stacked.
+a few rows with a weight two to three times as fast if the output axes of the weight come first. On CPUs every
+layer therefore has separate arrays, outputs first. Elsewhere the weights stay stacked.
 """
 
 from __future__ import annotations
