@@ -41,7 +41,7 @@ _TRANSLATION = str.maketrans(_CHARACTERS)
 OPEN, CLOSE = "\N{LEFT WHITE CURLY BRACKET}", "\N{RIGHT WHITE CURLY BRACKET}"
 """The braces of a set, which LaTeX writes with a backslash; plain ones group."""
 
-_FONT = r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mathrm|mathbf|mathit|mathsf|mathtt|mbox|hbox|operatorname\*?)(?![a-zA-Z])"
+_FONT = r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt)|mbox|hbox|operatorname\*?)(?![a-zA-Z])"
 _DELIMITER = r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])"
 _REWRITINGS = [
     # Emphasis as Markdown writes it, where no operand is before it: **73** and `73`, but not 2**3.

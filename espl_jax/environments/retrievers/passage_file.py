@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from espl_jax import json_values
 from espl_jax.environments.retrievers.base import RetrievalError
 from espl_jax.types import Passage
 
@@ -88,10 +88,10 @@ def read_passage(record: Any) -> Passage:
 
 def _parse(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return json_values.parse(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text ({error}); convert the file") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"not JSON ({error}); each line must be one JSON object") from None
 
 

@@ -12,6 +12,7 @@ import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
+from espl_jax import json_values
 from espl_jax.environments.retrievers.base import RetrievalError, check_count
 from espl_jax.environments.retrievers.passage_file import read_passage
 from espl_jax.types import Passage
@@ -119,8 +120,8 @@ class SearchServer:
     def _read(self, answer: bytes, queries: Sequence[str], count: int) -> list[list[Passage]]:
         """The passages in an answer."""
         try:
-            content = json.loads(answer)
-        except (ValueError, RecursionError):
+            content = json_values.parse(answer)
+        except ValueError:
             raise self._failure(f"an answer that is no JSON: {answer[:100]!r}") from None
         results = content.get("result") if isinstance(content, dict) else None
         if not isinstance(results, list) or not all(isinstance(result, list) for result in results):
