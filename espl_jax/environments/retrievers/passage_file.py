@@ -12,6 +12,10 @@ from espl_jax.environments.retrievers.base import RetrievalError
 from espl_jax.types import Passage
 
 
+class BlankPassageError(ValueError):
+    """A record that would be a passage if it said something."""
+
+
 class PassageFile:
     """The passages of an open file, by their number; only those asked for are in memory.
 
@@ -67,7 +71,7 @@ def read_passage(record: Any) -> Passage:
     marks, and the text on the rest. It is read where there is no `text`. One line alone is text.
 
     Raises:
-      ValueError: naming the field.
+      BlankPassageError: if they are blank. ValueError: naming the field.
     """
     if not isinstance(record, dict):
         raise ValueError(f"a {type(record).__name__}, but a passage must be one JSON object")
@@ -82,7 +86,7 @@ def read_passage(record: Any) -> Passage:
             f"no field 'text' or 'contents'; the fields are {sorted(record)}; name the passage's one so"
         )
     if not passage.title and not passage.text:
-        raise ValueError("the passage is blank; leave it out")
+        raise BlankPassageError("the passage is blank; leave it out")
     return passage
 
 
