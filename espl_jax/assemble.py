@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from espl_jax import inputs, processes, sharding, storage
+from espl_jax import inputs, json_values, processes, sharding, storage
 from espl_jax.context import context_of, fitting, least_budget
 from espl_jax.data.problems import ProblemSet
 from espl_jax.environments.base import Dialogue, Environment
@@ -331,7 +331,10 @@ def first_population(config: Any) -> populations.Population:
         return populations.start([SystemPrompt(text=c.text, principles=tuple(c.principles))], c.max_size)
     text = Path(c.start_from).expanduser().read_text(encoding="utf-8")
     try:
-        return _no_principles_in_prose(_read_population(text, c), config)
+        population = _read_population(text, c)
+        for member in population.members:
+            json_values.check_characters(member.render(), f"the prompt {member.id}")
+        return _no_principles_in_prose(population, config)
     except (ValueError, AttributeError) as error:
         raise ValueError(
             f"population.start_from={c.start_from!r}: {error}; give the population.json of a run, or "
@@ -341,13 +344,18 @@ def first_population(config: Any) -> populations.Population:
 
 def _read_population(text: str, c: Any) -> populations.Population:
     if not c.start_from.endswith(".jsonl"):
-        saved = populations.from_json(json.loads(text))
+        saved = populations.from_json(json_values.parse(text))
         return dataclasses.replace(saved, members=saved.members[-c.max_size :], max_size=c.max_size)
-    roots = [_root(json.loads(line), i) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    # Not splitlines, which also splits at characters that JSON strings may hold.
+    roots = [_root(line, i) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     return populations.start(roots, c.max_size)
 
 
-def _root(given: dict[str, Any], line: int) -> SystemPrompt:
+def _root(text: str, line: int) -> SystemPrompt:
+    try:
+        given = json_values.parse(text)
+    except ValueError as error:
+        raise ValueError(f"line {line} is not JSON ({error})") from error
     if unknown := given.keys() - {"text", "principles"}:
         raise ValueError(f"line {line} has unknown fields {sorted(unknown)}")
     text, principles = given.get("text", ""), given.get("principles", [])

@@ -6,10 +6,10 @@ import jax, which takes longer than all the checks.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from espl_jax import json_values
 from espl_jax.data import specs
 from espl_jax.environments.retrievers.server import is_address
 from espl_jax.evolution.deployment import RULES
@@ -284,7 +284,7 @@ def _check_environment(c: Any) -> None:
 
 def _check_json_object(field: str, text: str) -> None:
     try:
-        if not isinstance(json.loads(text), dict):
+        if not isinstance(json_values.parse(text), dict):
             raise ValueError("not an object")
     except ValueError as error:
         _refuse(field, text, f"{error}; give a JSON object")

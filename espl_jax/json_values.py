@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Collection
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
+
+_LONGEST_INT = sys.int_info.str_digits_check_threshold
+"""Digits that Python converts whatever its limit is set to."""
 
 
 def plain(value: Any, where: str) -> Any:
@@ -35,6 +40,37 @@ def plain(value: Any, where: str) -> Any:
     if hasattr(value, "__array__"):
         return plain(np.asarray(value).tolist(), where)
     raise TypeError(f"{where} is a {type(value).__name__}, which JSON does not have: convert it first")
+
+
+def parse(text: str | bytes) -> Any:
+    """What a JSON text holds; whole numbers of more digits than Python converts are Decimals.
+
+    Raises:
+      ValueError: for a text that is not JSON, not UTF-8, or nested too deeply.
+    """
+    try:
+        return json.loads(text, parse_int=_whole_number)
+    except RecursionError as error:
+        raise ValueError("nested too deeply to be read") from error
+
+
+def check_characters(text: str, where: str) -> None:
+    """Refuses half of a surrogate pair, which JSON can hold, and neither a tokenizer nor a file in UTF-8.
+
+    Raises:
+      ValueError: saying `where` and at which character.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} has {text[error.start]!r} at character {error.start + 1}, half of a surrogate pair; "
+            "write the character that is meant, or leave it out"
+        ) from error
+
+
+def _whole_number(digits: str) -> int | Decimal:
+    return int(digits) if len(digits) <= _LONGEST_INT else Decimal(digits)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], may_change: Collection[str] = ()) -> list[str]:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from espl_jax import processes
-from espl_jax.environments.base import Dialogue, Environment
+from espl_jax.environments.base import Dialogue, Environment, checked_grades, checked_user_message
 from espl_jax.models.config import DecoderConfig
 from espl_jax.sampling.draw import row_keys
 from espl_jax.sampling.generate import sample_tree
@@ -55,7 +55,7 @@ def conversation(
     """
     system = prompt.render()
     messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": environment.user_message(problem)})
+    messages.append({"role": "user", "content": checked_user_message(environment, problem)})
     return with_tools(tokenizer, messages, getattr(environment, "tools", ()), **chat_template_kwargs)
 
 
@@ -261,7 +261,7 @@ def collect_rollouts(
             begun[place] if place in begun else reply(place, samples.tokens[place][: samples.lengths[place]])
             for place in places
         ]
-        grades = environment.grade([problems[b] for _, b, _ in places], replies)
+        grades = checked_grades(environment, [problems[b] for _, b, _ in places], replies)
         return [as_text(each) if turns else each for each in replies], grades
 
     texts, grades = processes.decide(graded)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from espl_jax.environments.base import Dialogue
+from espl_jax.environments.base import Dialogue, checked_messages
 from espl_jax.sampling.answers import Place
 from espl_jax.text.chat import encode
 from espl_jax.text.thinking import prompt_opens_thinking, strip_thinking
@@ -68,10 +68,12 @@ class Turns:
 
     def respond(self, place: Place, tokens: np.ndarray) -> Any:
         """What the environment says, in tokens, as `sampling.answers.Respond`."""
-        answer = self._environment.respond(self._problems[place[1]], self.transcript(place, tokens))
+        problem = self._problems[place[1]]
+        answer = self._environment.respond(problem, self.transcript(place, tokens))
 
-        def in_tokens(messages: Sequence[Message] | None) -> list[int] | None:
-            return self._append(place, tokens, messages) if messages else None
+        def in_tokens(messages: Any) -> list[int] | None:
+            checked = checked_messages(self._environment, problem, messages)
+            return self._append(place, tokens, checked) if checked else None
 
         if isinstance(answer, concurrent.futures.Future):
             return _mapped(answer, in_tokens)

@@ -236,6 +236,9 @@ def test_first_prompts_of_the_users_own(tmp_path):
         ("a.jsonl", '{"text": null}', "line 1: text is a string"),
         ("a.jsonl", '{"principles": null}', "line 1: text is a string"),
         ("a.jsonl", '["text"]', "'list' object"),
+        ("a.jsonl", '{"text": "a"}\n{"text": ', "line 2 is not JSON"),
+        ("a.jsonl", "[" * 100_000, "line 1 is not JSON .nested too deeply"),
+        ("a.jsonl", '{"text": "a \\ud83c"}', "the prompt p0 has .* at character 3, half of a surrogate"),
     ],
 )
 def test_what_is_no_population_is_refused_by_name(name, content, message, tmp_path):

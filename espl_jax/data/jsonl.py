@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from espl_jax import json_values
 from espl_jax.data.problems import ProblemSet
 from espl_jax.data.records import read_problems
 
@@ -31,7 +31,8 @@ def read_jsonl(
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); convert it") from error
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8 text ({error}); convert the file") from error
     read = read_problems(_records(text, path), str(path), fields, repeats, prefix=path.stem)
     return dataclasses.replace(read, name=path.name)
 
@@ -43,8 +44,8 @@ def _records(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         where = f"{path}, line {number}"
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
+            record = json_values.parse(line)
+        except ValueError as error:
             raise ValueError(f"{where}: not JSON ({error}); each line must be one JSON object") from error
         if not isinstance(record, dict):
             raise ValueError(f"{where}: a {type(record).__name__}, but each line must be one JSON object")

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
+from espl_jax import json_values
 from espl_jax.data.problems import ProblemSet
 from espl_jax.data.statements import GSM8K_MARK, final_answer, without_instruction
 from espl_jax.types import Problem
 
 CANDIDATES = {"text": ("problem", "question"), "answer": ("answer",), "id": ("id",)}
 """Fields of a Problem -> where they are looked for."""
+
+_MOST_DIGITS = 640
+"""Digits of a number, as many as Python converts whatever its limit is set to."""
+
+_EXACT_FLOAT = 2**53
+"""From here on a float holds other digits than those that were written."""
 
 REPEATS = ("refuse", "merge", "first")
 """What becomes of a statement that a source has twice, see `read_problems`."""
@@ -165,11 +172,19 @@ def _find(record: Mapping[str, Any], field: str) -> Any:
 def _texts(value: Any, where: str, several: bool) -> list[str]:
     if isinstance(value, list) and ((several and value) or len(value) == 1):
         return [text for each in value for text in _texts(each, where, several=False)]
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
     readable = isinstance(value, str | int | float | Decimal) and not isinstance(value, bool)
     if isinstance(value, float | Decimal):
-        readable = math.isfinite(value)
-    if not readable or not str(value).strip():
-        raise ValueError(f"{where} is {value!r}, but must be text that is not blank, or a number")
-    return [str(value).strip()]
+        readable = Decimal(value).is_finite()  # math.isfinite would take a huge Decimal for infinity
+    if not readable or (isinstance(value, str) and not value.strip()):
+        shown = reprlib.repr(value)
+        raise ValueError(f"{where} is {shown}, but must be text that is not blank, or a number")
+    if isinstance(value, str):
+        json_values.check_characters(value, where)
+        return [value.strip()]
+    if isinstance(value, float):
+        if abs(value) >= _EXACT_FLOAT:
+            raise ValueError(f"{where} is the float {value!r}, whose digits are not exact; give it as text")
+        value = int(value) if value.is_integer() else value
+    if abs(value) >= 10**_MOST_DIGITS:
+        raise ValueError(f"{where} is a number of more than {_MOST_DIGITS} digits; give it as text")
+    return [str(value)]

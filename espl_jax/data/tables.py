@@ -39,7 +39,7 @@ def read_parquet(
     try:
         with parquet.ParquetFile(path) as file:
             table = file.read(columns=columns(file.schema_arrow.names, str(path), fields))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:  # OSError: damaged pages, columns nested too deeply
         raise ValueError(f"{path} cannot be read as parquet ({error}); write it again") from error
     return dataclasses.replace(read_table(table, str(path), fields, repeats, path.stem), name=path.name)
 
@@ -62,7 +62,7 @@ def read_table(
             table, [_first_there(table.column_names, names[name]) for name in ("text", "answer")]
         )
         table = table.filter(np.isin(np.arange(len(table)), rows))
-    return read_problems(_records(table, rows), source, fields, repeats, prefix)
+    return read_problems(_records(table, rows, source), source, fields, repeats, prefix)
 
 
 def columns(names: Sequence[str], source: str, fields: Mapping[str, str] | None) -> list[str]:
@@ -89,12 +89,29 @@ def _first_there(names: Sequence[str], options: Sequence[str]) -> str | None:
     return next((field for field in options if _column(names, field) in names), None)
 
 
-def _records(table: Any, rows: np.ndarray) -> Iterator[tuple[str, dict[str, Any]]]:
+def _records(table: Any, rows: np.ndarray, source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     done = 0
     for batch in table.to_batches(max_chunksize=1000):
-        for record in batch.to_pylist():
+        try:
+            records = batch.to_pylist()
+        except ValueError:
+            records = [_record(batch, i, f"{source}, row {rows[done + i] + 1}") for i in range(len(batch))]
+        for record in records:
             yield f"row {rows[done] + 1}", record
             done += 1
+
+
+def _record(batch: Any, row: int, where: str) -> dict[str, Any]:
+    """One row of a batch. Raises ValueError where a value is none of Python's, such as text not in UTF-8."""
+    record = {}
+    for name in batch.schema.names:
+        try:
+            record[name] = batch.column(name)[row].as_py()
+        except ValueError as error:
+            raise ValueError(
+                f"{where}: the field {name!r} cannot be read ({error}); write it again"
+            ) from error
+    return record
 
 
 def _distinct(table: Any, fields: Sequence[str]) -> np.ndarray:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from espl_jax.types import Conversation, Grade, Message, Problem
+
+ANSWERING_ROLES = ("tool", "user")
+"""Roles of what a dialogue says to the model."""
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class Environment(Protocol):
@@ -69,3 +77,94 @@ class Dialogue(Protocol):
     def grade(self, problems: Sequence[Problem], transcripts: Sequence[Conversation]) -> list[Grade]:
         """Grades of a batch, in order; whatever the model wrote is graded."""
         ...
+
+
+def name_of(environment: Environment | Dialogue) -> str:
+    """`module:Class`, to call an environment by in errors."""
+    return f"{type(environment).__module__}:{type(environment).__qualname__}"
+
+
+def checked_user_message(environment: Environment | Dialogue, problem: Problem) -> str:
+    """What the environment words for a problem. Raises ValueError unless it is text."""
+    message = environment.user_message(problem)
+    if not isinstance(message, str):
+        raise ValueError(
+            f"{name_of(environment)}.user_message returned {reprlib.repr(message)} for problem "
+            f"{problem.id!r}; it must return text"
+        )
+    return message
+
+
+def checked_messages(environment: Dialogue, problem: Problem, messages: Any) -> tuple[Message, ...]:
+    """What the environment responded, empty at the end.
+
+    Raises:
+      ValueError: naming environment and problem, unless it is None or messages as `Dialogue.respond` says.
+    """
+    if messages is None:
+        return ()
+    listed = isinstance(messages, list | tuple)
+    wrong = [each for each in messages if not _is_answering(each)] if listed else [messages]
+    if wrong:
+        raise ValueError(
+            f"{name_of(environment)}.respond returned {reprlib.repr(wrong[0])} for problem {problem.id!r}; "
+            'it must return None, or a list of messages, {"role": "user" or "tool", "content": text}'
+        )
+    return tuple(messages)
+
+
+def _is_answering(message: Any) -> bool:
+    return (
+        isinstance(message, Mapping)
+        and message.get("role") in ANSWERING_ROLES
+        and isinstance(message.get("content"), str)
+    )
+
+
+def checked_grades(
+    environment: Environment | Dialogue, problems: Sequence[Problem], replies: Sequence[Any]
+) -> list[Grade]:
+    """The environment's grades of a batch.
+
+    Raises:
+      ValueError: naming environment and problem, unless there is one Grade for each reply, its reward and
+        metrics finite numbers, its success True or False, its answer text or None.
+    """
+    name = f"{name_of(environment)}.grade"
+    grades = environment.grade(problems, replies)
+    if not isinstance(grades, list | tuple) or len(grades) != len(replies):
+        count = f"{len(grades)} grades" if isinstance(grades, list | tuple) else reprlib.repr(grades)
+        raise ValueError(
+            f"{name} returned {count} for {len(replies)} replies to problems {problems[0].id!r} to "
+            f"{problems[-1].id!r}; it must return a list with one Grade for each reply, in order"
+        )
+    for problem, grade in zip(problems, grades, strict=True):
+        if wrong := _wrong_in(grade):
+            raise ValueError(f"{name} returned {wrong} for problem {problem.id!r}")
+    return list(grades)
+
+
+def _wrong_in(grade: Any) -> str:
+    """What of a grade is not as `Grade` says, and how it must be; empty if all is well."""
+    if not isinstance(grade, Grade):
+        return f"{reprlib.repr(grade)} and not a Grade (espl_jax.types.Grade(reward, success, answer))"
+    if not is_finite(grade.reward):
+        return f"the reward {reprlib.repr(grade.reward)}, which must be a finite number,"
+    if not isinstance(grade.success, bool | np.bool_):
+        return f"the success {reprlib.repr(grade.success)}, which must be True or False,"
+    if not isinstance(grade.answer, str | None):
+        return f"the answer {reprlib.repr(grade.answer)}, which must be text or None,"
+    if not isinstance(grade.metrics, Mapping):
+        return f"the metrics {reprlib.repr(grade.metrics)}, which must be a dict from names to numbers,"
+    for name, value in grade.metrics.items():
+        if not isinstance(name, str) or not is_finite(value):
+            return f"the metric {name!r}: {reprlib.repr(value)}, which must be a name and a finite number,"
+    return ""
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a number that float32 can hold; text is none."""
+    try:
+        return not isinstance(value, str | bytes) and abs(float(value)) <= _LARGEST
+    except (TypeError, ValueError, OverflowError):
+        return False

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import math
+import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from espl_jax.environments.base import Dialogue, Environment
+from espl_jax.environments.base import Dialogue, Environment, checked_grades, is_finite
 from espl_jax.types import Grade, Problem
 
 Reward = Callable[[Problem, Any, Grade], float]
@@ -46,13 +46,14 @@ class _Rewarded:
         return getattr(self.environment, name)
 
     def grade(self, problems: Sequence[Problem], replies: Sequence[Any]) -> list[Grade]:
-        grades = self.environment.grade(problems, replies)
+        grades = checked_grades(self.environment, problems, replies)
         return [self._rewarded(*each) for each in zip(problems, replies, grades, strict=True)]
 
     def _rewarded(self, problem: Problem, reply: Any, grade: Grade) -> Grade:
-        reward = float(self.reward(problem, reply, grade))
-        if not math.isfinite(reward):
+        reward = self.reward(problem, reply, grade)
+        if not is_finite(reward):
             raise ValueError(
-                f"environment.reward gave {reward} for problem {problem.id}; make it give a finite number"
+                f"environment.reward gave {reprlib.repr(reward)} for problem {problem.id}; make it give a "
+                "finite number"
             )
-        return dataclasses.replace(grade, reward=reward)
+        return dataclasses.replace(grade, reward=float(reward))

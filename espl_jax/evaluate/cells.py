@@ -24,7 +24,7 @@ class Cell:
       system_prompt: text of the prompt.
       evaluation: of its rollouts.
       truncated: share of the rollouts that reached the limit of new tokens.
-      new_tokens: mean over the rollouts.
+      new_tokens: those that the model drew, mean over the rollouts; what tools said is not counted.
     """
 
     model: str
@@ -48,7 +48,8 @@ def make_cells(batches: Sequence[Rollouts], model: str, prompts: Sequence[str], 
     def whole(field: str) -> np.ndarray:
         return np.concatenate([getattr(batch, field) for batch in batches], axis=1)
 
-    rewards, success, truncated, lengths = map(whole, ("rewards", "success", "truncated", "lengths"))
+    rewards, success, truncated = map(whole, ("rewards", "success", "truncated"))
+    new_tokens = np.concatenate([batch.drawn.sum(axis=-1) for batch in batches], axis=1)
     return [
         Cell(
             model=model,
@@ -57,7 +58,7 @@ def make_cells(batches: Sequence[Rollouts], model: str, prompts: Sequence[str], 
             system_prompt=batches[0].prompts[m].render(),
             evaluation=estimate(rewards[m], success[m]),
             truncated=float(truncated[m].mean()),
-            new_tokens=float(lengths[m].mean()),
+            new_tokens=float(new_tokens[m].mean()),
         )
         for m, name in enumerate(prompts)
     ]

@@ -16,7 +16,7 @@ import numpy as np
 from espl_jax import durable, sharding
 from espl_jax.assemble import stream_key
 from espl_jax.data.problems import ProblemSet
-from espl_jax.environments.base import Environment
+from espl_jax.environments.base import Environment, checked_grades
 from espl_jax.evaluate.cells import Cell, make_cells, show
 from espl_jax.evaluate.request import Request, naming
 from espl_jax.metrics import duration
@@ -111,7 +111,7 @@ def find_model(source: str) -> None:
 def check_gradable(environment: Environment, problem_set: ProblemSet) -> None:
     """Raises ValueError unless every problem's own answer, put into a box, is graded as a success."""
     problems = problem_set.problems
-    grades = environment.grade(problems, [rf"\boxed{{{problem.answer}}}" for problem in problems])
+    grades = checked_grades(environment, problems, [rf"\boxed{{{problem.answer}}}" for problem in problems])
     wrong = [problem for problem, grade in zip(problems, grades, strict=True) if not grade.success]
     if wrong:
         raise ValueError(

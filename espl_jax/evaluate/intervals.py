@@ -32,11 +32,14 @@ def of_share(values: np.ndarray, most_trials: float) -> tuple[float, float]:
     values = np.asarray(values, np.float64)
     if values.min() < 0 or values.max() > 1:
         raise ValueError(f"values from {values.min():g} to {values.max():g}: a share is between 0 and 1")
-    problems, mean = len(values), float(values.mean())
+    # Not 1 - mean, which may be 0 for values just below 1.
+    problems, mean, rest = len(values), float(values.mean()), float((1 - values).mean())
     if problems == 1 or np.isin(values, (0, 1)).all():
         return interval(values.sum(), problems)
-    worth = problems * mean * (1 - mean) / max(float(values.var(ddof=1)), 1e-12)
-    trials = min(worth, most_trials)
+    variance = float(values.var(ddof=1))
+    worth = problems * mean * rest / variance if variance else math.inf
+    # The variance of values in [0, 1] is at most that of zeros and ones: less is rounding.
+    trials = min(max(worth, problems - 1), most_trials)
     return interval(mean * trials, trials, _student(problems))
 
 

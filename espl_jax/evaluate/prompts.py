@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
 
-from espl_jax import storage
+from espl_jax import json_values, storage
 from espl_jax.evolution import population as populations
 from espl_jax.evolution.deployment import best_rated
 from espl_jax.types import SystemPrompt
@@ -67,7 +66,7 @@ def _read(path: str) -> str:
 
 def _member(path: str, member: str) -> SystemPrompt:
     try:
-        population = populations.from_json(json.loads(_read(path)))
+        population = populations.from_json(json_values.parse(_read(path)))
     except (ValueError, TypeError) as error:
         raise ValueError(f"not the population.json of a run ({error}); give one") from error
     for prompt in population.members:

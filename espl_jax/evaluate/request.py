@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from espl_jax import data
+from espl_jax import data, json_values
 from espl_jax.check_config import ENVIRONMENTS
 from espl_jax.data.problems import ProblemSet
 from espl_jax.evaluate.prompts import label, read_prompt
@@ -164,7 +163,7 @@ def _pair(flag: str, given: Sequence[str], pair: str, example: str, value: str =
 
 def _json_object(flag: str, given: str) -> dict[str, Any]:
     with naming(flag, given):
-        value = json.loads(given)
+        value = json_values.parse(given)
         if not isinstance(value, dict):
             raise ValueError('give a JSON object, e.g. {"enable_thinking": false}')
         return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from espl_jax import json_values
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.transformer import Params, Weight, abstract
 from espl_jax.pretrained import hf_names
@@ -227,7 +227,7 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} is not there; give a folder as transformers' save_pretrained writes it, whole"
         )
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json_values.parse(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); download it again") from error
     if not isinstance(fields, dict):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import collections
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from espl_jax import json_values
 from espl_jax.reflectors.journal import digest
 from espl_jax.types import Conversation, Schema
 
@@ -105,7 +105,7 @@ class ReplayReflector:
 def _transcript(line: bytes, where: str) -> dict[str, Any]:
     """One line as a record with a conversation and a reply."""
     try:
-        record = json.loads(line)
+        record = json_values.parse(line)
     except ValueError as error:
         raise ValueError(f"{where} is not JSON ({error}): remove the line") from error
     if not isinstance(record, dict) or not isinstance(record.get("conversation"), list):

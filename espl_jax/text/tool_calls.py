@@ -42,76 +42,129 @@ def tool_format_of(tokenizer: Any) -> str:
     return "hermes"
 
 
-_TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL)
+_DECODER = json.JSONDecoder(strict=False)
+
+
+def _json_at(text: str, position: int) -> tuple[Any, int]:
+    """The JSON value that begins at a position, white space aside, and where it ends.
+
+    Tags are no ends: strings may hold them. Raises ValueError.
+    """
+    while text[position : position + 1].isspace():
+        position += 1
+    try:
+        return _DECODER.raw_decode(text, position)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _after_tags(text: str, tag: re.Pattern, end: re.Pattern, lists: bool = False) -> Iterator[Call]:
+    """The calls in JSON that follow tags, each up to what matches `end`.
+
+    Args:
+      text: a turn.
+      tag: its group is the name of the call whose arguments follow, or empty.
+      end: matches at the end of the text, too.
+      lists: a tag may be followed by a list of calls.
+    """
+    position = 0
+    while opening := tag.search(text, position):
+        position = opening.end()
+        try:
+            value, position = _json_at(text, position)
+            ending = end.search(text, position)
+            if text[position : ending.start()].strip():
+                raise ValueError("more follows it")
+        except ValueError as error:
+            ending = end.search(text, position)
+            yield {"error": f"the call is not JSON ({error})"}
+        else:
+            name = (opening["name"] or "").strip()
+            values = value if lists and isinstance(value, list) and not name else [value]
+            for each in values:
+                yield _checked({"name": name, "arguments": each} if name else each)
+        position = ending.end()
+
+
+_HERMES_TAG = re.compile(r"<tool_call>(?P<name>)")
+_HERMES_END = re.compile(r"</tool_call>|(?=<tool_call>)|\Z")
 
 
 def _hermes(text: str) -> Iterator[Call]:
     """Qwen, Hermes: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`."""
-    for body in _TAGGED.findall(text):
-        yield _from_json(body)
+    if "<tool_call>" not in text and "</tool_call>" in text:
+        yield {"error": "there is no <tool_call> before </tool_call>"}
+    yield from _after_tags(text, _HERMES_TAG, _HERMES_END)
 
 
-_FUNCTION = re.compile(r"<function=([^>\s]+)\s*>(.*?)(?:</function>|\Z)", re.DOTALL)
-_PARAMETER = re.compile(r"<parameter=([^>\s]+)\s*>\n?(.*?)\n?(?:</parameter>|\Z)", re.DOTALL)
+_XML_TAG = re.compile(r"<function=(?P<name>[^>\s]+)\s*>|</?tool_call>")
+_PARAMETER = re.compile(
+    r"\s*<parameter=([^>\s]+)\s*>\n?(.*?)\n?"
+    # A value may hold such tags, too: it ends where the call goes on, or ends.
+    r"(?:</parameter>(?=\s*(?:<parameter=|</function>|</?tool_call>|\Z))"
+    r"|(?=</function>\s*(?:</?tool_call>|<function=|\Z))|\Z)",
+    re.DOTALL,
+)
 
 
 def _xml(text: str) -> Iterator[Call]:
     """Qwen3-Coder: `<tool_call><function=name><parameter=key>value</parameter></function></tool_call>`.
 
-    Values are text; one that is a JSON list or object is read as such.
+    Values are text; one that is a JSON list or object is read as such. Tags around the function may be
+    missing.
     """
-    for body in _TAGGED.findall(text):
-        function = _FUNCTION.search(body)
-        if function is None:
-            yield {"error": "there is no <function=name> in the call"}
+    empty = {"error": "there is no <function=name> in the call"}
+    position, opened, called = 0, False, False
+    while tag := _XML_TAG.search(text, position):
+        position = tag.end()
+        if tag["name"]:
+            arguments = {}
+            while parameter := _PARAMETER.match(text, position):
+                position = parameter.end()
+                arguments[parameter[1]] = _parameter_value(parameter[2])
+            yield {"name": tag["name"], "arguments": arguments}
+            opened, called = False, True
             continue
-        arguments = {}
-        for name, value in _PARAMETER.findall(function[2]):
-            arguments[name] = value
-            if value.lstrip().startswith(("[", "{")):
-                with contextlib.suppress(ValueError, RecursionError):
-                    arguments[name] = json.loads(value)
-        yield {"name": function[1], "arguments": arguments}
+        if opened or (tag.group() == "</tool_call>" and not called):
+            yield empty
+        opened = tag.group() == "<tool_call>"
+        called = called or not opened
+    if opened:
+        yield empty
+
+
+def _parameter_value(text: str) -> Any:
+    if text.lstrip().startswith(("[", "{")):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(text)
+    return text
+
+
+_MISTRAL_TAG = re.compile(r"\[TOOL_CALLS\](?:(?P<name>[^\[{]*)\[ARGS\])?")
+_MISTRAL_END = re.compile(r"(?=\[TOOL_CALLS\])|\Z")
 
 
 def _mistral(text: str) -> Iterator[Call]:
     """Mistral: `[TOOL_CALLS][{"name": ..., "arguments": {...}}]`, or `[TOOL_CALLS]name[ARGS]{...}`."""
-    for body in text.split("[TOOL_CALLS]")[1:]:
-        name, separator, arguments = body.partition("[ARGS]")
-        if separator:
-            yield _from_json(json.dumps({"name": name.strip()})[:-1] + f', "arguments": {arguments}' + "}")
-            continue
-        try:
-            calls = json.loads(body, strict=False)
-        except ValueError as error:
-            yield {"error": f"the call is not JSON ({error})"}
-            continue
-        for call in calls if isinstance(calls, list) else [calls]:
-            yield _checked(call)
+    yield from _after_tags(text, _MISTRAL_TAG, _MISTRAL_END, lists=True)
+
+
+_LLAMA_TAG = "<|python_tag|>"
 
 
 def _llama(text: str) -> Iterator[Call]:
     """Llama 3: the whole turn is `{"name": ..., "parameters": {...}}`, several with semicolons between."""
-    tagged = "<|python_tag|>" in text
-    body = text.rpartition("<|python_tag|>")[2].strip()
-    if not (tagged or (body.startswith("{") and '"name"' in body)):
-        return
-    decoder = json.JSONDecoder(strict=False)
+    body = text.strip()
+    if not (body.startswith("{") and '"name"' in body):
+        body = body.partition(_LLAMA_TAG)[2].strip()
     while body:
         try:
-            call, end = decoder.raw_decode(body)
+            call, end = _json_at(body, 0)
         except ValueError as error:
             yield {"error": f"the call is not JSON ({error})"}
             return
         yield _checked(call)
-        body = body[end:].lstrip("; \n\t")
-
-
-def _from_json(body: str) -> Call:
-    try:
-        return _checked(json.loads(body, strict=False))
-    except (ValueError, RecursionError) as error:
-        return {"error": f"the call is not JSON ({error})"}
+        body = body[end:].lstrip("; \n\t").removeprefix(_LLAMA_TAG).lstrip()
 
 
 def _checked(call: Any) -> Call:

@@ -61,6 +61,14 @@ def test_field_names_can_be_given(tmp_path):
         ({"problem": "first", "answer": "1", "id": "b"}, "line 2: the same text as in line 1"),
         ({"problem": "new", "answer": "2", "id": "a7937b64b8ca"}, "line 2: the same id as in line 1"),
         ({"problem": "new", "answer": float("nan")}, "line 2: the field 'answer' is nan"),
+        ({"problem": "a \ud83c", "answer": "1"}, r"'problem' has '\\ud83c' at character 3, half of a surr"),
+        (
+            {"problem": "a", "answer": ["1", "\udf78"]},
+            "line 2: the field 'answer' has .* half of a surrogate",
+        ),
+        ('{"problem": "a", "answer": ' + "9" * 5000 + "}", "line 2: the field 'answer' is a number of more"),
+        ({"problem": "a", "answer": 1e300}, r"line 2: the field 'answer' is the float 1e\+300, .* as text"),
+        ('{"problem": "a", "answer": ' + "[" * 100_000, "line 2: not JSON .nested too deeply"),
         ({"problem": ["a", "b"], "answer": "1"}, r"line 2: the field 'problem' is \['a', 'b'\]"),
     ],
 )
@@ -71,13 +79,18 @@ def test_errors_name_file_line_and_field(tmp_path, line, message):
     assert "some.jsonl" in str(error.value)
 
 
+def test_numbers_that_are_not_of_the_problem_may_be_huge(tmp_path):
+    path = write(tmp_path, '{"problem": "a", "answer": 12, "hash": ' + "9" * 5000 + "}")
+    assert read_jsonl(path).problems[0].answer == "12"
+
+
 def test_unusable_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="is empty"):
         read_jsonl(write(tmp_path, "", ""))
     with pytest.raises(FileNotFoundError, match="no file"):
         read_jsonl(tmp_path / "missing.jsonl")
     (tmp_path / "latin.jsonl").write_bytes('{"problem": "é", "answer": "1"}'.encode("latin-1"))
-    with pytest.raises(ValueError, match="not UTF-8"):
+    with pytest.raises(ValueError, match="line 1: not UTF-8"):
         read_jsonl(tmp_path / "latin.jsonl")
     with pytest.raises(ValueError, match="no field 'key'"):
         read_jsonl(write(tmp_path, {"problem": "a", "answer": "1"}), {"id": "key"})

@@ -1,3 +1,5 @@
+import functools
+
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -72,3 +74,18 @@ def test_errors_name_the_file_and_its_columns(tmp_path):
     parquet.write_table(empty, tmp_path / "empty.parquet")
     with pytest.raises(ValueError, match=r"empty.parquet is empty"):
         load(str(tmp_path / "empty.parquet"))
+
+
+def test_rows_that_cannot_be_read_are_named(tmp_path):
+    texts = pa.array([b"a", b"b", b"\xed\xa0\xbc"]).view(pa.string())  # the last is half a surrogate pair
+    parquet.write_table(pa.table({"problem": texts, "answer": [1.0, 2.0, 3.0]}), tmp_path / "some.parquet")
+    for repeats in ("refuse", "first"):
+        message = "some.parquet, row 3: the field 'problem' cannot be read .*utf-8.*; write it again"
+        with pytest.raises(ValueError, match=message):
+            load(f"{tmp_path / 'some.parquet'}:repeats={repeats}")
+    file = write(tmp_path, [{"problem": "a", "answer": 1e300}])
+    with pytest.raises(ValueError, match=r"row 1: the field 'answer' is the float 1e\+300"):
+        load(str(file))
+    nested = functools.reduce(lambda inner, _: [inner], range(100), "a")
+    with pytest.raises(ValueError, match=r"some.parquet cannot be read as parquet .*nested"):
+        load(str(write(tmp_path, [{"problem": "a", "answer": nested}])))

@@ -21,7 +21,9 @@ def batch(success, truncated=False, length=5):
             "rewards": success.astype(np.float32),
             "success": success,
             "truncated": np.full(success.shape, truncated),
-            "lengths": np.full(success.shape, length),
+            # Tools said four more tokens, and batches are padded to widths of their own.
+            "lengths": np.full(success.shape, length + 4),
+            "drawn": np.broadcast_to(np.arange(length + 4) < length, (*success.shape, length + 4)),
         }
     )
 

@@ -87,6 +87,14 @@ def test_alike_problems_count_by_their_samples_at_most():
     assert high - low < np.ptp(interval(5, 10))
 
 
+@pytest.mark.parametrize("values", [(1, 1, 1 - 1e-14), (0, 1e-14, 0), (1e-200, 0), (1 - 1e-16, 1, 1, 1)])
+def test_values_that_are_alike_but_for_rounding(values):
+    """They count as often as equal ones: by their samples."""
+    worth = 4 * len(values)
+    expected = interval(round(values[0]) * worth, worth, scipy.stats.t.ppf(0.975, len(values) - 1))
+    assert intervals.of_share(np.array(values), worth) == pytest.approx(expected, abs=1e-12)
+
+
 def test_what_is_not_a_share_is_refused():
     with pytest.raises(ValueError, match=r"values from -1 to 2: a share is between 0 and 1"):
         intervals.of_share(np.array([2, -1]), 2)

@@ -57,6 +57,52 @@ def test_several_calls_keep_their_order(tool_format, text):
     assert first == CALL and last["arguments"]["query_list"][0] == "Bob"
 
 
+TAGS = "</tool_call> <tool_call> </function> </parameter> [TOOL_CALLS] [ARGS] <|python_tag|>"
+
+
+@pytest.mark.parametrize(
+    ("tool_format", "text"),
+    [
+        ("hermes", "<tool_call>{}</tool_call>"),
+        ("mistral", "[TOOL_CALLS][{}]"),
+        ("llama", "{}"),
+        ("llama", "<|python_tag|>{}"),
+    ],
+)
+def test_arguments_may_hold_tags(tool_format, text):
+    call = {"name": "search", "arguments": {"query": f'{TAGS} "{TAGS}"'}}
+    written = text.replace("{}", json.dumps(call))
+    assert calls_in(written, tool_format) == [call]
+    assert (
+        calls_in(f"{written};{written}" if tool_format == "llama" else written * 2, tool_format) == [call] * 2
+    )
+
+
+def test_arguments_after_a_name_may_hold_tags():
+    text = f"[TOOL_CALLS]search[ARGS]{json.dumps({'query': TAGS})}" * 2
+    assert calls_in(text, "mistral") == [{"name": "search", "arguments": {"query": TAGS}}] * 2
+
+
+def test_parameters_may_hold_tags():
+    call = {"name": "search", "arguments": {"query": f"{TAGS} and more", "count": "1"}}
+    parameters = "".join(f"<parameter={k}>\n{v}\n</parameter>\n" for k, v in call["arguments"].items())
+    written = f"<tool_call>\n<function=search>\n{parameters}</function>\n</tool_call>\n"
+    assert calls_in(written * 2, "xml") == [call] * 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<function=search>\n<parameter=query>\nAda\n</parameter>\n</function>\n</tool_call>",
+        "I look.\n<function=search><parameter=query>Ada</parameter></function>",
+        "<function=search>\n<parameter=query>\nAda\n</function>\n</tool_call>",
+        "<tool_call>\n<function=search>\n<parameter=query>\nAda\n",
+    ],
+)
+def test_a_function_without_some_of_its_tags(text):
+    assert calls_in(text, "xml") == [{"name": "search", "arguments": {"query": "Ada"}}]
+
+
 @pytest.mark.parametrize("tool_format", FORMATS)
 @pytest.mark.parametrize("text", ["", "Answer: Ada", "{", "Answer: {x}", "[1]", "<tool_response>x"])
 def test_text_without_a_call(tool_format, text):
@@ -73,6 +119,13 @@ def test_text_without_a_call(tool_format, text):
         ("hermes", '<tool_call>{"name": "search", "arguments": "Ada"}</tool_call>', "not JSON"),
         ("hermes", "<tool_call>" + "[" * 100_000, "not JSON"),
         ("hermes", "<tool_call>", "not JSON"),
+        ("hermes", f"<tool_call>{JSON} and more</tool_call>", "not JSON (more follows"),
+        ("hermes", f"{JSON}</tool_call>", "no <tool_call> before"),
+        ("hermes", '<tool_call>{"name": ' + "9" * 5000 + "}</tool_call>", "not JSON"),
+        ("xml", "search Ada</tool_call>", "no <function=name>"),
+        ("xml", "<tool_call>", "no <function=name>"),
+        ("mistral", "[TOOL_CALLS]" + "[" * 100_000, "not JSON"),
+        ("llama", "<|python_tag|>" + "[" * 100_000, "not JSON"),
         ("xml", f"<tool_call>{JSON}</tool_call>", "no <function=name>"),
         ("mistral", "[TOOL_CALLS]search it", "not JSON"),
         ("mistral", "[TOOL_CALLS]search[ARGS]Ada", "not JSON"),

@@ -65,12 +65,15 @@ _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 
 
 def _unbox(text: str) -> str:
-    while match := re.fullmatch(r"\\f?box(?:ed)?\s*\{(.*)\}", text, re.DOTALL):
-        text = match.group(1).strip()
+    while match := _AROUND.fullmatch(text):
+        text = (match[1] or match[2]).strip()
     return text
 
 
-_LABEL = re.compile(r"^\\text\s*\{[^{}]*:\s*\}")
+# A box around everything, or a font around everything where that has digits and so is more than words.
+_AROUND = re.compile(r"\\f?box(?:ed)?\s*\{(.*)\}|\\text\s*\{([^{}]*\d[^{}]*)\}", re.DOTALL)
+_ANSWER_IS = r"(?i:(?:the |my )?(?:final |correct )?answer\s*(?:is\s*:?|:))"
+_LABEL = re.compile(rf"^(?:\\text\s*\{{(?:[^{{}}]*:|\s*{_ANSWER_IS})\s*\}}|{_ANSWER_IS})")
 
 
 def _strip(text: str) -> str:

@@ -2,7 +2,8 @@ r"""Whether an answer is equivalent to the gold one. Runs in grading processes o
 
 What answers consist of is compared here, by the rules of `answers`; whether two values are equal is asked
 of math-verify, which reads LaTeX into sympy. It never sees decimals (they are fractions by then), units,
-names or lists, about which it is more lenient than a competition grader.
+names or lists, about which it is more lenient than a competition grader, nor two numbers that differ: it
+takes any number below its precision for 0.
 """
 
 from __future__ import annotations
@@ -27,10 +28,15 @@ _LATEX = math_verify.LatexExtractionConfig(
     ),
 )
 _DIGITS = 50
-"""Decimal digits to which values without a simpler proof are compared."""
+"""Decimal digits to which values without a simpler proof are compared, beside those that `_scale` counts."""
 
 _SURE_DIGITS = 30
-"""Numbers that differ by more than a unit of this one are different."""
+"""Numbers that are only approximated, as integrals are, differ if they do so within this many digits."""
+
+_MOST_DIGITS = 10_000
+"""Values that need more digits than these are equal only if they are rational."""
+
+_APPROXIMATED = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Float)
 
 _RATIONAL = re.compile(
     r"(?P<sign>[-+]?)\s*(?:\(?\\frac\{(?P<numerator>-?\d+)\}\{(?P<denominator>\d+)\}\)?"
@@ -214,9 +220,16 @@ def _equal(gold: str, answer: str) -> bool:
     if None not in numbers:
         return numbers[0] == numbers[1]
     right, parsed = _parse(gold), _parse(answer)
-    if not right or not parsed or _differ(right[0], parsed[0]):
+    if not right or not parsed:
         return False
-    return bool(math_verify.verify(right, parsed, numeric_precision=_DIGITS, timeout_seconds=None))
+    positive = _positive_symbols(right[0])
+    right, parsed = ([each.xreplace(positive) for each in some] for some in (right, parsed))
+    # math-verify takes what is smaller than its precision for 0: it has to be finer than any number here.
+    digits = _DIGITS + sum(_scale(each) for each in (right[0], parsed[0]))
+    same = _same_numbers(right[0], parsed[0], min(digits, _MOST_DIGITS))
+    if same is not None or digits > _MOST_DIGITS:
+        return bool(same)
+    return bool(math_verify.verify(right, parsed, numeric_precision=digits, timeout_seconds=None))
 
 
 def _compact(text: str) -> str:
@@ -234,14 +247,58 @@ def _rational(text: str) -> Fraction | None:
     return -value if match["sign"] == "-" else value
 
 
-def _differ(gold: Any, answer: Any) -> bool:
-    """Whether two numbers differ in their digits, seen long before all proofs of equality have failed."""
+def _same_numbers(gold: Any, answer: Any, digits: int) -> bool | None:
+    """Whether two numbers are equal, or None where neither digits nor arithmetic decide that.
+
+    Digits show a difference long before all proofs of equality have failed. Rational numbers are compared
+    exactly, others up to so many digits.
+    """
     if not all(
         isinstance(each, sympy.Expr) and each.is_number and not each.is_Matrix for each in (gold, answer)
     ):
-        return False
-    difference = (gold - answer).evalf(_DIGITS)
-    return bool(difference.is_comparable and abs(difference) > 10**-_SURE_DIGITS)
+        return None
+    difference = gold - answer
+    least = 10**-_SURE_DIGITS * abs(gold.evalf(_SURE_DIGITS)) if difference.has(*_APPROXIMATED) else 0
+    for part in difference.evalf(_DIGITS, maxn=digits).as_real_imag():
+        # A part of which no digit is sure is not comparable.
+        if part.is_comparable and abs(part) > least:
+            return False
+    if all(map(_is_arithmetic, sympy.preorder_traversal(difference))):
+        return difference.doit() == 0
+    return None
+
+
+def _is_arithmetic(part: Any) -> bool:
+    """Whether a part of an expression keeps numbers rational. sympy's `is_rational` is slow to say so."""
+    if isinstance(part, sympy.Pow):
+        return bool(part.exp.is_integer)
+    return isinstance(part, sympy.Rational | sympy.Add | sympy.Mul | sympy.factorial | sympy.binomial)
+
+
+def _scale(expression: Any) -> int:
+    """Decimal digits before or after the point that the numbers in an expression take, all together."""
+    digits = 0
+    for part in sympy.preorder_traversal(expression):
+        if isinstance(part, sympy.Expr) and part.is_number and not part.has(*_APPROXIMATED):
+            size = abs(part.evalf(5))
+            if size.is_Float and size:
+                digits += abs(sympy.Float(size)._mpf_[2] + size._mpf_[3]) * 3 // 10
+    return digits
+
+
+def _positive_symbols(gold: Any) -> dict[sympy.Symbol, sympy.Symbol]:
+    """Letters that have to be positive for the gold answer to be real, as n in `1/sqrt(n)`."""
+    positive = {}
+    bases = [power.base for power in gold.atoms(sympy.Pow) if power.exp.is_Rational and not power.exp.q % 2]
+    for base in (*bases, *(log.args[0] for log in gold.atoms(sympy.log))):
+        for symbol in base.free_symbols if len(base.free_symbols) == 1 else ():
+            signs = [
+                base.xreplace({symbol: sympy.Symbol(symbol.name, **{sign: True})})
+                for sign in ("positive", "negative")
+            ]
+            if signs[0].is_positive and signs[1].is_negative:
+                positive[symbol] = sympy.Symbol(symbol.name, positive=True)
+    return positive
 
 
 @functools.lru_cache(maxsize=512)

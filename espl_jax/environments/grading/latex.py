@@ -41,11 +41,17 @@ _TRANSLATION = str.maketrans(_CHARACTERS)
 OPEN, CLOSE = "\N{LEFT WHITE CURLY BRACKET}", "\N{RIGHT WHITE CURLY BRACKET}"
 """The braces of a set, which LaTeX writes with a backslash; plain ones group."""
 
-_FONT = (
-    r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname\*?)(?![a-zA-Z])"
-)
+_FONT = r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt)|mbox|hbox|operatorname\*?)(?![a-zA-Z])"
 _DELIMITER = r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])"
 _REWRITINGS = [
+    # Emphasis as Markdown writes it, where no operand is before it: **73** and `73`, but not 2**3.
+    (r"(^|[=:,;(\[{$])(\s*)(\*{1,3}|`|__)(?=[^\s*`])([^*`]*[^\s*`])\3(?![\w*`])", r"\1\2\4"),
+    # Marks before and after an answer.
+    (r"^\s*(?:\\(?:therefore|implies|(?:Longr|R|longr|r)ightarrow)(?![a-zA-Z])|[=:])", ""),
+    (r"\\(?:checkmark|blacksquare|square|Box|qed)(?![a-zA-Z])\s*$", ""),
+    # Switches of font and size.
+    (r"\\(?:bf|bfseries|it|rm|sf|tt|[hH]uge|LARGE|[lL]arge|small|normalsize)(?![a-zA-Z])", ""),
+    (r"\\(?:boldsymbol|bm|pmb|ensuremath|mathord)(?![a-zA-Z])", ""),
     # A root's sign before digits or parentheses covers all of them.
     (r"√\s*(\d+|[a-z])", r"\\sqrt{\1}"),
     (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),

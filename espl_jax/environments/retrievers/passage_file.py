@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from espl_jax import json_values
 from espl_jax.environments.retrievers.base import RetrievalError
 from espl_jax.types import Passage
+
+
+class BlankPassageError(ValueError):
+    """A record that would be a passage if it said something."""
 
 
 class PassageFile:
@@ -67,7 +71,7 @@ def read_passage(record: Any) -> Passage:
     marks, and the text on the rest. It is read where there is no `text`. One line alone is text.
 
     Raises:
-      ValueError: naming the field.
+      BlankPassageError: if they are blank. ValueError: naming the field.
     """
     if not isinstance(record, dict):
         raise ValueError(f"a {type(record).__name__}, but a passage must be one JSON object")
@@ -82,16 +86,16 @@ def read_passage(record: Any) -> Passage:
             f"no field 'text' or 'contents'; the fields are {sorted(record)}; name the passage's one so"
         )
     if not passage.title and not passage.text:
-        raise ValueError("the passage is blank; leave it out")
+        raise BlankPassageError("the passage is blank; leave it out")
     return passage
 
 
 def _parse(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return json_values.parse(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text ({error}); convert the file") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"not JSON ({error}); each line must be one JSON object") from None
 
 

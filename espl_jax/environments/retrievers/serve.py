@@ -10,6 +10,7 @@ import http.server
 import json
 import sys
 
+from espl_jax import json_values
 from espl_jax.environments.retrievers import Bm25, RetrievalError
 
 
@@ -23,7 +24,7 @@ def make_server(bm25: Bm25, host: str = "127.0.0.1", port: int = 0) -> http.serv
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"] or 0))
             try:
-                status, answer = 200, {"result": _results(bm25, json.loads(body))}
+                status, answer = 200, {"result": _results(bm25, json_values.parse(body))}
             except RetrievalError as error:
                 status, answer = 500, {"detail": str(error)}
             except (ValueError, KeyError, TypeError, AttributeError) as error:

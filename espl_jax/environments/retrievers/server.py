@@ -12,8 +12,9 @@ import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
+from espl_jax import json_values
 from espl_jax.environments.retrievers.base import RetrievalError, check_count
-from espl_jax.environments.retrievers.passage_file import read_passage
+from espl_jax.environments.retrievers.passage_file import BlankPassageError, read_passage
 from espl_jax.types import Passage
 
 MAX_RESPONSE_BYTES = 16 * 2**20
@@ -119,18 +120,29 @@ class SearchServer:
     def _read(self, answer: bytes, queries: Sequence[str], count: int) -> list[list[Passage]]:
         """The passages in an answer."""
         try:
-            content = json.loads(answer)
-        except (ValueError, RecursionError):
+            content = json_values.parse(answer)
+        except ValueError:
             raise self._failure(f"an answer that is no JSON: {answer[:100]!r}") from None
         results = content.get("result") if isinstance(content, dict) else None
         if not isinstance(results, list) or not all(isinstance(result, list) for result in results):
             raise self._failure("an answer without a 'result' that is a list of lists")
         if len(results) != len(queries):
             raise self._failure(f"{len(results)} results for {len(queries)} queries")
-        try:
-            return [[_read_item(item) for item in result[:count]] for result in results]
-        except ValueError as error:
-            raise self._failure(f"an answer with a document that cannot be read: {error}") from None
+        return [self._passages(result, count) for result in results]
+
+    def _passages(self, result: Sequence[Any], count: int) -> list[Passage]:
+        """The first documents that can be read. Where none can, and not because they are blank, it fails."""
+        passages, error = [], None
+        for item in result:
+            try:
+                passages.append(_read_item(item))
+            except BlankPassageError:
+                continue
+            except ValueError as said:
+                error = error or said
+        if error and not passages:
+            raise self._failure(f"an answer with a document that cannot be read: {error}")
+        return passages[:count]
 
     def _failure(self, what: str) -> RetrievalError:
         return RetrievalError(f"the search server {self.url} failed: {what[:300]}")

@@ -25,6 +25,8 @@ from espl_jax.environments.grading.latex import exact_decimals, simplify
         (r"x\leqslant 3", r"x\le 3"),
         (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
         (r"\leftarrow", r"\leftarrow"),
+        ("x = **7**, `y`", "x = 7, y"),
+        ("2**3, 2 **3** 4", "2^3, 2 ^3^ 4"),
     ],
 )
 def test_simplify(text, simple):

@@ -30,6 +30,7 @@ def test_forms(record, passage):
     [
         ("{", "line 3: not JSON"),
         ("[" * 100_000, "line 3: not JSON"),
+        ('{"text": ' + "9" * 5000 + "}", "line 3: the field 'text'"),
         ('"text"', "line 3: a str, but a passage must be one JSON object"),
         ('{"body": "x", "id": 1}', r"line 3: no field 'text' or 'contents'; the fields are \['body', 'id'\]"),
         ('{"text": 5}', "line 3: the field 'text' is 5, but must be text"),

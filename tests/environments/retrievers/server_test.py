@@ -172,6 +172,20 @@ def test_more_documents_than_asked_for_and_none():
         assert SearchServer(address, 10.0).search(["tree"], 1) == [[]]
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [{"contents": ""}, {"document": {"title": " ", "text": "\n"}}, {"document": None}, {"id": "1"}, "tree"],
+)
+def test_one_bad_document_does_not_spoil_the_others(bad):
+    with answering(result(bad, OAK, OAK)) as (address, _):
+        assert SearchServer(address, 10.0).search(["tree"], 1) == FOUND
+
+
+def test_blank_documents_alone_are_nothing_found():
+    with answering(result({"contents": " "}, {"text": ""})) as (address, _):
+        assert SearchServer(address, 10.0).search(["tree"], 2) == [[]]
+
+
 def test_blank_queries_are_not_sent():
     with answering(result(OAK)) as (address, requests):
         assert SearchServer(address, 10.0).search(["", " \n"], 1) == [[], []]
