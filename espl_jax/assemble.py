@@ -20,6 +20,7 @@ from espl_jax.data.problems import ProblemSet
 from espl_jax.environments.base import Dialogue, Environment
 from espl_jax.evolution import population as populations
 from espl_jax.evolution.guards import Guards
+from espl_jax.evolution.templates import load_template, template_names
 from espl_jax.memory import bytes_per_device
 from espl_jax.models import lora
 from espl_jax.models.config import NUMERICS, DecoderConfig
@@ -29,10 +30,11 @@ from espl_jax.pretrained import Pretrained, load_pretrained, read_config
 from espl_jax.pretrained.numerics import AUTO, CHOSEN, resolve
 from espl_jax.rl.losses import Loss
 from espl_jax.rollout import longest_conversation, longest_problem, stable_hash
-from espl_jax.sampling.sizes import Sizes, choose_sizes
+from espl_jax.sampling.sizes import Sizes
 from espl_jax.sampling.truncation import Truncation
+from espl_jax.samplings import Lengths, Sampling, samplings
 from espl_jax.task import environment_of, load_splits
-from espl_jax.text.chat import encode
+from espl_jax.text.chat import encode, encode_conversation
 from espl_jax.train_step import TrainState, abstract_train_state, init_train_state, sampling_params
 from espl_jax.types import SystemPrompt, TrainBatch
 
@@ -189,23 +191,29 @@ def guards(config: Any, parts: Parts) -> Guards:
 
 def rollout_sizes(config: Any, parts: Parts) -> tuple[Sizes, ...]:
     """What the rollouts of a training iteration reserve and compile for, whatever its problems."""
-    return choose_sizes(
-        parts.reference.config,
-        lanes=lanes_of(config),
-        rows=config.num_prompts * config.batch_size * config.group_size,
-        max_new_tokens=config.sampling.max_new_tokens,
-        held=parts.sampling["held_bytes"],
-        turns=hasattr(parts.environment, "respond"),
-        max_rows=parts.sampling["max_rows"],
+    longest = Lengths(0, parts.rollouts["longest_problem"], config.sampling.max_new_tokens)
+    rollouts = samplings_of(config, parts, longest)[0]
+    return rollouts.sizes(parts.reference.config, parts.sampling["held_bytes"], parts.mesh)
+
+
+def samplings_of(config: Any, parts: Parts, lengths: Lengths) -> list[Sampling]:
+    """All kinds of sampling of the run; its rollouts are as long as `lengths` say."""
+    model, kwargs = parts.reference, parts.sampling["chat_template_kwargs"]
+
+    def instructions(name: str) -> int:
+        turns = (("system", load_template(name).system), ("user", "-"))
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return len(encode_conversation(model.tokenizer, messages, **kwargs)[0])
+
+    return samplings(
+        config,
+        model.config,
+        lengths,
         longest_problem=parts.rollouts["longest_problem"],
-        context_limit=parts.rollouts["context_limit"],
-        mesh=parts.mesh,
+        turns=hasattr(parts.environment, "respond"),
+        evaluated={name: len(split) for name, split in parts.splits.items() if name != "train"},
+        instructions=max(map(instructions, template_names())),
     )
-
-
-def lanes_of(config: Any) -> int:
-    """System prompts of an iteration; in modes without a choice one takes the places of all."""
-    return config.num_prompts if config.mode in ("espl", "evolution") else 1
 
 
 def held_while_sampling(config: Any, parts: Parts) -> int:

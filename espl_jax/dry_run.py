@@ -15,7 +15,7 @@ from espl_jax.assemble import (
     abstract_run_state,
     assemble,
     first_population,
-    rollout_sizes,
+    samplings_of,
     settle_numerics,
     stream_key,
 )
@@ -26,6 +26,7 @@ from espl_jax.programs import Program
 from espl_jax.rollout import collect_rollouts, conversation, encode_tree, stop_ids_of
 from espl_jax.sampling.generate import row_limits
 from espl_jax.sampling.sizes import describe
+from espl_jax.samplings import Lengths
 from espl_jax.text.chat import encode_conversation, render
 from espl_jax.train import choose, left_out
 from espl_jax.types import Problem, SystemPrompt
@@ -115,42 +116,50 @@ def show_programs(
         sizes = _size(_bytes(state.trainable)), _size(_bytes(state.opt_state))
         say(f"Trained: {what}, {sizes[0]} as float32, and an optimizer state of {sizes[1]}.")
     rows = [["program", "shape", "arguments", "temporaries", "outputs"]]
+    later: dict[str, list[str]] = {}
     for program in programs_of(parts, prompts, problems, c, say):
+        if program.phase not in ("rollouts", "update"):
+            later.setdefault(program.phase, []).append(f"{program.name} ({program.shape})")
+            continue
         memory = program.lower().compile().memory_analysis()
         sizes = (memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.output_size_in_bytes)
         rows.append([program.name, program.shape, *map(_size, sizes)])
     say("\nMemory of one device; what a program is given and what it returns may be the same memory:\n")
     say(table(rows))
+    for phase, named in later.items():
+        say(f"\nFor {phase}, compiled when first needed, at most: {'; '.join(named)}.")
 
 
 def programs_of(
     parts: Parts, prompts: Sequence[SystemPrompt], problems: Sequence[Problem], c: Any, say: Say
 ) -> Iterator[Program]:
-    """Prefill, the largest decode chunk of each stage, and a full update.
+    """All programs of the run, for prompts and problems as long as those of the first iteration; of the
+    decode chunks of a stage the smallest and the largest.
 
     Raises:
       ValueError: if a prompt leaves no room for an answer.
     """
-    model, most, stages = parts.reference, c.sampling.max_new_tokens, rollout_sizes(c, parts)
+    model, most = parts.reference, c.sampling.max_new_tokens
     kwargs = parts.sampling["chat_template_kwargs"]
     tree = encode_tree(model.tokenizer, prompts, problems, parts.environment, kwargs)
     row_limits(*tree, most, (len(prompts), len(problems), 1), context_of(c, model.config))
-    say(f"Rollouts: {describe(stages)}.")
     longest = (max(map(len, tree[0])), max(len(tokens) for lane in tree[1] for tokens in lane))
-    lengths = programs.Lengths(*longest, most)
+    stages = {
+        sampling: sampling.sizes(model.config, parts.sampling["held_bytes"], parts.mesh)
+        for sampling in samplings_of(c, parts, Lengths(*longest, most))
+    }
+    say(f"Rollouts: {describe(next(iter(stages.values())))}.")
     held = programs.held(c, model.config, parts.optimizer, parts.mesh)
-    yield from programs.rollout_programs(
+    yield from programs.run_programs(
         c,
         model.config,
-        held.policy,
+        held,
+        parts.optimizer,
         stages,
-        lengths,
         parts.mesh,
         stop_ids=len(stop_ids_of(model)),
         every_bucket=False,
     )
-    if parts.trains:
-        yield from programs.update_programs(c, model.config, held, parts.optimizer, lengths, parts.mesh)
 
 
 def _bytes(tree: Any) -> int:

@@ -3,17 +3,17 @@
     python -m espl_jax.plan --config=configs/hmmt.py --topology=v5e:4x4
     python -m espl_jax.plan --config=configs/hmmt.py --topology=v5p:2x2x2 --config.mesh.tensor=4
 
-Every program of the run is compiled for that topology, by the compiler that TPUs have, on this machine:
-prefill, the decode chunk of every bucket at its full width, scoring where updates need it, and the policy-
-gradient step; up to where memory is assigned, or with `--codegen` to the end. For each it prints what a
-device needs of HBM, what it computes and moves, and the larger of the two bounds that follow. As in the run,
-sampling reserves as many slots as the chip has room for. No weight is allocated, and of a model on the hub
-config.json alone is fetched.
+Every program of the run is compiled for that topology, by the compiler that TPUs have, on this machine, up
+to where memory is assigned, or with `--codegen` to the end. Of rollouts these are prefill, the decode chunk
+of every bucket at its full width, and what admits, moves and extends rows; of reflection on device and of
+evaluation the same at the largest bucket, with constrained decoding; of updates the policy-gradient step, and
+scoring where there are several. For each it prints what a device needs of HBM, what it computes and moves,
+and the larger of the two bounds that follow. As in the run, sampling reserves as many slots as the chip has
+room for. No weight is allocated, and of a model on the hub config.json alone is fetched.
 
 An iteration is reckoned at its longest: every rollout draws all tokens that it may, every group has a
-gradient, and prompts are as long as the flags say. Reflection and evaluation are not in it; they sample
-with the same programs or smaller ones. A bound is what the chip could do at best, and leaves out what
-devices send each other.
+gradient, and prompts are as long as the flags say. The time of reflection and evaluation is not in it. A
+bound is what the chip could do at best, and leaves out what devices send each other.
 
 The exit code is 0 if everything fits, else 1; then other settings are tried, and those that fit are
 printed.
@@ -35,16 +35,27 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from espl_jax import command_line, pretrained, programs, sharding
-from espl_jax.assemble import lanes_of, make_optimizer_of, numerics
+from espl_jax.assemble import make_optimizer_of, numerics
 from espl_jax.check_config import check_config
 from espl_jax.chips import Chip, find_chip
+from espl_jax.evolution.templates import load_template, template_names
 from espl_jax.hlo_traffic import traffic
 from espl_jax.metrics import table
 from espl_jax.models.config import DecoderConfig
 from espl_jax.pretrained.numerics import resolve
-from espl_jax.programs import Lengths, Program
-from espl_jax.sampling.sizes import Sizes, choose_sizes, describe
+from espl_jax.programs import Program
+from espl_jax.sampling.sizes import Sizes, describe
+from espl_jax.samplings import Lengths, Sampling, samplings
+from espl_jax.task import has_turns
 from espl_jax.tpu_compiler import Compiled
+
+GIB = 2**30
+
+EVALUATED = 64
+"""Problems of the validation set, and of the test set, unless a flag says."""
+
+CHARS_PER_TOKEN = 3
+"""Fewer than most tokenizers take of English instructions."""
 
 _CONFIG = command_line.define_config()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "The slice, e.g. v5e:4x4, v5p:2x2x2, v6e:2x4.")
@@ -52,12 +63,13 @@ _SYSTEM = flags.DEFINE_integer("system_tokens", 1024, "Tokens of the longest sys
 _PROBLEM = flags.DEFINE_integer(
     "problem_tokens", 512, "Tokens of the longest problem, its turn's frame included."
 )
+_EVALUATED = flags.DEFINE_integer(
+    "evaluated_problems", EVALUATED, "Problems of the validation set, and of the test set."
+)
 _CODEGEN = flags.DEFINE_bool(
     "codegen", False, "Generate code too: takes ten times as long, and finds kernels too large for the chip."
 )
 _ADVICE = flags.DEFINE_bool("advice", True, "Try other settings where these do not fit.")
-
-GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +150,9 @@ def plan(
     topology: str,
     lengths: Lengths,
     *,
-    phases: Sequence[str] = ("rollouts", "update"),
+    phases: Sequence[str] = programs.PHASES,
     every_bucket: bool = True,
+    evaluated: int = EVALUATED,
     codegen: bool = False,
     say: Callable[[str], None] = print,
 ) -> Plan:
@@ -151,6 +164,7 @@ def plan(
       lengths: of prompts and problems; what is drawn follows from the configuration.
       phases: whose programs.
       every_bucket: all decode chunks, or the smallest and the largest in the place of all.
+      evaluated: problems of the validation set, and of the test set.
       codegen: see `tpu_compiler.compile_each`.
       say: told about each program when it is compiled.
 
@@ -158,7 +172,7 @@ def plan(
       ValueError: for an unknown topology, a mesh that it does not hold, or a model that cannot be read.
     """
     chip = find_chip(topology)
-    asked = c, topology, lengths, phases, every_bucket
+    asked = c, topology, lengths, phases, every_bucket, evaluated
     run = _run(*asked)
     said = run.error or describe(run.stages)
     lower = functools.partial(_lower, *asked)
@@ -193,35 +207,36 @@ def on_tpu(config: Any) -> dict[str, Any]:
     return resolve(numerics(config), unread, platform="tpu")
 
 
-def _run(c: Any, topology: str, lengths: Lengths, phases: Sequence[str], every_bucket: bool) -> _Run:
+def _run(
+    c: Any, topology: str, lengths: Lengths, phases: Sequence[str], every_bucket: bool, evaluated: int
+) -> _Run:
     mesh = sharding.make_mesh(dict(c.mesh), tpu_compiler.devices(topology))
     config = pretrained.read_config(c.model.source, **on_tpu(c))
     optimizer = make_optimizer_of(c)
     held = programs.held(c, config, optimizer, mesh)
     sizes, axes = held.sizes(), dict(mesh.shape)
-    try:
-        stages = choose_sizes(
-            config,
-            lanes=lanes_of(c),
-            rows=c.num_prompts * c.batch_size * c.group_size,
-            longest_problem=lengths.problem,
-            max_new_tokens=lengths.new,
-            context_limit=c.sampling.context_limit or None,
-            max_rows=c.sampling.max_rows or None,
-            held=sum(sizes.values()),
-            memory=int(find_chip(topology).memory),
-            mesh=mesh,
-        )
-    except ValueError as error:
-        return _Run(axes, sizes, (), str(error), [])
-    every: list[Program] = []
-    if "rollouts" in phases:
-        every += programs.rollout_programs(
-            c, config, held.policy, stages, lengths, mesh, every_bucket=every_bucket
-        )
-    if "update" in phases and held.state is not None:
-        every += programs.update_programs(c, config, held, optimizer, lengths, mesh)
-    return _Run(axes, sizes, stages, "", every)
+    splits = ("validation", "test") if c.data.test else ("validation",)
+    longest = max(len(load_template(name).system) for name in template_names())
+    every = samplings(
+        c,
+        config,
+        lengths,
+        longest_problem=lengths.problem,
+        turns=has_turns(c),
+        evaluated=dict.fromkeys(splits, evaluated),
+        instructions=longest // CHARS_PER_TOKEN,
+    )
+    stages: dict[Sampling, tuple[Sizes, ...]] = {}
+    for sampling in every:
+        try:
+            memory = int(find_chip(topology).memory)
+            stages[sampling] = sampling.sizes(config, sum(sizes.values()), mesh, memory)
+        except ValueError as error:
+            return _Run(axes, sizes, (), f"{sampling.name}: {error}", [])
+    listed = programs.run_programs(
+        c, config, held, optimizer, stages, mesh, phases=phases, every_bucket=every_bucket
+    )
+    return _Run(axes, sizes, stages[every[0]], "", list(listed))
 
 
 def _lower(*asked: Any) -> jax.stages.Lowered:
@@ -245,9 +260,9 @@ def least_memory(c: Any, topology: str, lengths: Lengths) -> float:
 
 
 def resident(c: Any, sizes: dict[str, float], phase: str) -> float:
-    """Bytes of `Held.sizes` that a device holds in a phase: what was laid out for sampling is gone when the
-    weights are updated, unless the current weights reflect in between."""
-    kept = phase == "rollouts" or (c.mode != "rl" and c.reflection.policy == "current")
+    """Bytes of `Held.sizes` that a device holds in a phase: what was laid out for sampling is gone when
+    reference weights reflect and when weights are updated, unless the current weights reflect in between."""
+    kept = phase in ("rollouts", "evaluation") or (c.mode != "rl" and c.reflection.policy == "current")
     return sum(size for name, size in sizes.items() if kept or name != "sampling copy")
 
 
@@ -296,7 +311,7 @@ def report(result: Plan) -> str:
     if result.fits:
         lines.append(
             f"It fits: {result.largest / GIB:.2f} of {chip.memory / GIB:.2f} GiB. The longest iteration "
-            f"takes at least {result.iteration:.0f} s, without reflection."
+            f"takes at least {result.iteration:.0f} s, without reflection and evaluation."
         )
     else:
         worst = [cost for cost in result.costs if not cost.fits(chip)]
@@ -350,13 +365,13 @@ def _count(shape: str) -> int:
     return count
 
 
-def advice(c: Any, topology: str, lengths: Lengths, most: int = 3) -> list[str]:
+def advice(c: Any, topology: str, lengths: Lengths, evaluated: int = EVALUATED, most: int = 3) -> list[str]:
     """The first settings that fit, found by compiling the largest programs with each."""
     found = []
     for words, other, where in alternatives(c, topology):
         if least_memory(other, where, lengths) > find_chip(where).memory:
             continue
-        result = plan(other, where, lengths, every_bucket=False, say=lambda _: None)
+        result = plan(other, where, lengths, every_bucket=False, evaluated=evaluated, say=lambda _: None)
         print(f"tried {words}: {'fits' if result.fits else 'does not fit'}", flush=True)
         if result.fits:
             found.append(f"{words}: {result.largest / GIB:.2f} GiB, at least {result.iteration:.0f} s")
@@ -381,13 +396,14 @@ def main(argv: list[str]) -> None:
             c,
             topology,
             lengths,
+            evaluated=_EVALUATED.value,
             codegen=_CODEGEN.value,
             say=lambda text: print(text, file=sys.stderr, flush=True),
         )
         print(report(result))
         if result.fits:
             return
-        found = advice(c, topology, lengths) if _ADVICE.value else []
+        found = advice(c, topology, lengths, _EVALUATED.value) if _ADVICE.value else []
         if _ADVICE.value:
             print("\nThese would fit:" if found else "\nNothing that was tried would fit.")
         for line in found:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -13,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from espl_jax import sharding
-from espl_jax.assemble import abstract_trainable, declared_trainable, lanes_of, loss_settings, trains
+from espl_jax.assemble import abstract_trainable, declared_trainable, loss_settings, trains
 from espl_jax.memory import bytes_per_device
 from espl_jax.models import lora
 from espl_jax.models.attention import KVCache
@@ -23,8 +25,9 @@ from espl_jax.sampling import decode
 from espl_jax.sampling.buckets import bucket
 from espl_jax.sampling.layout import for_sampling
 from espl_jax.sampling.problem_blocks import block_size
-from espl_jax.sampling.sizes import Sizes
+from espl_jax.sampling.sizes import EXTENDED_TOKENS, Sizes
 from espl_jax.sampling.truncation import HALVINGS, Truncation
+from espl_jax.samplings import Lengths, Sampling, lanes_of
 from espl_jax.train_batch import abstract_batch
 from espl_jax.train_step import (
     TrainState,
@@ -35,6 +38,8 @@ from espl_jax.train_step import (
     sampling_params,
 )
 
+PHASES = ("rollouts", "reflection", "update", "evaluation")
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -43,30 +48,29 @@ class Program:
     Attributes:
       name, shape: what it is, and what of, to read.
       lower: traces it for its shapes; `.compile()` of the result gives the program.
-      phase: `rollouts` or `update`.
-      runs: how often it runs in an iteration in which every rollout is as long as it may be.
+      phase: one of `PHASES`.
+      runs: how often it runs in an iteration in which every rollout is as long as it may be; 0 for reflection
+        and evaluation, and for what takes no time to speak of.
       uses: bytes of what the run holds (`Held`) that are among its arguments.
       beside: bytes of what rollouts hold while it runs and that are not.
       loops: how often its loops run, where the program does not say, as `hlo_traffic.traffic` takes it.
+      function: the name of the jitted function.
     """
 
     name: str
     shape: str
-    lower: Callable[[], Any]
+    lower: functools.partial[jax.stages.Lowered]
     phase: str
     runs: float
     uses: int = 0
     beside: int = 0
     loops: dict[str, int] = dataclasses.field(default_factory=dict)
+    function: str = ""
 
-
-@dataclasses.dataclass(frozen=True)
-class Lengths:
-    """Tokens of the longest of each level: system prompts, problems, and what may follow."""
-
-    system: int
-    problem: int
-    new: int
+    @property
+    def shapes(self) -> str:
+        """All that the function is called with, as text: equal for one program under two names."""
+        return repr((self.lower.args, self.lower.keywords))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,89 +119,223 @@ def held(c: Any, config: DecoderConfig, optimizer: optax.GradientTransformation,
     return Held(base, state, policy)
 
 
-def rollout_programs(
+def run_programs(
     c: Any,
     config: DecoderConfig,
-    params: Params,
-    stages: Sequence[Sizes],
-    lengths: Lengths,
+    held: Held,
+    optimizer: optax.GradientTransformation,
+    stages: Mapping[Sampling, Sequence[Sizes]],
     mesh: Mesh | None,
+    *,
+    phases: Sequence[str] = PHASES,
     stop_ids: int = 2,
     every_bucket: bool = True,
 ) -> Iterator[Program]:
-    """Prefill of both shared levels, and the decode chunks of every stage at their full width.
+    """Every program of a run, each once; the programs of `sampling_programs` stand for smaller ones.
 
-    Narrower chunks, of which there are more, need less of everything.
+    Left out are those that move or draw a few numbers, and those that make the first state.
 
     Args:
       c: the ConfigDict of the run.
       config: the decoder.
+      held: shapes of what the run holds.
+      optimizer: of the run.
+      stages: the samplings of the run, rollouts first, and what each reserves.
+      mesh: of devices.
+      phases: whose programs.
+      stop_ids: how many tokens end a turn.
+      every_bucket: of rollouts all lengths of the chunks, or the shortest and the longest in the place of
+        all.
+    """
+    seen = set()
+    rollouts = next(iter(stages))
+    reflecting = held.policy if c.reflection.policy == "current" else held.base
+    for sampling, sizes in stages.items():
+        params = reflecting if sampling.phase == "reflection" else held.policy
+        if sampling.phase in phases:
+            every = every_bucket and sampling is rollouts
+            for program in sampling_programs(sampling, config, params, sizes, mesh, stop_ids, every):
+                key = program.function, program.shapes
+                if key not in seen:
+                    seen.add(key)
+                    yield program
+    if "update" in phases and held.state is not None:
+        yield from update_programs(c, config, held, optimizer, rollouts.lengths, mesh)
+
+
+def sampling_programs(
+    sampling: Sampling,
+    config: DecoderConfig,
+    params: Params,
+    stages: Sequence[Sizes],
+    mesh: Mesh | None,
+    stop_ids: int = 2,
+    every_bucket: bool = True,
+) -> Iterator[Program]:
+    """Prefill of both shared levels; of every stage the decode chunks at their full width; what puts rows
+    into slots, moves them between slots, and prefills behind them.
+
+    Narrower chunks, of which there are more, need less of everything, but for those whose rows do not lie
+    lane by lane: the widest of these is listed too.
+
+    Args:
+      sampling: what is sampled.
+      config: the decoder.
       params: shapes of what is sampled from.
-      stages: as `choose_sizes` gives them.
-      lengths: of the longest prompts.
+      stages: what it reserves.
       mesh: of devices.
       stop_ids: how many tokens end a turn.
       every_bucket: all lengths of the chunks, or the shortest and the longest in the place of all.
     """
     params, config = for_sampling(params, config, mesh)
-    lanes = lanes_of(c)
-    rows = c.num_prompts * c.batch_size * c.group_size
-    shape = (lanes, bucket(lengths.system))
-    numbers = sharding.replicate(jax.ShapeDtypeStruct((lanes,), jnp.int32), mesh)
-    arrays = decode.abstract_slots(config, *shape, mesh, everywhere=True)
-    system = KVCache(*arrays, numbers, numbers)
-    truncation = Truncation(c.sampling.top_k, c.sampling.top_p, c.sampling.min_p)
+    lanes, lengths, counted = sampling.lanes, sampling.lengths, sampling.phase == "rollouts"
+    title = "" if counted else f"{sampling.name}: "
 
-    def prefill(shape: tuple[int, int], *above: KVCache) -> Callable[[], Any]:
-        tokens = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape[:1], jnp.int32)
-        if above:
-            tokens = sharding.place_rows(tokens, mesh)
-        return lambda: decode.prefill.lower(params, config, *tokens, *above, mesh=mesh)
+    def program(
+        name: str,
+        shape: str,
+        function: Any,
+        *arguments: Any,
+        runs: float = 0.0,
+        uses: int = 0,
+        beside: int = 0,
+        loops: Mapping[str, int] = MappingProxyType({}),
+        **static: Any,
+    ) -> Program:
+        lower = functools.partial(function.lower, *arguments, **static, mesh=mesh)
+        memory = uses, beside, dict(loops), function.__name__
+        return Program(title + name, shape, lower, sampling.phase, runs if counted else 0.0, *memory)
+
+    def numbers(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def cache(nodes: int, columns: int) -> KVCache:
+        arrays = decode.abstract_slots(config, nodes, columns, mesh, everywhere=True)
+        return KVCache(*arrays, *(sharding.replicate(numbers(nodes), mesh),) * 2)
 
     uses = bytes_per_device(params)
-    yield Program("prefill, prompts", _tokens(shape), prefill(shape), "rollouts", 1, uses)
+    shape = (lanes, bucket(lengths.system))
+    tokens = numbers(*shape), numbers(lanes)
+    yield program(
+        "prefill, prompts", _tokens(shape), decode.prefill, params, config, *tokens, uses=uses, runs=1
+    )
+    system = cache(*shape)
     widths = stages[0].problem_widths
-    size = block_size(lanes, c.batch_size, widths[-1])
+    size = block_size(lanes, sampling.problems, widths[-1])
     shape = (lanes * size, next(width for width in widths if width >= lengths.problem - 1))
-    name, runs = "prefill, a block of problems", -(-c.batch_size // size)
+    tokens = sharding.place_rows((numbers(*shape), numbers(shape[0])), mesh)
     first = decode.abstract_slots(config, stages[0].slots, stages[0].capacity, mesh)
-    beside = bytes_per_device(first)
-    yield Program(name, _tokens(shape), prefill(shape, system), "rollouts", runs, uses, beside)
+    yield program(
+        "prefill, a block of problems",
+        _tokens(shape),
+        decode.prefill,
+        params,
+        config,
+        *tokens,
+        system,
+        uses=uses,
+        beside=bytes_per_device(first),
+        runs=-(-sampling.problems // size),
+    )
 
-    def chunk(sizes: Sizes, columns: int) -> Callable[[], Any]:
-        return lambda: decode.decode_chunk.lower(
+    def chunk(name: str, sizes: Sizes, rows: int, columns: int, aligned: bool, runs: float) -> Program:
+        allowed = ()
+        if sampling.constrained:
+            words = numbers(rows, -(-config.vocab_size // 32), dtype=jnp.uint32)
+            allowed = (sharding.place_rows(words, mesh),)
+        return program(
+            name,
+            f"{rows} rows x {columns} columns",
+            decode.decode_chunk,
             params,
             config,
             system,
             decode.abstract_slots(config, sizes.slots, sizes.capacity, mesh),
-            decode.abstract_rows(sizes.slots, mesh),
-            jax.ShapeDtypeStruct((stop_ids,), jnp.int32),
-            jax.ShapeDtypeStruct((), jnp.float32),
+            decode.abstract_rows(rows, mesh),
+            numbers(stop_ids),
+            numbers(dtype=jnp.float32),
+            *allowed,
+            uses=uses,
+            runs=runs,
+            loops={"jit(decode_chunk)/while": sizes.steps, "/while": HALVINGS},
             columns=columns,
             steps=sizes.steps,
-            greedy=c.sampling.temperature == 0,
-            truncation=truncation,
-            # As chunks are where nothing has ended yet.
-            aligned=lanes == 1 or (sizes.parts == 1 and sizes.slots == rows),
-            mesh=mesh,
+            greedy=sampling.greedy,
+            truncation=sampling.truncation,
+            aligned=aligned,
         )
 
     filled = lengths.problem - 1
     for number, sizes in enumerate(stages, 1):
         of_stage = f" of stage {number}" if len(stages) > 1 else ""
-        loops = {"jit(decode_chunk)/while": sizes.steps, "/while": HALVINGS}
         starts = range(filled, sizes.longest, sizes.steps)
         chunks = collections.Counter(sizes.columns_for(start) for start in starts)
         filled += len(starts) * sizes.steps
         runs = {columns: float(chunks[columns]) for columns in sizes.columns}
+        # As chunks are where nothing has ended yet.
+        aligned = lanes == 1 or (sizes.parts == 1 and sizes.slots == sampling.rows)
+        kind = "decode chunk" if counted else "constrained step" if sampling.constrained else "chunk"
         for columns, count in (runs if every_bucket else _ends(runs)).items():
-            name = "decode chunk"
+            name = kind
             if not every_bucket:
                 name += ", largest" if columns == sizes.columns[-1] else ", smallest"
-            shape = f"{sizes.slots} rows x {columns} columns"
-            count *= -(-rows // sizes.slots)
-            lower = chunk(sizes, columns)
-            yield Program(name + of_stage, shape, lower, "rollouts", count, uses, loops=loops)
+            count *= -(-sampling.rows // sizes.slots)
+            yield chunk(name + of_stage, sizes, sizes.slots, columns, aligned, count)
+        if aligned and lanes > 1 and len(sizes.widths) > 1:
+            name = f"{kind}, rows mixed{of_stage}"
+            yield chunk(name, sizes, sizes.widths[-2], sizes.columns[-1], False, 0)
+        yield from _in_place(
+            program, sampling, config, params, system, stages, number - 1, cache(*shape), mesh
+        )
+
+
+def _in_place(
+    program: Callable[..., Program],
+    sampling: Sampling,
+    config: DecoderConfig,
+    params: Params,
+    system: KVCache,
+    stages: Sequence[Sizes],
+    number: int,
+    block: KVCache,
+    mesh: Mesh | None,
+) -> Iterator[Program]:
+    """The programs that change the slots of a stage between its chunks: all rows are admitted in the first
+    one, and those that return, or are answered, are extended."""
+    sizes = stages[number]
+    of_stage = f" of stage {number + 1}" if len(stages) > 1 else ""
+    slots = decode.abstract_slots(config, sizes.slots, sizes.capacity, mesh)
+    each = f"{sizes.slots} rows"
+
+    def numbers(*shape: int) -> jax.ShapeDtypeStruct:
+        return sharding.place_rows(jax.ShapeDtypeStruct(shape, jnp.int32), mesh)
+
+    table, counts = numbers(sizes.parts, sizes.per_part), numbers(sizes.parts)
+    loops = {"/while": sizes.per_part}
+    if number == 0:
+        rows = slots, block, table, table, counts
+        yield program(f"admit{of_stage}", each, decode.admit, *rows, loops=loops)
+    yield program(f"move{of_stage}", each, decode.move, slots, table, table, counts, loops=loops)
+    if not (sampling.turns or number > 0):
+        return
+    most = {sizes.extended_rows(columns): columns for columns in sizes.columns}
+    for count, columns in {min(most): most[min(most)], max(most): most[max(most)]}.items():
+        rows = sizes.parts * count
+        yield program(
+            f"extend{of_stage}",
+            f"{rows} rows x {columns} columns",
+            decode.extend,
+            params,
+            config,
+            system,
+            slots,
+            numbers(sizes.parts, count),
+            decode.abstract_rows(rows, mesh),
+            numbers(rows, EXTENDED_TOKENS),
+            numbers(rows),
+            uses=bytes_per_device(params),
+            columns=columns,
+        )
 
 
 def _ends(runs: dict[int, float]) -> dict[int, float]:
@@ -241,21 +379,17 @@ def update_programs(
     uses = bytes_per_device((held.state, frozen or reference))
     settings = loss_settings(c)
     if c.loss.epochs * c.loss.minibatches > 1 and settings["loss"].needs_old_logprobs:
-
-        def score() -> Any:
-            names = ("temperature", "microbatch_rows")
-            few = {name: settings[name] for name in names}
-            return batch_logprobs.lower(held.state.trainable, frozen, batch, config, **few)
-
+        few = {name: settings[name] for name in ("temperature", "microbatch_rows")}
+        given = held.state.trainable, frozen, batch, config
+        score = functools.partial(batch_logprobs.lower, *given, **few)
         uses_less = bytes_per_device((held.state.trainable, frozen))
-        yield Program("logprobs", shape, score, "update", c.loss.minibatches, uses_less)
+        count, function = c.loss.minibatches, batch_logprobs.__name__
+        yield Program("logprobs", shape, score, "update", count, uses_less, function=function)
         batch = batch._replace(old_logprobs=batch.sampler_logprobs)
-
-    def step() -> Any:
-        return policy_gradient_step.lower(held.state, frozen, reference, batch, config, optimizer, **settings)
-
-    steps = c.loss.epochs * c.loss.minibatches
-    yield Program("policy-gradient step", shape, step, "update", steps, uses)
+    given = held.state, frozen, reference, batch, config, optimizer
+    step = functools.partial(policy_gradient_step.lower, *given, **settings)
+    steps, function = c.loss.epochs * c.loss.minibatches, policy_gradient_step.__name__
+    yield Program("policy-gradient step", shape, step, "update", steps, uses, function=function)
 
 
 def _tokens(shape: tuple[int, int]) -> str:

@@ -52,6 +52,13 @@ def environment_of(c: Any) -> Environment | Dialogue:
     return make_environment(e.name, e.answer_format, e.instruction, options, e.reward, c.data.train)
 
 
+def has_turns(c: Any) -> bool:
+    """Whether rollouts have several turns; no retriever is opened to find out."""
+    if c.environment.name in ("math", "arithmetic", "search"):
+        return c.environment.name == "search"
+    return hasattr(environment_of(c), "respond")
+
+
 def make_environment(
     name: str,
     answer_format: str,

@@ -25,7 +25,7 @@ from configs import hmmt
 from espl_jax import plan as planning
 from espl_jax.chips import CHIPS
 from espl_jax.metrics import table
-from espl_jax.programs import Lengths
+from espl_jax.samplings import Lengths
 from experiments.bench.tpu_shapes import MODELS
 
 LENGTHS = Lengths(system=1024, problem=512, new=15_000)

@@ -15,18 +15,8 @@ LAYERS = [
     | {"durable", "storage", "json_values", "processes"},
     DEVICE | HOST,
     {"pretrained", "optimizer", "train_step", "check_config"},
-    {
-        "rollout",
-        "turns",
-        "task",
-        "inputs",
-        "train_batch",
-        "reflectors",
-        "run_state",
-        "saved_arrays",
-        "metrics",
-    }
-    | {"report"},
+    {"rollout", "turns", "task", "train_batch", "reflectors", "run_state", "saved_arrays", "metrics"}
+    | {"report", "inputs", "samplings"},
     {"assemble", "resume", "run_reflection", "evaluate", "deploy", "train", "dry_run", "saved_run", "export"}
     | {"iteration_log", "update", "programs", "plan", "context"},
     {"main"},

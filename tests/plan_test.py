@@ -13,6 +13,8 @@ from espl_jax.chips import CHIPS, find_chip
 from espl_jax.models.transformer import abstract
 from espl_jax.optimizer import make_optimizer
 from espl_jax.programs import Program
+from espl_jax.sampling.sizes import EXTENDED_TOKENS
+from espl_jax.samplings import Lengths
 from tests import tiny
 from tests.conftest import run_module
 from tests.devices import xla_flags
@@ -141,10 +143,39 @@ def test_alternatives_change_the_least_first():
     assert c.to_dict() not in configs and all(configs.count(each) == 1 for each in configs)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed; pip install libtpu"
 )
+
+
+@needs_libtpu
+def test_every_phase_of_a_run_is_lowered_for_the_slice(tmp_path):
+    """Conversations of several turns, constrained reflection and evaluation, on four devices. Nothing is
+    compiled; tests/programs_test.py holds the list against what runs compile."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY_HF))
+    c = common.get_config()
+    c.model.source, c.data.test, c.environment.name = str(tmp_path), "test.jsonl", "search"
+    c.num_prompts = c.batch_size = c.group_size = 2
+    c.sampling.max_new_tokens, c.loss.minibatches, c.evaluation.temperature = 64, 2, 0.0
+    lengths = Lengths(system=64, problem=64, new=64)
+    run = plan._run(c, "v5e:2x2", lengths, programs.PHASES, every_bucket=False, evaluated=3)
+    functions = {phase: set() for phase in programs.PHASES}
+    for program in run.programs:
+        functions[program.phase].add(program.function)
+    sampled = {"prefill", "decode_chunk", "admit", "move"}
+    assert functions["rollouts"] == sampled | {"extend"} and functions["reflection"] == sampled
+    assert functions["update"] == {"policy_gradient_step", "batch_logprobs"}
+    assert functions["evaluation"]
+    # Behind a row there is room for a piece of an answer.
+    assert run.stages[0].capacity == 64 + 64 + EXTENDED_TOKENS
+    few = {"extend", "admit", "move"}
+    for program in run.programs:
+        if program.function in few or "constrained" in program.name:
+            assert program.lower().as_text()
+
+
+@pytest.mark.slow
+@needs_libtpu
 class TestCommand:
     def command(self, folder, *changes):
         (folder / "config.json").write_text(json.dumps(TINY_HF))
@@ -164,6 +195,7 @@ class TestCommand:
         done = self.command(tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]
         assert "It fits:" in done.stdout and "policy-gradient step" in done.stdout
+        assert "edits: constrained step, largest" in done.stdout and "| move " in done.stdout
 
     def test_no_chunk_copies_the_cache(self, tmp_path):
         """Columns that are no whole tiles would need half of all slots once more, 0.26 GiB here."""

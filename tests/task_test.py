@@ -5,7 +5,7 @@ import pytest
 from espl_jax.environments.arithmetic import Arithmetic
 from espl_jax.environments.math import Math
 from espl_jax.environments.search import Search
-from espl_jax.task import environment_of, make_environment
+from espl_jax.task import environment_of, has_turns, make_environment
 from espl_jax.types import Grade, Problem
 from tests import fakes
 
@@ -75,3 +75,18 @@ def test_search_takes_its_settings_and_an_encyclopedia_has_its_own_passages():
 def test_what_an_environment_does_not_take_is_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
         make_environment(name, "boxed", None, options, problems="addition:digits=1,count=3")
+
+
+@pytest.mark.parametrize(
+    ("changes", "turns"),
+    [
+        ({}, False),
+        ({"environment__name": "math"}, False),
+        # Nothing is opened: there is no such server.
+        ({"environment__name": "search", "environment__search__retriever": "http://localhost:1/r"}, True),
+        ({"environment__name": "tests.task_test:Echo"}, False),
+        ({"environment__name": "tests.fakes:Talker"}, True),
+    ],
+)
+def test_whether_rollouts_have_turns(changes, turns):
+    assert has_turns(fakes.config(**changes)) == turns

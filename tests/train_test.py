@@ -20,7 +20,7 @@ from espl_jax.reflectors.local import local_reflector
 from espl_jax.run_state import read_checkpoint
 from espl_jax.train import train
 from espl_jax.types import Grade, SystemPrompt
-from tests import fakes
+from tests import fakes, listed_programs
 
 LOGS = ("rollouts", "reflections", "lineage", "evaluations")
 
@@ -182,11 +182,14 @@ def test_who_reflects(policy, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("constrained", [False, True])
-def test_the_models_own_reflection_runs(constrained, tmp_path, monkeypatch):
+def test_the_models_own_reflection_runs(constrained, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(run_reflection, "local_reflector", local_reflector)
     settings = {"evaluation__every": 0, "reflection__opening": True, "reflection__constrained": constrained}
     settings["reflection__max_new_tokens"] = 112 if constrained else 8
-    run(tmp_path, mode="reflection", num_iterations=1, **settings)
+    settings |= {"mode": "reflection", "num_iterations": 1}
+    with listed_programs.nothing_else(fakes.config(**settings), monkeypatch, caplog) as seen:
+        run(tmp_path, **settings)
+    assert ("constrained" in seen) == constrained
     transcripts = lines(tmp_path, "reflections")
     stages = collections.Counter(t["stage"] for t in transcripts)
     assert stages["summary"] == 12 and stages["critique"] == 2

@@ -45,11 +45,18 @@ class PromptTemplate:
         return messages
 
 
+_FOLDER = importlib.resources.files("espl_jax.evolution") / "templates"
+
+
+def template_names() -> list[str]:
+    """Names of all templates."""
+    return sorted(file.name.removesuffix(".txt") for file in _FOLDER.iterdir() if file.name.endswith(".txt"))
+
+
 @functools.cache
 def load_template(name: str) -> PromptTemplate:
     """The template `templates/<name>.txt`; its sections begin `=== system ===`, `=== user ===` and so on."""
-    folder = importlib.resources.files("espl_jax.evolution") / "templates"
-    text = (folder / f"{name}.txt").read_text(encoding="utf-8")
+    text = (_FOLDER / f"{name}.txt").read_text(encoding="utf-8")
     _, *parts = _HEADER.split(text)
     sections = {title: body.strip() for title, body in zip(parts[::2], parts[1::2], strict=True)}
     return PromptTemplate(**sections)

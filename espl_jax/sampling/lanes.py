@@ -22,7 +22,7 @@ from espl_jax.sampling import decode
 from espl_jax.sampling.buckets import pad_right
 from espl_jax.sampling.constraint import Constraint
 from espl_jax.sampling.problem_blocks import ProblemBlocks
-from espl_jax.sampling.sizes import EXTENDED_COLUMNS, EXTENDED_ROWS, EXTENDED_TOKENS, SMALLEST, Sizes
+from espl_jax.sampling.sizes import EXTENDED_TOKENS, SMALLEST, Sizes
 from espl_jax.sampling.slots import SlotTable
 from espl_jax.sampling.truncation import Truncation
 
@@ -230,7 +230,7 @@ class Lanes:
     def _extend(self, pieces: Mapping[int, Sequence[int]], left: dict[int, list[int]]) -> None:
         """Feeds a piece to as many rows as go at once, and takes it off what is left of them."""
         columns = self._columns(np.array(list(pieces)))
-        most = min(EXTENDED_ROWS, max(1, EXTENDED_COLUMNS // columns))
+        most = self.sizes.extended_rows(columns)
         by_part: list[list[tuple[int, int]]] = [[] for _ in self.table.row]
         for row in pieces:
             part, slot = self.table.place(row)

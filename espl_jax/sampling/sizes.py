@@ -111,6 +111,10 @@ class Sizes:
             return min(self.capacity, max(LANES, 1 << (filled - 1).bit_length()))
         return min(self.capacity, bucket(filled, _unit(self.capacity)))
 
+    def extended_rows(self, columns: int) -> int:
+        """Most rows of a part that are extended at once, when the longest of them attends to so many."""
+        return min(EXTENDED_ROWS, max(1, EXTENDED_COLUMNS // columns))
+
     def __str__(self) -> str:
         return (
             f"{self.slots} slots of {self.capacity} columns; chunks of {self.steps} steps come in "
