@@ -55,6 +55,7 @@ CONFIG = DecoderConfig(
     mlp_dim=64,
     tied_head=True,
     max_positions=4096,
+    sampling_layout="stacked",
 )
 
 

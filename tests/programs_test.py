@@ -36,7 +36,7 @@ SAMPLED = {"prefill", "decode_chunk", "admit", "move"}
 
 
 def test_every_phase_has_its_programs():
-    _, found = listed(loss__minibatches=2)
+    _, found = listed(loss__minibatches=2, loss__kind="ppo")
     assert functions(found, "rollouts") == functions(found, "reflection") == SAMPLED
     assert functions(found, "evaluation") <= SAMPLED
     assert functions(found, "update") == {"policy_gradient_step", "batch_logprobs"}
