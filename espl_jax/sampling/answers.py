@@ -10,6 +10,14 @@ import numpy as np
 
 from espl_jax import processes
 
+GRACE = 0.1
+"""Seconds that rows are held up for answers that were asked for one look ago and have not arrived.
+
+What arrives within them and the chunk before is taken at the same look, whatever the order: the layout of
+rows, and so the rounding of their logits, does not depend on a retriever's timing unless that is slower.
+Answers that come later are taken as they come, and nobody waits for them.
+"""
+
 Place = tuple[int, int, int]
 """A row's (m, b, n)."""
 
@@ -22,7 +30,7 @@ class Answers:
     """Asks for answers, and gathers those that have arrived.
 
     When an answer arrives differs from process to process. So the first one alone calls `respond`, and what
-    it has gathered is what all of them have.
+    it has gathered is what all of them have. When it arrives differs from run to run, too; see `GRACE`.
 
     Attributes:
       waiting: rows whose answer has not arrived.
@@ -32,7 +40,9 @@ class Answers:
         """Without `respond` every turn is the last."""
         self.waiting: set[int] = set()
         self._respond = respond
-        self._futures: dict[int, concurrent.futures.Future] = {}  # of the first process
+        # Of the first process: what has not arrived, and of that what was asked for at the last look.
+        self._futures: dict[int, concurrent.futures.Future] = {}
+        self._recent: list[concurrent.futures.Future] = []
 
     def gather(self, ended: Mapping[int, tuple[Place, np.ndarray]], wait: bool) -> dict[int, list[int]]:
         """Asks for these rows, and returns what is there for them or for those asked for before.
@@ -59,11 +69,14 @@ class Answers:
         answers = {row: self._respond(*turn) for row, turn in ended.items()}
         if wait:
             concurrent.futures.wait(self._futures.values(), return_when=concurrent.futures.FIRST_COMPLETED)
+        concurrent.futures.wait(self._recent, timeout=GRACE)
         for row in [row for row, future in self._futures.items() if future.done()]:
             answers[row] = self._futures.pop(row).result()
-        for row, answer in answers.items():
-            if isinstance(answer, concurrent.futures.Future):
-                self._futures[row] = answer
+        asked = {
+            row: answer for row, answer in answers.items() if isinstance(answer, concurrent.futures.Future)
+        }
+        self._futures |= asked
+        self._recent = list(asked.values())
         there = {row: answer for row, answer in answers.items() if row not in self._futures}
         return {
             row: [] if answer is None else [int(token) for token in answer] for row, answer in there.items()

@@ -163,7 +163,8 @@ def sample_tree(
       find_end: ends turns by what they say, after each chunk; tokens past the end are taken back.
       respond: what is said to a row whose turn ended by itself, see `Respond`; without it every turn is the
         last. A row that waits for long makes room for others, and is prefilled anew in another slot. When an
-        answer does not fit into the row's limit, the row ends truncated.
+        answer does not fit into the row's limit, the row ends truncated. Results are the same bits whenever
+        futures are done within `answers.GRACE`; later ones change which rows share a chunk, and so rounding.
       finished: told of each row that is done, while others go on.
       constraint: decides on the host, before every token, what it may be; see `Constraint`. Chunks then have
         one step, and logprobs are those among the allowed tokens.

@@ -1,4 +1,4 @@
-"""Conversations in two processes: the first one alone asks, and both hold the same."""
+"""When answers are taken, and conversations in two processes: the first one alone asks."""
 
 import concurrent.futures
 import hashlib
@@ -7,10 +7,12 @@ import threading
 
 import jax
 import numpy as np
+import pytest
 
 from espl_jax import sharding
 from espl_jax.models import transformer
-from espl_jax.sampling import draw
+from espl_jax.sampling import answers, draw
+from espl_jax.sampling.answers import Answers
 from espl_jax.sampling.generate import sample_tree
 from tests import tiny
 from tests.two_processes import run_pair
@@ -67,3 +69,34 @@ def test_two_processes_hold_the_same_conversations():
     assert zero.pop("asked") > 8 and one.pop("asked") == 0
     assert zero == one and zero["appended"] > 20
     assert converse([None])["tokens"] == zero["tokens"]  # one process, and nobody waits
+
+
+def asked_for(rows):
+    """`Answers` that has asked for each of these rows, and the futures that it waits for."""
+    futures = {row: concurrent.futures.Future() for row in rows}
+    asked = Answers(lambda place, tokens: futures[place[2]])
+    ended = {row: ((0, 0, row), np.zeros(1, np.int32)) for row in rows}
+    assert asked.gather(ended, wait=False) == {} and asked.waiting == set(rows)
+    return asked, futures
+
+
+@pytest.mark.parametrize("wait", [False, True])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_answers_in_time_are_taken_together_whatever_their_order(monkeypatch, wait, order):
+    monkeypatch.setattr(answers, "GRACE", 60.0)
+    asked, futures = asked_for(range(3))
+    for place, row in enumerate(order):
+        threading.Timer(0.02 * place, futures[row].set_result, [[row]]).start()
+    assert list(asked.gather({}, wait).items()) == [(0, [0]), (1, [1]), (2, [2])]
+    assert not asked.waiting
+
+
+def test_late_answers_hold_nobody_up_twice(monkeypatch):
+    monkeypatch.setattr(answers, "GRACE", 0.01)
+    asked, futures = asked_for(range(2))
+    futures[1].set_result([1])
+    assert asked.gather({}, wait=False) == {1: [1]}
+    monkeypatch.setattr(answers, "GRACE", 1e6)  # would never return
+    assert asked.gather({}, wait=False) == {} and asked.waiting == {0}
+    futures[0].set_result([0])
+    assert asked.gather({}, wait=True) == {0: [0]}
