@@ -7,15 +7,11 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+from espl_jax.evolution import edit_fields
 from espl_jax.evolution.edits import Add, Drop, Edit, Merge, Modify, Remove, Replace, excerpt
 from espl_jax.evolution.json_replies import begins_with_json, has_empty_list, json_lists
 from espl_jax.evolution.prose import marked_blocks
 
-_OPERATION_KEYS = ("op", "operation", "action", "type", "edit")
-_PRINCIPLE_KEYS = ("principle", "new_principle", "text", "content", "rule", "experience")
-_ID_KEYS = ("ids", "id", "principle_id", "principle_ids", "target", "targets", "merged_from", "modified_from")
-_EVIDENCE_KEYS = ("evidence", "reason", "why", "rationale")
-_REPLACE_KEYS = ("replace", "replacement", "replace_with", "text")
 _LIST_OPERATIONS = ("add", "modify", "merge", "remove")
 
 
@@ -50,7 +46,7 @@ def _split(read: Sequence[Edit | Drop]) -> tuple[tuple[Edit, ...], tuple[Drop, .
 
 
 def _read_edit(value: dict[str, Any] | None, text: str, problem: str) -> Edit | Drop:
-    edit = _as_edit(value or {})
+    edit = _as_edit(value or {}, is_cut=bool(problem))
     return _edit_or_drop((problem or edit) if isinstance(edit, str) else edit, text)
 
 
@@ -58,19 +54,20 @@ def _edit_or_drop(edit: Edit | str, text: str) -> Edit | Drop:
     return (edit, excerpt(text)) if isinstance(edit, str) else edit
 
 
-def _as_edit(value: dict[str, Any]) -> Edit | str:
-    """The edit that a JSON object is, or the reason why it is none."""
+def _as_edit(value: dict[str, Any], is_cut: bool) -> Edit | str:
+    """The edit that a JSON object is, or the reason why it is none. Of one that was cut, no operation is
+    inferred: what tells it may be missing."""
     fields = {str(key).strip().lower(): item for key, item in value.items()}
-    principle = clean(_first(fields, _PRINCIPLE_KEYS))
-    evidence = clean(_first(fields, _EVIDENCE_KEYS))
-    ids = _read_ids(_first(fields, _ID_KEYS))
-    operation = _first(fields, _OPERATION_KEYS)
-    if operation is None and principle and "search" not in fields:
+    principle = clean(_first(fields, edit_fields.PRINCIPLE))
+    evidence = clean(_first(fields, edit_fields.EVIDENCE))
+    ids = _read_ids(_first(fields, edit_fields.IDS))
+    operation = _first(fields, edit_fields.OPERATION)
+    if operation is None and principle and "search" not in fields and not is_cut:
         operation = ("add", "modify", "merge")[min(len(ids), 2)]
     operation = operation.strip().lower() if isinstance(operation, str) else ""
     if "search" in fields and operation not in _LIST_OPERATIONS:
         # Both texts have to be there: without the second the passage would be deleted.
-        replace = next((fields[name] for name in _REPLACE_KEYS if name in fields), None)
+        replace = next((fields[name] for name in edit_fields.REPLACE if name in fields), None)
         return _block(fields["search"], replace, evidence)
     if operation not in _LIST_OPERATIONS:
         return "not_an_edit"

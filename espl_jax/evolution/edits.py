@@ -30,6 +30,7 @@ REASONS = {
     "no_json": "the reply holds no edit at all",
     "truncated": "the reply ends inside the edit",
     "broken_json": "the edit cannot be read as JSON, even after repair",
+    "unclear_end": "broken JSON in which a text may end at more than one quote",
     "not_an_edit": "a JSON object that is no add, modify, merge, remove or block of prose",
     "no_principle": "an add, modify or merge without a principle in words",
     "wrong_ids": "a modify or remove that does not name one id, or a merge that does not name two",

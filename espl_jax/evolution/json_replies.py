@@ -1,22 +1,25 @@
 """Reads JSON objects out of whatever a language model wrote around, inside and after them.
 
-A reply is never trusted: every object is read by itself, strictly first, then through `json_repair` with its
-length and depth bounded, so one broken object costs itself alone and no text can hang or exhaust the stack.
+A reply is never trusted: every object is read by itself, strictly first, then by `loose_json`, so one broken
+object costs itself alone, and no text can hang or exhaust the stack. An object whose texts may have lost
+characters is none.
 """
 
 from __future__ import annotations
 
+import bisect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import json_repair
+from espl_jax.evolution.loose_json import KNOWN_OBJECT, read_loose, runs_on
 
 _MAX_CHARS = 100_000
 _MAX_OBJECTS = 100
-_MAX_REPAIR_CHARS = 10_000
 _MAX_DEPTH = 8
+
+_DECODER = json.JSONDecoder(strict=False)
 
 # What follows \t, \n, \r or \u in the LaTeX commands that JSON takes for an escape and some letters.
 _LATEX = (
@@ -32,9 +35,7 @@ _BACKSLASH = re.compile(
     r"|(?P<control>[bfnrt])"
     r"|(?P<apostrophe>'))?"
 )
-_NEXT_FIELD = re.compile(r"""["'\]]\s*,\s*["']\w*(?:["']\s*:|$)""")
 _OWN_FIELDS = {"op", "operation", "action", "principle", "search", "replace"}
-_SMART_QUOTES = str.maketrans("“”„‟″", '"' * 5)
 _OBJECT = re.compile(
     r"""\{\s*(?:["'“”][^"'“”{}\n]{1,40}["'“”]|op|operation|action|id|ids|principle|edits)\s*:"""
 )
@@ -46,7 +47,7 @@ class Found(NamedTuple):
     Attributes:
       value: the object, or None if it could not be read; of one that was cut off, the fields that are whole.
       text: its text as it was.
-      problem: empty, `truncated`, `broken_json` or `too_many`.
+      problem: empty, `truncated`, `broken_json`, `unclear_end` or `too_many`.
     """
 
     value: dict[str, Any] | None
@@ -67,9 +68,10 @@ def has_empty_list(text: str) -> bool:
 def json_lists(text: str) -> list[list[Found]]:
     """The objects of a reply, one list for each JSON list in it, in order.
 
-    Repaired are: prose and fences around, comments, trailing or missing commas and brackets, smart or single
+    Read are: prose and fences around, comments, trailing or missing commas and brackets, smart or single
     quotes, quotes inside strings, LaTeX backslashes, a list cut off in its middle (the object that was cut
-    is marked as `truncated`). Objects one after the other without brackets are one list. Never raises.
+    is marked as `truncated`). An object in which a text may end at several places is marked as `unclear_end`.
+    Objects one after the other without brackets are one list. Never raises.
     """
     # The answer stands first where the reply begins with it and last otherwise.
     text = text[:_MAX_CHARS] if begins_with_json(text) else text[-_MAX_CHARS:]
@@ -94,7 +96,7 @@ def escape_latex(text: str) -> str:
 
     def rewrite(match: re.Match[str]) -> str:
         if match["apostrophe"]:
-            return "'"
+            return "\\u0027"  # no end of a string in single quotes either
         if match["legal"] or match["control"]:
             return match[0]
         return "\\" + match[0]
@@ -104,27 +106,41 @@ def escape_latex(text: str) -> str:
 
 def _objects(text: str) -> Iterator[tuple[int, int, list[Found]]]:
     """Yields (start, end, what was found) for every outermost object; a wrapper gives all that it holds."""
-    decoder = json.JSONDecoder(strict=False)
+    starts = [match.start() for match in KNOWN_OBJECT.finditer(text)]
+
+    def next_edit(position: int) -> int:
+        return next(iter(starts[bisect.bisect_left(starts, position) :]), len(text))
+
     position = 0
     for _ in range(_MAX_OBJECTS):
         match = _OBJECT.search(text, position)
         if match is None:
             return
         start = match.start()
-        try:
-            value, end = decoder.raw_decode(text, start)
-            if _is_deep(value):
-                found = [Found(None, text[start:end], "broken_json")]
-            else:
-                found = [Found(inner, text[start:end]) for inner in _unwrap(value)]
-        except (ValueError, RecursionError):
-            following = _OBJECT.search(text, match.end())
-            end = following.start() if following else len(text)
-            found = _repair(text[start:end], last=following is None)
+        end, found = _read(text, start, match.end(), next_edit)
         yield start, end, found
         position = end
     if match := _OBJECT.search(text, position):
         yield match.start(), len(text), [Found(None, text[match.start() :], "too_many")]
+
+
+def _read(text: str, start: int, inside: int, next_edit: Callable[[int], int]) -> tuple[int, list[Found]]:
+    """(end, what was found) of the object at `start`; `inside` is behind its first name."""
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+    except (ValueError, RecursionError):
+        pass
+    else:
+        if _is_deep(value):
+            return end, [Found(None, text[start:end], "broken_json")]
+        if not runs_on(text, end, next_edit(end)):
+            return end, [Found(inner, text[start:end]) for inner in _unwrap(value)]
+    fields, end, problem = read_loose(text, start, next_edit(inside))
+    if problem == "wrapper":
+        return end, []
+    if not problem and runs_on(text, end, next_edit(end)):
+        problem = "unclear_end"
+    return end, [Found(fields if problem in ("", "truncated") else None, text[start:end], problem)]
 
 
 def _unwrap(value: dict[str, Any]) -> list[dict[str, Any]]:
@@ -139,45 +155,6 @@ def _unwrap(value: dict[str, Any]) -> list[dict[str, Any]]:
     return [value]
 
 
-def _repair(text: str, last: bool) -> list[Found]:
-    """Reads one object that is not strict JSON; `last` says that the reply ends in it."""
-    if re.fullmatch(r"""\{\s*["'“”]?\w+["'“”]?\s*:\s*\[\s*""", text):
-        return []  # the head of a wrapper whose objects are read one by one
-    straight = text.translate(_SMART_QUOTES) if "“" in text else text
-    straight = straight[:_MAX_REPAIR_CHARS]
-    problem = ""
-    whole = _object_text(straight, last)
-    if whole is None:
-        # The fields before the one that was cut are whole.
-        problem = "truncated"
-        *_, cut = (0, *(match.start() + 1 for match in _NEXT_FIELD.finditer(straight)))
-        whole = straight[:cut] + "}"
-    straight = whole
-    if _depth(straight) > _MAX_DEPTH:
-        return [Found(None, text, "broken_json")]
-    try:
-        value = json_repair.loads(straight)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-        value = None  # a fault of the repair costs one object, not the run
-    if isinstance(value, list):
-        value = next((item for item in value if isinstance(item, dict)), None)
-    if not isinstance(value, dict) or not value:
-        return [Found(None, text, problem or "broken_json")]
-    return [Found(inner, text, problem) for inner in _unwrap(value)]
-
-
-def _object_text(text: str, last: bool) -> str | None:
-    """The part of `text` up to the object's own end, or None if the reply stops inside a string."""
-    closed = re.search(r"""["'\]]\s*(?:,\s*)?(?:(?://|\#)[^\n]{0,200}\n\s*)?\}""", text)
-    if closed:
-        return text[: closed.end()]
-    bare = text.rfind("}") + 1  # a value without quotes may stand before the brace
-    if bare and len(re.findall(r'(?<!\\)"', text[:bare])) % 2 == 0:
-        return text[:bare]
-    whole = not last or text.rstrip(" \t\r\n,;`]").endswith(('"', "'"))
-    return text if whole else None
-
-
 def _is_deep(value: Any) -> bool:
     """Whether lists and dicts lie in each other more than `_MAX_DEPTH` deep; no recursion finds out."""
     level = [value]
@@ -189,14 +166,3 @@ def _is_deep(value: Any) -> bool:
             for inner in (outer.values() if isinstance(outer, dict) else outer)
         ]
     return any(isinstance(each, dict | list) for each in level)
-
-
-def _depth(text: str) -> int:
-    depth = deepest = 0
-    for character in text:
-        if character in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif character in "]}":
-            depth -= 1
-    return deepest

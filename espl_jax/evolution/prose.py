@@ -17,7 +17,7 @@ def marked_blocks(text: str) -> tuple[list[tuple[str, str]], list[Drop]]:
     drops: list[Drop] = []
     search: list[str] | None = None
     replace: list[str] | None = None
-    for line in text[-_MAX_CHARS:].splitlines():
+    for line in text[-_MAX_CHARS:].replace("\r\n", "\n").split("\n"):  # other line ends are characters
         mark = line.strip()
         if re.fullmatch(r"<{5,9} ?SEARCH", mark):
             if search is not None:
