@@ -100,6 +100,9 @@ def samplings(
       turns: whether rollouts have several turns.
       evaluated: how many problems are in `validation`, and in `test` if there is one.
       instructions: tokens of the longest instructions of reflection.
+
+    Raises:
+      ValueError: reflection leaves no room for its instructions.
     """
     lanes, evolves = lanes_of(c), c.mode != "rl"
     limits = {"max_rows": c.sampling.max_rows or None}
@@ -136,6 +139,12 @@ def _reflection(c: Any, config: DecoderConfig, instructions: int, limits: dict[s
     """
     r = c.reflection
     most = min(r.max_input_tokens, config.max_positions - r.max_new_tokens)
+    if most <= instructions:
+        raise ValueError(
+            f"reflection.max_new_tokens={r.max_new_tokens}, .max_input_tokens={r.max_input_tokens}: of a "
+            f"context of {config.max_positions} they leave {most} tokens for a conversation whose "
+            f"instructions have {instructions}; lower the first, or raise the second"
+        )
     lengths = Lengths(instructions, most - instructions, r.max_new_tokens)
     # Rounded up as the reflector does.
     longest = 1 << (lengths.problem - 1).bit_length()

@@ -35,6 +35,7 @@ def parts(trains=True, test=True):
         evolves=True,
         sampling={},
         rollouts={},
+        left_out={"test": ("long1", "long2")},
     )
 
 
@@ -95,7 +96,7 @@ def test_two_by_two(folder, sampled):
         (True, ["p0", "p1"], ["q1", "q2"]),
     ]
     assert (sampled[0][3]["key"] == sampled[1][3]["key"]).all()
-    assert results["deployed"]["id"] == "p1"
+    assert results["deployed"]["id"] == "p1" and results["problems_left_out"] == {"test": 2}
     assert {weights: list(cells) for weights, cells in results["test"].items()} == {
         "initial": ["root", "deployed"],
         "trained": ["root", "deployed"],
