@@ -79,7 +79,7 @@ quickstart: $(VENV)/.installed $(VENV)/.model
 	@JAX_PLATFORMS=cpu $(BIN)/python -m espl_jax.main --config=configs/quickstart.py --workdir=$(WORKDIR) $(ARGS)
 
 test: $(VENV)/.test $(VENV)/.model
-	@JAX_PLATFORMS=cpu $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+	@JAX_PLATFORMS=cpu $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(VENV)/.test-slow $(VENV)/.model $(VENV)/.gemma
 	@JAX_PLATFORMS=cpu $(BIN)/pytest -m slow $(ARGS)

@@ -131,6 +131,7 @@ def config(**changes):
         "num_iterations": 2,
         "model.dtype": "float32",
         "model.param_dtype": "float32",
+        "model.matmul_precision": "default",
         "model.sampling_layout": "stacked",
         "model.remat": "none",
         "lora.rank": 2,
