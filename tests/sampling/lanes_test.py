@@ -241,7 +241,7 @@ class TestTurns:
 
     def test_long_answers_go_in_pieces(self, monkeypatch, samples):
         monkeypatch.setattr(lanes, "EXTENDED_TOKENS", 2)
-        monkeypatch.setattr(lanes, "EXTENDED_ROWS", 3)
+        monkeypatch.setattr(sizing, "EXTENDED_ROWS", 3)
         pieces = self.run()
         np.testing.assert_array_equal(pieces.tokens, samples.tokens)
         np.testing.assert_allclose(pieces.logprobs, samples.logprobs, atol=2e-5)
