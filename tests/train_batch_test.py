@@ -401,7 +401,12 @@ class TestGradient:
         assert float(right["log_ratio_abs"]) < 1e-5 < 1e-2 < float(wrong["log_ratio_abs"])
 
     @pytest.mark.parametrize(
-        "truncation", [Truncation(top_p=0.9), Truncation(top_k=20, top_p=0.9, min_p=0.02)], ids=str
+        "truncation",
+        [
+            Truncation(top_p=0.9),
+            pytest.param(Truncation(top_k=20, top_p=0.9, min_p=0.02), marks=pytest.mark.slow),
+        ],
+        ids=str,
     )
     def test_is_cut_where_the_sampler_cut(self, truncation):
         """Drawn in turns with ends taken back, so that every column moves about before it is trained on."""

@@ -60,7 +60,8 @@ class TestOccupancy:
         drawn = self.MEDIAN * np.exp(np.log(20) * normal / normal.max())
         return np.maximum(6, np.round(drawn)).astype(int).reshape(3, 10, 5)
 
-    @pytest.mark.parametrize(("max_rows", "slots"), [pytest.param(50, 150, marks=pytest.mark.slow), (17, 51)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("max_rows", "slots"), [(50, 150), (17, 51)])
     def test_row_steps_against_an_oracle(self, max_rows, slots, record_property):
         lengths = self.lengths()
         assert lengths.max() == pytest.approx(20 * np.median(lengths), rel=0.02)
@@ -368,7 +369,8 @@ class TestStages:
         stops = {"stop_ids": (3,), "max_new_tokens": 200, "shape": (2, 2, 6)}
         return sample(config=tiny.CONFIG.replace(max_positions=1024), **stops | settings)
 
-    @pytest.mark.parametrize("turns", [pytest.param(False, marks=pytest.mark.slow), True])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("turns", [False, True])
     def test_rows_go_on_where_they_were(self, samples, monkeypatch, turns):
         begun = []
         reserve = decode.reserve
@@ -444,7 +446,7 @@ class TestOutgrownRows:
             {},
             SMALL.replace(max_positions=8192),
             [[5]],
-            [[list(range(self.PROMPT))]],
+            [[[9] * self.PROMPT]],
             keys_of((1, 1, rows)),
             max_new_tokens=self.LIMIT,
             temperature=1.0,
