@@ -7,7 +7,15 @@ LIBTPU = "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'"  # c
 GCS = ["gcsfs>=2026.1"]  # work directories in buckets
 TEST = [
     *GCS,
-    *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "peft>=0.17", "accelerate>=1.1"),
+    *(
+        "pytest>=8",
+        "pytest-cov>=6",
+        "pytest-xdist>=3.6",
+        "hypothesis>=6.100",
+        "ruff>=0.9",
+        "peft>=0.17",
+        "accelerate>=1.1",
+    ),
     *("jsonschema>=4.20", "trueskillthroughtime>=1.1"),
     "trl==1.16.*",  # a test calls its loss, which is not public
     LIBTPU,
@@ -36,7 +44,6 @@ setup(
         "gguf>=0.17",
         "huggingface-hub>=1.0",
         "jax>=0.9",
-        "json-repair>=0.40",
         "llguidance>=1.7.5",
         "math-verify>=0.8",
         "ml-collections>=1.0",
