@@ -9,14 +9,13 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from tests.devices import xla_flags
+from tests.devices import OLDER_EMITTERS, xla_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 STARTED = time.monotonic()
 
 
-# Environment variables and not jax.config: read when jax is first imported, inherited by the processes that
-# tests start, and tests of the host world still run without importing jax.
+# Environment variables and not jax.config: inherited by the processes that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 # A collective holds a thread until all devices have come to it. XLA would have no more threads than devices
@@ -24,6 +23,13 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
 os.environ["NPROC"] = "32"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+
+import jax  # noqa: E402 (after the variables that it reads)
+
+# XLA reads its flags when it first compiles. libtpu reads them again when it is loaded, and ends the process
+# if it does not know one.
+jax.block_until_ready(jax.jit(lambda x: x + 1)(0))
+os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(OLDER_EMITTERS, "")
 
 hypothesis.settings.register_profile("reproducible", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("reproducible")
@@ -33,8 +39,7 @@ hypothesis.settings.load_profile("reproducible")
 def programs_of_one_module():
     """Drops compiled programs after each module: thousands in one process have crashed the compiler."""
     yield
-    if "jax" in sys.modules:
-        sys.modules["jax"].clear_caches()
+    jax.clear_caches()
 
 
 def pytest_addoption(parser):

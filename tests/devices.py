@@ -1,12 +1,12 @@
 """The flags of XLA under which tests and the processes that they start run."""
 
+OLDER_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
+
 
 def xla_flags(devices):
     """Returns XLA's flags for a process with that number of virtual CPU devices.
 
     Tests compile for longer than they run. Level 0 halves that; older emitters take a quarter of the rest.
     """
-    return (
-        f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
-        "--xla_cpu_use_fusion_emitters=false"
-    )
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    return f"{flags} {OLDER_EMITTERS}"

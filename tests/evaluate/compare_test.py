@@ -24,6 +24,7 @@ from espl_jax.evaluate.compare import (
 )
 from espl_jax.evaluate.prompts import read_prompt
 from espl_jax.evaluate.request import Request
+from espl_jax.pretrained.numerics import CHOSEN
 from espl_jax.sampling.truncation import Truncation
 from espl_jax.types import Problem
 from tests import fakes
@@ -108,7 +109,7 @@ def test_every_model_prompt_and_problem_set(loaded, tmp_path, capsys):
     ]
     # Each model once; what was not given suits the CPU.
     assert [source for source, _ in loaded] == ["x", "y"]
-    assert loaded[0][1] == {"mesh": None, **comparing.ON_CPU, "dtype": "bfloat16"}
+    assert loaded[0][1] == {"mesh": None, **dict.fromkeys(CHOSEN, "auto"), "dtype": "bfloat16"}
     # The same weights under two names: the same random numbers, hence the same figures.
     assert [cell.evaluation for cell in cells[:4]] == [cell.evaluation for cell in cells[4:]]
 

@@ -85,7 +85,8 @@ def test_what_is_in_the_folder(tmp_path):
     described = json.loads((folder / "config.json").read_text())
     assert described["eos_token_id"] == ids[0]
     assert described["dtype"] == described["torch_dtype"] == "float32"
-    assert from_hf_config(described, lora_scale=0.5).replace(windows=()) == CONFIG.replace(windows=())
+    numerics = {"lora_scale": 0.5, "sampling_layout": "stacked"}
+    assert from_hf_config(described, **numerics).replace(windows=()) == CONFIG.replace(windows=())
 
 
 def test_without_a_system_prompt_the_template_is_the_models_own(tmp_path):
