@@ -181,10 +181,13 @@ def test_the_grader_sees_no_thinking():
         def __getattr__(self, name):
             return getattr(fake.tokenizer, name)
 
+        def __len__(self):
+            return len(fake.tokenizer)
+
         def decode(self, tokens, skip_special_tokens=False):
             return next(replies) if skip_special_tokens else "a prompt"
 
-    thinking = dataclasses.replace(fake, tokenizer=Thinking())
+    thinking = dataclasses.replace(fake, loaded_tokenizer=Thinking())
     replies = iter(texts * 2)
     result = collect_rollouts(thinking, PROMPTS[:1], PROBLEMS[:1], Listening(), **SETTINGS)
     assert seen == ["4", "6", ""]
