@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import optax
 
@@ -13,6 +15,7 @@ MIN_FACTORED = 128
 """Adafactor factors an array by its two longest axes if both have this size: more than models have layers."""
 
 
+@functools.cache  # jit compares optimizers by identity: equal settings share the compiled step
 def make_optimizer(
     learning_rate: float,
     *,

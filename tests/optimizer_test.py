@@ -34,6 +34,12 @@ def rates(optimizer, steps):
     return found
 
 
+def test_equal_settings_compile_a_step_once():
+    """jit compares optimizers by identity: a second run in a process reuses the step of the first."""
+    assert make_optimizer(1e-3, kind="adamw") is make_optimizer(1e-3, kind="adamw")
+    assert make_optimizer(1e-3) is not make_optimizer(2e-3)
+
+
 def test_learning_rate_and_warm_up():
     np.testing.assert_allclose(rates(make_optimizer(1e-3), 3), [1e-3] * 3, rtol=1e-4)
     np.testing.assert_allclose(
