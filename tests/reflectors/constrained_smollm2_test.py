@@ -69,13 +69,9 @@ def revision(i):
     return conversation, edits_schema(("modify", "merge"), ids(rules) + ids(candidates, "C"), **LIMITS)
 
 
+@pytest.mark.slow  # tests/train_test.py reflects under schemas with the tiny model
 @pytest.mark.parametrize(
-    ("critiques", "revisions", "temperature"),
-    [
-        (7, 1, 1.0),
-        pytest.param(60, 40, 0.7, marks=pytest.mark.slow),
-        pytest.param(60, 40, 1.0, marks=pytest.mark.slow),
-    ],
+    ("critiques", "revisions", "temperature"), [(7, 1, 1.0), (60, 40, 0.7), (60, 40, 1.0)]
 )
 def test_every_reply_parses_and_validates(model, critiques, revisions, temperature, record_property):
     settings = {"key": jax.random.key(0), "max_new_tokens": TOKENS, "temperature": temperature}
