@@ -130,20 +130,23 @@ def extras():
 def fresh_flags():
     """Hides the flags of commands that were imported before; absl keeps all flags of a process together."""
 
+    module_of = flags.FLAGS.find_module_defining_flag
+
     def defined():
-        module_of = flags.FLAGS.find_module_defining_flag
         return [x for x in flags.FLAGS if x.split(".")[0] == "config" or "espl_jax" in module_of(x, "")]
 
-    hidden, verbosity = {name: flags.FLAGS[name] for name in defined()}, logging.get_verbosity()
-    for name in hidden:
+    hidden = [(name, flags.FLAGS[name], module_of(name)) for name in defined()]
+    verbosity = logging.get_verbosity()
+    for name, _, _ in hidden:
         delattr(flags.FLAGS, name)
     try:
         yield
     finally:
         for name in defined():
             delattr(flags.FLAGS, name)
-        for name, flag in hidden.items():
+        for name, flag, module in hidden:
             flags.FLAGS[name] = flag
+            flags.FLAGS.register_flag_by_module(module, flag)
         flags.FLAGS.unparse_flags()
         logging.set_verbosity(verbosity)
 
