@@ -56,6 +56,7 @@ LONGEST_FILES = (
     "sampling/generate_test.py",
     "models/families_test.py",
     "train_batch_test.py",
+    "readme_commands_test.py",
 )
 """Test files that take longest: they start first, so that no worker is left alone with one at the end."""
 
