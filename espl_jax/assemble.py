@@ -30,6 +30,7 @@ from espl_jax.pretrained import Pretrained, load_pretrained, read_config
 from espl_jax.pretrained.numerics import AUTO, CHOSEN, resolve
 from espl_jax.rl.losses import Loss
 from espl_jax.rollout import longest_conversation, longest_problem, stable_hash
+from espl_jax.sampling.layout import for_sampling
 from espl_jax.sampling.sizes import Sizes
 from espl_jax.sampling.truncation import Truncation
 from espl_jax.samplings import Lengths, Sampling, samplings
@@ -221,7 +222,8 @@ def held_while_sampling(config: Any, parts: Parts) -> int:
     the policy is laid out anew for sampling."""
     state = abstract_run_state(config, parts)
     held = {id(x) for x in jax.tree.leaves((parts.reference.params, state))}
-    copies = [x for x in jax.tree.leaves(parts.policy(state).params) if id(x) not in held]
+    params, _ = for_sampling(parts.policy(state).params, parts.reference.config, parts.mesh)
+    copies = [x for x in jax.tree.leaves(params) if id(x) not in held]
     return bytes_per_device((parts.reference.params, state, copies))
 
 

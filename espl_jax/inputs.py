@@ -16,10 +16,10 @@ Fingerprints = dict[str, dict[str, str]]
 """Field of the configuration -> name of a file, or of what was read -> SHA-256."""
 
 WHOLE = 16 * 2**20
-"""A file of at most so many bytes is hashed whole."""
+"""Largest file, in bytes, that is hashed whole."""
 
 BLOCKS, BLOCK = 64, 2**16
-"""Of a larger one its size, and so many blocks of so many bytes, the first and the last among them."""
+"""Of a larger file, its size and this number of blocks of this size are hashed, first and last included."""
 
 
 def fingerprints(c: Any, splits: Mapping[str, ProblemSet], model_files: Mapping[str, Path]) -> Fingerprints:

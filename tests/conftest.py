@@ -46,7 +46,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("espl_jax")
     group.addoption("--family-seed", type=int, default=0, help="draws the tiny models of every family")
     group.addoption("--family-draws", type=int, help="how many models are drawn of each family")
-    group.addoption("--minutes", type=float, help="start no test after so many minutes; the rest is skipped")
+    group.addoption("--minutes", type=float, help="skip tests that would end after this many minutes")
 
 
 LONGEST_FILES = (

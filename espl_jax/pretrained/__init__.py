@@ -218,7 +218,9 @@ def _from_gguf(source: str, dtype: DTypeLike, mesh: Mesh | None, **numerics: Any
     else:
         params = sharding.place(params, transformer.abstract(config), mesh, "sampling")
     if not has_tokenizer(metadata):
-        why = f"{source} has no tokenizer (tokenizer.ggml.model); convert it anew with the model's vocabulary"
+        why = (
+            f"{source} has no tokenizer (tokenizer.ggml.model); convert it again with the model's vocabulary"
+        )
         return Pretrained(params, config, FileNotFoundError(why), files={path.name: path})
     generation = {"eos_token_id": list(stop_ids_from_metadata(metadata))}
     return _checked(

@@ -204,10 +204,11 @@ def sample_tree(
         "problem_tokens", np.concatenate([tokens for lane in problem_tokens for tokens in lane]), config
     )
     check_ids("stop_ids", [stop for stop in stop_ids if stop >= 0], config)  # models without any name -1
-    held = bytes_per_device(params) if held_bytes is None else held_bytes
-    params, config = for_sampling(params, config, mesh)
-    if config.sampling_layout == "unstacked":
-        held += bytes_per_device(params["layers"])
+    laid_out, config = for_sampling(params, config, mesh)
+    if held_bytes is None:
+        arrays = {id(x): x for x in jax.tree.leaves((params, laid_out))}
+        held_bytes = bytes_per_device(list(arrays.values()))
+    params = laid_out
     most = int(np.max(max_new_tokens))
     stages = choose_sizes(
         config,
@@ -220,7 +221,7 @@ def sample_tree(
         turns=respond is not None,
         coarse=constraint is not None,
         max_rows=max_rows,
-        held=held,
+        held=held_bytes,
         mesh=mesh,
     )
     lanes = Lanes(

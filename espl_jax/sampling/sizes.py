@@ -112,7 +112,7 @@ class Sizes:
         return min(self.capacity, bucket(filled, _unit(self.capacity)))
 
     def extended_rows(self, columns: int) -> int:
-        """Most rows of a part that are extended at once, when the longest of them attends to so many."""
+        """Most rows of a part that are extended at once, where the longest attends to this many columns."""
         return min(EXTENDED_ROWS, max(1, EXTENDED_COLUMNS // columns))
 
     def __str__(self) -> str:

@@ -251,7 +251,7 @@ def _same_numbers(gold: Any, answer: Any, digits: int) -> bool | None:
     """Whether two numbers are equal, or None where neither digits nor arithmetic decide that.
 
     Digits show a difference long before all proofs of equality have failed. Rational numbers are compared
-    exactly, others up to so many digits.
+    exactly, others up to that number of digits.
     """
     if not all(
         isinstance(each, sympy.Expr) and each.is_number and not each.is_Matrix for each in (gold, answer)
