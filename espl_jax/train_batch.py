@@ -35,7 +35,8 @@ def train_batches(
       rollouts: the iteration's.
       advantages: float32 [M, B, N].
       parts: D, groups of devices that share rows (`sharding.row_parts`).
-      microbatch_rows: the rollouts of a part are a multiple of it; 0 for any number.
+      microbatch_rows: the rollouts of a part are padded to a multiple of it that holds every group, so that
+        all updates are one program; 0 pads them to all, a half, a quarter ... of the rollouts.
       minibatches: how many updates share the rollouts; groups are dealt out to them at random.
       rng: consumed to deal them out; needed for more than one.
       every_group: keep groups without an advantage too, for losses that have a gradient there (KL).
@@ -93,7 +94,7 @@ def abstract_batch(
       parts, microbatch_rows: as in `train_batches`.
     """
     rows = rows_of_a_part(groups, groups, group_size, parts, microbatch_rows)
-    problems = problems_of_a_part(rows, group_size, parts)
+    problems = problems_of_a_part(rows, group_size, parts, microbatch_rows)
     width, system = bucket(new_tokens, smallest=16), bucket(system_tokens) if system_tokens else 0
     problem = bucket(problem_tokens - 1, smallest=16) if problem_tokens else 0
 
@@ -122,18 +123,29 @@ def abstract_batch(
 
 
 def rows_of_a_part(groups: int, most: int, group_size: int, parts: int, microbatch_rows: int) -> int:
-    """R, for so many groups of at most `most`: all of them, a half, a quarter ..., rounded up."""
+    """R, the rows reserved for this many groups out of `most`.
+
+    With microbatches R is the same for any number of groups, because a step skips the microbatches that are
+    empty. Otherwise it is all rows, a half, a quarter ... of them, rounded up.
+    """
     rows = -(-most * group_size // parts)
+    if microbatch_rows:
+        return _round_up(rows, min(microbatch_rows, rows))
     while rows > 1 and -(-rows // 2) * parts >= groups * group_size:
         rows = -(-rows // 2)
-    size = min(microbatch_rows or rows, rows)
-    return -(-rows // size) * size
+    return rows
 
 
-def problems_of_a_part(rows: int, group_size: int, parts: int) -> int:
-    """P, the most groups that any run of so many rows has a part in."""
-    starts = rows * np.arange(parts)
-    return int(((starts + rows - 1) // group_size - starts // group_size).max()) + 1
+def problems_of_a_part(rows: int, group_size: int, parts: int, microbatch_rows: int = 0) -> int:
+    """P, the most groups that one part's rows belong to, however many of its microbatches are in use."""
+    in_use = np.arange(min(microbatch_rows, rows), rows + 1, microbatch_rows) if microbatch_rows else [rows]
+    starts = np.multiply.outer(in_use, np.arange(parts))
+    ends = starts + np.reshape(in_use, (-1, 1)) - 1
+    return int((ends // group_size - starts // group_size).max()) + 1
+
+
+def _round_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
 
 
 def _batch(
@@ -149,12 +161,17 @@ def _batch(
     """One update. `share` int [.., 2] are its groups (m, b); `useful` [U, 2] those with a gradient."""
     group_size = advantages.shape[2]
     rows = rows_of_a_part(len(useful), most, group_size, parts, microbatch_rows)
-    # Row i of all parts together is of group i // N; those beyond the last group stand under an empty mask.
-    row = np.arange(parts * rows).reshape(parts, rows)
-    real = row < len(useful) * group_size
+    # Every part takes equally many rows in turn, and whole microbatches of them. Row i of all parts together
+    # is of group i // N; those beyond a part's share or the last group stand under an empty mask.
+    share_rows = rows
+    if microbatch_rows:
+        share_rows = min(rows, _round_up(-(-len(useful) * group_size // parts), min(microbatch_rows, rows)))
+    column = np.arange(rows)
+    row = share_rows * np.arange(parts)[:, None] + np.minimum(column, share_rows - 1)
+    real = (column < share_rows) & (row < len(useful) * group_size)
     first = row[:, :1] // group_size
     group = np.minimum(row // group_size, len(useful) - 1)
-    nodes = first + np.arange(problems_of_a_part(rows, group_size, parts))
+    nodes = first + np.arange(problems_of_a_part(rows, group_size, parts, microbatch_rows))
     nodes = np.minimum(nodes, len(useful) - 1)
     place = (*np.moveaxis(useful[group], -1, 0), row % group_size)
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from espl_jax.rl.advantages import advantages
+from espl_jax.rl.tree import sum_over_microbatches
 from espl_jax.rollout import collect_rollouts
 from espl_jax.sampling.truncation import Truncation
 from espl_jax.train_batch import (
@@ -183,9 +184,10 @@ class TestSizes:
             (6, 6, 2, 5, 0, 3),  # 15 places for 12
             (5, 6, 2, 5, 0, 2),
             (1, 6, 2, 8, 0, 1),
-            (3, 6, 2, 1, 4, 8),
+            (3, 6, 2, 1, 4, 12),  # with microbatches one number for all
+            (1, 6, 2, 1, 4, 12),
             (6, 6, 2, 3, 4, 4),
-            (1, 6, 2, 1, 4, 2),  # no microbatch is larger than all rows
+            (1, 1, 2, 1, 4, 2),  # no microbatch is larger than all rows
             (6, 6, 2, 5, 2, 4),
         ],
     )
@@ -193,20 +195,22 @@ class TestSizes:
         assert rows_of_a_part(groups, most, group_size, parts, microbatch_rows) == rows
 
     @pytest.mark.parametrize(
-        ("rows", "group_size", "parts", "problems"),
+        ("rows", "group_size", "parts", "microbatch_rows", "problems"),
         [
-            (6, 2, 1, 3),
-            (5, 2, 1, 3),
-            (3, 2, 3, 2),  # 001 122 334
-            (5, 2, 2, 3),  # 00112 23344
-            (3, 4, 2, 2),  # 000 011
-            (2, 4, 4, 1),  # 00 00 11 11
-            (1, 4, 8, 1),
-            (5, 3, 2, 3),  # 00011 12223
+            (6, 2, 1, 0, 3),
+            (5, 2, 1, 0, 3),
+            (3, 2, 3, 0, 2),  # 001 122 334
+            (5, 2, 2, 0, 3),  # 00112 23344
+            (3, 4, 2, 0, 2),  # 000 011
+            (2, 4, 4, 0, 1),  # 00 00 11 11
+            (1, 4, 8, 0, 1),
+            (5, 3, 2, 0, 3),  # 00011 12223
+            (4, 4, 2, 1, 2),  # 0000 1111, but if three rows of each are in use 000 011
+            (4, 2, 2, 2, 2),  # 0011 2233 or 00 11
         ],
     )
-    def test_problems_of_a_part(self, rows, group_size, parts, problems):
-        assert problems_of_a_part(rows, group_size, parts) == problems
+    def test_problems_of_a_part(self, rows, group_size, parts, microbatch_rows, problems):
+        assert problems_of_a_part(rows, group_size, parts, microbatch_rows) == problems
 
     @pytest.mark.parametrize("settings", [{}, {"parts": 5, "microbatch_rows": 2}], ids=str)
     @pytest.mark.parametrize("cut", [False, True])
@@ -431,6 +435,33 @@ class TestGradient:
         assert (dropped.inputs.shape[1], whole.inputs.shape[1]) == (18, 36)
         assert np.abs(scored(whole)[0]["embedding"]["weight"]).max() > 1e-3
         tiny.assert_trees_close(scored(dropped)[0], scored(whole)[0], 1e-5)
+
+    @pytest.mark.parametrize("parts", [1, 5])
+    def test_microbatches_make_one_shape_for_any_number_of_groups(self, rollouts, parts):
+        gains = gains_of(rollouts) * np.array([1, 0, 0, 1], np.float32)[:, None]
+        settings = {"parts": parts, "microbatch_rows": 4}
+        (whole,) = train_batches(rollouts, EQUAL, **settings)
+        (few,) = train_batches(rollouts, gains, **settings)
+        assert jax.tree.map(np.shape, few) == jax.tree.map(np.shape, whole)
+        # Every part has a share, in its first microbatches; 18 rollouts fill 5 of 9, or one of two for each.
+        used = few.mask.reshape(parts, -1, 4, few.mask.shape[-1]).any(axis=(2, 3))
+        assert used.tolist() == ([[True] * 5 + [False] * 4] if parts == 1 else [[True, False]] * parts)
+        expected = scored(*train_batches(rollouts, gains))[0]
+        tiny.assert_trees_close(scored(few, microbatch_rows=4)[0], expected, 1e-5)
+
+    def test_empty_microbatches_are_skipped(self, rollouts):
+        (batch,) = train_batches(rollouts, gains_of(rollouts), microbatch_rows=4)
+        batch = batch._replace(mask=batch.mask & (np.arange(36) // 4 == 2)[:, None])
+        seen = []
+
+        def targets(micro):
+            jax.debug.callback(seen.append, micro["targets"])
+            return micro["targets"].sum()
+
+        total = jax.jit(lambda batch: sum_over_microbatches(targets, batch, 4))(batch)
+        jax.effects_barrier()
+        np.testing.assert_array_equal(seen, batch.targets[:, 8:12])
+        assert total == batch.targets[:, 8:12].sum()
 
     def test_parts_and_minibatches_add_up_to_it(self, rollouts):
         """The loss is a sum over rollouts, divided by how many there are, however they are cut."""

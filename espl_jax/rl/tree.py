@@ -80,14 +80,22 @@ def microbatches(batch: TrainBatch, size: int) -> dict[str, jax.Array]:
 
 
 def sum_over_microbatches(function: Callable[[Any], Any], batch: TrainBatch, size: int) -> Any:
-    """What the function gives for each microbatch, summed in float32 and then rounded to what it gives."""
+    """What the function gives for each microbatch, summed in float32 and then rounded to what it gives.
+
+    Microbatches without a token that counts are skipped.
+    """
     micros = microbatches(batch, size)
     first = jax.tree.map(lambda x: x[0], micros)
     if batch.inputs.shape[1] == size:
         return function(first)
     shapes = jax.eval_shape(function, first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-    total, _ = jax.lax.scan(
-        lambda total, micro: (jax.tree.map(jnp.add, total, function(micro)), None), zeros, micros
-    )
+
+    def add(total: Any, micro: dict[str, jax.Array]) -> tuple[Any, None]:
+        added = jax.lax.cond(
+            micro["mask"].any(), lambda: jax.tree.map(jnp.add, total, function(micro)), lambda: total
+        )
+        return added, None
+
+    total, _ = jax.lax.scan(add, zeros, micros)
     return jax.tree.map(lambda x, shape: x.astype(shape.dtype), total, shapes)
