@@ -11,9 +11,10 @@ from configs import common
 def get_config():
     """Small everything: one chunk of decoding, one microbatch."""
     c = common.get_config()
-    c.num_iterations = 8
+    c.num_iterations = 5
 
     c.model.source = "smollm2"
+    c.model.remat = "none"
     c.lora.rank = 16
 
     c.data.train = "addition:digits=2,count=1000"
@@ -30,6 +31,7 @@ def get_config():
     c.reflection.temperature = 0.7
     c.reflection.max_new_tokens = 144
     c.reflection.opening = True
+    c.loss.microbatch_rows = 16
     c.optimizer.learning_rate = 1e-3
     c.evaluation.every = 5
     c.evaluation.temperature = 0.0

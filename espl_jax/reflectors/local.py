@@ -153,8 +153,9 @@ class LocalReflector:
         words: np.ndarray,
         schemas: list[Schema] | None,
     ) -> list[list[int]]:
-        # Shapes stay few: the batch is filled up with rows that may draw nothing.
-        spare = bucket(len(rests), smallest=4) - len(rests)
+        # Shapes stay few: the batch is filled up with rows that may draw nothing. One conversation alone, as
+        # every revision is, takes the time of one.
+        spare = bucket(len(rests), smallest=4) - len(rests) if len(rests) > 1 else 0
         words = np.pad(words, ((0, spare), (0, 0)))
         limits = np.array([self.max_new_tokens] * len(rests) + [0] * spare)
         model, constraint = self.model, None
