@@ -11,7 +11,7 @@ from configs import common
 def get_config():
     """Small everything: one chunk of decoding, one microbatch."""
     c = common.get_config()
-    c.num_iterations = 5
+    c.num_iterations = 4
 
     c.model.source = "smollm2"
     c.model.remat = "none"
@@ -19,7 +19,7 @@ def get_config():
 
     c.data.train = "addition:digits=2,count=1000"
     c.data.validation = "addition:digits=2,count=50"
-    c.data.test = "addition:digits=2,count=100"
+    c.data.test = "addition:digits=2,count=50"
     c.environment.name = "arithmetic"
     c.environment.answer_format = "last_number"
     c.population.text = "Reply with the sum."
@@ -27,13 +27,14 @@ def get_config():
     c.num_prompts, c.batch_size, c.group_size = 3, 8, 4
     c.sampling.temperature = 1.0
     c.sampling.max_new_tokens = 12
-    c.evolution.max_principles = 3
+    c.evolution.max_edits, c.evolution.max_words, c.evolution.word_retries = 1, 12, 0
+    c.evolution.max_principles = 2
     c.reflection.temperature = 0.7
     c.reflection.max_new_tokens = 144
     c.reflection.opening = True
     c.loss.microbatch_rows = 16
-    c.optimizer.learning_rate = 1e-3
-    c.evaluation.every = 5
+    c.optimizer.learning_rate = 1.5e-3
+    c.evaluation.every = 0
     c.evaluation.temperature = 0.0
     c.evaluation.test_samples = 1
     return c

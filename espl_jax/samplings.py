@@ -72,7 +72,7 @@ class Sampling:
             context_limit=self.context_limit,
             chunk=1 if self.constrained else CHUNK,
             turns=self.turns,
-            coarse=self.constrained,
+            coarse=self.phase == "reflection",
             max_rows=self.max_rows,
             held=held,
             memory=memory,

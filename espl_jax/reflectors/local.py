@@ -177,6 +177,7 @@ class LocalReflector:
             # Conversations have all lengths, programs shall have few.
             longest_problem=1 << (max(map(len, rests)) - 1).bit_length(),
             held_bytes=self.held_bytes,
+            coarse=True,
             mesh=self.mesh,
         )
         return [samples.tokens[0, i, 0, : samples.lengths[0, i, 0]].tolist() for i in range(len(rests))]

@@ -141,6 +141,7 @@ def sample_tree(
     max_rows: int | None = None,
     held_bytes: int | None = None,
     chunk: int = CHUNK,
+    coarse: bool = False,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Samples:
     """Samples the third level of the tree under its first two.
@@ -175,6 +176,7 @@ def sample_tree(
         fit into memory, reckoned from its size, whatever else runs on the machine; see `choose_sizes`.
       held_bytes: memory of each device that stays taken; that of the params by default.
       chunk: decode steps between two looks at which rows are done; 1 under a constraint.
+      coarse: compile fewer programs, see `Sizes`; always so under a constraint.
       mesh: shard rows over its data axes.
 
     Returns:
@@ -219,7 +221,7 @@ def sample_tree(
         context_limit=context_limit,
         chunk=chunk,
         turns=respond is not None,
-        coarse=constraint is not None,
+        coarse=coarse or constraint is not None,
         max_rows=max_rows,
         held=held_bytes,
         mesh=mesh,

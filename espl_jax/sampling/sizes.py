@@ -41,6 +41,9 @@ EXTENDED_COLUMNS = 16_384
 SHARE = 0.8
 """Part of a device's memory to plan with; the rest is for caches of prompts and problems, and temporaries."""
 
+FEWEST_ROWS = 4
+"""The narrowest chunk of a coarse ladder, unless there are fewer rows: fewer hardly run faster."""
+
 _LOGITS = 3 * 4
 """Bytes that drawing needs for each row and token of the vocabulary: float32 logits and two copies."""
 
@@ -49,13 +52,18 @@ def rungs(most: int, coarse: bool = False) -> list[int]:
     """The widths that chunks come in: `most`, and 3/4, 1/2, 3/8, 1/4, ... of it, rounded up; ascending.
 
     Neighbours are at most a half apart, so that few rows are run for nothing and few programs compiled. A
-    `coarse` ladder has `most`, 1/4, 1/16, ... alone.
+    `coarse` ladder has `most`, 1/4, 1/16, ... alone, down to `FEWEST_ROWS`.
     """
+    if coarse:
+        sizes, width = {most}, most
+        while (width := -(-width // 4)) >= FEWEST_ROWS:
+            sizes.add(width)
+        return sorted(sizes)
     sizes = {1}
     part = 1
     while part < most:
-        sizes |= {-(-most // part)} if coarse else {-(-most // part), -(-3 * most // (4 * part))}
-        part *= 4 if coarse else 2
+        sizes |= {-(-most // part), -(-3 * most // (4 * part))}
+        part *= 2
     return sorted(sizes)
 
 
@@ -70,8 +78,8 @@ class Sizes:
       longest: columns that a row of this stage can fill before a chunk.
       problem: columns that hold any problem.
       steps: of a chunk.
-      coarse: whether chunks come in few widths and columns. When rows may end after every single step, a step
-        comes in all of its sizes, and compiling them would take longer than what they save.
+      coarse: whether chunks come in few widths and columns, for samplings that are short: compiling more of
+        them would take longer than they save.
     """
 
     parts: int

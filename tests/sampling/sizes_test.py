@@ -111,8 +111,9 @@ class TestMemory:
 
 
 def test_coarse_sizes_are_few():
-    assert rungs(150, coarse=True) == [1, 3, 10, 38, 150] and rungs(1, coarse=True) == [1]
+    assert rungs(150, coarse=True) == [10, 38, 150] and rungs(1, coarse=True) == [1]
+    assert rungs(16, coarse=True) == [4, 16] and rungs(12, coarse=True) == [12]
     fine, coarse = only(chunk=1, max_new_tokens=300), only(chunk=1, max_new_tokens=300, coarse=True)
-    assert coarse.widths == [1, 4, 15, 60] and coarse.columns == [128, 256]
+    assert coarse.widths == [4, 15, 60] and coarse.columns == [128, 256]
     assert coarse.programs < fine.programs / 2 and set(coarse.columns) <= set(fine.columns)
     assert all(filled <= coarse.columns_for(filled) <= max(128, 2 * filled) for filled in range(256))
