@@ -1,6 +1,6 @@
 # Everything sets itself up in .venv; a second run installs nothing. Needs Python 3.11 or newer and make.
 #
-#   make quickstart    train SmolLM2-135M and evolve its system prompt on this machine, about 11 minutes
+#   make quickstart    train SmolLM2-135M and evolve its system prompt on this machine, about 8 minutes
 #   make test          the fast tests           make test-slow    the slow ones
 #   make lint          ruff                     make clean        remove .venv and caches; runs/ stays
 #

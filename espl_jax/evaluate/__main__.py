@@ -1,7 +1,7 @@
 r"""Any models, under any prompts, on any problem sets.
 
     python -m espl_jax.evaluate --model=smollm2 --data=addition:digits=2,count=100 --environment=arithmetic \
-        --answer_format=last_number --prompt="Reply with the sum." --prompt=runs/quickstart/population.json#p7
+        --answer_format=last_number --prompt="Reply with the sum." --prompt=runs/quickstart/population.json#p1
 
 Every model is evaluated under every prompt on every problem set. One combination is shown as a few lines,
 several as a table, on standard output; progress goes to standard error.
