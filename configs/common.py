@@ -83,7 +83,7 @@ def get_config() -> ConfigDict:
 
     c.sampling = ConfigDict()
     c.sampling.temperature = 0.7  # of rollouts
-    c.sampling.max_new_tokens = 15_000  # of one rollout
+    c.sampling.max_new_tokens = 15_000  # of one rollout, all turns and what tools say included
     c.sampling.top_k = 0  # draw from so many most likely tokens only; 0 for all
     c.sampling.top_p = 1.0  # then from the fewest that hold so much of the probability; 1 for all
     c.sampling.min_p = 0.0  # then from those at least so likely, relative to the likeliest; 0 for all
@@ -152,7 +152,7 @@ def get_config() -> ConfigDict:
     c.loss.epochs = 1  # passes over a batch
     c.loss.minibatches = 1  # parts of a batch, one update each
     c.loss.kl_coef = 0.0  # weight of KL(policy || reference)
-    c.loss.kl_estimator = "exact"  # exact (whole vocabulary), or k1, k2, k3 (tokens drawn, weighted)
+    c.loss.kl_estimator = "exact"  # exact (whole vocabulary), or k2, k3 (tokens drawn, weighted)
     c.loss.mask_truncated = False  # no gradient from rollouts that a limit ended (DAPO's overlong filtering)
     c.loss.microbatch_rows = 0  # rollouts at a time in the backward pass; 0 for all at once
 

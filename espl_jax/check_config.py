@@ -244,14 +244,6 @@ def _check_together(c: Any) -> None:
     _check_json_object("model.chat_template_kwargs", c.model.chat_template_kwargs)
     if list(c.mesh.values()).count(-1) > 1:
         _refuse("mesh", dict(c.mesh), "only one axis can take the rest")
-    size, batch = c.loss.microbatch_rows, c.batch_size
-    if size and (group % size if size < group else size % group or batch % (size // group)):
-        _refuse(
-            "loss.microbatch_rows",
-            size,
-            f"give 0, a divisor of the {group} rollouts of a group, or {group} times a divisor of "
-            f"batch_size={batch}",
-        )
 
 
 def _check_environment(c: Any) -> None:
