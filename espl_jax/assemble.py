@@ -210,7 +210,7 @@ def samplings_of(config: Any, parts: Parts, lengths: Lengths) -> list[Sampling]:
         config,
         model.config,
         lengths,
-        longest_problem=parts.rollouts["longest_problem"],
+        longest_problem=max(parts.rollouts["longest_problem"], lengths.problem),
         turns=hasattr(parts.environment, "respond"),
         evaluated={name: len(split) for name, split in parts.splits.items() if name != "train"},
         instructions=max(map(instructions, template_names())),

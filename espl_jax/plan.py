@@ -252,7 +252,8 @@ def least_memory(c: Any, topology: str, lengths: Lengths) -> float:
     config = pretrained.read_config(c.model.source, **on_tpu(c))
     sizes = programs.held(c, config, make_optimizer_of(c), mesh).sizes()
     parts = sharding.row_parts(mesh)
-    rows = -(-c.num_prompts * c.batch_size * c.group_size // parts)
+    groups = -(-c.num_prompts * c.batch_size // c.loss.minibatches)
+    rows = -(-groups * c.group_size // parts)
     tokens = min(c.loss.microbatch_rows or rows, rows) * lengths.new
     stored = {"rounded": jnp.dtype(config.dtype).itemsize, "offload": 0}.get(config.remat, 4)
     inputs = stored * tokens * config.embed_dim * config.num_layers / mesh.shape["tensor"]

@@ -128,6 +128,7 @@ def iterate(
         "reflector": getattr(reflect, "counts", {}),
         "time": times,
     }
+    del reflect  # it holds what was laid out for sampling, which evaluation does again
     iteration_log.write(workdir, iteration, rollouts, offspring, added)
     if c.evaluation.every and iteration % c.evaluation.every == 0:
         with progress.phase("evaluation"):

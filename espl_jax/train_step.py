@@ -228,7 +228,7 @@ def batch_logprobs(
       As those of `gradients`.
 
     Returns:
-      float32 [D, R, T], under the distributions drawn from.
+      float32 [D, R, T], under the distributions drawn from; 0 in microbatches without a token that counts.
     """
     parts, rows, steps = batch.inputs.shape
     size = min(microbatch_rows or rows, rows)
@@ -240,7 +240,11 @@ def batch_logprobs(
         targets, cutoffs = micro["targets"], micro.get("cutoffs")
         return target_logprobs(params, config, hidden, targets, temperature, cutoffs).logprobs
 
-    scored = jax.lax.map(score, microbatches(batch, size))
+    def score_or_skip(micro: dict[str, jax.Array]) -> jax.Array:
+        empty = jnp.zeros(micro["targets"].shape, jnp.float32)
+        return jax.lax.cond(micro["mask"].any(), score, lambda _: empty, micro)
+
+    scored = jax.lax.map(score_or_skip, microbatches(batch, size))
     return jnp.moveaxis(scored.reshape(-1, parts, size, steps), 0, 1).reshape(parts, rows, steps)
 
 

@@ -48,7 +48,7 @@ def update(
         batches = [place_batch(each, parts.mesh) for each in _batches(rollouts, parts, c, iteration)]
         if not batches:
             return state, {}
-        if c.loss.epochs * len(batches) > 1 and parts.loss["loss"].needs_old_logprobs:
+        if c.loss.epochs * c.loss.minibatches > 1 and parts.loss["loss"].needs_old_logprobs:
             batches = [_with_old_logprobs(batch, state, parts) for batch in batches]
         steps = []
         for _ in range(c.loss.epochs):

@@ -165,7 +165,7 @@ def test_names_written_out_are_those_of_the_modules():
         ({"seed": -1}, "seed=-1: give 0 or more"),
         ({"lora.targets": ()}, "lora.targets=(): name some"),
         ({"evolution.max_principles": 0}, "evolution.max_principles=0: give room"),
-        ({"population.principles": ("a",) * 5}, "evolution.max_principles=3: give room"),
+        ({"population.principles": ("a",) * 5}, "evolution.max_principles=2: give room"),
         ({"optimizer.b1": 1.0}, "optimizer.b1=1.0: a decay is at least 0 and below 1"),
         ({"optimizer.b2": -0.1}, "optimizer.b2=-0.1: a decay is at least 0 and below 1"),
         ({"loss.clip_low": 0.2}, "loss.clip_low=0.2: loss.kind=importance_sampling does not clip; give None"),
@@ -207,10 +207,10 @@ def test_names_written_out_are_those_of_the_modules():
             {"optimizer.final_rate": 1.1, "optimizer.schedule": "linear"},
             "optimizer.final_rate=1.1: it is a part of learning_rate; give at most 1",
         ),
-        # Quickstart has 8 iterations.
+        # Quickstart has 4 iterations.
         (
-            {"optimizer.warmup_steps": 8, "optimizer.schedule": "cosine"},
-            "optimizer.warmup_steps=8: optimizer.schedule=cosine falls after the warm-up, and the run has 8",
+            {"optimizer.warmup_steps": 4, "optimizer.schedule": "cosine"},
+            "optimizer.warmup_steps=4: optimizer.schedule=cosine falls after the warm-up, and the run has 4",
         ),
         ({"evaluation.test_samples": 2}, "evaluation.test_samples=2: greedy samples are all the same"),
         (
@@ -255,8 +255,8 @@ def test_impossible_combinations(changes, message):
         {"loss.kl_estimator": "exact", "loss.kl_coef": 0.1, "sampling.top_p": 0.95},
         {"loss.kl_estimator": "k2", "loss.kl_coef": 0.1, "sampling.top_p": 0.95, "mode": "evolution"},
         {"optimizer.kind": "adamw", "optimizer.weight_decay": 0.1, "optimizer.max_skipped": 0},
-        {"optimizer.warmup_steps": 8},
-        {"optimizer.warmup_steps": 8, "optimizer.schedule": "cosine", "loss.minibatches": 2},
+        {"optimizer.warmup_steps": 4},
+        {"optimizer.warmup_steps": 4, "optimizer.schedule": "cosine", "loss.minibatches": 2},
         {"optimizer.schedule": "linear", "optimizer.final_rate": 1.0},
         {"selection.temperature": 0.5},
         {"evolution.max_principles": 1},

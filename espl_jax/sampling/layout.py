@@ -34,12 +34,15 @@ def for_sampling(
 
     Args:
       params: arrays or their shapes, with adapters or not; already laid out is fine.
-      config: the decoder. `sampling_layout` "auto" means "unstacked" on one CPU device, else "stacked".
+      config: the decoder. `sampling_layout` "auto" means "unstacked" on one CPU device, else "stacked". With
+        a mesh the weights stay stacked whatever it says, so that a run can move to more devices.
       mesh: of devices, or None.
     """
     layout = config.sampling_layout
-    if layout == "auto":
-        layout = "unstacked" if mesh is None and jax.default_backend() == "cpu" else "stacked"
+    if mesh is not None:
+        layout = "stacked"
+    elif layout == "auto":
+        layout = "unstacked" if jax.default_backend() == "cpu" else "stacked"
     if layout == "unstacked":
         params = params | {"layers": unstack(params["layers"], abstract(config)["layers"])}
     return params, config.replace(remat="none", phase="sampling", sampling_layout=layout)

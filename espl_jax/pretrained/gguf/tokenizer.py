@@ -91,9 +91,20 @@ def stop_ids_from_metadata(metadata: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _named_ends(metadata: Mapping[str, Any]) -> list[int]:
-    """The ids that the file itself names as ends."""
+    """The ids that the file itself names as ends.
+
+    Raises:
+      ValueError: one is not an id of the file's tokens.
+    """
+    count = len(_field(metadata, "tokens"))
     fields = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
-    return [metadata[field] for field in fields if field in metadata]
+    ends = {field: metadata[field] for field in fields if field in metadata}
+    for field, end in ends.items():
+        if not 0 <= end < count:
+            raise ValueError(
+                f"{field}={end}: the file has {count} tokens; correct the field, or convert it anew"
+            )
+    return list(ends.values())
 
 
 def _token_types(metadata: Mapping[str, Any]) -> list[int]:

@@ -210,6 +210,8 @@ def test_ends_of_turns_are_stop_ids():
     }
     assert stop_ids_from_metadata(metadata) == (0, 1, 2)
     assert stop_ids_from_metadata(metadata | {"tokenizer.ggml.eot_token_id": 3}) == (0, 3, 1, 2)
+    with pytest.raises(ValueError, match=r"eom_token_id=5: the file has 5 tokens; correct the field"):
+        stop_ids_from_metadata(metadata | {"tokenizer.ggml.eom_token_id": 5})
     assert stop_ids_from_metadata(metadata | {"tokenizer.ggml.eos_token_id": 1}) == (1, 2)
 
 
