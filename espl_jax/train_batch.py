@@ -36,7 +36,7 @@ def train_batches(
       advantages: float32 [M, B, N].
       parts: D, groups of devices that share rows (`sharding.row_parts`).
       microbatch_rows: the rollouts of a part are padded to a multiple of it that holds every group, so that
-        the number of groups does not change the shapes; 0 pads them to all, a half, a quarter ... of the rollouts.
+        the number of groups does not change the shapes; 0 pads them to all, 1/2, 1/4 ... of the rollouts.
       minibatches: how many updates share the rollouts; groups are dealt out to them at random.
       rng: consumed to deal them out; needed for more than one.
       every_group: keep groups without an advantage too, for losses that have a gradient there (KL).
