@@ -174,8 +174,8 @@ def sample_tree(
         programs.
       max_rows: M times as many rows are in flight at once, of whatever system prompts; by default as many as
         fit into memory, reckoned from its size, whatever else runs on the machine; see `choose_sizes`.
-      held_bytes: memory of each device that stays taken; by default that of the params and of their copy that is
-        laid out for sampling.
+      held_bytes: memory of each device that stays taken; by default that of the params and of their copy
+        that is laid out for sampling.
       chunk: decode steps between two looks at which rows are done; 1 under a constraint.
       coarse: compile fewer programs, see `Sizes`; always so under a constraint.
       mesh: shard rows over its data axes.
