@@ -58,22 +58,24 @@ FAULTS = {
 }
 
 
-def test_a_server_out_of_order_costs_its_iterations_mutation_alone(tmp_path):
-    fault = []
+def test_a_server_out_of_order_costs_its_iterations_mutation_alone(tmp_path, monkeypatch):
+    """One fault an iteration, between a first and a last iteration without any."""
+    faults = [None, *FAULTS.values(), faulty_server.closed, None]
+    finished, save = [], loop.save
 
     def script(request, number):
-        return fault[0] if fault else good(request, number)
+        fault = faults[min(len(finished), len(faults) - 1)]
+        return fault if fault else good(request, number)
 
+    def save_and_count(workdir, run):
+        save(workdir, run)
+        finished.append(run.iteration)
+
+    monkeypatch.setattr(loop, "save", save_and_count)
     with faulty_server.serve(script) as server:
-        run(tmp_path, server.address, num_iterations=1)
-        for iteration, (name, behaviour) in enumerate(FAULTS.items(), start=2):
-            fault[:] = [behaviour]
-            run(tmp_path, server.address, num_iterations=iteration)
-            assert lines(tmp_path, "metrics")[-1]["reflector"][f"failed_{name}"] > 0
-        fault[:] = [faulty_server.closed]
-        run(tmp_path, server.address, num_iterations=8)
-        fault.clear()
-        run(tmp_path, server.address, num_iterations=9)
+        run(tmp_path, server.address, num_iterations=len(faults))
+    for record, name in zip(lines(tmp_path, "metrics")[1:], FAULTS, strict=False):
+        assert record["reflector"][f"failed_{name}"] > 0
     first, *broken, last = lines(tmp_path, "metrics")
     assert first["children"] and last["children"] and first["reflector"]["failed"] == 0
     assert last["reflector"]["cost"] == last["reflector"]["prompt_tokens"] > 0

@@ -103,10 +103,17 @@ def test_tree_against_flat(model, text_tokens):
 def test_cached_decoding(model, text_tokens):
     """Greedy through `generate`, and every position again without a cache."""
     prompt = text_tokens[:60].tolist()
+    count = 16
     drawn = generate(
-        model.params, model.config, [prompt], key=jax.random.key(0), group_size=1, temperature=0.0
+        model.params,
+        model.config,
+        [prompt],
+        key=jax.random.key(0),
+        group_size=1,
+        max_new_tokens=count,
+        temperature=0.0,
     )
-    tokens, count = drawn.tokens[0, 0], 64
+    tokens = drawn.tokens[0, 0]
     whole = np.append(prompt, tokens)[None].astype(np.int32)
     scores = tiny.logits(model.params, model.config.replace(remat="none"), whole)[0, len(prompt) - 1 : -1]
     np.testing.assert_array_equal(tokens, np.asarray(scores).argmax(-1))

@@ -59,6 +59,7 @@ def run(path):
         Path(path).write_bytes(pickle.dumps(results))
 
 
+@pytest.mark.slow(minutes=2)
 def test_two_processes_take_the_steps_of_one_device(tmp_path):
     program = "from tests.train_step_processes_test import run; run(sys.argv[1])"
     run_pair(program, tmp_path / "results", timeout=600)

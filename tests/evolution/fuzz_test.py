@@ -1,16 +1,17 @@
-"""A hundred thousand hostile replies: none raises or hangs, and whatever is dropped has a reason."""
+"""Hostile replies: none raises or hangs, and whatever is dropped has a reason."""
 
 import json
 import random
 import re
 import time
 
+import pytest
+
 from espl_jax.evolution.edit_replies import parse_edits
 from espl_jax.evolution.edits import REASONS, apply_edits, edit_to_json, replay_edits
 from espl_jax.types import SystemPrompt
 from tests.evolution.edits_test import REPAIRED
 
-REPLIES = 100_000
 PROMPT = SystemPrompt(text="Be brief. A b.", principles=("x", "y"))
 
 REAL = [
@@ -112,9 +113,10 @@ def noise(rng):
     return "".join(rng.choices(PIECES, k=rng.randrange(30)))
 
 
-def test_no_reply_raises_or_hangs_and_every_drop_has_a_reason():
+@pytest.mark.parametrize("replies", [15_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_no_reply_raises_or_hangs_and_every_drop_has_a_reason(replies):
     rng = random.Random(0)
-    makers = rng.choices([mutated, other_types, deep, noise], [6, 2, 1, 1], k=REPLIES)
+    makers = rng.choices([mutated, other_types, deep, noise], [6, 2, 1, 1], k=replies)
     start, slowest, reasons = time.perf_counter(), 0.0, {}
     some = 0
     for make in makers:
@@ -133,9 +135,9 @@ def test_no_reply_raises_or_hangs_and_every_drop_has_a_reason():
         some += bool(edits)
     seconds = time.perf_counter() - start
     print(
-        f"{REPLIES:,} replies in {seconds:.0f} s, the slowest in {1000 * slowest:.0f} ms; {some:,} with edits"
+        f"{replies:,} replies in {seconds:.0f} s, the slowest in {1000 * slowest:.0f} ms; {some:,} with edits"
     )
     print(", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items())))
     assert set(reasons) <= set(REASONS)
-    assert 0.2 < some / REPLIES < 0.9 and len(reasons) >= 5
+    assert 0.2 < some / replies < 0.9 and len(reasons) >= 5
     assert slowest < 5
