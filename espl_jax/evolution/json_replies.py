@@ -35,6 +35,9 @@ _BACKSLASH = re.compile(
     r"|(?P<control>[bfnrt])"
     r"|(?P<apostrophe>'))?"
 )
+_AFTER_PROSE = re.compile(r"(?:^|[\n>`])[\s\[]*\Z")
+"""What stands before an object that begins a line, or follows a tag or a fence."""
+
 _OWN_FIELDS = {"op", "operation", "action", "principle", "search", "replace"}
 _OBJECT = re.compile(
     r"""\{\s*(?:["'“”][^"'“”{}\n]{1,40}["'“”]|op|operation|action|id|ids|principle|edits)\s*:"""
@@ -105,19 +108,26 @@ def escape_latex(text: str) -> str:
 
 
 def _objects(text: str) -> Iterator[tuple[int, int, list[Found]]]:
-    """Yields (start, end, what was found) for every outermost object; a wrapper gives all that it holds."""
+    """Yields (start, end, what was found) for every outermost object; a wrapper gives all that it holds.
+
+    An object that begins in a text of another one, which has no end, is none.
+    """
     starts = [match.start() for match in KNOWN_OBJECT.finditer(text)]
 
     def next_edit(position: int) -> int:
         return next(iter(starts[bisect.bisect_left(starts, position) :]), len(text))
 
-    position = 0
+    position, in_text = 0, False
     for _ in range(_MAX_OBJECTS):
         match = _OBJECT.search(text, position)
         if match is None:
             return
         start = match.start()
         end, found = _read(text, start, match.end(), next_edit)
+        in_text = in_text and _AFTER_PROSE.search(text[max(0, start - 50) : start]) is None
+        if in_text:
+            found = [Found(None, each.text, each.problem or "unclear_end") for each in found]
+        in_text = in_text or any(each.problem == "truncated" for each in found)
         yield start, end, found
         position = end
     if match := _OBJECT.search(text, position):
