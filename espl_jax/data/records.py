@@ -178,6 +178,9 @@ def _texts(value: Any, where: str, several: bool) -> list[str]:
 def _text(value: Any, where: str) -> str:
     while isinstance(value, list) and len(value) == 1:  # a loop, since a file may nest them deeply
         value = value[0]
+    if isinstance(value, json_values.LongNumber):
+        shown = reprlib.repr(value)
+        raise ValueError(f"{where} is the number {shown}, which a float cannot hold exactly; give it as text")
     readable = isinstance(value, str | int | float | Decimal) and not isinstance(value, bool)
     if isinstance(value, float | Decimal):
         readable = Decimal(value).is_finite()  # math.isfinite would take a huge Decimal for infinity
