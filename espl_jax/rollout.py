@@ -10,7 +10,13 @@ import jax
 import numpy as np
 
 from espl_jax import processes
-from espl_jax.environments.base import Dialogue, Environment, checked_grades, checked_user_message
+from espl_jax.environments.base import (
+    Dialogue,
+    Environment,
+    checked_grades,
+    checked_tools,
+    checked_user_message,
+)
 from espl_jax.models.config import DecoderConfig
 from espl_jax.sampling.draw import row_keys
 from espl_jax.sampling.generate import sample_tree
@@ -56,7 +62,7 @@ def conversation(
     system = prompt.render()
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": checked_user_message(environment, problem)})
-    return with_tools(tokenizer, messages, getattr(environment, "tools", ()), **chat_template_kwargs)
+    return with_tools(tokenizer, messages, checked_tools(environment), **chat_template_kwargs)
 
 
 def encode_tree(
@@ -143,7 +149,7 @@ def conversation_lengths(
     return {
         problem.id: length(problem)
         for problem in problems
-        if frame + len(environment.user_message(problem).encode()) >= least
+        if frame + len(checked_user_message(environment, problem).encode()) >= least
     }
 
 
