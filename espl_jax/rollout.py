@@ -29,6 +29,8 @@ from espl_jax.text.tools import with_tools
 from espl_jax.turns import Turns, as_text
 from espl_jax.types import Conversation, Grade, Problem, Rollouts, SystemPrompt
 
+_SOME_PROMPT = SystemPrompt("-")
+
 
 class Model(Protocol):
     """What sampling needs of a model; `espl_jax.load_pretrained` returns one, which has `stop_ids` too."""
@@ -100,7 +102,7 @@ def longest_problem(
     Only the 32 with the longest statements are looked at. A longer one among the others would do no harm: its
     batch compiles programs of its own.
     """
-    prompts, candidates = [SystemPrompt("-")], _longest_statements(problems)
+    prompts, candidates = [_SOME_PROMPT], _longest_statements(problems)
     _, (tokens,) = encode_tree(tokenizer, prompts, candidates, environment, chat_template_kwargs)
     return max(map(len, tokens))
 
@@ -114,11 +116,13 @@ def longest_conversation(
     problems: Sequence[Problem],
     environment: Environment | Dialogue,
     chat_template_kwargs: Mapping[str, Any],
+    prompt: SystemPrompt = _SOME_PROMPT,
 ) -> int:
     """Tokens of the longest of the conversations that rollouts begin with, the system prompt's not counted;
-    out of the candidates of `longest_problem`."""
+    out of the candidates of `longest_problem`. Arguments as for `conversation_lengths`."""
     candidates = _longest_statements(problems)
-    return max(conversation_lengths(tokenizer, candidates, environment, chat_template_kwargs).values())
+    lengths = conversation_lengths(tokenizer, candidates, environment, chat_template_kwargs, prompt=prompt)
+    return max(lengths.values())
 
 
 def conversation_lengths(
@@ -127,17 +131,19 @@ def conversation_lengths(
     environment: Environment | Dialogue,
     chat_template_kwargs: Mapping[str, Any],
     least: int = 0,
+    prompt: SystemPrompt = _SOME_PROMPT,
 ) -> dict[str, int]:
     """Tokens of the conversations that rollouts begin with, the system prompt's not counted.
 
     Args:
       least: problems whose texts have too few bytes for as many tokens are left out: encoding thousands of
         problems takes seconds.
+      prompt: any that is not empty gives the same lengths. An empty one leaves the system turn to the chat
+        template, whose default counts.
 
     Returns:
       Tokens by the id of the problem.
     """
-    prompt = SystemPrompt("-")
     prompt_tokens = len(encode(tokenizer, prompt.render()))
 
     def length(problem: Problem) -> int:
