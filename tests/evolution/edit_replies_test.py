@@ -141,6 +141,12 @@ def test_neighbours_keep_their_texts(one, two, write):
             [],
             ["truncated", "unclear_end", "unclear_end"],
         ),
+        # It does behind the braces of what could not be read.
+        (
+            '[{"op": "add", "why": "x" "text": "{"rule": "y"} {"id": "G1"}"}, {"op": "remove", "id": "G2"}]',
+            [Remove("G2")],
+            ["unclear_end"] * 3,
+        ),
         ('[{"op": "add", "why": "so,\n{"op": "add", "principle": "A b"}]', [Add("A b")], ["truncated"]),
         # Prose after the answer does not count.
         ('[{"op": "add", "principle": "A b"}]\nThus "{x}" and \\text{"y"}.', [Add("A b")], []),
