@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -50,8 +51,18 @@ def fitting(
     kwargs, room = json.loads(config.model.chat_template_kwargs), context - allowance
     kept, left_out = dict(splits), {}
     for name, split in splits.items():
-        lengths = conversation_lengths(model.tokenizer, split.problems, environment, kwargs, least=room)
-        long = {id: length for id, length in lengths.items() if length >= room}
+        measured = functools.partial(
+            conversation_lengths, model.tokenizer, split.problems, environment, kwargs
+        )
+        lengths = {id: length + allowance for id, length in measured(least=room).items()}
+        if not root.render():  # the template may have a system turn of its own
+            blank = measured(least=context, prompt=root)
+            lengths |= {id: max(length, lengths.get(id, 0)) for id, length in blank.items()}
+        long = {
+            problem.id: lengths[problem.id]
+            for problem in split.problems
+            if lengths.get(problem.id, 0) >= context
+        }
         if not long:
             continue
         named = ", ".join(list(long)[:10]) + (f" and {len(long) - 10} more" if len(long) > 10 else "")
@@ -61,7 +72,7 @@ def fitting(
         if config.data.too_long == "refuse" or len(long) == len(split):
             raise ValueError(
                 f"{said}: with a system prompt of up to {allowance} tokens, a prompt of "
-                f"{max(long.values()) + allowance} tokens leaves no room in a context of {context}; raise "
+                f"{max(long.values())} tokens leaves no room in a context of {context}; raise "
                 f"sampling.context_limit (the model takes {model.config.max_positions}), lower "
                 "evolution.max_prompt_tokens, or leave them out with --config.data.too_long=drop"
             )
@@ -81,10 +92,12 @@ def check_first_prompts(
     """Raises ValueError if a prompt that the run would begin with leaves the longest problem no room."""
     kwargs = json.loads(config.model.chat_template_kwargs)
     problems = [problem for split in splits.values() for problem in split.problems]
-    longest = longest_conversation(model.tokenizer, problems, environment, kwargs)
+    measured = functools.partial(longest_conversation, model.tokenizer, problems, environment, kwargs)
+    longest = measured()
     context = context_of(config, model.config)
     for member in population.members:
-        count = len(encode(model.tokenizer, member.render())) + longest
+        text = member.render()
+        count = len(encode(model.tokenizer, text)) + longest if text else measured(prompt=member)
         if count >= context:
             raise ValueError(
                 f"population.start_from={config.population.start_from!r}: with prompt {member.id} the "

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Collection
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import numpy as np
@@ -42,14 +43,29 @@ def plain(value: Any, where: str) -> Any:
     raise TypeError(f"{where} is a {type(value).__name__}, which JSON does not have: convert it first")
 
 
-def parse(text: str | bytes) -> Any:
+@dataclasses.dataclass(frozen=True, repr=False)
+class LongNumber:
+    """A number as it was written, of which a float would be another one: it has too many digits, or a power
+    of ten that is too large or too small."""
+
+    written: str
+
+    def __repr__(self) -> str:
+        return self.written
+
+
+def parse(text: str | bytes, keep_digits: bool = False) -> Any:
     """What a JSON text holds; whole numbers of more digits than Python converts are Decimals.
+
+    Args:
+      text: the JSON.
+      keep_digits: give a LongNumber for a number that a float would change.
 
     Raises:
       ValueError: for a text that is not JSON, not UTF-8, or nested too deeply.
     """
     try:
-        return json.loads(text, parse_int=_whole_number)
+        return json.loads(text, parse_int=_whole_number, parse_float=_float if keep_digits else None)
     except RecursionError as error:
         raise ValueError("nested too deeply to be read") from error
 
@@ -71,6 +87,14 @@ def check_characters(text: str, where: str) -> None:
 
 def _whole_number(digits: str) -> int | Decimal:
     return int(digits) if len(digits) <= _LONGEST_INT else Decimal(digits)
+
+
+def _float(written: str) -> float | LongNumber:
+    value = float(written)
+    try:
+        return value if Decimal(repr(value)) == Decimal(written) else LongNumber(written)
+    except InvalidOperation:  # a power of ten that not even a Decimal has
+        return LongNumber(written)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], may_change: Collection[str] = ()) -> list[str]:

@@ -10,7 +10,13 @@ import jax
 import numpy as np
 
 from espl_jax import processes
-from espl_jax.environments.base import Dialogue, Environment, checked_grades, checked_user_message
+from espl_jax.environments.base import (
+    Dialogue,
+    Environment,
+    checked_grades,
+    checked_tools,
+    checked_user_message,
+)
 from espl_jax.models.config import DecoderConfig
 from espl_jax.sampling.draw import row_keys
 from espl_jax.sampling.generate import sample_tree
@@ -22,6 +28,8 @@ from espl_jax.text.tool_calls import tool_format_of
 from espl_jax.text.tools import with_tools
 from espl_jax.turns import Turns, as_text
 from espl_jax.types import Conversation, Grade, Problem, Rollouts, SystemPrompt
+
+_SOME_PROMPT = SystemPrompt("-")
 
 
 class Model(Protocol):
@@ -56,7 +64,7 @@ def conversation(
     system = prompt.render()
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": checked_user_message(environment, problem)})
-    return with_tools(tokenizer, messages, getattr(environment, "tools", ()), **chat_template_kwargs)
+    return with_tools(tokenizer, messages, checked_tools(environment), **chat_template_kwargs)
 
 
 def encode_tree(
@@ -94,7 +102,7 @@ def longest_problem(
     Only the 32 with the longest statements are looked at. A longer one among the others would do no harm: its
     batch compiles programs of its own.
     """
-    prompts, candidates = [SystemPrompt("-")], _longest_statements(problems)
+    prompts, candidates = [_SOME_PROMPT], _longest_statements(problems)
     _, (tokens,) = encode_tree(tokenizer, prompts, candidates, environment, chat_template_kwargs)
     return max(map(len, tokens))
 
@@ -108,11 +116,13 @@ def longest_conversation(
     problems: Sequence[Problem],
     environment: Environment | Dialogue,
     chat_template_kwargs: Mapping[str, Any],
+    prompt: SystemPrompt = _SOME_PROMPT,
 ) -> int:
     """Tokens of the longest of the conversations that rollouts begin with, the system prompt's not counted;
-    out of the candidates of `longest_problem`."""
+    out of the candidates of `longest_problem`. Arguments as for `conversation_lengths`."""
     candidates = _longest_statements(problems)
-    return max(conversation_lengths(tokenizer, candidates, environment, chat_template_kwargs).values())
+    lengths = conversation_lengths(tokenizer, candidates, environment, chat_template_kwargs, prompt=prompt)
+    return max(lengths.values())
 
 
 def conversation_lengths(
@@ -121,17 +131,19 @@ def conversation_lengths(
     environment: Environment | Dialogue,
     chat_template_kwargs: Mapping[str, Any],
     least: int = 0,
+    prompt: SystemPrompt = _SOME_PROMPT,
 ) -> dict[str, int]:
     """Tokens of the conversations that rollouts begin with, the system prompt's not counted.
 
     Args:
       least: problems whose texts have too few bytes for as many tokens are left out: encoding thousands of
         problems takes seconds.
+      prompt: any that is not empty gives the same lengths. An empty one leaves the system turn to the chat
+        template, whose default counts.
 
     Returns:
       Tokens by the id of the problem.
     """
-    prompt = SystemPrompt("-")
     prompt_tokens = len(encode(tokenizer, prompt.render()))
 
     def length(problem: Problem) -> int:
@@ -143,7 +155,7 @@ def conversation_lengths(
     return {
         problem.id: length(problem)
         for problem in problems
-        if frame + len(environment.user_message(problem).encode()) >= least
+        if frame + len(checked_user_message(environment, problem).encode()) >= least
     }
 
 

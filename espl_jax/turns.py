@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from espl_jax.environments.base import Dialogue, checked_messages
+from espl_jax.environments.base import Dialogue, checked_messages, checked_tools
 from espl_jax.sampling.answers import Place
 from espl_jax.text.chat import encode
 from espl_jax.text.thinking import prompt_opens_thinking, strip_thinking
@@ -57,6 +57,7 @@ class Turns:
           chat_template_kwargs: passed to the chat template.
         """
         self._environment = environment
+        self._tools = checked_tools(environment)
         self._problems = problems
         self._tokenizer = tokenizer
         self._tool_format = tool_format
@@ -96,8 +97,7 @@ class Turns:
 
     def _append(self, place: Place, tokens: np.ndarray, messages: Sequence[Message]) -> list[int]:
         ended_by = self._tokenizer.decode(tokens[-1:]) if tokens[-1] in self._stop_ids else ""
-        tools = self._environment.tools
-        text = between_turns(self._tokenizer, messages, tools, ended_by, **self._kwargs)
+        text = between_turns(self._tokenizer, messages, self._tools, ended_by, **self._kwargs)
         appended = encode(self._tokenizer, text)
         said = _Said(tuple(messages), len(tokens), len(tokens) + len(appended), prompt_opens_thinking(text))
         self._said.setdefault(place, []).append(said)
@@ -107,7 +107,7 @@ class Turns:
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         visible = text if self._show_thinking else strip_thinking(text, opened)
         message = {"role": "assistant", "content": visible}
-        if self._environment.tools:
+        if self._tools:
             # Some formats mark calls by special tokens.
             kept = tokens[:-1] if len(tokens) and tokens[-1] in self._stop_ids else tokens
             calls = calls_in(strip_thinking(self._tokenizer.decode(kept), opened), self._tool_format)

@@ -1,6 +1,7 @@
 """Problems and prompts that the context cannot hold are known at the start."""
 
 import contextlib
+import copy
 import json
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from espl_jax import assemble as assembling
 from espl_jax.assemble import assemble, first_population
 from espl_jax.context import check_first_prompts
+from espl_jax.pretrained import Pretrained
 from espl_jax.rollout import conversation_lengths
 from espl_jax.train import left_out
 from tests import fakes
@@ -114,3 +116,29 @@ def test_first_prompts_of_the_users_own(tmp_path):
         expected = pytest.raises(ValueError, match=r"start_from=.*prompt p0 .* has 329; shorten it")
         with expected if refused else contextlib.nullcontext():
             check_first_prompts(population, config, parts.splits, parts.reference, parts.environment)
+
+
+@pytest.mark.parametrize("changes", [{"mode": "rl"}, {"evolution__max_prompt_tokens": 10}])
+def test_a_blank_root_has_the_system_turn_of_the_template(changes, tmp_path, monkeypatch):
+    default = "<|im_start|>system\nAnswer in one word.<|im_end|>\n"
+    tokenizer = copy.deepcopy(fakes.tokenizer())
+    tokenizer.chat_template = f"{{% if messages[0].role != 'system' %}}{default}{{% endif %}}{fakes.TEMPLATE}"
+
+    def load(*args, **kwargs):
+        loaded = fakes.load_pretrained(*args, **kwargs)
+        return Pretrained(loaded.params, loaded.config, tokenizer)
+
+    monkeypatch.setattr(assembling, "load_pretrained", load)
+    limit = FRAME + 200 + len("Answer in one word.")
+    for context, refused in ((limit, True), (limit + 1, False)):
+        settings = {"population__text": "", "sampling__context_limit": context, **changes}
+        config = with_long_problems(tmp_path, **settings)
+        expected = pytest.raises(ValueError, match=rf"long \(train5\): .* a prompt of {limit} tokens leaves")
+        with expected if refused else contextlib.nullcontext():
+            assemble(config)
+        parts = assemble(with_long_problems(tmp_path, **{**settings, "sampling__context_limit": limit + 1}))
+        expected = pytest.raises(ValueError, match=rf"prompt p0 .* makes a prompt of {limit} tokens")
+        with expected if refused else contextlib.nullcontext():
+            check_first_prompts(
+                first_population(config), config, parts.splits, parts.reference, parts.environment
+            )

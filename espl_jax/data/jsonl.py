@@ -44,7 +44,7 @@ def _records(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         where = f"{path}, line {number}"
         try:
-            record = json_values.parse(line)
+            record = json_values.parse(line, keep_digits=True)
         except ValueError as error:
             raise ValueError(f"{where}: not JSON ({error}); each line must be one JSON object") from error
         if not isinstance(record, dict):

@@ -170,8 +170,17 @@ def _find(record: Mapping[str, Any], field: str) -> Any:
 
 
 def _texts(value: Any, where: str, several: bool) -> list[str]:
-    if isinstance(value, list) and ((several and value) or len(value) == 1):
-        return [text for each in value for text in _texts(each, where, several=False)]
+    if several and isinstance(value, list) and value:
+        return [_text(each, where) for each in value]
+    return [_text(value, where)]
+
+
+def _text(value: Any, where: str) -> str:
+    while isinstance(value, list) and len(value) == 1:  # a loop, since a file may nest them deeply
+        value = value[0]
+    if isinstance(value, json_values.LongNumber):
+        shown = reprlib.repr(value)
+        raise ValueError(f"{where} is the number {shown}, which a float cannot hold exactly; give it as text")
     readable = isinstance(value, str | int | float | Decimal) and not isinstance(value, bool)
     if isinstance(value, float | Decimal):
         readable = Decimal(value).is_finite()  # math.isfinite would take a huge Decimal for infinity
@@ -180,11 +189,11 @@ def _texts(value: Any, where: str, several: bool) -> list[str]:
         raise ValueError(f"{where} is {shown}, but must be text that is not blank, or a number")
     if isinstance(value, str):
         json_values.check_characters(value, where)
-        return [value.strip()]
+        return value.strip()
     if isinstance(value, float):
         if abs(value) >= _EXACT_FLOAT:
             raise ValueError(f"{where} is the float {value!r}, whose digits are not exact; give it as text")
         value = int(value) if value.is_integer() else value
     if abs(value) >= 10**_MOST_DIGITS:
         raise ValueError(f"{where} is a number of more than {_MOST_DIGITS} digits; give it as text")
-    return [str(value)]
+    return str(value)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from espl_jax import json_values
 from espl_jax.types import Conversation, Grade, Message, Problem
 
 ANSWERING_ROLES = ("tool", "user")
@@ -85,14 +87,45 @@ def name_of(environment: Environment | Dialogue) -> str:
 
 
 def checked_user_message(environment: Environment | Dialogue, problem: Problem) -> str:
-    """What the environment words for a problem. Raises ValueError unless it is text."""
+    """What the environment words for a problem. Raises ValueError unless it is text in whole characters."""
     message = environment.user_message(problem)
     if not isinstance(message, str):
         raise ValueError(
             f"{name_of(environment)}.user_message returned {reprlib.repr(message)} for problem "
             f"{problem.id!r}; it must return text"
         )
+    where = f"{name_of(environment)}.user_message: the text for problem {problem.id!r}"
+    json_values.check_characters(message, where)
     return message
+
+
+def checked_tools(environment: Environment | Dialogue) -> Sequence[Mapping[str, Any]]:
+    """The environment's tools, empty if it has none.
+
+    Raises:
+      ValueError: naming environment and tool, unless all are schemas of functions, see `Dialogue`.
+    """
+    tools = getattr(environment, "tools", None)
+    if tools is None:
+        return ()
+    listed = isinstance(tools, list | tuple)
+    wrong = [tool for tool in tools if not _is_tool(tool)] if listed else [tools]
+    if wrong:
+        raise ValueError(
+            f"{name_of(environment)}.tools has {reprlib.repr(wrong[0])}; it must be a list of schemas in "
+            'JSON, {"type": "function", "function": {"name": text, ...}}'
+        )
+    return tools
+
+
+def _is_tool(tool: Any) -> bool:
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    try:
+        json.dumps(tool, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError):  # ValueError: half of a surrogate pair, or a loop
+        return False
+    return isinstance(name, str) and bool(name)
 
 
 def checked_messages(environment: Dialogue, problem: Problem, messages: Any) -> tuple[Message, ...]:
@@ -110,6 +143,9 @@ def checked_messages(environment: Dialogue, problem: Problem, messages: Any) -> 
             f"{name_of(environment)}.respond returned {reprlib.repr(wrong[0])} for problem {problem.id!r}; "
             'it must return None, or a list of messages, {"role": "user" or "tool", "content": text}'
         )
+    for message in messages:
+        where = f"{name_of(environment)}.respond: a message for problem {problem.id!r}"
+        json_values.check_characters(message["content"], where)
     return tuple(messages)
 
 
@@ -128,7 +164,7 @@ def checked_grades(
 
     Raises:
       ValueError: naming environment and problem, unless there is one Grade for each reply, its reward and
-        metrics finite numbers, its success True or False, its answer text or None.
+        metrics finite numbers, its success True or False, its answer text in whole characters or None.
     """
     name = f"{name_of(environment)}.grade"
     grades = environment.grade(problems, replies)
@@ -141,6 +177,8 @@ def checked_grades(
     for problem, grade in zip(problems, grades, strict=True):
         if wrong := _wrong_in(grade):
             raise ValueError(f"{name} returned {wrong} for problem {problem.id!r}")
+        for text in (grade.answer or "", *grade.metrics):
+            json_values.check_characters(text, f"{name}: the answer or a metric for problem {problem.id!r}")
     return list(grades)
 
 

@@ -22,11 +22,12 @@ from espl_jax.evaluate.request import Request, naming
 from espl_jax.metrics import duration
 from espl_jax.pretrained import find_folder, hf_folder, load_pretrained, peft, smollm2
 from espl_jax.pretrained.numerics import AUTO, CHOSEN
-from espl_jax.rollout import Model, collect_rollouts, longest_problem, records
+from espl_jax.rollout import Model, collect_rollouts, conversation_lengths, longest_problem, records
 from espl_jax.run_state import plain
 from espl_jax.sampling.truncation import Truncation
 from espl_jax.saved_run import check_run, is_run, read_config, read_run
 from espl_jax.task import make_environment
+from espl_jax.text.chat import encode
 from espl_jax.types import Problem, Rollouts, SystemPrompt
 
 
@@ -129,6 +130,9 @@ def evaluate_model(
     model = load_model(source, mesh, request.numerics)
     sampling = with_settings_of_run(source, request.sampling)
     for name, problem_set in request.problem_sets.items():
+        with naming("data", name):
+            check_room(source, model, request.prompts, problem_set, environment, sampling)
+    for name, problem_set in request.problem_sets.items():
         tell(
             f"{source}, {name}: problems {len(problem_set)}, prompts {len(request.prompts)}, samples of each "
             f"{request.sampling['group_size']}; the first batch takes longer, since it compiles"
@@ -157,6 +161,41 @@ def evaluate_model(
                 if path.suffix == ".jsonl":
                     append(path, rollouts, source, tuple(request.prompts), name)
         yield from make_cells(batches, source, tuple(request.prompts), name)
+
+
+def check_room(
+    source: str,
+    model: Model,
+    prompts: Mapping[str, SystemPrompt],
+    problem_set: ProblemSet,
+    environment: Environment,
+    sampling: Mapping[str, Any],
+) -> None:
+    """Raises ValueError, naming problems, unless all prompts and problems leave room for an answer.
+
+    Args:
+      source: of the model, for messages.
+      model, environment: as for `collect_rollouts`.
+      prompts: by their names.
+      problem_set: all its problems are looked at.
+      sampling: as `with_settings_of_run` gives them.
+    """
+    most = model.config.max_positions
+    context, kwargs = sampling["context_limit"] or most, sampling["chat_template_kwargs"]
+    problems = problem_set.problems
+    for name, prompt in prompts.items():
+        own = len(encode(model.tokenizer, prompt.render()))
+        lengths = conversation_lengths(
+            model.tokenizer, problems, environment, kwargs, least=context - own, prompt=prompt
+        )
+        long = {id: length + own for id, length in lengths.items() if length + own >= context}
+        if long:
+            named = ", ".join(list(long)[:10]) + (f" and {len(long) - 10} more" if len(long) > 10 else "")
+            raise ValueError(
+                f"{len(long)} of {len(problems)} problems are too long ({named}): with prompt {name!r} the "
+                f"longest makes {max(long.values())} tokens, which leaves no room in a context of {context}; "
+                f"raise --context_limit ({source} takes {most}), shorten the prompt, or leave them out"
+            )
 
 
 def load_model(source: str, mesh: jax.sharding.Mesh | None, numerics: Mapping[str, str]) -> Model:

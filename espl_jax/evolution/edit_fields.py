@@ -10,3 +10,9 @@ SHORT = frozenset({*OPERATION, *IDS})
 """Names of fields that hold a word or ids, never a text with quotes in it."""
 
 KNOWN = frozenset({*SHORT, *PRINCIPLE, *EVIDENCE, *REPLACE, "search", "edits"})
+
+
+def same_meaning(name: str) -> frozenset[str]:
+    """All names of the field that `name` is one of, its own included."""
+    groups = (OPERATION, PRINCIPLE, IDS, EVIDENCE, REPLACE)
+    return frozenset({name}.union(*(group for group in groups if name in group)))

@@ -35,6 +35,9 @@ _BACKSLASH = re.compile(
     r"|(?P<control>[bfnrt])"
     r"|(?P<apostrophe>'))?"
 )
+_AFTER_PROSE = re.compile(r"(?:^|[\n>`])[\s\[]*\Z")
+"""What stands before an object that begins a line, or follows a tag or a fence."""
+
 _OWN_FIELDS = {"op", "operation", "action", "principle", "search", "replace"}
 _OBJECT = re.compile(
     r"""\{\s*(?:["'“”][^"'“”{}\n]{1,40}["'“”]|op|operation|action|id|ids|principle|edits)\s*:"""
@@ -105,23 +108,38 @@ def escape_latex(text: str) -> str:
 
 
 def _objects(text: str) -> Iterator[tuple[int, int, list[Found]]]:
-    """Yields (start, end, what was found) for every outermost object; a wrapper gives all that it holds."""
+    """Yields (start, end, what was found) for every outermost object; a wrapper gives all that it holds.
+
+    An object that begins in another one that could not be read, before its braces are closed, is none.
+    """
     starts = [match.start() for match in KNOWN_OBJECT.finditer(text)]
 
     def next_edit(position: int) -> int:
         return next(iter(starts[bisect.bisect_left(starts, position) :]), len(text))
 
-    position = 0
+    position, unread = 0, None
     for _ in range(_MAX_OBJECTS):
         match = _OBJECT.search(text, position)
         if match is None:
             return
         start = match.start()
         end, found = _read(text, start, match.end(), next_edit)
+        if unread is not None and not _is_inside(text, unread, start):
+            unread = None
+        if unread is not None:
+            found = [Found(None, each.text, each.problem or "unclear_end") for each in found]
+        elif any(each.problem for each in found):
+            unread = start
         yield start, end, found
         position = end
     if match := _OBJECT.search(text, position):
         yield match.start(), len(text), [Found(None, text[match.start() :], "too_many")]
+
+
+def _is_inside(text: str, outer: int, start: int) -> bool:
+    """Whether braces of what begins at `outer` are open at `start`, and no prose or line sets it apart."""
+    is_open = text.count("{", outer, start) > text.count("}", outer, start)
+    return is_open and _AFTER_PROSE.search(text[max(0, start - 50) : start]) is None
 
 
 def _read(text: str, start: int, inside: int, next_edit: Callable[[int], int]) -> tuple[int, list[Found]]:

@@ -2,7 +2,8 @@
 
 Models forget commas, brackets and backslashes before quotes, and write other quotes. A text can still be
 read as long as only one of its quotes can be the last: one that the next field of an edit follows, or the end
-of the object. Where several can be the last, the object is refused.
+of the object. Where several can be the last, or where the text would end inside its own quotes or braces, the
+object is refused.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from espl_jax.evolution.edit_fields import KNOWN, SHORT
+from espl_jax.evolution.edit_fields import KNOWN, SHORT, same_meaning
 
 _GAP = r"(?:\s|//[^\n]{0,200}\n|\#[^\n]{0,200}\n|/\*[^*]{0,200}\*/)*"
 _QUOTE = "[\"'“”„‟″]"
@@ -62,7 +63,8 @@ class LooseObject(NamedTuple):
 
 class _End(NamedTuple):
     """A quote that may end a text: its position, and what follows it, a `field`, a `field without comma`, a
-    `brace` (before what may follow an object), a `brace in a sentence` or a `bracket`."""
+    `repeated field` (the object has it by another name), a `brace` (before what may follow an object), a
+    `brace in a sentence` or a `bracket`."""
 
     quote: int
     kind: str
@@ -169,7 +171,18 @@ def _read_value(
     if isinstance(chosen, str):
         return chosen
     raw = text[position + 1 : chosen.quote]
-    return "unclear_end" if _FIELD_INSIDE.search(raw) else (_decode(raw), chosen.quote + 1)
+    if _FIELD_INSIDE.search(raw) or _is_open(raw, _CLOSING[opening]):
+        return "unclear_end"
+    return _decode(raw), chosen.quote + 1
+
+
+def _is_open(raw: str, closing: str) -> bool:
+    """Whether a text leaves a brace or a quote open, so that its end may be one of JSON inside it."""
+    quotes = sum(
+        closing != "'" or re.match(r"\w'\w", raw[max(0, quote - 1) : quote + 2]) is None  # no apostrophe
+        for quote in _closing_quotes(raw, 0, len(raw), closing)
+    )
+    return quotes % 2 == 1 or raw.count("{") > raw.count("}")
 
 
 def _read_bare(text: str, position: int, stop: int) -> tuple[Any, int] | str:
@@ -194,10 +207,11 @@ def _closing_quotes(text: str, start: int, stop: int, closing: str) -> Iterator[
 
 def _ends(text: str, position: int, stop: int, closing: str, seen: set[str]) -> Iterator[_End]:
     """All places where the text in quotes that begins at `position` may end."""
+    repeated = frozenset().union(*map(same_meaning, seen))
     for quote in _closing_quotes(text, position, stop, closing):
         after = quote + 1
         if (field := _NEXT_FIELD.match(text, after, stop)) and _name(field) not in seen:
-            yield _End(quote, "field")
+            yield _End(quote, "repeated field" if _name(field) in repeated else "field")
         elif (field := _NEXT_FIELD_WITHOUT_COMMA.match(text, after, stop)) and _name(field) not in seen:
             yield _End(quote, "field without comma")
         elif brace := _BRACE.match(text, after, stop):

@@ -68,6 +68,12 @@ def test_field_names_can_be_given(tmp_path):
         ),
         ('{"problem": "a", "answer": ' + "9" * 5000 + "}", "line 2: the field 'answer' is a number of more"),
         ({"problem": "a", "answer": 1e300}, r"line 2: the field 'answer' is the float 1e\+300, .* as text"),
+        ('{"problem": "a", "answer": 0.1234567890123456789}', "is the number 0.1234567890123456789, "),
+        ('{"problem": "a", "answer": [1, [1E-400]]}', "line 2: .* number 1E-400, which .* give it as text"),
+        ('{"problem": "a", "answer": 1e-99999999999999999999}', "line 2: .* number 1e-9999999999"),
+        ('{"problem": "a", "answer": -1E400}', "line 2: the field 'answer' is the number -1E400, "),
+        ('{"problem": "a", "answer": 0.' + "3" * 5000 + "}", "line 2: .* number 0.333.*, which a float"),
+        ('{"problem": 9007199254740993.0, "answer": 1}', "line 2: the field 'problem' is the number 900719"),
         ('{"problem": "a", "answer": ' + "[" * 100_000, "line 2: not JSON .nested too deeply"),
         ({"problem": ["a", "b"], "answer": "1"}, r"line 2: the field 'problem' is \['a', 'b'\]"),
     ],
@@ -80,8 +86,8 @@ def test_errors_name_file_line_and_field(tmp_path, line, message):
 
 
 def test_numbers_that_are_not_of_the_problem_may_be_huge(tmp_path):
-    path = write(tmp_path, '{"problem": "a", "answer": 12, "hash": ' + "9" * 5000 + "}")
-    assert read_jsonl(path).problems[0].answer == "12"
+    path = write(tmp_path, '{"problem": "a", "answer": 12.50, "p": 1e-999, "hash": ' + "9" * 5000 + "}")
+    assert read_jsonl(path).problems[0].answer == "12.5"
 
 
 def test_unusable_files_are_refused(tmp_path):

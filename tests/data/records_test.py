@@ -34,6 +34,14 @@ def test_answers_that_are_none(answer):
         read({"problem": "p", "answer": answer})
 
 
+def test_lists_of_one_may_be_nested_deeply():
+    answer = 1
+    for _ in range(10_000):
+        answer = [answer]
+    (problem,) = read({"problem": "p", "answer": [answer, 2]}).problems
+    assert (problem.answer, problem.aliases) == ("1", ("2",))
+
+
 def test_fields_reach_into_dicts_and_lists():
     record = {"prompt": [{"content": "p", "role": "user"}], "reward": {"gold": 1}, "a.b": "k"}
     fields = {"text": "prompt.0.content", "answer": "reward.gold", "id": "a.b"}

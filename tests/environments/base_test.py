@@ -5,7 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from espl_jax.environments.base import checked_grades, checked_messages, checked_user_message
+from espl_jax.environments.base import (
+    checked_grades,
+    checked_messages,
+    checked_tools,
+    checked_user_message,
+)
 from espl_jax.environments.own import with_reward
 from espl_jax.types import Grade, Problem
 
@@ -109,3 +114,31 @@ def test_other_responses_are_refused(messages, words):
     message = rf"Fixed\.respond returned {words} for problem 'a'; it must return None, or a list of messages"
     with pytest.raises(ValueError, match=message):
         checked_messages(Fixed(messages), PROBLEMS[0], messages)
+
+
+def test_texts_are_of_whole_characters():
+    half = r".* for problem 'a' has '\\ud800' at character 3, half of a surrogate pair; write"
+    with pytest.raises(ValueError, match=rf"Fixed\.user_message: {half}"):
+        checked_user_message(Fixed("2+\ud800"), PROBLEMS[0])
+    messages = [{"role": "user", "content": "No"}, {"role": "user", "content": "no\ud800"}]
+    with pytest.raises(ValueError, match=rf"Fixed\.respond: {half}"):
+        checked_messages(Fixed(messages), PROBLEMS[0], messages)
+    for grade in (Grade(1.0, True, "5 \ud800"), Grade(1.0, True, "5", {"a \ud800": 1})):
+        with pytest.raises(ValueError, match=rf"Fixed\.grade: {half}"):
+            checked_grades(Fixed([grade, GOOD]), PROBLEMS, ["2", "3"])
+
+
+class WithTools(Fixed):
+    @property
+    def tools(self):
+        return self.returned
+
+
+def test_tools_are_schemas_of_functions():
+    tool = {"type": "function", "function": {"name": "search"}}
+    assert checked_tools(WithTools([tool])) == [tool]
+    assert checked_tools(Fixed(None)) == checked_tools(WithTools(None)) == ()
+    lacking = [{"name": "x"}, "search", {"function": {"name": 3}}, {"function": {"name": "a\ud800"}}]
+    for wrong in (*([tool, each] for each in lacking), [{**tool, "type": int}], tool, "search"):
+        with pytest.raises(ValueError, match=r"WithTools\.tools has .*; it must be a list of schemas"):
+            checked_tools(WithTools(wrong))

@@ -308,6 +308,19 @@ def test_what_was_done_before_an_error_is_kept(loaded, monkeypatch, tmp_path, ca
     assert "| x " in capsys.readouterr().out or problem_set == "four"
 
 
+def test_problems_without_room_are_named_before_any_is_sampled(loaded, monkeypatch):
+    monkeypatch.setattr(comparing, "collect_rollouts", lambda *args, **sampling: pytest.fail("sampled"))
+    long = [fakes.Problem(f"long{i}", "a" * (60 + i), "1") for i in range(3)]
+    sets = {"four": ProblemSet(fakes.PROBLEMS, "four"), "some": ProblemSet((*fakes.PROBLEMS, *long), "some")}
+    refusal = (
+        r"--data=some: 2 of 7 problems are too long \(long1, long2\): with prompt 'Add\.' the longest "
+        r"makes 95 tokens, which leaves no room in a context of 94; raise --context_limit \(tiny takes 4096\)"
+    )
+    sampling = {**GIVEN, "context_limit": 94}
+    with pytest.raises(ValueError, match=refusal):
+        compare(request("", "Add.", sets=sets, batch_size=1, sampling=sampling))
+
+
 def test_nothing_is_shown_where_nothing_was_done(loaded, monkeypatch, tmp_path, capsys):
     def fail(*args, **numerics):
         raise ValueError("damaged")

@@ -119,6 +119,35 @@ def test_neighbours_keep_their_texts(one, two, write):
             [],
             ["truncated", "unclear_end"],
         ),
+        # A text does not end in its own quotes or braces, even before what looks like a field.
+        (
+            '[{"op": "add", "principle": "Reply as {"answer": "5", "reason": "why it holds"}."}]',
+            [],
+            ["unclear_end"],
+        ),
+        ('[{"op": "add", "principle": "Give {"a": "5", "evidence": "l"}, no more."}]', [], ["unclear_end"]),
+        ('[{"op": "add", "principle": "Reply with "yes", "text": "5"."}]', [], ["unclear_end"]),
+        ('[{"op": "add", "principle": "Reply with "yes", "reason": "5"."}]', [], ["unclear_end"]),
+        ("[{'op': 'add', 'principle': 'Don't say 'yes', 'reason': '5'.'}]", [], ["unclear_end"]),
+        ("[{'op': 'add', 'rule': 'Don't guess', 'why': 'It's so'}]", [Add("Don't guess", "It's so")], []),
+        # Nor does another edit begin in it.
+        (
+            '[{"op": "modify", "id": "G0", "evidence": "it had {"text": "x"}", "principle": "No "text"."}]',
+            [],
+            ["truncated", "unclear_end"],
+        ),
+        (
+            '[{"op": "modify", "why": "had {"text": "x"}, {"op": "add", "rule": "y"}, so", "id": 5}]',
+            [],
+            ["truncated", "unclear_end", "unclear_end"],
+        ),
+        # It does behind the braces of what could not be read.
+        (
+            '[{"op": "add", "why": "x" "text": "{"rule": "y"} {"id": "G1"}"}, {"op": "remove", "id": "G2"}]',
+            [Remove("G2")],
+            ["unclear_end"] * 3,
+        ),
+        ('[{"op": "add", "why": "so,\n{"op": "add", "principle": "A b"}]', [Add("A b")], ["truncated"]),
         # Prose after the answer does not count.
         ('[{"op": "add", "principle": "A b"}]\nThus "{x}" and \\text{"y"}.', [Add("A b")], []),
         ('[{"op": "add", "principle": "A b"}], like {"a": "b"}.', [Add("A b")], []),
