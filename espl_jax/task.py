@@ -15,6 +15,7 @@ from espl_jax.environments.math import Math
 from espl_jax.environments.retrievers import Retriever, open_retriever
 from espl_jax.environments.retrievers.bm25 import Bm25
 from espl_jax.environments.search import Search
+from espl_jax.types import Schema
 
 
 def load_splits(c: Any) -> dict[str, ProblemSet]:
@@ -57,6 +58,17 @@ def has_turns(c: Any) -> bool:
     if c.environment.name in ("math", "arithmetic", "search"):
         return c.environment.name == "search"
     return hasattr(environment_of(c), "respond")
+
+
+def tools_of(c: Any) -> tuple[Schema, ...]:
+    """The tools that rollouts have; no retriever is opened to find out.
+
+    Raises:
+      ValueError: if the user's own environment cannot be made.
+    """
+    if c.environment.name in ("math", "arithmetic", "search"):
+        return tuple(Search.tools) if c.environment.name == "search" else ()
+    return tuple(getattr(environment_of(c), "tools", ()))
 
 
 def make_environment(

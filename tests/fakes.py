@@ -114,6 +114,12 @@ class Talker(Letters):
         return super().grade(problems, [as_text(transcript) for transcript in transcripts])
 
 
+class Caller(Talker):
+    """Has a tool."""
+
+    tools = ({"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}},)
+
+
 PROBLEMS = tuple(
     Problem(f"q{i}", text, "1") for i, text in enumerate(["2 + 2?", "What is 13 + 9?", "0+7", "8 + 1"])
 )

@@ -5,7 +5,7 @@ import pytest
 from espl_jax.environments.arithmetic import Arithmetic
 from espl_jax.environments.math import Math
 from espl_jax.environments.search import Search
-from espl_jax.task import environment_of, has_turns, make_environment
+from espl_jax.task import environment_of, has_turns, make_environment, tools_of
 from espl_jax.types import Grade, Problem
 from tests import fakes
 
@@ -90,3 +90,18 @@ def test_what_an_environment_does_not_take_is_refused(name, options, message):
 )
 def test_whether_rollouts_have_turns(changes, turns):
     assert has_turns(fakes.config(**changes)) == turns
+
+
+@pytest.mark.parametrize(
+    ("name", "tools"),
+    [
+        ("arithmetic", ()),
+        ("search", Search.tools),
+        ("tests.task_test:Echo", ()),
+        ("tests.fakes:Talker", ()),
+        ("tests.fakes:Caller", fakes.Caller.tools),
+    ],
+)
+def test_the_tools_of_a_run(name, tools):
+    changes = {"environment__name": name, "environment__search__retriever": "http://localhost:1/r"}
+    assert tools_of(fakes.config(**changes)) == tools

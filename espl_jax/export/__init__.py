@@ -19,7 +19,9 @@ from espl_jax.pretrained.save import save_pretrained
 from espl_jax.pretrained.shards import DTYPES as DTYPES_WRITTEN
 from espl_jax.run_state import read_log
 from espl_jax.saved_run import SavedRun, read_run
+from espl_jax.task import tools_of
 from espl_jax.text.chat_template import template_file
+from espl_jax.types import Schema
 
 FORMATS = ("merged", "adapter")
 
@@ -73,8 +75,8 @@ def export(
         )
     base = base or hub_name(source)
     say(f"Iteration {run.iteration} of {run.config.num_iterations}, prompt {chosen.id}; writing {out}")
-    # Of the environments that a configuration names, this one has tools.
-    template = template_file(run.model.tokenizer, with_tools=run.config.environment.name == "search")
+    tools = _tools(run, say)
+    template = template_file(run.model.tokenizer, with_tools=bool(tools))
     card = model_card(
         run.config.to_dict(),
         chosen,
@@ -83,6 +85,7 @@ def export(
         folder=Path(out).name,
         adapter=format == "adapter",
         template_file=template,
+        tools=tools,
         results=_results(run),
         metrics=_metrics(run),
     )
@@ -129,6 +132,15 @@ def export(
         say(f"Serve it:  {serve_adapter(base, os.fspath(out), run.config.lora.rank, template)}")
     else:
         say(f"Serve it:  transformers serve {out}   or   vllm serve {out}")
+
+
+def _tools(run: SavedRun, say: Callable[[str], None]) -> tuple[Schema, ...]:
+    """The tools of the run's environment; none if its module is missing here, which weights do not need."""
+    try:
+        return tools_of(run.config)
+    except ValueError as error:
+        say(f"The model card lists no tools: {error}")
+        return ()
 
 
 def _results(run: SavedRun) -> dict[str, Any] | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from espl_jax.environments import boxed, search
 from espl_jax.metrics import percent, table
-from espl_jax.types import SystemPrompt
+from espl_jax.types import Schema, SystemPrompt
 
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@(.+))?")
 
@@ -81,6 +81,7 @@ def model_card(
     folder: str,
     adapter: bool = False,
     template_file: str = "chat_template.jinja",
+    tools: Sequence[Schema] = (),
     results: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> str:
@@ -94,6 +95,7 @@ def model_card(
       folder: what to call the exported folder.
       adapter: whether it holds LoRA adapters for PEFT, and not whole weights.
       template_file: the chat template of the run's conversations, as a file of the folder.
+      tools: of the run's environment, as JSON schemas.
       results: the run's `results.json`, if it came to its test.
       metrics: the iteration's record in `metrics.jsonl`.
     """
@@ -101,7 +103,7 @@ def model_card(
         _front_matter(base, adapter),
         f"# {folder}\n\n{_summary(config, base, iteration, adapter)}",
         f"## System prompt\n\n{_prompt(prompt)}",
-        f"## Use\n\n{_use(config, base, folder, adapter, template_file)}",
+        f"## Use\n\n{_use(config, base, folder, adapter, template_file, tools)}",
         f"## Results\n\n{_results(config, iteration, results, metrics)}",
         f"## Data\n\n{_data(config['data'])}",
         f"## Settings\n\n{_settings(config)}",
@@ -154,7 +156,14 @@ def _fenced(text: str, language: str = "") -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def _use(config: Mapping[str, Any], base: str, folder: str, adapter: bool, template_file: str) -> str:
+def _use(
+    config: Mapping[str, Any],
+    base: str,
+    folder: str,
+    adapter: bool,
+    template_file: str,
+    tools: Sequence[Schema],
+) -> str:
     environment = config["environment"]
     name, instruction = environment["name"], environment["instruction"]
     if instruction is None and name == "search":
@@ -162,10 +171,10 @@ def _use(config: Mapping[str, Any], base: str, folder: str, adapter: bool, templ
     elif instruction is None and name in ("math", "arithmetic") and environment["answer_format"] == "boxed":
         instruction = boxed.INSTRUCTION
     notes = []
-    if name == "search":
-        notes.append(
-            f"In training it had this tool:\n\n{_fenced(json.dumps(search.SEARCH, indent=2), 'json')}"
-        )
+    if tools:
+        blocks = [_fenced(json.dumps(tool, indent=2), "json") for tool in tools]
+        these = "this tool" if len(tools) == 1 else "these tools"
+        notes.append("\n\n".join([f"In training it had {these}:", *blocks]))
     if adapter and base != config["model"]["source"]:
         notes.append(
             f"The adapters were trained on `{config['model']['source']}`, a copy that may be rounded."

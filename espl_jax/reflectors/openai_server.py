@@ -30,11 +30,21 @@ FAILURES = ("timeout", "connection", "rate_limit", "server_error", "body", *FINA
 that the server says it broke off; a body that holds no reply; `FINAL`; the server had failed so often before
 that it was left alone."""
 
-# What servers give as `finish_reason`, in lower case, beside what OpenAI documents.
-_BROKEN_OFF = ("error", "abort", "aborted", "cancelled", "insufficient_system_resource")
-_FILTERED = ("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "spii")
+# What servers give as `finish_reason`, in lower case and with "_" for "-". A reply with a reason that is not
+# listed may be cut anywhere.
+_FILTERED = (
+    "content_filter",
+    "safety",
+    "recitation",
+    "prohibited_content",
+    "blocklist",
+    "spii",
+    "refusal",
+    "sensitive",
+)
 _OUT_OF_TOKENS = ("length", "max_tokens", "model_length")
 _ENDED = ("", "stop", "eos", "eos_token", "end_turn", "stop_sequence")
+_CALLING = ("tool_calls", "function_call", "tool_use")
 
 # What a server may refuse of a request: what its message then says, and the name under which the part is sent
 # again, or None for a request without it.
@@ -244,7 +254,8 @@ def _read_reply(body: bytes, usage: dict[str, int]) -> str:
     A reply that was cut by the limit of tokens is one, as far as it goes.
 
     Raises:
-      _Failure: for a body without a reply, or with one that the server did not finish.
+      _Failure: for a body without a reply, or with one that the server did not finish or reports an error
+        beside.
     """
     said = body.decode(errors="replace")
     try:
@@ -260,11 +271,14 @@ def _read_reply(body: bytes, usage: dict[str, int]) -> str:
         content, refusal, finish = message.get("content"), message.get("refusal"), choice.get("finish_reason")
     except (KeyError, IndexError, TypeError, AttributeError):
         content = refusal = finish = None
-    finish = finish.lower() if isinstance(finish, str) else ""
-    if finish in _BROKEN_OFF:
-        raise _Failure("server_error", f"finish_reason={finish}: {said}")
+        choice = {}
+    finish = finish.strip().lower().replace("-", "_") if isinstance(finish, str) else ""
     if finish in _FILTERED:
         raise _Failure("filtered", f"finish_reason={finish}: {said}")
+    if finish not in (*_ENDED, *_OUT_OF_TOKENS, *_CALLING):
+        raise _Failure("server_error", f"finish_reason={finish}: {said}")
+    if choice and (answer.get("error") or choice.get("error")):
+        raise _Failure("server_error", f"an error beside the reply: {said}")
     if isinstance(content, list):  # some servers give a thinking model's reply in parts
         texts = (
             part.get("text", "") for part in content if isinstance(part, dict) and part.get("type") == "text"

@@ -58,7 +58,13 @@ def _json_at(text: str, position: int) -> tuple[Any, int]:
         raise ValueError("nested too deeply") from error
 
 
-def _after_tags(text: str, tag: re.Pattern, end: re.Pattern, lists: bool = False) -> Iterator[Call]:
+def _after_tags(
+    text: str,
+    tag: re.Pattern,
+    end: re.Pattern,
+    lists: bool = False,
+    between: Callable[[str, bool], Iterator[Call]] = lambda text, first: iter(()),
+) -> Iterator[Call]:
     """The calls in JSON that follow tags, each up to what matches `end`.
 
     Args:
@@ -66,10 +72,12 @@ def _after_tags(text: str, tag: re.Pattern, end: re.Pattern, lists: bool = False
       tag: its group is the name of the call whose arguments follow, or empty.
       end: matches at the end of the text, too.
       lists: a tag may be followed by a list of calls.
+      between: yields the errors in text outside calls; told whether it comes before any call.
     """
-    position = 0
+    position, first = 0, True
     while opening := tag.search(text, position):
-        position = opening.end()
+        yield from between(text[position : opening.start()], first)
+        position, first = opening.end(), False
         try:
             value, position = _json_at(text, position)
             ending = end.search(text, position)
@@ -84,6 +92,7 @@ def _after_tags(text: str, tag: re.Pattern, end: re.Pattern, lists: bool = False
             for each in values:
                 yield _checked({"name": name, "arguments": each} if name else each)
         position = ending.end()
+    yield from between(text[position:], first)
 
 
 _HERMES_TAG = re.compile(r"<tool_call>(?P<name>)")
@@ -92,12 +101,22 @@ _HERMES_END = re.compile(r"</tool_call>|(?=<tool_call>)|\Z")
 
 def _hermes(text: str) -> Iterator[Call]:
     """Qwen, Hermes: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`."""
-    if "<tool_call>" not in text and "</tool_call>" in text:
-        yield {"error": "there is no <tool_call> before </tool_call>"}
-    yield from _after_tags(text, _HERMES_TAG, _HERMES_END)
+    yield from _after_tags(text, _HERMES_TAG, _HERMES_END, between=_unopened)
 
 
-_XML_TAG = re.compile(r"<function=(?P<name>[^>\s]+)\s*>|</?tool_call>")
+def _unopened(text: str, first: bool) -> Iterator[Call]:
+    """What `</tool_call>` ends without `<tool_call>`, in text between calls; a repeated tag ends nothing."""
+    *ended, _ = text.split("</tool_call>")
+    for number, content in enumerate(ended):
+        if content.strip() or (first and number == 0):
+            yield {"error": "there is no <tool_call> before </tool_call>"}
+
+
+# A tag of a function without a name, and a parameter or an end without a function, are calls that were tried.
+_XML_TAG = re.compile(
+    r"<function=(?P<name>[^>\s]+)\s*>|(?P<unnamed><function(?=[\s=>])[^<>\n]*>)"
+    r"|(?P<parameter><parameter(?=[\s=>]))|(?P<end></function>)|</?tool_call>"
+)
 _PARAMETER = re.compile(
     r"\s*<parameter=([^>\s]+)\s*>\n?(.*?)\n?"
     # A value may hold such tags, too: it ends where the call goes on, or ends.
@@ -114,23 +133,40 @@ def _xml(text: str) -> Iterator[Call]:
     missing.
     """
     empty = {"error": "there is no <function=name> in the call"}
-    position, opened, called = 0, False, False
+    position, before = 0, ""
+    # After <tool_call>; within a function, or what stands for one; after any call.
+    opened, inside, called = False, False, False
     while tag := _XML_TAG.search(text, position):
+        blank = not text[position : tag.start()].strip()
+        last, before = before, tag.group()
         position = tag.end()
-        if tag["name"]:
-            arguments = {}
-            while parameter := _PARAMETER.match(text, position):
-                position = parameter.end()
-                arguments[parameter[1]] = _parameter_value(parameter[2])
-            yield {"name": tag["name"], "arguments": arguments}
-            opened, called = False, True
-            continue
-        if opened or (tag.group() == "</tool_call>" and not called):
-            yield empty
-        opened = tag.group() == "<tool_call>"
-        called = called or not opened
+        if tag["name"] or tag["unnamed"] or (tag["parameter"] and not inside):
+            arguments, position = _parameters(text, tag.start() if tag["parameter"] else tag.end())
+            position = max(position, tag.end())
+            yield {"name": tag["name"], "arguments": arguments} if tag["name"] else empty
+            opened, inside, called = False, True, True
+        elif tag["end"]:
+            if not inside and not (last == "</function>" and blank):
+                yield empty
+                opened, called = False, True
+            inside = False
+        elif not tag["parameter"]:
+            closes = tag.group() == "</tool_call>"
+            if opened or (closes and (not called or (last == "</tool_call>" and not blank))):
+                yield empty
+            opened, inside = not closes, False
+            called = called or closes
     if opened:
         yield empty
+
+
+def _parameters(text: str, position: int) -> tuple[dict[str, Any], int]:
+    """The parameters that begin at a position, and where they end."""
+    arguments = {}
+    while parameter := _PARAMETER.match(text, position):
+        position = parameter.end()
+        arguments[parameter[1]] = _parameter_value(parameter[2])
+    return arguments, position
 
 
 def _parameter_value(text: str) -> Any:
@@ -140,8 +176,13 @@ def _parameter_value(text: str) -> Any:
     return text
 
 
-_MISTRAL_TAG = re.compile(r"\[TOOL_CALLS\](?:(?P<name>[^\[{]*)\[ARGS\])?")
-_MISTRAL_END = re.compile(r"(?=\[TOOL_CALLS\])|\Z")
+_MISTRAL_ARGUMENTS = r"(?:\[CALL_ID\][\w-]*)?\[ARGS\]"
+# A name and [ARGS] are a call also without [TOOL_CALLS] before them.
+_MISTRAL_TAG = re.compile(
+    rf"\[TOOL_CALLS\](?![^\[{{]*{_MISTRAL_ARGUMENTS})"
+    rf"|(?P<name>(?<=\[TOOL_CALLS\])[^\[{{]*|(?<![\w.-])[\w.-]*){_MISTRAL_ARGUMENTS}"
+)
+_MISTRAL_END = re.compile(rf"(?=\[TOOL_CALLS\])|(?=(?<![\w.-])[\w.-]*{_MISTRAL_ARGUMENTS})|\Z")
 
 
 def _mistral(text: str) -> Iterator[Call]:

@@ -28,10 +28,55 @@ from espl_jax.environments.boxed import last_boxed
         (r"\boxed{4} in the \boxed environment", "4"),
         (r"boxed{1}", None),
         ("", None),
+        (r"$\boxed1/2$", None),
+        (r"\boxed5^2", None),
+        (r"\boxed5!", None),
+        (r"$\boxed2\pi$", None),
+        (r"$\boxed 2 x$", None),
+        (r"\boxed 1, 2", None),
+        (r"\boxed1{,}234", None),
+        (r"$\boxed x+1$", None),
+        (r"$\boxed\pi/2$", None),
+        (r"$\boxed\left(1,2\right)$", None),
+        (r"$\boxed\frac123$", None),
+        (r"\boxed\frac", None),
+        (r"\boxed{3}, so $\boxed1/2$", None),
+        (r"$\boxed1/2$ or \boxed{3}", "3"),
+        (r"\boxed 1,234", "1,234"),
+        (r"$\boxed\frac12$", r"\frac12"),
+        (r"$\boxed{}\boxed-\frac\pi{12}$", r"-\frac\pi{12}"),
+        (r"$\boxed\sqrt[3]2$", r"\sqrt[3]2"),
+        (r"$\boxed\sqrt\frac12$", r"\sqrt\frac12"),
+        (r"\(\boxed5\), \[\boxed 6.\]", "6"),
+        (r"**\boxed5**", "5"),
+        (r"x &= \boxed5 \\ \end{aligned}", "5"),
+        ("\\boxed5\n\nIt is so.", "5"),
+        (r"\boxed{answer}", "answer"),
+        (r"\boxed{\text{the result}} is \boxed{4}", "4"),
     ],
 )
 def test_hand_written(text, answer):
     assert last_boxed(text) == answer
+
+
+@pytest.mark.parametrize(
+    "placeholder",
+    [
+        "answer",
+        "your answer",
+        "Your final answer here",
+        r"\text{answer}",
+        "<answer>",
+        "___",
+        r"\_\_\_",
+        r"\text{...}",
+        "$...$",
+        "{}",
+        r"\cdot",
+    ],
+)
+def test_a_placeholder_does_not_replace_an_answer(placeholder):
+    assert last_boxed(rf"\boxed{{73}}. I give it as \boxed{{{placeholder}}}") == "73"
 
 
 balanced = st.recursive(

@@ -199,6 +199,21 @@ def test_arguments_of_the_template(tmp_path):
     assert template.startswith("{% if enable_thinking is not defined %}\n{% set enable_thinking = false %}")
 
 
+def test_an_environment_with_tools(tmp_path, monkeypatch):
+    own = {"environment__name": "tests.fakes:Caller"}
+    run = fakes.workdir(tmp_path / "run", **own)
+    templates = {"default": fakes.TEMPLATE, "tool_use": "{{ tools }}" + fakes.TEMPLATE}
+    monkeypatch.setattr(fakes.tokenizer(), "chat_template", templates)
+    export(run, tmp_path / "out", format="adapter", say=lambda line: None)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert '"name": "add"' in card
+    assert "--chat-template out/additional_chat_templates/tool_use.jinja" in card
+    monkeypatch.delattr(fakes, "Caller")
+    said = []
+    export(run, tmp_path / "elsewhere", say=said.append)
+    assert any("no tools" in line and "tests.fakes:Caller" in line for line in said)
+
+
 def test_a_run_that_began_with_an_adapter(tmp_path, monkeypatch):
     source = tmp_path / "adapter"
     source.mkdir()

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
+from espl_jax.environments.search import Search
 from espl_jax.evaluate import Evaluation
 from espl_jax.export.model_card import hub_name, model_card, serve_adapter
 from espl_jax.types import SystemPrompt
@@ -106,7 +107,7 @@ def test_an_empty_prompt():
 def test_what_the_user_said_beside_the_problem():
     boxed = fakes.config(environment__name="math", environment__answer_format="boxed")
     assert any("\\boxed{}" in block for block in code_blocks(card(config=boxed)))
-    searching = code_blocks(card(config=fakes.config(environment__name="search")))
+    searching = code_blocks(card(config=fakes.config(environment__name="search"), tools=Search.tools))
     assert any("`Answer:`" in block for block in searching) and any('"query_list"' in x for x in searching)
     assert not any("\\boxed{}" in block for block in searching)
     own = fakes.config(environment__instruction="Answer in Latin.")

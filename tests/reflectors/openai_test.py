@@ -59,6 +59,13 @@ def unfinished(content, finish_reason, **fields):
     return faulty.body(faulty.good_body(content, 0, 0, finish_reason, **fields))
 
 
+def beside_an_error(finish, in_choice=False):
+    """An answer with a part of a reply and an error, with the status of success."""
+    answer = json.loads(faulty.good_body("cut off in the mid", 0, 0, finish))
+    (answer["choices"][0] if in_choice else answer)["error"] = {"code": 502, "message": "upstream is gone"}
+    return faulty.body(json.dumps(answer).encode())
+
+
 def test_replies_come_in_order_and_the_request_is_as_configured():
     wait = {"a": 0.2, "b": 0.0, "c": 0.1}
     script = lambda request, number: faulty.answer(wait=wait[request["messages"][-1]["content"]])  # noqa: E731
@@ -146,6 +153,13 @@ def test_what_a_reply_is(content, reply, tmp_path):
         (unfinished("cut off in the mid", "error"), "server_error"),
         (unfinished("cut off in the mid", "abort"), "server_error"),
         (unfinished("", "tool_calls"), "body"),
+        *(
+            (unfinished("cut off in the mid", finish), "server_error")
+            for finish in ("network_error", "MALFORMED_FUNCTION_CALL", "incomplete", "no-reason-we-know")
+        ),
+        (beside_an_error(finish="stop"), "server_error"),
+        (beside_an_error(finish=None), "server_error"),
+        (beside_an_error(finish="stop", in_choice=True), "server_error"),
     ],
 )
 def test_what_may_pass_is_asked_again_and_given_up_at_last(behaviour, reason, tmp_path):
@@ -176,6 +190,9 @@ def test_what_may_pass_is_asked_again_and_given_up_at_last(behaviour, reason, tm
         (unfinished([{"type": "thinking", "thinking": []}], "MAX_TOKENS"), "length"),
         (unfinished("", "content_filter"), "filtered"),
         (unfinished("cut off in the mid", "content_filter"), "filtered"),
+        (unfinished("cut off in the mid", "content-filter"), "filtered"),
+        (unfinished("cut off in the mid", "refusal"), "filtered"),
+        (unfinished("cut off in the mid", "Sensitive"), "filtered"),
         (unfinished(None, "stop", refusal="I can't help with that."), "filtered"),
     ],
 )
@@ -187,7 +204,7 @@ def test_a_reply_that_the_next_attempt_would_lack_too_is_counted_and_not_asked_a
         assert len(served.asked) == 4, "a server that answers is not left alone"
 
 
-@pytest.mark.parametrize("finish", ["length", "stop", "eos_token", None, 0])
+@pytest.mark.parametrize("finish", ["length", "STOP", "eos_token", "end-turn", "tool_calls", "", None, 0])
 def test_a_reply_is_one_as_far_as_it_goes(finish):
     with faulty.serve(fails(unfinished("[{", finish))) as served:
         assert reflector(served)([asked("a")]) == ["[{"] and len(served.asked) == 1

@@ -32,6 +32,8 @@ CALLS = [
     Written("mistral", f"[TOOL_CALLS][{JSON}]"),
     Written("mistral", f"[TOOL_CALLS] {JSON}"),
     Written("mistral", '[TOOL_CALLS]search[ARGS]{"query_list": ["Ada", "a {brace}"]}'),
+    Written("mistral", 'I look it up: search[ARGS]{"query_list": ["Ada", "a {brace}"]}'),
+    Written("mistral", '[TOOL_CALLS]search[CALL_ID]a1[ARGS]{"query_list": ["Ada", "a {brace}"]}'),
     Written("llama", JSON.replace("arguments", "parameters")),
     Written("llama", f"<|python_tag|>{JSON.replace('arguments', 'parameters')}"),
 ]
@@ -48,6 +50,8 @@ def test_a_call_in_every_format(written):
         ("hermes", f"<tool_call>{JSON}</tool_call>\n<tool_call>{JSON}</tool_call>"),
         ("hermes", f"<tool_call>{JSON}<tool_call>{JSON}"),
         ("mistral", f"[TOOL_CALLS][{JSON}, {JSON}]"),
+        ("mistral", f"search[ARGS]{ARGUMENTS}\nsearch[ARGS]{ARGUMENTS}"),
+        ("mistral", f"[TOOL_CALLS]search[ARGS]{ARGUMENTS}search[ARGS]{ARGUMENTS}"),
         ("llama", f"{JSON}; {JSON}"),
     ],
 )
@@ -123,6 +127,12 @@ def test_text_without_a_call(tool_format, text):
         ("hermes", f"{JSON}</tool_call>", "no <tool_call> before"),
         ("hermes", '<tool_call>{"name": ' + "9" * 5000 + "}</tool_call>", "not JSON"),
         ("xml", "search Ada</tool_call>", "no <function=name>"),
+        ("xml", "<parameter=q>x</parameter>\n</function>", "no <function=name>"),
+        ("xml", "<tool_call><parameter=q>x</parameter></function></tool_call>", "no <function=name>"),
+        ("xml", "<function=><parameter=q>x</parameter></function>", "no <function=name>"),
+        ("xml", "<function search>\n<parameter=q>x</parameter></function></tool_call>", "no <function=name>"),
+        ("xml", "q: x\n</function>\n</tool_call>", "no <function=name>"),
+        ("mistral", '[ARGS]{"q": "x"}', 'no "name"'),
         ("xml", "<tool_call>", "no <function=name>"),
         ("mistral", "[TOOL_CALLS]" + "[" * 100_000, "not JSON"),
         ("llama", "<|python_tag|>" + "[" * 100_000, "not JSON"),
@@ -136,6 +146,32 @@ def test_text_without_a_call(tool_format, text):
 def test_what_cannot_be_read_says_why(tool_format, text, error):
     (call,) = calls_in(text, tool_format)
     assert set(call) == {"error"} and error in call["error"]
+
+
+XML = "<function=search><parameter=query_list>[]</parameter></function></tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("tool_format", "first", "second"),
+    [
+        ("hermes", f"<tool_call>{JSON}</tool_call>\n", f"{JSON}</tool_call>"),
+        ("xml", f"<tool_call>{XML}\n", f"{XML.replace('<function=search>', '')}"),
+        ("xml", f"<tool_call>{XML}\n", f"{JSON}</tool_call>"),
+    ],
+)
+def test_a_call_without_its_beginning_after_another_is_not_lost(tool_format, first, second):
+    for text in (first + second, first * 2 + second, first + second + first):
+        calls = calls_in(text, tool_format)
+        assert len(calls) == text.count("</tool_call>") and sum("error" in call for call in calls) == 1
+    assert "error" not in calls[0] and "error" in calls[1]
+
+
+@pytest.mark.parametrize(
+    ("tool_format", "text"),
+    [("hermes", f"<tool_call>{JSON}</tool_call>"), ("xml", f"<tool_call>{XML}")],
+)
+def test_repeated_ends_are_no_calls(tool_format, text):
+    assert len(calls_in(f"{text}\n</tool_call>", tool_format)) == 1
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,17 @@ _SURE_DIGITS = 30
 _MOST_DIGITS = 10_000
 """Values that need more digits than these are equal only if they are rational."""
 
-_APPROXIMATED = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Float)
+_UNFINISHED = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit)
+_APPROXIMATED = (*_UNFINISHED, sympy.Float)
+
+_MOST_OPERATIONS, _LARGEST = 30, 1000
+"""Operations in a sum or an integral that is evaluated, and its bounds and exponents."""
+
+_LEAST_DIGITS = 15
+"""Decimal digits to which math-verify compares by itself."""
+
+_SMALL, _ROUGH = 1e-5, 1e-3
+"""Decimals that differ by less than the first are equal only within the second, relative to the gold one."""
 
 _RATIONAL = re.compile(
     r"(?P<sign>[-+]?)\s*(?:\(?\\frac\{(?P<numerator>-?\d+)\}\{(?P<denominator>\d+)\}\)?"
@@ -81,7 +91,7 @@ def judge(rule: str, gold: str, text: str) -> tuple[bool, str | None]:
     if answer is not None and answer.strip() == gold.strip():
         return True, answer
     right = math_verify.parse(rf"\boxed{{{gold}}}", parsing_timeout=None)
-    return bool(math_verify.verify(right, parsed, timeout_seconds=None)), answer
+    return _same_expressions(right, parsed), answer
 
 
 def equivalent(gold: str, text: str) -> bool:
@@ -223,13 +233,39 @@ def _equal(gold: str, answer: str) -> bool:
     if not right or not parsed:
         return False
     positive = _positive_symbols(right[0])
-    right, parsed = ([each.xreplace(positive) for each in some] for some in (right, parsed))
+    right, parsed = ([_finished(each.xreplace(positive)) for each in some] for some in (right, parsed))
     # math-verify takes what is smaller than its precision for 0: it has to be finer than any number here.
-    digits = _DIGITS + sum(_scale(each) for each in (right[0], parsed[0]))
+    # Sums, integrals and limits are approximated, which takes long to many digits.
+    digits = _DIGITS
+    if not any(each.has(*_UNFINISHED) for each in (right[0], parsed[0])):
+        digits += sum(_scale(each) for each in (right[0], parsed[0]))
     same = _same_numbers(right[0], parsed[0], min(digits, _MOST_DIGITS))
     if same is not None or digits > _MOST_DIGITS:
         return bool(same)
     return bool(math_verify.verify(right, parsed, numeric_precision=digits, timeout_seconds=None))
+
+
+def _same_expressions(right: list[Any], parsed: list[Any]) -> bool:
+    """What math-verify says of what it parsed, without its absolute tolerance for small numbers."""
+    pair = [next((part for part in each if not isinstance(part, str)), None) for each in (right, parsed)]
+    if None in pair or any(part.has(*_UNFINISHED) for part in pair):
+        return bool(math_verify.verify(right, parsed, timeout_seconds=None))
+    if any(part.has(sympy.Float) for part in pair):
+        # Rounded to a number of decimals by math-verify.
+        same = bool(math_verify.verify(right, parsed, timeout_seconds=None))
+        return same and not _differ_in_size(*pair)
+    digits = _LEAST_DIGITS + sum(map(_scale, pair))
+    precision = min(digits, _MOST_DIGITS)
+    same = bool(math_verify.verify(right, parsed, numeric_precision=precision, timeout_seconds=None))
+    return same and not (digits > _MOST_DIGITS and _same_numbers(*pair, precision) is False)
+
+
+def _differ_in_size(gold: Any, answer: Any) -> bool:
+    """Whether two numbers that are equal when rounded to decimals are far apart for their size."""
+    if not all(isinstance(each, sympy.Expr) and each.is_number for each in (gold, answer)):
+        return False
+    difference = abs((gold - answer).evalf(_LEAST_DIGITS))
+    return bool(difference < _SMALL and difference > _ROUGH * abs(gold.evalf(_LEAST_DIGITS)))
 
 
 def _compact(text: str) -> str:
@@ -258,7 +294,11 @@ def _same_numbers(gold: Any, answer: Any, digits: int) -> bool | None:
     ):
         return None
     difference = gold - answer
-    least = 10**-_SURE_DIGITS * abs(gold.evalf(_SURE_DIGITS)) if difference.has(*_APPROXIMATED) else 0
+    least = 0
+    if difference.has(*_APPROXIMATED):
+        # sympy approximates sums with an absolute error, and small ones by 0.
+        size = abs(gold.evalf(_SURE_DIGITS))
+        least = 10**-_SURE_DIGITS * (size if size.is_comparable and size else 1)
     for part in difference.evalf(_DIGITS, maxn=digits).as_real_imag():
         # A part of which no digit is sure is not comparable.
         if part.is_comparable and abs(part) > least:
@@ -266,6 +306,31 @@ def _same_numbers(gold: Any, answer: Any, digits: int) -> bool | None:
     if all(map(_is_arithmetic, sympy.preorder_traversal(difference))):
         return difference.doit() == 0
     return None
+
+
+def _finished(expression: Any) -> Any:
+    """Replaces sums and integrals whose values sympy finds fast: of geometric terms and of polynomials."""
+    parts = expression.atoms(sympy.Sum, sympy.Integral) if isinstance(expression, sympy.Expr) else ()
+    values = {}
+    for part in filter(_finishes_fast, parts):
+        value = part.doit()
+        if not value.has(*_UNFINISHED, sympy.Piecewise, sympy.nan):
+            values[part] = value
+    return expression.xreplace(values)
+
+
+def _finishes_fast(part: Any) -> bool:
+    is_simple = part.is_number and len(part.limits) == 1 and len(part.limits[0]) == 3
+    if not is_simple or part.function.count_ops() > _MOST_OPERATIONS:
+        return False
+    variable, *ends = part.limits[0]
+    numbers = (*ends, *(power.exp for power in part.function.atoms(sympy.Pow)))
+    if any(abs(number) > _LARGEST for number in numbers if number.is_Integer):
+        return False
+    if isinstance(part, sympy.Integral):
+        return part.function.is_polynomial(variable) and not any(end.is_infinite for end in ends)
+    ratio = part.function.subs(variable, variable + 1) / part.function
+    return not sympy.simplify(ratio).has(variable)
 
 
 def _is_arithmetic(part: Any) -> bool:

@@ -33,7 +33,8 @@ class SearchServer:
     The protocol is that of Search-R1 (Jin et al. 2025, search_r1/search/retrieval_server.py in
     https://github.com/PeterGriffinJin/Search-R1). A POST of `{"queries": [...], "topk": n, "return_scores":
     true}` is answered by `{"result": [...]}`, for each query a list of `{"document": {...}, "score": x}`, or
-    of documents alone. A document is read by `read_passage`.
+    of documents alone. A document is read by `read_passage`. Documents that are null, blank or cannot be read
+    are skipped.
 
     Args:
       url: the whole address, e.g. http://localhost:8000/retrieve. Proxies of the environment are not used.
@@ -60,7 +61,7 @@ class SearchServer:
 
         Raises:
           RetrievalError: no whole answer in time, no connection, a status other than 200, or an answer that
-            is too long, no JSON, or of another shape.
+            is too long, no JSON, or of another shape, as one whose documents cannot be read.
           ValueError: for a count below 1.
         """
         check_count(count)
@@ -128,21 +129,21 @@ class SearchServer:
             raise self._failure("an answer without a 'result' that is a list of lists")
         if len(results) != len(queries):
             raise self._failure(f"{len(results)} results for {len(queries)} queries")
-        return [self._passages(result, count) for result in results]
-
-    def _passages(self, result: Sequence[Any], count: int) -> list[Passage]:
-        """The first documents that can be read. Where none can, and not because they are blank, it fails."""
-        passages, error = [], None
-        for item in result:
-            try:
-                passages.append(_read_item(item))
-            except BlankPassageError:
-                continue
-            except ValueError as said:
-                error = error or said
-        if error and not passages:
+        found, error = [], None
+        for result in results:
+            passages = []
+            for item in result:
+                try:
+                    passages.append(_read_item(item))
+                except BlankPassageError:
+                    continue
+                except ValueError as said:
+                    error = error or said
+            found.append(passages[:count])
+        # Single bad documents are skipped. If there are no others, the server's documents have another form.
+        if error and not any(found):
             raise self._failure(f"an answer with a document that cannot be read: {error}")
-        return passages[:count]
+        return found
 
     def _failure(self, what: str) -> RetrievalError:
         return RetrievalError(f"the search server {self.url} failed: {what[:300]}")
@@ -158,8 +159,14 @@ def is_address(spec: str) -> bool:
 
 
 def _read_item(item: Any) -> Passage:
-    with_score = isinstance(item, dict) and "document" in item
-    return read_passage(item["document"] if with_score else item)
+    document = item["document"] if isinstance(item, dict) and "document" in item else item
+    if document is None or document == {}:
+        raise BlankPassageError("no document")
+    fields = document if isinstance(document, dict) else {}
+    texts = [fields[name] for name in ("text", "contents") if name in fields]
+    if texts and all(text is None for text in texts):
+        raise BlankPassageError("a document without text")
+    return read_passage(document)
 
 
 def _cut(connection: socket.socket) -> None:

@@ -1,10 +1,12 @@
 """The rules of equivalence, on answers written by hand and on real ones."""
 
 import itertools
+import time
 
 import pytest
 
 from espl_jax.data.jsonl import read_jsonl
+from espl_jax.environments.grading.equivalence import judge
 from espl_jax.environments.math import Math
 from espl_jax.types import Problem
 from tests.environments.answers.pairs import KNOWN_ERRORS, PAIRS
@@ -54,3 +56,41 @@ def test_real_answers_are_not_each_other(math, shared):
     pairs = list(itertools.permutations(answers, 2))
     right = [pair for pair, success in zip(pairs, graded(math, pairs), strict=True) if success]
     assert len(pairs) == 870 and right == []
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "right"),
+    [
+        (r"2^{-200}", r"2^{-201}", False),
+        (r"2^{-200}", r"\frac{1}{2^{200}}", True),
+        (r"2^{-200}", r"x=2^{-201}", False),
+        (r"(2^{-200}, 1)", r"(2^{-201}, 1)", False),
+        (r"2^{-200}", r"0.0000000001", False),
+        (r"10^{-20000}", r"10^{-20001}", False),
+        (r"1/3", r"0.333333", True),
+        (r"0.3\pi", r"\frac{3\pi}{10}", True),
+        (r"9", r"9\%", True),
+    ],
+)
+def test_expressions_have_no_absolute_tolerance(gold, answer, right):
+    assert judge("expression", gold, rf"\boxed{{{answer}}}")[0] == right
+
+
+INTEGRAL = r"\int_0^1 x^{100}(1-x)^{100}dx"
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "right"),
+    [
+        (r"\sum_{k=200}^{\infty} 2^{-k}", r"2^{-199}", True),
+        (r"\sum_{k=200}^{\infty} 2^{-k}", r"2^{-198}", False),
+        (r"\sum_{k=200}^{\infty} \frac{k}{2^k}", r"\frac{201}{2^{199}}", True),
+        (INTEGRAL, r"\frac{(100!)^2}{201!}", True),
+        (INTEGRAL, r"\frac{(100!)^2}{200!}", False),
+        (r"\int_0^{\pi} \sin^{200} x dx", r"\frac{\binom{200}{100}\pi}{2^{200}}", True),
+    ],
+)
+def test_small_sums_and_integrals(gold, answer, right):
+    begin = time.monotonic()
+    assert judge("boxed", gold, answer)[0] == right
+    assert time.monotonic() - begin < 30

@@ -174,15 +174,26 @@ def test_more_documents_than_asked_for_and_none():
 
 @pytest.mark.parametrize(
     "bad",
-    [{"contents": ""}, {"document": {"title": " ", "text": "\n"}}, {"document": None}, {"id": "1"}, "tree"],
+    [
+        {"contents": ""},
+        {"document": {"title": " ", "text": "\n"}},
+        {"document": None},
+        {"document": {"text": None}},
+        {},
+        {"id": "1"},
+        "tree",
+    ],
 )
 def test_one_bad_document_does_not_spoil_the_others(bad):
     with answering(result(bad, OAK, OAK)) as (address, _):
         assert SearchServer(address, 10.0).search(["tree"], 1) == FOUND
+    with answering(body({"result": [[bad], [OAK]]})) as (address, _):
+        assert SearchServer(address, 10.0).search(["stone", "tree"], 1) == [[], *FOUND]
 
 
 def test_blank_documents_alone_are_nothing_found():
-    with answering(result({"contents": " "}, {"text": ""})) as (address, _):
+    documents = {"contents": " "}, {"text": ""}, {"document": None}, {"document": {"text": None}}, {}
+    with answering(result(*documents)) as (address, _):
         assert SearchServer(address, 10.0).search(["tree"], 2) == [[]]
 
 
@@ -207,7 +218,6 @@ def test_blank_queries_are_not_sent():
         (body({"result": []}), "0 results for 1 queries"),
         (body({"result": [[], []]}), "2 results for 1 queries"),
         (result("tree"), "cannot be read: a str"),
-        (result({"document": None}), "cannot be read: a NoneType"),
         (result({"document": {"id": "1"}}), "no field 'text' or 'contents'"),
         (result({"contents": 5}), "the field 'contents' is 5"),
         (body({"detail": "out of\nmemory"}, 500), r'status 500 .*: {"detail": "out of\\nmemory"}'),
