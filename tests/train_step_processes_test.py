@@ -71,7 +71,10 @@ def test_two_processes_take_the_steps_of_one_device(tmp_path):
         tiny.assert_trees_close(params, alone[2], 1e-5)
 
 
-@pytest.mark.parametrize(("sizes", "microbatch_rows"), CASES)
+@pytest.mark.parametrize(
+    ("sizes", "microbatch_rows"),
+    [CASES[1], *(pytest.param(*case, marks=pytest.mark.slow) for case in (CASES[0], CASES[2]))],
+)
 def test_eight_devices_take_the_steps_of_one(sizes, microbatch_rows):
     alone, spread = three_steps(None, 0), three_steps(sharding.make_mesh(sizes), microbatch_rows)
     assert spread[0] == pytest.approx(alone[0], rel=1e-5)

@@ -65,7 +65,8 @@ def test_epochs_and_minibatches_are_updates_each(tmp_path):
     ("fields", "batches", "scored"),
     [
         ({"kind": "gspo"}, 1, False),
-        ({"kind": "gspo"}, 2, True),
+        ({"kind": "gspo", "minibatches": 2}, 2, True),
+        ({"kind": "gspo", "minibatches": 2}, 1, True),  # one program, whichever minibatches have a gradient
         ({"kind": "cispo", "epochs": 2}, 1, True),
         ({"epochs": 2}, 2, False),
         ({"epochs": 2, "sampler_weight_cap": 2.0}, 1, True),

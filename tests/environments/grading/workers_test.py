@@ -40,7 +40,14 @@ def children(pid=None):
 
 
 def grading(pid=None):
-    return [each for each in children(pid) if b"grading" in Path(f"/proc/{each}/cmdline").read_bytes()]
+    return [each for each in children(pid) if b"grading" in command_line(each)]
+
+
+def command_line(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except FileNotFoundError:  # ended since it was listed
+        return b""
 
 
 def eventually(condition, seconds=30):
