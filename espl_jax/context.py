@@ -55,7 +55,7 @@ def fitting(
             conversation_lengths, model.tokenizer, split.problems, environment, kwargs
         )
         lengths = {id: length + allowance for id, length in measured(least=room).items()}
-        if not root.render():  # the template may have a system turn of its own
+        if not root.render():  # the template may add a default system turn
             blank = measured(least=context, prompt=root)
             lengths |= {id: max(length, lengths.get(id, 0)) for id, length in blank.items()}
         long = {

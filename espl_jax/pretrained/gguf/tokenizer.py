@@ -102,7 +102,7 @@ def _named_ends(metadata: Mapping[str, Any]) -> list[int]:
     for field, end in ends.items():
         if not 0 <= end < count:
             raise ValueError(
-                f"{field}={end}: the file has {count} tokens; correct the field, or convert it anew"
+                f"{field}={end}: the file has {count} tokens; correct the field, or convert the file again"
             )
     return list(ends.values())
 
