@@ -42,7 +42,8 @@ SHARE = 0.8
 """Part of a device's memory to plan with; the rest is for caches of prompts and problems, and temporaries."""
 
 FEWEST_ROWS = 4
-"""The narrowest chunk of a coarse ladder, unless there are fewer rows. One row alone runs faster on CPUs, but its program takes seconds to compile."""
+"""The narrowest chunk of a coarse ladder, unless there are fewer rows. One row alone runs faster on CPUs, but
+its program takes seconds to compile."""
 
 _LOGITS = 3 * 4
 """Bytes that drawing needs for each row and token of the vocabulary: float32 logits and two copies."""
