@@ -10,6 +10,7 @@ import hypothesis
 import pytest
 
 from tests.devices import OLDER_EMITTERS, xla_flags
+from tests.forks import Forks
 
 ROOT = Path(__file__).resolve().parent.parent
 STARTED = time.monotonic()
@@ -99,11 +100,13 @@ def run_module(module, *args, **environment):
 
 
 @pytest.fixture(scope="session")
-def no_jax(tmp_path_factory):
-    """A PYTHONPATH under which importing jax fails, to show that the refusal comes before it."""
+def without_jax(tmp_path_factory):
+    """Runs commands where importing jax fails, to show that what they do comes before it."""
     folder = tmp_path_factory.mktemp("no_jax")
     (folder / "jax.py").write_text("raise ImportError('jax was imported')\n")
-    return str(folder)
+    forks = Forks(str(ROOT), {**os.environ, "PYTHONPATH": str(folder)})
+    yield forks.run
+    forks.close()
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,11 @@ from espl_jax.command_line import read_config_file
 from tests.conftest import ROOT, run_module
 from tests.devices import xla_flags
 
+QUICKSTART = "--config=configs/quickstart.py"
 
-def run(*args, config="configs/quickstart.py", **environment):
-    return run_module("espl_jax.main", f"--config={config}", *args, **environment)
+
+def run(*args, **environment):
+    return run_module("espl_jax.main", QUICKSTART, *args, **environment)
 
 
 @pytest.mark.parametrize(
@@ -32,10 +34,10 @@ def run(*args, config="configs/quickstart.py", **environment):
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
-def test_refused_before_anything_is_loaded(args, message, no_jax, tmp_path):
+def test_refused_before_anything_is_loaded(args, message, without_jax, tmp_path):
     workdir = tmp_path / "run"
     given = [*args, f"--workdir={workdir}"] if args else []
-    done = run(*given, PYTHONPATH=no_jax)
+    done = without_jax("espl_jax.main", QUICKSTART, *given)
     assert done.returncode == 1 and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 3
     assert not workdir.exists()
@@ -45,11 +47,11 @@ CONFIGS = "configs/ has aime.py, dapo.py, gsm8k.py, hmmt.py, quickstart.py, sear
 
 
 @pytest.mark.parametrize("command", ["main", "plan"])
-def test_a_config_file_that_is_not_there(command, no_jax):
+def test_a_config_file_that_is_not_there(command, without_jax):
     """Said in one sentence by every command, whatever else is given."""
-    path = no_jax if command == "main" else ""
+    run = without_jax if command == "main" else run_module
     config = "--config=configs/none.py"
-    done = run_module(f"espl_jax.{command}", config, "--config.batch_size=4", PYTHONPATH=path)
+    done = run(f"espl_jax.{command}", config, "--config.batch_size=4")
     assert done.returncode == 1
     assert done.stderr == f"{config}: there is no such file; {CONFIGS}\n"
 
@@ -121,8 +123,8 @@ def test_what_only_loading_finds_out_is_said_without_a_traceback(tmp_path):
     assert "Traceback" in run(*args, "--verbosity=1").stderr
 
 
-def test_all_splits_come_from_a_set_that_has_them(no_jax):
-    done = run("--config.data=encyclopedia", config="configs/search.py", PYTHONPATH=no_jax)
+def test_all_splits_come_from_a_set_that_has_them(without_jax):
+    done = without_jax("espl_jax.main", "--config=configs/search.py", "--config.data=encyclopedia")
     assert "--workdir is missing" in done.stderr, "the configuration is as it should be"
 
 
@@ -134,7 +136,7 @@ def test_dry_run_of_the_quickstart(tmp_path):
     assert "| policy-gradient step " in done.stdout
 
 
-def test_fields_without_a_default_can_be_set(no_jax):
+def test_fields_without_a_default_can_be_set(without_jax):
     """None on the command line's side is a placeholder with a type; the wrong type is refused."""
     fields = {
         "selection.temperature": "0.5",
@@ -142,7 +144,7 @@ def test_fields_without_a_default_can_be_set(no_jax):
         "environment.instruction": "Add.",
     }
     args = [f"--config.{field}={value}" for field, value in fields.items()]
-    done = run(*args, PYTHONPATH=no_jax)
+    done = without_jax("espl_jax.main", QUICKSTART, *args)
     assert done.stderr.startswith("--workdir is missing"), done.stderr
-    wrong = run("--config.evolution.max_principles=few", PYTHONPATH=no_jax)
+    wrong = without_jax("espl_jax.main", QUICKSTART, "--config.evolution.max_principles=few")
     assert "flag --config.evolution.max_principles=few" in wrong.stderr

@@ -396,7 +396,7 @@ def assert_killed_anywhere_ends_the_same(folder, every):
 
 
 def test_killed_at_some_steps(tmp_path):
-    assert_killed_anywhere_ends_the_same(tmp_path, every=17)
+    assert_killed_anywhere_ends_the_same(tmp_path, every=41)
 
 
 @pytest.mark.slow

@@ -285,7 +285,7 @@ class TestStep:
         [
             pytest.param({"fsdp": 8}, CONFIG, marks=pytest.mark.slow),
             pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, CONFIG, marks=pytest.mark.slow),
-            ({"fsdp": 2, "tensor": 2, "expert": 2}, tiny.CONFIG),
+            pytest.param({"fsdp": 2, "tensor": 2, "expert": 2}, tiny.CONFIG, marks=pytest.mark.slow),
             ({"data": 2, "tensor": 4}, tiny.CONFIG),  # more than there are kv heads
         ],
         ids=lambda x: str(x) if isinstance(x, dict) else str(x.vocab_size),

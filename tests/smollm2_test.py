@@ -86,6 +86,7 @@ def test_logits(model, reference, text_tokens):
     np.testing.assert_array_equal(ours.argmax(-1), expected.argmax(-1))
 
 
+@pytest.mark.slow
 def test_tree_against_flat(model, text_tokens):
     config = model.config.replace(remat="none")
     tree = text_tree(text_tokens, (2, 2, 2), (48, 24, 32))
@@ -100,6 +101,7 @@ def test_tree_against_flat(model, text_tokens):
     assert gap < 1e-4
 
 
+@pytest.mark.slow
 def test_cached_decoding(model, text_tokens):
     """Greedy through `generate`, and every position again without a cache."""
     prompt = text_tokens[:60].tolist()

@@ -101,7 +101,7 @@ def test_the_message_asks_for_a_box_only_where_one_counts():
 def test_hostile_answers_cost_themselves_alone(tmp_path):
     """Every kind, at a short limit: all wrong, nothing run, and what comes after is graded as before."""
     marker = tmp_path / "marker"
-    replies = [reply for _, reply in hostile.replies(marker=str(marker), each=2)]
+    replies = [reply for _, reply in hostile.replies(marker=str(marker), each=1)]
     environment = Math(timeout=0.3)
     problem = Problem("p", "", GOLD)
     grades = environment.grade([problem] * len(replies), replies)

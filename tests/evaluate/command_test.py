@@ -25,8 +25,8 @@ def run(*args, **environment):
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
-def test_refused_before_jax_is_imported(args, message, no_jax):
-    done = run(*args, PYTHONPATH=no_jax)
+def test_refused_before_jax_is_imported(args, message, without_jax):
+    done = without_jax("espl_jax.evaluate", *args)
     assert done.returncode == 1 and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and not done.stdout
 

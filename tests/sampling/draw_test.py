@@ -44,8 +44,15 @@ TRUNCATIONS = [
 ]
 
 
-@pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize(
+    ("temperature", "truncation"),
+    [
+        pytest.param(t, cut, marks=() if i % 3 == j else pytest.mark.slow)
+        for i, cut in enumerate(TRUNCATIONS)
+        for j, t in enumerate((0.5, 1.0, 1.7))
+    ],
+    ids=str,
+)
 def test_frequencies(uniform, temperature, truncation):
     drawn = draw_many(jnp.tile(LOGITS, (COUNT, 1)), uniform, temperature, truncation)
     tokens = np.asarray(drawn.token)

@@ -219,9 +219,14 @@ class TestLayout:
 class TestDistribution:
     """What the sampler draws at a fixed context against the exact distribution."""
 
-    @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
     @pytest.mark.parametrize(
-        "truncation", [UNTRUNCATED, Truncation(top_p=0.8), Truncation(top_k=5)], ids=["all", "top-p", "top-k"]
+        ("temperature", "truncation"),
+        [
+            pytest.param(t, cut, marks=() if i == j else pytest.mark.slow)
+            for i, cut in enumerate((UNTRUNCATED, Truncation(top_p=0.8), Truncation(top_k=5)))
+            for j, t in enumerate((0.6, 1.0, 1.5))
+        ],
+        ids=str,
     )
     def test_twenty_thousand_draws(self, params, temperature, truncation):
         count, context = 20_000, [5, 6, 7, 9, 10]

@@ -193,6 +193,10 @@ def rescored(config, samples, systems, problems):
     return np.where(np.arange(width) < samples.lengths[..., None], out, 0)
 
 
+ONE_OR_EIGHT = None, pytest.param({"data": 2, "fsdp": 1, "tensor": 4}, marks=pytest.mark.slow)
+"""Meshes; turns on eight devices have a fast test of their own."""
+
+
 class TestTurns:
     """Tokens appended between turns: read at their own positions, drawn by nobody."""
 
@@ -285,7 +289,7 @@ class TestTurns:
         assert release.is_set()
         np.testing.assert_array_equal(waited.tokens, samples.tokens)
 
-    @pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 1, "tensor": 4}], ids=["one", "eight"])
+    @pytest.mark.parametrize("mesh", ONE_OR_EIGHT, ids=["one", "eight"])
     def test_rows_that_wait_among_others_keep_what_they_hold(self, samples, mesh):
         """Every answer comes a chunk or more later, while the row's slot is part of the others' chunks."""
         asked = []
@@ -310,7 +314,7 @@ class TestTurns:
         np.testing.assert_array_equal(waited.tokens, samples.tokens)
         np.testing.assert_allclose(waited.logprobs, samples.logprobs, atol=2e-5)
 
-    @pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 1, "tensor": 4}], ids=["one", "eight"])
+    @pytest.mark.parametrize("mesh", ONE_OR_EIGHT, ids=["one", "eight"])
     def test_rows_that_wait_make_room_for_the_queue(self, samples, mesh):
         """All of the first rows' tools are slow, and there are two slots: the others get them meanwhile."""
         release, asked = threading.Event(), []

@@ -92,7 +92,7 @@ def assert_killed_after_any_change_ends_the_same(store, bucket, every):
 
 
 def test_killed_after_some_changes(store, bucket):
-    assert_killed_after_any_change_ends_the_same(store, bucket, every=9)
+    assert_killed_after_any_change_ends_the_same(store, bucket, every=20)
 
 
 @pytest.mark.slow
@@ -211,6 +211,7 @@ def test_sharded_arrays_come_back_bit_for_bit(bucket):
         assert np.asarray(restored[name]).tobytes() == np.asarray(array).tobytes()
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_checkpoint(bucket):
     path = f"gs://{bucket}/run"
     run_pair("from tests import run_state_processes_test as t\nt.both_save(sys.argv[1])", path)

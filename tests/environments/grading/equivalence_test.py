@@ -51,11 +51,14 @@ def test_real_answers_are_themselves_however_they_are_written(math, shared):
     assert wrong == []
 
 
-def test_real_answers_are_not_each_other(math, shared):
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_real_answers_are_not_each_other(math, shared, every):
     answers = [problem.answer for problem in read_jsonl(shared / "data" / "hmmt_feb_2025.jsonl").problems]
     pairs = list(itertools.permutations(answers, 2))
+    assert len(pairs) == 870
+    pairs = pairs[::every]
     right = [pair for pair, success in zip(pairs, graded(math, pairs), strict=True) if success]
-    assert len(pairs) == 870 and right == []
+    assert right == []
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def turn(*question):
 
 
 def take_memory(*question):
-    return len(bytearray(3 << 30)) > 0, "5"
+    return len(bytearray(1 << 30)) > 0, "5"
 
 
 @pytest.mark.parametrize(
