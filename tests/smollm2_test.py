@@ -1,10 +1,13 @@
 """The real model: SmolLM2-135M-Instruct against transformers and torch, which read the same GGUF file."""
 
+import functools
+
+import gguf
 import jax
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from espl_jax.models import lora
@@ -38,10 +41,13 @@ def model():
 @pytest.fixture(scope="module")
 def reference():
     """transformers' own reading of the file. from_pretrained would read the same, but wants accelerate."""
-    path = smollm2.find_gguf()
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    torch_model = LlamaForCausalLM(config).float().eval()
-    checkpoint = load_gguf_checkpoint(path, return_tensors=True, model_to_load=torch_model)
+    path = str(smollm2.find_gguf())
+    with pytest.MonkeyPatch.context() as patch:  # read once, not three times; one table, not one a module
+        patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
+        patch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
+        config = LlamaConfig(**load_gguf_checkpoint(path)["config"])
+        torch_model = LlamaForCausalLM(config).float().eval()
+        checkpoint = load_gguf_checkpoint(path, return_tensors=True, model_to_load=torch_model)
     missing, unexpected = torch_model.load_state_dict(checkpoint["tensors"], strict=False)
     assert set(missing) <= {"lm_head.weight"}
     assert not unexpected
