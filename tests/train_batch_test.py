@@ -6,7 +6,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from espl_jax.rl.advantages import advantages
@@ -289,6 +289,7 @@ def places_of(batch, rollouts, gains):
     return found
 
 
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
     shape=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(2, 5)),

@@ -103,7 +103,7 @@ class TestAgainstTorch:
 
 
 class TestMicrobatches:
-    @pytest.mark.parametrize("rows", [1, 2, 0])
+    @pytest.mark.parametrize("rows", [2, 0, pytest.param(1, marks=pytest.mark.slow)])
     def test_the_cut_does_not_matter(self, params, batch, rows):
         expected, totals = full_gradients(params, batch)
         config = CONFIG.replace(remat="none")

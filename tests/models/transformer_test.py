@@ -170,7 +170,8 @@ def test_remat_says_what_is_stored(params):
     assert stored("none") > stored("products")
 
 
-@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [True, False])
 def test_rounded_inputs_change_gradients_alone_and_little(scan):
     """In float32 nothing; in bfloat16 the gradient, by about as much as its products were rounded."""
     tokens = np.random.default_rng(0).integers(0, tiny.CONFIG.vocab_size, (2, 9)).astype(np.int32)

@@ -62,6 +62,7 @@ def converse(delays):
     }
 
 
+@pytest.mark.slow
 def test_two_processes_hold_the_same_conversations():
     program = "import json\nfrom tests.sampling.answers_test import converse\n"
     program += "print(json.dumps(converse([0.0, None, 0.3, 0.05])))"
