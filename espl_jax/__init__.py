@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     # Functions of arrays.
-    "load_pretrained": "espl_jax.pretrained",
+    "load_pretrained": "espl_jax.pretrained.load",
     "save_pretrained": "espl_jax.pretrained.save",
     "forward": "espl_jax.models.transformer",
     "logits": "espl_jax.models.transformer",
@@ -31,7 +31,7 @@ _HOME = {
     "mutate": "espl_jax.evolution.mutation",
     "crossover": "espl_jax.evolution.crossover",
     # Where the two meet.
-    "collect_rollouts": "espl_jax.rollout",
+    "collect_rollouts": "espl_jax.rollouts.collect",
 }
 
 __all__ = sorted([*_HOME, "__version__"])

@@ -9,24 +9,21 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from espl_jax import processes, programs
-from espl_jax.assemble import (
-    Parts,
-    abstract_run_state,
-    assemble,
-    first_population,
-    samplings_of,
-    settle_numerics,
-    stream_key,
-)
-from espl_jax.context import check_first_prompts, context_of
+from espl_jax.console.tables import table
 from espl_jax.data.order import Cursor
-from espl_jax.metrics import table
-from espl_jax.programs import Program
-from espl_jax.rollout import collect_rollouts, conversation, encode_tree, stop_ids_of
+from espl_jax.parallel import processes
+from espl_jax.plan import programs
+from espl_jax.plan.programs import Program
+from espl_jax.rollouts.collect import collect_rollouts
+from espl_jax.rollouts.encode import conversation, encode_tree, stop_ids_of
+from espl_jax.rollouts.keys import stream_key
+from espl_jax.run.context import check_first_prompts, context_of
+from espl_jax.run.parts import Parts, abstract_run_state, assemble, samplings_of
+from espl_jax.run.roots import first_population
+from espl_jax.run.samplings import Lengths
+from espl_jax.run.weights import settle_numerics
 from espl_jax.sampling.generate import row_limits
 from espl_jax.sampling.sizes import describe
-from espl_jax.samplings import Lengths
 from espl_jax.text.chat import encode_conversation, render
 from espl_jax.train import choose, left_out
 from espl_jax.types import Problem, SystemPrompt

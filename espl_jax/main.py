@@ -6,8 +6,8 @@ import sys
 
 from absl import app, flags
 
-from espl_jax import command_line
-from espl_jax.check_config import check_config
+from espl_jax.console import command_line
+from espl_jax.run.check_config import check_config
 
 _CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command resumes it.")
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     command_line.enough_threads()
     command_line.use_compilation_cache(config.compilation_cache)
     with command_line.without_traceback():
-        from espl_jax import processes
+        from espl_jax.parallel import processes
 
         processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         if _DRY_RUN.value:

@@ -12,25 +12,29 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from espl_jax import iteration_log, processes
-from espl_jax.assemble import Parts, assemble, rollout_sizes, settle_numerics, stream_key
+from espl_jax.console.progress import Progress
 from espl_jax.data.order import Cursor, next_batch
-from espl_jax.deploy import evaluate_on, finish
 from espl_jax.evolution.deployment import deployed
 from espl_jax.evolution.evolve import evolve, outcome
 from espl_jax.evolution.population import Population
 from espl_jax.evolution.ratings import inflate, rate
 from espl_jax.evolution.reflection import Offspring
 from espl_jax.evolution.selection import select
-from espl_jax.metrics import Progress
-from espl_jax.resume import MAY_CHANGE, Run, restore, save, stop_if_stuck
-from espl_jax.rollout import collect_rollouts, means, stable_hash
-from espl_jax.run_reflection import Beside, MakeReflect, open_reflectors
-from espl_jax.run_state import WorkDir
+from espl_jax.parallel import processes
+from espl_jax.rollouts.collect import collect_rollouts
+from espl_jax.rollouts.keys import stable_hash, stream_key
+from espl_jax.rollouts.records import means
+from espl_jax.run import logs
+from espl_jax.run.finish import evaluate_on, finish
+from espl_jax.run.parts import Parts, assemble, rollout_sizes
+from espl_jax.run.reflection import Beside, MakeReflect, open_reflectors
+from espl_jax.run.state import MAY_CHANGE, Run, restore, save, stop_if_stuck
+from espl_jax.run.update import update
+from espl_jax.run.weights import settle_numerics
 from espl_jax.sampling.sizes import describe
-from espl_jax.train_step import TrainState
+from espl_jax.storage.workdir import WorkDir
+from espl_jax.training.state import TrainState
 from espl_jax.types import Problem, Reflect, Rollouts, SystemPrompt
-from espl_jax.update import update
 
 
 def train(config: Any, workdir: str | Path, console: Console | None = None) -> dict[str, Any]:
@@ -129,7 +133,7 @@ def iterate(
         "time": times,
     }
     del reflect  # it holds what was laid out for sampling, which evaluation does again
-    iteration_log.write(workdir, iteration, rollouts, offspring, added)
+    logs.write(workdir, iteration, rollouts, offspring, added)
     if c.evaluation.every and iteration % c.evaluation.every == 0:
         with progress.phase("evaluation"):
             model = parts.policy(train_state)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from espl_jax.metrics import table
+from espl_jax.console.tables import table
 from espl_jax.sampling import draw
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
 

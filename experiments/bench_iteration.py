@@ -30,11 +30,15 @@ import jax
 from rich.console import Console
 
 from configs import quickstart
-from espl_jax import rollout, run_state, train, update
+from espl_jax import train
+from espl_jax.console.progress import Progress
+from espl_jax.console.tables import table
 from espl_jax.environments.arithmetic import Arithmetic
-from espl_jax.metrics import Progress, table
 from espl_jax.reflectors import local
-from espl_jax.rollout import stable_hash
+from espl_jax.rollouts import collect
+from espl_jax.rollouts.keys import stable_hash
+from espl_jax.run import update
+from espl_jax.storage import workdir
 from espl_jax.types import Grade
 
 sys.path.append(str(Path(__file__).parent / "bench"))  # its scripts import each other as neighbours
@@ -120,7 +124,7 @@ def main() -> None:
 
     patches = [
         mock.patch.object(train, "iterate", iterate),
-        mock.patch.object(rollout, "sample_tree", clock.around("rollouts", rollout.sample_tree)),
+        mock.patch.object(collect, "sample_tree", clock.around("rollouts", collect.sample_tree)),
         mock.patch.object(local, "sample_tree", clock.around("reflector", local.sample_tree)),
         mock.patch.object(
             update,
@@ -133,7 +137,7 @@ def main() -> None:
         mock.patch.object(train, "rate", clock.around("ratings", train.rate)),
         mock.patch.object(train, "save", clock.around("checkpoint", train.save)),
         mock.patch.object(Progress, "report", clock.around("report", Progress.report)),
-        mock.patch.object(run_state.WorkDir, "append", clock.around("logs", run_state.WorkDir.append)),
+        mock.patch.object(workdir.WorkDir, "append", clock.around("logs", workdir.WorkDir.append)),
         mock.patch.object(train, "collect_rollouts", clock.around("text and tokens", train.collect_rollouts)),
         mock.patch.object(train, "finish", lambda *_: {}),
     ]

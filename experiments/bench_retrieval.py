@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from espl_jax.environments.retrievers import Bm25
+from espl_jax.console.tables import table
 from espl_jax.environments.retrievers.index import import_bm25s
-from espl_jax.metrics import table
+from espl_jax.environments.retrievers.load import Bm25
 
 VOCABULARY = 200_000
 QUERIES = 200

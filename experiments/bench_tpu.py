@@ -34,23 +34,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from espl_jax import tpu_compiler  # isort: skip; before jax is imported
+from espl_jax.plan import tpu_compiler  # isort: skip; before jax is imported
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
 
 from configs import hmmt
-from espl_jax import sharding
-from espl_jax.hlo_traffic import breakdown, traffic
-from espl_jax.memory import bytes_per_device
-from espl_jax.metrics import table
+from espl_jax.console.tables import table
 from espl_jax.models.config import REMATS
-from espl_jax.optimizer import make_optimizer
+from espl_jax.parallel import sharding
+from espl_jax.parallel.memory import bytes_per_device
+from espl_jax.plan.hlo.traffic import breakdown, traffic
 from espl_jax.pretrained.hf_config import from_hf_config
 from espl_jax.sampling import decode
 from espl_jax.sampling.truncation import HALVINGS, UNTRUNCATED, Truncation
-from espl_jax.train_step import policy_gradient_step
+from espl_jax.training.optimizer import make_optimizer
+from espl_jax.training.step import policy_gradient_step
 from espl_jax.types import TrainBatch
 from experiments.bench import peers
 from experiments.bench.tpu_shapes import MODELS, Shapes

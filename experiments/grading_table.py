@@ -15,10 +15,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from espl_jax.console.tables import table
 from espl_jax.environments import boxed
 from espl_jax.environments.grading.workers import Workers
 from espl_jax.environments.math import LONGEST_ANSWER
-from espl_jax.metrics import table
 from tests.environments.answers import hostile
 from tests.environments.answers.pairs import PAIRS
 

@@ -5,7 +5,7 @@ r"""The smallest TPU slices on which configs/hmmt.py fits, by model and chip: th
 
 For each model, with adapters and with all weights trained, slices are tried from the smallest up, and on
 each of them `remat` full, rounded and offload, and meshes that give more devices to `tensor`, until every
-program compiles and fits; see espl_jax/plan.py. What cannot fit by what is held alone is not
+program compiles and fits; see espl_jax/plan/__main__.py. What cannot fit by what is held alone is not
 compiled. Results are appended to the file as they come, and what it holds already is not done again. Allow
 a minute or two for each line.
 """
@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from configs import hmmt
-from espl_jax import plan as planning
-from espl_jax.chips import CHIPS
-from espl_jax.metrics import table
-from espl_jax.samplings import Lengths
+from espl_jax.console.tables import table
+from espl_jax.plan import costs
+from espl_jax.plan.chips import CHIPS
+from espl_jax.run.samplings import Lengths
 from experiments.bench.tpu_shapes import MODELS
 
 LENGTHS = Lengths(system=1024, problem=512, new=15_000)
@@ -50,16 +50,16 @@ def candidates(model: Path, trained: str, chip: str) -> Iterator[tuple[Any, str]
 def smallest(model: Path, trained: str, chip: str) -> dict[str, Any] | None:
     """The first candidate that fits, as a line of the file; None if none of them does."""
     for c, topology in candidates(model, trained, chip):
-        if planning.least_memory(c, topology, LENGTHS) > 0.97 * CHIPS[chip].memory:
+        if costs.least_memory(c, topology, LENGTHS) > 0.97 * CHIPS[chip].memory:
             continue
         where = f"{model.name}, {trained}, {topology}, tensor={c.mesh.tensor}, remat={c.model.remat}"
         # The update first: it decides nearly always.
-        update = planning.plan(c, topology, LENGTHS, phases=["update"], say=quiet)
+        update = costs.plan(c, topology, LENGTHS, phases=["update"], say=quiet)
         error = update.error or update.costs[-1].error
         print(f"{where}: {error or f'{update.largest / 2**30:.2f} GiB'}", flush=True)
         if not update.fits:
             continue
-        rollouts = planning.plan(c, topology, LENGTHS, phases=["rollouts"], every_bucket=False, say=quiet)
+        rollouts = costs.plan(c, topology, LENGTHS, phases=["rollouts"], every_bucket=False, say=quiet)
         if not rollouts.fits:
             errors = [cost.error for cost in rollouts.costs if cost.error]
             print(f"{where}: rollouts need {rollouts.largest / 2**30:.2f} GiB, {errors}", flush=True)

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from espl_jax.check_config import check_config
-from espl_jax.task import load_splits
-from tests import dataset_hub
-from tests.dataset_hub import statement
+from espl_jax.run.check_config import check_config
+from espl_jax.run.tasks import load_splits
+from tests.support import dataset_hub
+from tests.support.dataset_hub import statement
 
 MATH = ("dapo", "hmmt", "aime", "gsm8k")
 CONFIGS = (*MATH, "search")

@@ -9,8 +9,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from tests.devices import OLDER_EMITTERS, xla_flags
-from tests.forks import Forks
+from tests.support.devices import OLDER_EMITTERS, xla_flags
+from tests.support.forks import Forks
 
 ROOT = Path(__file__).resolve().parent.parent
 STARTED = time.monotonic()
@@ -51,12 +51,12 @@ def pytest_addoption(parser):
 
 
 LONGEST_FILES = (
-    "sampling/lanes_test.py",
+    "sampling/scheduler_test.py",
     "train_test.py",
-    "smollm2_test.py",
+    "pretrained/smollm2_test.py",
     "sampling/generate_test.py",
     "models/families_test.py",
-    "train_batch_test.py",
+    "training/batches_test.py",
     "readme_commands_test.py",
 )
 """Test files that take longest: they start first, so that no worker is left alone with one at the end."""

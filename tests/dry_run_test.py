@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from espl_jax import assemble as assembling
 from espl_jax import dry_run as dry
-from espl_jax import run_reflection
 from espl_jax import train as loop
-from espl_jax import update as updates
-from espl_jax.assemble import assemble
 from espl_jax.data.order import Cursor, next_batch
 from espl_jax.dry_run import dry_run
-from espl_jax.rollout import conversation
+from espl_jax.rollouts.encode import conversation
+from espl_jax.run import reflection
+from espl_jax.run import roots as run_roots
+from espl_jax.run import update as updates
+from espl_jax.run.parts import assemble
 from espl_jax.sampling import decode
 from espl_jax.text.chat import encode_conversation, render
-from tests import fakes
+from tests.support import fakes
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def test_shows_the_problem_the_answer_and_the_programs(tmp_path, monkeypatch):
     text = shown(config)
     parts = assemble(config)
     (problem, *_), _ = next_batch(parts.splits["train"], Cursor(config.seed), 2)
-    prompt = assembling.first_population(config).members[0]
+    prompt = run_roots.first_population(config).members[0]
     messages, _ = conversation(fakes.tokenizer(), prompt, problem, parts.environment, {})
     assert f"Problem {problem.id} under prompt p0" in text
     assert render(fakes.tokenizer(), messages) in text
@@ -89,7 +89,7 @@ def test_shapes_are_those_that_the_run_compiles(monkeypatch, tmp_path):
 
     monkeypatch.setattr(decode, "decode_chunk", listen)
     monkeypatch.setattr(updates, "policy_gradient_step", listen_to_step)
-    monkeypatch.setattr(run_reflection, "local_reflector", lambda model, **settings: fakes.scripted_replies)
+    monkeypatch.setattr(reflection, "local_reflector", lambda model, **settings: fakes.scripted_replies)
     said = io.StringIO()
     loop.train(config, tmp_path, Console(file=said, width=1000))
     *chunks, batch = seen
@@ -139,7 +139,7 @@ def test_programs_with_each_layers_weights_alone():
     """What CPUs sample with: shapes are taken wherever arrays would be."""
     config = fakes.config(mode="rl", model__param_dtype="bfloat16", model__sampling_layout="unstacked")
     parts = assemble(config)
-    prompts, problems = assembling.first_population(config).members, parts.splits["train"].problems[:2]
+    prompts, problems = run_roots.first_population(config).members, parts.splits["train"].problems[:2]
     found = dry.programs_of(parts, prompts, problems, config, say=lambda text: None)
     assert [program.name for program in found][-1] == "policy-gradient step"
 

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from espl_jax.command_line import read_config_file
+from espl_jax.console.command_line import read_config_file
 from tests.conftest import ROOT, run_module
-from tests.devices import xla_flags
+from tests.support.devices import xla_flags
 
 QUICKSTART = "--config=configs/quickstart.py"
 

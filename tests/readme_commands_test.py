@@ -23,16 +23,18 @@ import pytest
 from absl import app, flags, logging
 from transformers import AutoTokenizer
 
-from espl_jax import command_line, processes, sharding, tpu_compiler
-from espl_jax.environments.retrievers import Bm25, SearchServer
+from espl_jax.console import command_line
+from espl_jax.environments.retrievers.load import Bm25, SearchServer
 from espl_jax.environments.retrievers.serve import make_server
-from espl_jax.pretrained import load_pretrained
+from espl_jax.parallel import processes, sharding
+from espl_jax.plan import tpu_compiler
+from espl_jax.pretrained.load import load_pretrained
 from espl_jax.pretrained.save import save_pretrained
 from espl_jax.types import Passage
-from tests import documents, fakes, tiny
 from tests.conftest import ROOT
 from tests.reflectors import faulty_server
-from tests.two_processes import run_pair
+from tests.support import documents, fakes, tiny
+from tests.support.two_processes import run_pair
 
 SHOWN = documents.shown_commands()
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from espl_jax.rollout import collect_rollouts
-from espl_jax.task import make_environment
+from espl_jax.rollouts.collect import collect_rollouts
+from espl_jax.run.tasks import make_environment
 from espl_jax.types import Grade, Problem
-from tests import fakes
+from tests.support import fakes
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from espl_jax import assemble, processes, run_reflection, task
 from espl_jax import train as loop
+from espl_jax.parallel import processes
 from espl_jax.reflectors.local import local_reflector
-from tests import fakes
+from espl_jax.run import reflection, tasks, weights
+from tests.support import fakes
+from tests.support.two_processes import run_pair
 from tests.train_test import LOGS, arrays, lines
-from tests.two_processes import run_pair
 
 SETTINGS = {
     "mesh__fsdp": 4,
@@ -54,9 +55,9 @@ def run(path, killed=None):
         return iterate(run, *args)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(assemble, "load_pretrained", fakes.load_pretrained)
-        monkeypatch.setattr(task, "Arithmetic", Letters)
-        monkeypatch.setattr(run_reflection, "local_reflector", reflector)
+        monkeypatch.setattr(weights, "load_pretrained", fakes.load_pretrained)
+        monkeypatch.setattr(tasks, "Arithmetic", Letters)
+        monkeypatch.setattr(reflection, "local_reflector", reflector)
         monkeypatch.setattr(loop, "iterate", die)
         shown = io.StringIO()
         loop.train(fakes.config(**SETTINGS), path, Console(file=shown, width=200))

@@ -11,16 +11,16 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 from rich.console import Console
 
-from espl_jax import assemble, run_reflection, task, update
 from espl_jax import train as loop
 from espl_jax.evolution import lineage
 from espl_jax.evolution import population as populations
-from espl_jax.optimizer import make_optimizer
 from espl_jax.reflectors.local import local_reflector
-from espl_jax.run_state import read_checkpoint
+from espl_jax.run import parts, reflection, tasks, update
+from espl_jax.storage.workdir import read_checkpoint
 from espl_jax.train import train
+from espl_jax.training.optimizer import make_optimizer
 from espl_jax.types import Grade, SystemPrompt
-from tests import fakes, listed_programs
+from tests.support import fakes, listed_programs
 
 LOGS = ("rollouts", "reflections", "lineage", "evaluations")
 
@@ -34,14 +34,12 @@ def tiny():
     """The tiny model, an environment that it does not always fail in, and a reflector of sound advice."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         fakes.take_over(monkeypatch)
-        monkeypatch.setattr(assemble, "make_optimizer", optimizer)
-        monkeypatch.setattr(
-            run_reflection, "local_reflector", lambda model, **settings: fakes.scripted_replies
-        )
+        monkeypatch.setattr(parts, "make_optimizer", optimizer)
+        monkeypatch.setattr(reflection, "local_reflector", lambda model, **settings: fakes.scripted_replies)
         yield
 
 
-make_mesh = assemble.sharding.make_mesh
+make_mesh = parts.sharding.make_mesh
 
 
 def run(path, **changes):
@@ -170,7 +168,7 @@ def test_who_reflects(policy, tmp_path, monkeypatch):
         seen.append(jax.device_get(weights.get("lora_b")) if "lora_b" in weights else None)
         return fakes.scripted_replies
 
-    monkeypatch.setattr(run_reflection, "local_reflector", listen)
+    monkeypatch.setattr(reflection, "local_reflector", listen)
     run(tmp_path, reflection__policy=policy, checkpoint_keep=5)
     if policy == "reference":
         assert seen == [None, None]
@@ -183,7 +181,7 @@ def test_who_reflects(policy, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("constrained", [False, True])
 def test_the_models_own_reflection_runs(constrained, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(run_reflection, "local_reflector", local_reflector)
+    monkeypatch.setattr(reflection, "local_reflector", local_reflector)
     settings = {"evaluation__every": 0, "reflection__opening": True, "reflection__constrained": constrained}
     settings["reflection__max_new_tokens"] = 112 if constrained else 8
     settings |= {"mode": "reflection", "num_iterations": 1}
@@ -271,7 +269,7 @@ def test_the_prompt_to_deploy_can_be_chosen_on_validation(tmp_path):
 
 @pytest.mark.slow
 def test_resume_on_eight_devices(tmp_path, monkeypatch):
-    monkeypatch.setattr(assemble.sharding, "make_mesh", make_mesh)
+    monkeypatch.setattr(parts.sharding, "make_mesh", make_mesh)
     for path, counts in (("whole", [2]), ("parts", [1, 2])):
         for count in counts:
             run(tmp_path / path, num_iterations=count, evaluation__every=0, mode="rl")
@@ -337,7 +335,7 @@ def test_a_step_without_mixed_groups_is_skipped_and_counted(tmp_path, monkeypatc
         def grade(self, problems, replies):
             return [Grade(0.0, False)] * len(replies)
 
-    monkeypatch.setattr(task, "Arithmetic", Hopeless)
+    monkeypatch.setattr(tasks, "Arithmetic", Hopeless)
     run(tmp_path)
     first, second = lines(tmp_path, "metrics")
     assert (first["skipped_updates"], second["skipped_updates"]) == (1, 2)
@@ -352,7 +350,7 @@ def test_a_nan_stops_the_run_by_name(tmp_path, monkeypatch):
         def grade(self, problems, replies):
             return [Grade(float("nan"), False)] * len(replies)
 
-    monkeypatch.setattr(task, "Arithmetic", Undefined)
+    monkeypatch.setattr(tasks, "Arithmetic", Undefined)
     with pytest.raises(ValueError, match="nan"):
         run(tmp_path)
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from espl_jax import json_values
 from espl_jax.data.problems import ProblemSet
 from espl_jax.data.records import read_problems
+from espl_jax.storage import json_values
 
 
 def read_jsonl(

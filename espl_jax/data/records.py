@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
-from espl_jax import json_values
 from espl_jax.data.problems import ProblemSet
 from espl_jax.data.statements import GSM8K_MARK, final_answer, without_instruction
+from espl_jax.storage import json_values
 from espl_jax.types import Problem
 
 CANDIDATES = {"text": ("problem", "question"), "answer": ("answer",), "id": ("id",)}

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from espl_jax import json_values
+from espl_jax.storage import json_values
 from espl_jax.types import Conversation, Grade, Message, Problem
 
 ANSWERING_ROLES = ("tool", "user")

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from espl_jax.environments.retrievers import RetrievalError, Retriever
+from espl_jax.environments.retrievers.load import RetrievalError, Retriever
 from espl_jax.types import Conversation, Grade, Message, Passage, Problem
 
 Tell = Callable[..., None]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from espl_jax.evaluate import Evaluation, estimate
-from espl_jax.metrics import percent, table
+from espl_jax.console.tables import percent, table
+from espl_jax.rollouts.evaluation import Evaluation, estimate
 from espl_jax.types import Rollouts
 
 HEADS = ("model", "prompt", "data", "problems")

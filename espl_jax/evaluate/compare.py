@@ -13,20 +13,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from espl_jax import durable, sharding
-from espl_jax.assemble import stream_key
+from espl_jax.console.tables import duration
 from espl_jax.data.problems import ProblemSet
 from espl_jax.environments.base import Environment, checked_grades
 from espl_jax.evaluate.cells import Cell, make_cells, show
 from espl_jax.evaluate.request import Request, naming
-from espl_jax.metrics import duration
-from espl_jax.pretrained import find_folder, hf_folder, load_pretrained, peft, smollm2
+from espl_jax.parallel import sharding
+from espl_jax.pretrained import hf_folder, peft, smollm2
+from espl_jax.pretrained.load import find_folder, load_pretrained
 from espl_jax.pretrained.numerics import AUTO, CHOSEN
-from espl_jax.rollout import Model, collect_rollouts, conversation_lengths, longest_problem, records
-from espl_jax.run_state import plain
+from espl_jax.rollouts.collect import collect_rollouts
+from espl_jax.rollouts.encode import Model, conversation_lengths, longest_problem
+from espl_jax.rollouts.keys import stream_key
+from espl_jax.rollouts.records import records
+from espl_jax.run.saved import check_run, is_run, read_config, read_run
+from espl_jax.run.tasks import make_environment
 from espl_jax.sampling.truncation import Truncation
-from espl_jax.saved_run import check_run, is_run, read_config, read_run
-from espl_jax.task import make_environment
+from espl_jax.storage import durable
+from espl_jax.storage.workdir import plain
 from espl_jax.text.chat import encode
 from espl_jax.types import Problem, Rollouts, SystemPrompt
 

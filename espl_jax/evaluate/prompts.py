@@ -6,9 +6,9 @@ import hashlib
 import os
 from pathlib import Path
 
-from espl_jax import json_values, storage
 from espl_jax.evolution import population as populations
 from espl_jax.evolution.deployment import best_rated
+from espl_jax.storage import folders, json_values
 from espl_jax.types import SystemPrompt
 
 DEFAULT = "(the template's default)"
@@ -56,7 +56,7 @@ def _may_be_path(text: str) -> bool:
 
 
 def _read(path: str) -> str:
-    file = storage.parse(path) if storage.is_remote(path) else Path(path).expanduser()
+    file = folders.parse(path) if folders.is_remote(path) else Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(
             f"there is no file {path}; correct the path, or, if this is the prompt itself, end it otherwise"

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from espl_jax import data, json_values
-from espl_jax.check_config import ENVIRONMENTS
+from espl_jax.data import load
 from espl_jax.data.problems import ProblemSet
 from espl_jax.evaluate.prompts import label, read_prompt
+from espl_jax.run.check_config import ENVIRONMENTS
+from espl_jax.storage import json_values
 from espl_jax.types import SystemPrompt
 
 
@@ -140,7 +141,7 @@ def _problem_sets(specs: Sequence[str], fields: dict[str, str], limit: int | Non
     sets = {}
     for spec in specs:
         with naming("data", spec):
-            whole = data.load(spec, "test", fields=fields)
+            whole = load.load(spec, "test", fields=fields)
         sets[spec] = dataclasses.replace(whole, problems=whole.problems[:limit])
     return sets
 

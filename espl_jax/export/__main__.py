@@ -6,7 +6,7 @@ import sys
 
 from absl import app, flags
 
-from espl_jax import command_line
+from espl_jax.console import command_line
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, which may be going on; only read.")
 _OUT = flags.DEFINE_string("out", None, "Folder to write; new or empty.")
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
 
     # The devices may be busy with the run itself, and there is next to nothing to compute.
     jax.config.update("jax_platforms", "cpu")
-    from espl_jax.export import export
+    from espl_jax.export.export import export
 
     with command_line.without_traceback():
         export(

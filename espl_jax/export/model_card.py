@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from espl_jax.console.tables import percent, table
 from espl_jax.environments import boxed, search
-from espl_jax.metrics import percent, table
 from espl_jax.types import Schema, SystemPrompt
 
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@(.+))?")

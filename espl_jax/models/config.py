@@ -122,7 +122,7 @@ class DecoderConfig:
         `none`, `attention` (all but its result), `products` (all but the results of products with weights),
         `full`; `rounded`, which is `full` with the inputs stored in `dtype`, so that gradients are taken next
         to where values were; and `offload`, which is `full` with the inputs stored in the host's memory.
-      phase: which rules of `espl_jax.sharding` say where activations lie: `training` or `sampling`.
+      phase: which rules of `espl_jax.parallel.sharding` say where activations lie: `training` or `sampling`.
       lora_scale: alpha / rank, the factor of every adapter's product.
     """
 

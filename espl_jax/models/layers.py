@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from espl_jax import sharding
 from espl_jax.models.config import DecoderConfig
+from espl_jax.parallel import sharding
 
 Linear = dict[str, jax.Array]
 """`weight` (or `outputs_first`), beside it a `bias` if it has one, and `lora_a`, `lora_b` with an adapter."""

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
-from espl_jax import sharding
 from espl_jax.models.attention import ATTENTION, Source
 from espl_jax.models.config import DecoderConfig
+from espl_jax.parallel import sharding
 
 BLOCK = 512
 """Queries and columns that the kernel multiplies at once; levels are padded to a multiple of it."""

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from espl_jax import sharding
 from espl_jax.models import layers, rope, splash
 from espl_jax.models.attention import ATTENTION, KVCache, RowsView, Source, attend, of_owners
 from espl_jax.models.config import DecoderConfig
+from espl_jax.parallel import sharding
 
 Params = dict[str, Any]
 

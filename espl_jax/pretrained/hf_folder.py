@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from espl_jax import json_values
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.transformer import Params, Weight, abstract
 from espl_jax.pretrained import hf_names
@@ -20,6 +19,7 @@ from espl_jax.pretrained.hf_config import from_hf_config
 from espl_jax.pretrained.layout import file_shape
 from espl_jax.pretrained.safetensors_files import DTYPES, StoredTensor, open_checkpoint
 from espl_jax.pretrained.stream import load_weight
+from espl_jax.storage import json_values
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _BLOCK = 4096  # rows compared at once

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from espl_jax import processes
+from espl_jax.parallel import processes
 from espl_jax.pretrained.safetensors_files import INDEX, SINGLE, weight_files
 
 REPOSITORY = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from espl_jax import durable
+from espl_jax.storage import durable
 
 
 @contextlib.contextmanager

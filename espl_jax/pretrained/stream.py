@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from espl_jax import sharding
 from espl_jax.models.transformer import Weight
+from espl_jax.parallel import sharding
 from espl_jax.pretrained.layout import from_file
 from espl_jax.pretrained.safetensors_files import StoredTensor
 
@@ -29,7 +29,7 @@ def load_weight(weight: Weight, stored: Sequence[StoredTensor], mesh: Mesh | Non
       weight: its declaration.
       stored: its tensor, or those of all layers in order where the weight is stacked; of the shape
         `layout.file_shape(weight)`.
-      mesh: devices that share it, as `espl_jax.sharding` says of sampling; the default device when None.
+      mesh: devices that share it, as `parallel.sharding` says of sampling; the default device when None.
 
     Returns:
       Array of `weight.shape` and `weight.dtype`; values are rounded to nearest where the file's are wider.

@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import logging
 
-from espl_jax import storage
+from espl_jax.storage import folders
 
 
 def digest(value: Any) -> str:
@@ -38,7 +38,7 @@ class Journal:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self._log = storage.open_log(path)
+        self._log = folders.open_log(path)
         self.path = self._log.path
         self._lock = threading.Lock()
         self._places: dict[str, tuple[int, int]] = {}
@@ -96,7 +96,7 @@ class Journal:
             except (ValueError, KeyError, TypeError) as error:
                 remedy = (
                     f"move {self.path} away, and its replies are asked for again"
-                    if storage.is_remote(self.path)
+                    if folders.is_remote(self.path)
                     else f"remove it with `sed -i {number}d {self.path}`, and its reply is asked for again"
                 )
                 raise ValueError(

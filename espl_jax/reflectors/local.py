@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from espl_jax.rollout import Model, stable_hash, stop_ids_of
+from espl_jax.rollouts.encode import Model, stop_ids_of
+from espl_jax.rollouts.keys import stable_hash
 from espl_jax.sampling.buckets import bucket
 from espl_jax.sampling.draw import row_keys
 from espl_jax.sampling.generate import sample_tree

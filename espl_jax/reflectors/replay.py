@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from espl_jax import json_values
 from espl_jax.reflectors.journal import digest
+from espl_jax.storage import json_values
 from espl_jax.types import Conversation, Schema
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from espl_jax import sharding
 from espl_jax.models import layers
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.transformer import abstract, head
+from espl_jax.parallel import sharding
 
 LARGEST = 8192
 """Most columns of a chunk for each device along `tensor`."""

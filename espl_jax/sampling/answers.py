@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from espl_jax import processes
+from espl_jax.parallel import processes
 
 GRACE = 0.1
 """Seconds that rows are held up for answers that were asked for one look ago and have not arrived.

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from espl_jax import sharding
 from espl_jax.models.attention import KVCache, RowsView
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.transformer import forward, unembed
+from espl_jax.parallel import sharding
 from espl_jax.sampling import draw
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
 

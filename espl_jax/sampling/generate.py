@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from espl_jax.memory import bytes_per_device
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.layers import check_ids
+from espl_jax.parallel.memory import bytes_per_device
 from espl_jax.sampling import draw
 from espl_jax.sampling.answers import Answers, Place, Respond
 from espl_jax.sampling.constraint import Constraint
-from espl_jax.sampling.lanes import Lanes
 from espl_jax.sampling.layout import for_sampling
+from espl_jax.sampling.scheduler import Lanes
 from espl_jax.sampling.sizes import CHUNK, choose_sizes
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
 

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from espl_jax import sharding
 from espl_jax.models.attention import KVCache
 from espl_jax.models.config import DecoderConfig
+from espl_jax.parallel import sharding
 from espl_jax.sampling import decode
 from espl_jax.sampling.buckets import pad_right
 

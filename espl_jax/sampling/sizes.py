@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from espl_jax import sharding
-from espl_jax.memory import device_memory
 from espl_jax.models.config import DecoderConfig
+from espl_jax.parallel import sharding
+from espl_jax.parallel.memory import device_memory
 from espl_jax.sampling.buckets import bucket
 
 CHUNK = 32

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from espl_jax import durable
+from espl_jax.storage import durable
 
 
 class LocalFolder:

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-# As espl_jax/tpu_compiler.py does.
+# As espl_jax/plan/tpu_compiler.py does.
 os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 

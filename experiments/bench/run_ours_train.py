@@ -9,10 +9,11 @@ from measure import LEARNING_RATE, Request, read_request, report_training
 
 import espl_jax
 from espl_jax.models import lora
-from espl_jax.optimizer import make_optimizer
 from espl_jax.text.chat import common_length
-from espl_jax.train_batch import train_batches
-from espl_jax.train_step import init_train_state, policy_gradient_step
+from espl_jax.training.batches import train_batches
+from espl_jax.training.optimizer import make_optimizer
+from espl_jax.training.state import init_train_state
+from espl_jax.training.step import policy_gradient_step
 from espl_jax.types import Rollouts, TrainBatch
 
 

@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from espl_jax import sharding
-from espl_jax.assemble import abstract_trainable
-from espl_jax.memory import bytes_per_device
 from espl_jax.models.attention import KVCache
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.transformer import abstract
+from espl_jax.parallel import sharding
+from espl_jax.parallel.memory import bytes_per_device
+from espl_jax.run.weights import abstract_trainable
 from espl_jax.sampling import decode
-from espl_jax.train_batch import abstract_batch
-from espl_jax.train_step import TrainState, abstract_train_state, place_batch
+from espl_jax.training.batches import abstract_batch
+from espl_jax.training.state import TrainState, abstract_train_state
+from espl_jax.training.step import place_batch
 from espl_jax.types import TrainBatch
 
 QWEN3 = {

@@ -25,7 +25,7 @@ from measure import checked
 
 import espl_jax
 from espl_jax.models import lora
-from espl_jax.pretrained import Pretrained
+from espl_jax.pretrained.load import Pretrained
 from espl_jax.pretrained.peft import save_adapter
 
 GROUP_SIZE = 5

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from espl_jax.data import load
 from espl_jax.data.arithmetic import SPLITS, addition
+from espl_jax.data.load import load
 from espl_jax.data.problems import check_disjoint
 
 

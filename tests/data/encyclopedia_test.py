@@ -2,22 +2,22 @@ import re
 
 import pytest
 
-from espl_jax.data import encyclopedia
+from espl_jax.data.encyclopedia import problems as encyclopedia_problems
 from espl_jax.data.encyclopedia.relations import RELATIONS
 from espl_jax.data.encyclopedia.world import MADE_BY, make_world
 from espl_jax.data.problems import check_disjoint
-from espl_jax.environments.retrievers import Bm25
+from espl_jax.environments.retrievers.load import Bm25
 
 WORLDS = [(120, 0), (120, 1), (120, 2), (20, 0), (300, 0)]
 
 
 def every_question(people, seed, hops="1-3"):
     """All questions that there are, whatever the split."""
-    for split in encyclopedia.SPLITS:
+    for split in encyclopedia_problems.SPLITS:
         with pytest.raises(ValueError, match=r"has \d+ questions") as caught:
-            encyclopedia.questions(split, seed, 10**9, hops, people)
+            encyclopedia_problems.questions(split, seed, 10**9, hops, people)
         number = int(re.search(r"has (\d+) questions", str(caught.value))[1])
-        yield from encyclopedia.questions(split, seed, number, hops, people).problems
+        yield from encyclopedia_problems.questions(split, seed, number, hops, people).problems
 
 
 @pytest.mark.parametrize(("people", "seed"), WORLDS)
@@ -53,9 +53,9 @@ def test_facts_fit_together(people, seed):
 
 
 def test_pages():
-    passages = encyclopedia.passages()
-    assert passages == encyclopedia.passages(seed=0, people=120)
-    assert passages != encyclopedia.passages(seed=1)
+    passages = encyclopedia_problems.passages()
+    assert passages == encyclopedia_problems.passages(seed=0, people=120)
+    assert passages != encyclopedia_problems.passages(seed=1)
     assert len(passages) == len({passage.title for passage in passages}) == 325
     for passage in passages:
         assert passage.title in passage.text
@@ -65,16 +65,16 @@ def test_pages():
 
 @pytest.mark.parametrize(("people", "seed"), WORLDS)
 def test_pages_are_found_by_their_titles(people, seed):
-    passages = encyclopedia.passages(seed, people)
+    passages = encyclopedia_problems.passages(seed, people)
     found = Bm25(passages).search([passage.title for passage in passages], 1)
     assert [page.title for (page,) in found] == [passage.title for passage in passages]
 
 
 @pytest.mark.parametrize(("people", "seed"), [(120, 0), (60, 7)])
 def test_whoever_knows_the_plan_answers_every_question(people, seed):
-    bm25 = Bm25(encyclopedia.passages(seed, people))
+    bm25 = Bm25(encyclopedia_problems.passages(seed, people))
     problems = list(every_question(people, seed))
-    plans = [encyclopedia.plan(problem.id) for problem in problems]
+    plans = [encyclopedia_problems.plan(problem.id) for problem in problems]
     titles = sorted({title for plan in plans for title in plan})
     page = dict(zip(titles, (found[0] for found in bm25.search(titles, 1)), strict=True))
     for problem, plan in zip(problems, plans, strict=True):
@@ -106,32 +106,37 @@ def test_every_question_has_one_answer_that_it_does_not_say(people, seed):
 
 def test_wording():
     """Of a world that stays as it is: ids of earlier runs keep their meaning."""
-    first = encyclopedia.questions(count=3).problems
-    assert [len(encyclopedia.plan(problem.id)) for problem in first] == [1, 2, 3]
+    first = encyclopedia_problems.questions(count=3).problems
+    assert [len(encyclopedia_problems.plan(problem.id)) for problem in first] == [1, 2, 3]
     assert first[1].id == "encyclopedia-120-0.the-drowned-sparrow.painter.died"
     assert first[1].text == "What is the year of death of the painter of The Drowned Sparrow?"
     assert first[1].answer == "1864"
-    assert encyclopedia.plan(first[1].id) == ("The Drowned Sparrow", "Stango Bovrard")
+    assert encyclopedia_problems.plan(first[1].id) == ("The Drowned Sparrow", "Stango Bovrard")
 
 
 def test_splits_are_disjoint_and_have_their_sizes():
-    splits = {split: encyclopedia.questions(split) for split in encyclopedia.SPLITS}
-    assert {split: len(problems) for split, problems in splits.items()} == encyclopedia.DEFAULT_COUNTS
+    splits = {split: encyclopedia_problems.questions(split) for split in encyclopedia_problems.SPLITS}
+    assert {
+        split: len(problems) for split, problems in splits.items()
+    } == encyclopedia_problems.DEFAULT_COUNTS
     check_disjoint(**splits)
     starts = [
-        {encyclopedia.plan(problem.id)[0] for problem in problems.problems} for problems in splits.values()
+        {encyclopedia_problems.plan(problem.id)[0] for problem in problems.problems}
+        for problems in splits.values()
     ]
     assert not (starts[0] & starts[1] or starts[0] & starts[2] or starts[1] & starts[2])
 
 
 def test_counts_and_hops():
     for hops, number in ((1, 1), ("2", 2), ("3", 3)):
-        problems = encyclopedia.questions(hops=hops, count=30, people=40).problems
-        assert {len(encyclopedia.plan(problem.id)) for problem in problems} == {number}
-    mixed = encyclopedia.questions(hops="1-2", count=100, people=40)
-    assert [len(encyclopedia.plan(problem.id)) for problem in mixed.problems] == [1, 2] * 50
-    assert encyclopedia.questions(hops="1-2", count=7, people=40).problems == mixed.problems[:7]
-    assert encyclopedia.questions(seed=1).problems != encyclopedia.questions(seed=0).problems
+        problems = encyclopedia_problems.questions(hops=hops, count=30, people=40).problems
+        assert {len(encyclopedia_problems.plan(problem.id)) for problem in problems} == {number}
+    mixed = encyclopedia_problems.questions(hops="1-2", count=100, people=40)
+    assert [len(encyclopedia_problems.plan(problem.id)) for problem in mixed.problems] == [1, 2] * 50
+    assert encyclopedia_problems.questions(hops="1-2", count=7, people=40).problems == mixed.problems[:7]
+    assert (
+        encyclopedia_problems.questions(seed=1).problems != encyclopedia_problems.questions(seed=0).problems
+    )
 
 
 @pytest.mark.parametrize(
@@ -149,7 +154,7 @@ def test_counts_and_hops():
 )
 def test_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        encyclopedia.questions(**options)
+        encyclopedia_problems.questions(**options)
 
 
 @pytest.mark.parametrize(
@@ -158,4 +163,4 @@ def test_refused(options, message):
 )
 def test_no_plan_for_what_is_not_a_question(identity):
     with pytest.raises(ValueError, match="is not the id of a question"):
-        encyclopedia.plan(identity)
+        encyclopedia_problems.plan(identity)

@@ -4,8 +4,8 @@ import sys
 import pyarrow as pa
 import pytest
 
-from tests import dataset_hub
-from tests.dataset_hub import aime, gsm8k, statement
+from tests.support import dataset_hub
+from tests.support.dataset_hub import aime, gsm8k, statement
 
 ROWS = {
     "org/plain": {"train": aime("mill", 3), "test": aime("hall", 2)},
@@ -133,6 +133,6 @@ def test_a_hub_that_does_not_answer(tmp_path):
 
 def test_the_package_is_imported_only_where_it_is_needed():
     names = {"datasets", "pyarrow", "pandas"}
-    code = f"import sys, espl_jax.data; sys.exit(' '.join({names} & set(sys.modules)))"
+    code = f"import sys, espl_jax.data.load; sys.exit(' '.join({names} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr.strip() == ""

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from espl_jax.data import load
 from espl_jax.data.jsonl import read_jsonl
+from espl_jax.data.load import load
 
 
 def write(tmp_path, *records, name="some.jsonl"):

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from espl_jax.data import load, specs
+from espl_jax.data import specs
+from espl_jax.data.load import load
 from espl_jax.data.specs import parse
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from espl_jax.data.statements import comparable, final_answer, without_instruction
-from tests.dataset_hub import DAPO_AFTER, DAPO_BEFORE
+from tests.support.dataset_hub import DAPO_AFTER, DAPO_BEFORE
 
 SIMPLE_EVALS_BEFORE = DAPO_BEFORE.replace("$Answer", "$ANSWER")
 SIMPLE_EVALS_AFTER = DAPO_AFTER[:-1] + ", and you do not need to use a \\boxed command."

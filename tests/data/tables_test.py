@@ -4,8 +4,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from espl_jax.data import load, tables
-from tests.dataset_hub import dapo, statement
+from espl_jax.data import tables
+from espl_jax.data.load import load
+from tests.support.dataset_hub import dapo, statement
 
 DAPO = "text=prompt.0.content,answer=reward_model.ground_truth"
 

@@ -5,12 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from espl_jax.environments.base import (
-    checked_grades,
-    checked_messages,
-    checked_tools,
-    checked_user_message,
-)
+from espl_jax.environments.base import checked_grades, checked_messages, checked_tools, checked_user_message
 from espl_jax.environments.own import with_reward
 from espl_jax.types import Grade, Problem
 

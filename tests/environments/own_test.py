@@ -5,7 +5,7 @@ import pytest
 from espl_jax.environments.arithmetic import Arithmetic
 from espl_jax.environments.own import find, with_reward
 from espl_jax.types import Grade, Problem
-from tests.fakes import Talker
+from tests.support.fakes import Talker
 
 PROBLEMS = [Problem("a", "1 + 1?", "2"), Problem("b", "1 + 2?", "3")]
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from espl_jax.environments.retrievers import RetrievalError
+from espl_jax.environments.retrievers.load import RetrievalError
 from espl_jax.environments.search import Search, f1, final_answer, normalized
 from espl_jax.types import Passage, Problem
 

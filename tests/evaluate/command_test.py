@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.conftest import run_module
-from tests.devices import xla_flags
+from tests.support.devices import xla_flags
 
 
 def run(*args, **environment):

@@ -8,12 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from espl_jax import assemble
 from espl_jax.data.problems import ProblemSet
 from espl_jax.environments.arithmetic import Arithmetic
 from espl_jax.environments.math import Math
 from espl_jax.evaluate import compare as comparing
-from espl_jax.evaluate import summarize
 from espl_jax.evaluate.compare import (
     check_gradable,
     compare,
@@ -25,9 +23,12 @@ from espl_jax.evaluate.compare import (
 from espl_jax.evaluate.prompts import read_prompt
 from espl_jax.evaluate.request import Request
 from espl_jax.pretrained.numerics import CHOSEN
+from espl_jax.rollouts.evaluation import summarize
+from espl_jax.run import parts as run_parts
+from espl_jax.run import weights
 from espl_jax.sampling.truncation import Truncation
 from espl_jax.types import Problem
-from tests import fakes
+from tests.support import fakes
 
 SAMPLING = {
     "group_size": 2,
@@ -206,8 +207,8 @@ def test_the_weights_of_a_run(tmp_path, monkeypatch):
 def workdir(tmp_path_factory):
     """A run of a model in a folder, with settings that are not the usual ones."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(assemble, "load_pretrained", fakes.load_pretrained)
-        monkeypatch.setattr(assemble.sharding, "make_mesh", lambda sizes: None)
+        monkeypatch.setattr(weights, "load_pretrained", fakes.load_pretrained)
+        monkeypatch.setattr(run_parts.sharding, "make_mesh", lambda sizes: None)
         return fakes.workdir(
             tmp_path_factory.mktemp("runs") / "run",
             mode="evolution",
@@ -235,7 +236,7 @@ def test_a_run_sees_conversations_as_it_was_trained_and_is_drawn_from_like_other
 
 
 def test_those_settings_reach_the_sampling(workdir, loaded, monkeypatch):
-    monkeypatch.setattr(assemble, "load_pretrained", fakes.load_pretrained)
+    monkeypatch.setattr(weights, "load_pretrained", fakes.load_pretrained)
     seen = []
 
     def collect(*args, **sampling):

@@ -9,16 +9,17 @@ from rich.console import Console
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from espl_jax import assemble, run_reflection, task
 from espl_jax import train as loop
-from espl_jax.export import export
+from espl_jax.export.export import export
 from espl_jax.models import lora
 from espl_jax.pretrained.peft import load_adapter
-from espl_jax.run_state import WorkDir
-from espl_jax.saved_run import read_run
+from espl_jax.run import parts, reflection, tasks
+from espl_jax.run import weights as run_weights
+from espl_jax.run.saved import read_run
+from espl_jax.storage.workdir import WorkDir
 from espl_jax.text.chat import render
-from tests import fakes, families, tiny
 from tests.conftest import run_module
+from tests.support import fakes, families, tiny
 
 TOKENS = np.random.default_rng(0).integers(0, 259, (2, 24)).astype(np.int32)
 USER = {"role": "user", "content": "1 + 1?"}
@@ -27,12 +28,10 @@ USER = {"role": "user", "content": "1 + 1?"}
 @pytest.fixture(scope="module", autouse=True)
 def small():
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(assemble, "load_pretrained", fakes.load_pretrained)
-        monkeypatch.setattr(task, "Arithmetic", fakes.Letters)
-        monkeypatch.setattr(assemble.sharding, "make_mesh", lambda sizes: None)
-        monkeypatch.setattr(
-            run_reflection, "local_reflector", lambda model, **settings: fakes.scripted_replies
-        )
+        monkeypatch.setattr(run_weights, "load_pretrained", fakes.load_pretrained)
+        monkeypatch.setattr(tasks, "Arithmetic", fakes.Letters)
+        monkeypatch.setattr(parts.sharding, "make_mesh", lambda sizes: None)
+        monkeypatch.setattr(reflection, "local_reflector", lambda model, **settings: fakes.scripted_replies)
         yield
 
 
@@ -179,7 +178,7 @@ def test_it_draws_as_the_run_did_and_not_as_its_makers_say(tmp_path, monkeypatch
     def load(*args, **kwargs):
         return dataclasses.replace(fakes.load_pretrained(*args, **kwargs), generation=makers)
 
-    monkeypatch.setattr(assemble, "load_pretrained", load)
+    monkeypatch.setattr(run_weights, "load_pretrained", load)
     for t in (0.7, 0.0):
         cut = {"top_p": 0.9, "top_k": 7, "min_p": 0.01}
         changes = {f"sampling__{name}": value for name, value in cut.items()}
@@ -200,7 +199,7 @@ def test_arguments_of_the_template(tmp_path):
 
 
 def test_an_environment_with_tools(tmp_path, monkeypatch):
-    own = {"environment__name": "tests.fakes:Caller"}
+    own = {"environment__name": "tests.support.fakes:Caller"}
     run = fakes.workdir(tmp_path / "run", **own)
     templates = {"default": fakes.TEMPLATE, "tool_use": "{{ tools }}" + fakes.TEMPLATE}
     monkeypatch.setattr(fakes.tokenizer(), "chat_template", templates)
@@ -211,7 +210,7 @@ def test_an_environment_with_tools(tmp_path, monkeypatch):
     monkeypatch.delattr(fakes, "Caller")
     said = []
     export(run, tmp_path / "elsewhere", say=said.append)
-    assert any("no tools" in line and "tests.fakes:Caller" in line for line in said)
+    assert any("no tools" in line and "tests.support.fakes:Caller" in line for line in said)
 
 
 def test_a_run_that_began_with_an_adapter(tmp_path, monkeypatch):

@@ -9,10 +9,10 @@ import yaml
 from markdown_it import MarkdownIt
 
 from espl_jax.environments.search import Search
-from espl_jax.evaluate import Evaluation
 from espl_jax.export.model_card import hub_name, model_card, serve_adapter
+from espl_jax.rollouts.evaluation import Evaluation
 from espl_jax.types import SystemPrompt
-from tests import fakes
+from tests.support import fakes
 
 PROMPT = SystemPrompt(
     id="p3", text="Reply.", principles=("Add.",), mu=31.0, sigma=2.0, operator="mutation", iteration=1

@@ -7,7 +7,7 @@ import pytest
 
 from espl_jax.models import attention
 from espl_jax.models.attention import RowsView, Source, attend
-from tests import tiny
+from tests.support import tiny
 
 ROWS, STEPS, HEADS, KV, HEAD = 6, 9, tiny.CONFIG.num_heads, tiny.CONFIG.num_kv_heads, tiny.CONFIG.head_dim
 

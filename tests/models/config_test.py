@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from espl_jax.models.config import Rope, config_from_dict
-from tests import tiny
+from tests.support import tiny
 
 
 @pytest.mark.parametrize(

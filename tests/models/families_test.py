@@ -16,7 +16,7 @@ from espl_jax.models.attention import KVCache
 from espl_jax.models.config import REMATS
 from espl_jax.models.transformer import forward
 from espl_jax.rl.logprobs import target_logprobs
-from tests import families, ragged_tree, tiny
+from tests.support import families, ragged_tree, tiny
 
 QUICKLY = {"xla_backend_optimization_level": 0}  # compiling is nearly all that these tests do
 run, run_tree, logits, unembed = (

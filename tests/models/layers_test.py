@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from espl_jax.models import layers
-from tests import tiny
+from tests.support import tiny
 
 SIZES = {"t": 5, "d": 12, "n": 3, "k": 2, "h": 4, "f": 7, "v": 11, "r": 2}
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from espl_jax.models import lora
-from tests import tiny
+from tests.support import tiny
 
 CONFIG = tiny.CONFIG.replace(tied_head=False, lora_scale=0.5)
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 10)).astype(np.int32)

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from espl_jax import sharding
 from espl_jax.models import splash
 from espl_jax.models.attention import Source, attend
-from tests import tiny
+from espl_jax.parallel import sharding
 from tests.conftest import ROOT
+from tests.support import tiny
 
 ROWS, STEPS, HEADS, KV, HEAD = 4, 130, 4, 2, 16
 CONFIG = tiny.CONFIG.replace(num_heads=HEADS, num_kv_heads=KV, head_dim=HEAD, query_scale=0.3)
@@ -139,12 +139,12 @@ def test_nothing_here_runs_on_a_tpu():
 
 
 TPU_PROGRAM = """
-from espl_jax import tpu_compiler
+from espl_jax.plan import tpu_compiler
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
-from espl_jax import sharding
+from espl_jax.parallel import sharding
 from espl_jax.models import splash
-from tests import tiny
+from tests.support import tiny
 
 mesh = sharding.make_mesh({{"data": 2, "tensor": 4}}, tpu_compiler.devices("v5e:2x4"))
 config = tiny.CONFIG.replace(num_heads=16, num_kv_heads=8, head_dim={head}, dtype="bfloat16")

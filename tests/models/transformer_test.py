@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from espl_jax.models import transformer
 from espl_jax.models.attention import KVCache
-from tests import ragged_tree, tiny
+from tests.support import ragged_tree, tiny
 
 LEVELS = ("system", "problem", "rollout")
 

@@ -4,7 +4,7 @@ import pytest
 
 from espl_jax.models.config import Rope
 from espl_jax.pretrained.hf_config import from_hf_config, to_hf_config
-from tests import families, tiny
+from tests.support import families, tiny
 
 HF = {
     "model_type": "llama",

@@ -15,11 +15,12 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM
 
 from espl_jax.models import transformer
-from espl_jax.pretrained import Pretrained, hf_folder, load_pretrained
+from espl_jax.parallel.sharding import make_mesh
+from espl_jax.pretrained import hf_folder
+from espl_jax.pretrained.load import Pretrained, load_pretrained
 from espl_jax.pretrained.peft import save_adapter
 from espl_jax.pretrained.save import save_pretrained
-from espl_jax.sharding import make_mesh
-from tests import fakes, families, tiny
+from tests.support import fakes, families, tiny
 
 INDEX = "model.safetensors.index.json"
 
@@ -442,7 +443,7 @@ def test_a_mesh_gives_the_same_model(folder):
 def test_loading_needs_no_torch(folder):
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from espl_jax.pretrained import load_pretrained\n"
+        "from espl_jax.pretrained.load import load_pretrained\n"
         "model = load_pretrained(sys.argv[1])\n"
         "assert model.tokenizer.decode(model.tokenizer.encode('Café')) == 'Café'\n"
     )

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from espl_jax.pretrained import find_folder, hub
+from espl_jax.pretrained import hub
+from espl_jax.pretrained.load import find_folder
 from tests.pretrained.hub_server import COMMIT, serve
 
 TEXTS = {"config.json": b"{}", "tokenizer.json": b"{}", "generation_config.json": b"{}"}
@@ -185,7 +186,7 @@ class TestFindFolder:
 
 @pytest.mark.slow
 def test_environment_variables_of_the_hub_are_heeded(tmp_path):
-    code = "import sys; from espl_jax.pretrained import hub; print(hub.download(sys.argv[1]))"
+    code = "import sys; from espl_jax.pretrained.load import hub; print(hub.download(sys.argv[1]))"
 
     def run(**environment):
         return subprocess.run(

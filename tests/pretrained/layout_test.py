@@ -4,7 +4,7 @@ import pytest
 from espl_jax.models import lora
 from espl_jax.models.transformer import abstract
 from espl_jax.pretrained import hf_names, layout
-from tests import tiny
+from tests.support import tiny
 
 CONFIG = tiny.CONFIG.replace(qkv_bias=True, qk_norm=True, tied_head=False)
 DECLARED = hf_names.by_path(abstract(CONFIG) | {"adapters": lora.abstract_adapters(CONFIG, 3)})

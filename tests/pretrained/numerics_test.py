@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from espl_jax import assemble
 from espl_jax.pretrained import numerics
 from espl_jax.pretrained.numerics import AUTO, CHOSEN, resolve
-from tests import fakes, tiny
+from espl_jax.run import weights
+from tests.support import fakes, tiny
 
 ALL = dict.fromkeys(CHOSEN, AUTO)
 
@@ -66,10 +66,10 @@ def test_a_resumed_run_keeps_what_was_recorded(monkeypatch, tmp_path):
     """On a machine of another kind, too; the work directory judges what is given on the command line."""
     monkeypatch.setattr(numerics, "multiplies_bfloat16", lambda: True)
     config = fakes.config(model__dtype=AUTO, model__param_dtype=AUTO, model__matmul_precision="highest")
-    first = assemble.settle_numerics(config, tmp_path)
+    first = weights.settle_numerics(config, tmp_path)
     assert (first.model.param_dtype, first.model.matmul_precision) == ("bfloat16", "highest")
     assert config.model.param_dtype == AUTO
     (tmp_path / "config.json").write_text(json.dumps({"model": {**first.model, "param_dtype": "float32"}}))
-    again = assemble.settle_numerics(config, tmp_path)
+    again = weights.settle_numerics(config, tmp_path)
     assert (again.model.dtype, again.model.param_dtype) == ("float32", "float32")
     assert again.model.matmul_precision == "highest"

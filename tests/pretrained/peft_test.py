@@ -9,10 +9,10 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
 from espl_jax.models import lora
-from espl_jax.pretrained import load_pretrained
+from espl_jax.pretrained.load import load_pretrained
 from espl_jax.pretrained.peft import base_of, load_adapter, save_adapter
 from espl_jax.text.chat import render
-from tests import fakes, tiny
+from tests.support import fakes, tiny
 
 CONFIG = fakes.CONFIG.replace(lora_scale=0.5)
 

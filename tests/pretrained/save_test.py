@@ -23,7 +23,7 @@ from espl_jax.pretrained.save import save_pretrained
 from espl_jax.text.chat import render
 from espl_jax.text.chat_template import template_file, template_for
 from espl_jax.types import SystemPrompt
-from tests import fakes, families, tiny
+from tests.support import fakes, families, tiny
 from tests.text.tools_test import TOOLS
 
 CONFIG = fakes.CONFIG.replace(lora_scale=0.5)

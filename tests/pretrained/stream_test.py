@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from espl_jax.models.transformer import Weight
+from espl_jax.parallel.sharding import make_mesh
 from espl_jax.pretrained import stream
 from espl_jax.pretrained.layout import file_shape, from_file
-from espl_jax.sharding import make_mesh
-from tests.devices import xla_flags
+from tests.support.devices import xla_flags
 
 LAYERS = 3
 WEIGHTS = {
@@ -104,8 +104,8 @@ import sys
 import jax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import numpy as np
-from espl_jax.pretrained import stream
-from espl_jax.sharding import make_mesh
+from espl_jax.pretrained.load import stream
+from espl_jax.parallel.sharding import make_mesh
 from tests.pretrained.stream_test import WEIGHTS, expected, stored_for
 mesh = make_mesh({"data": 2, "fsdp": 4}) if sys.argv[3] == "data" else make_mesh({"fsdp": 8})
 for weight in WEIGHTS.values():

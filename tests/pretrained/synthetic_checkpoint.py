@@ -88,8 +88,8 @@ def measure(folder, param_dtype):
     """Loads the folder onto all devices; bytes of anonymous memory before, at most, and after."""
     import jax
 
+    from espl_jax.parallel.sharding import make_mesh
     from espl_jax.pretrained import hf_folder
-    from espl_jax.sharding import make_mesh
 
     mesh = make_mesh()
     config = hf_folder.read_config(folder, param_dtype=param_dtype)

@@ -9,7 +9,7 @@ import pytest
 from espl_jax.evolution.edit_replies import parse_edits
 from espl_jax.evolution.schemas import edits_schema
 from espl_jax.evolution.templates import load_template
-from espl_jax.pretrained import load_pretrained
+from espl_jax.pretrained.load import load_pretrained
 from espl_jax.reflectors.local import LocalReflector
 
 TOKENS = 160

@@ -10,8 +10,8 @@ from absl import logging
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from espl_jax import durable
 from espl_jax.reflectors.journal import Journal, digest
+from espl_jax.storage import durable
 
 ENTRIES = [
     {"iteration": 1, "reply": "one\nline", "usage": {"prompt_tokens": 3}},

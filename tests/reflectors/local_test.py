@@ -15,7 +15,7 @@ from espl_jax.models import transformer
 from espl_jax.reflectors import local
 from espl_jax.reflectors.local import CUT_MARK, local_reflector
 from espl_jax.text.chat import encode, encode_conversation, render
-from tests.fakes import TEMPLATE, model, tokenizer
+from tests.support.fakes import TEMPLATE, model, tokenizer
 
 NEW_TOKENS = 8
 logits = jax.jit(transformer.logits, static_argnames="config")

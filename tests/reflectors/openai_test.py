@@ -17,8 +17,8 @@ from espl_jax.reflectors.journal import Journal
 from espl_jax.reflectors.openai import OpenAIReflector
 from espl_jax.reflectors.openai_server import FAILURES, OpenAIServer
 from tests.conftest import ROOT
-from tests.messages import assistant, system, user
 from tests.reflectors import faulty_server as faulty
+from tests.support.messages import assistant, system, user
 
 KEY = "sk-this-is-a-secret"
 SCHEMA = {"type": "object", "properties": {"edits": {"type": "array"}}, "required": ["edits"]}

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from espl_jax.reflectors.journal import Journal, digest
 from espl_jax.reflectors.replay import ReplayReflector, Transcripts
-from tests.messages import assistant, system, user
+from tests.support.messages import assistant, system, user
 
 
 def asked(text):

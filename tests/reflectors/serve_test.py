@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from espl_jax.pretrained import load_pretrained
+from espl_jax.pretrained.load import load_pretrained
 from espl_jax.pretrained.save import save_pretrained
 from espl_jax.reflectors.journal import Journal
 from espl_jax.reflectors.openai import OpenAIReflector
 from espl_jax.reflectors.openai_server import OpenAIServer
 from espl_jax.reflectors.replay import ReplayReflector, Transcripts
-from tests.messages import system, user
-from tests.served import MISSING, transformers_serve
+from tests.support.messages import system, user
+from tests.support.served import MISSING, transformers_serve
 
 QUESTIONS = ("Who are you?", "Name a colour.", "How much is 2 + 2?")
 CONVERSATIONS = [[system("Answer in one sentence."), user(question)] for question in QUESTIONS]

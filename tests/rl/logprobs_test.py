@@ -11,7 +11,7 @@ from espl_jax.rl import vocab_chunks
 from espl_jax.rl.logprobs import target_logprobs, token_kl, token_logprobs
 from espl_jax.sampling.draw import draw
 from espl_jax.sampling.truncation import Truncation
-from tests import tiny
+from tests.support import tiny
 
 CONFIG = tiny.CONFIG.replace(tied_head=False, lora_scale=0.5)
 TOKENS = 13  # unlike any other size

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from espl_jax.rl.tree import sum_over_microbatches
-from tests import ragged_tree
+from tests.support import ragged_tree
 
 
 @pytest.mark.parametrize("size", [1, 5])

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from espl_jax import sharding
 from espl_jax.models import transformer
+from espl_jax.parallel import sharding
 from espl_jax.sampling import answers, draw
 from espl_jax.sampling.answers import Answers
 from espl_jax.sampling.generate import sample_tree
-from tests import tiny
-from tests.two_processes import run_pair
+from tests.support import tiny
+from tests.support.two_processes import run_pair
 
 CONFIG = tiny.CONFIG.replace(num_layers=1, num_heads=1, num_kv_heads=1)
 STOPS = tuple(range(0, 61, 3))

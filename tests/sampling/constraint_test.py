@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from espl_jax import sharding
 from espl_jax.models import transformer
+from espl_jax.parallel import sharding
 from espl_jax.sampling import draw
 from espl_jax.sampling.generate import sample_tree
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
-from tests import tiny
 from tests.sampling.boundaries import distribution
+from tests.support import tiny
 
 SYSTEMS = [[5, 6, 7, 8], []]
 PROBLEMS = [[[9, 10], [11]], [[12, 13, 14], [15, 16]]]

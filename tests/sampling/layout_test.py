@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from espl_jax.models import lora
+from espl_jax.parallel.sharding import make_mesh
 from espl_jax.sampling import layout
 from espl_jax.sampling.layout import for_sampling
-from espl_jax.sharding import make_mesh
-from tests import tiny
+from tests.support import tiny
 
 AUTO, UNSTACKED = (tiny.CONFIG.replace(sampling_layout=layout) for layout in ("auto", "unstacked"))
 

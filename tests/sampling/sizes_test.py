@@ -2,10 +2,10 @@ import itertools
 
 import pytest
 
-from espl_jax import sharding
+from espl_jax.parallel import sharding
 from espl_jax.sampling import sizes
 from espl_jax.sampling.sizes import choose_sizes, describe, rungs
-from tests import tiny
+from tests.support import tiny
 
 TREE = {"lanes": 3, "rows": 60, "longest_problem": 40, "max_new_tokens": 64}
 
@@ -51,7 +51,7 @@ def test_columns_hold_what_is_filled_and_little_more(filled):
 
 
 def test_longer_slots_are_read_in_whole_tiles():
-    """Of any other width a TPU's compiler copies them; see tests/plan_test.py."""
+    """Of any other width a TPU's compiler copies them; see tests/plan/plan_test.py."""
     config = tiny.CONFIG.replace(max_positions=10_000)
     (longer,) = choose_sizes(config, **TREE | {"max_new_tokens": 2000})
     assert longer.columns == [128, 256, 384, 512, 768, 1024, 1536, 2048, 2176]

@@ -5,11 +5,11 @@ import os
 
 import pytest
 
-from espl_jax import storage
+from espl_jax.storage import folders
 
 
 def test_a_log_is_whole_after_a_write_that_failed(tmp_path, monkeypatch):
-    log = storage.open_log(tmp_path / "log")
+    log = folders.open_log(tmp_path / "log")
     assert (log.length(), list(log.lines())) == (0, [])
     log.append(b"one\n")
     pwrite = os.pwrite
@@ -29,11 +29,11 @@ def test_a_log_is_whole_after_a_write_that_failed(tmp_path, monkeypatch):
     log.append(b"ee\n")
     assert log.read(4, 3) == b"thr" and list(log.lines()) == [b"one\n", b"three\n"[:4] + b"ee\n"]
     log.close()
-    assert storage.open_log(tmp_path / "log").length() == 11
+    assert folders.open_log(tmp_path / "log").length() == 11
 
 
 def test_a_write_is_the_old_content_or_the_new_one(tmp_path, monkeypatch):
-    folder = storage.open_folder(tmp_path / "run")
+    folder = folders.open_folder(tmp_path / "run")
     assert folder.read("a") is None and folder.names("") == [] and not (tmp_path / "run").exists()
     folder.hold()
     folder.write("a", b"old")

@@ -13,17 +13,19 @@ import pytest
 from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from espl_jax import assemble, storage
 from espl_jax.evaluate.prompts import read_prompt
-from espl_jax.export import export
+from espl_jax.export.export import export
 from espl_jax.reflectors.journal import Journal
-from espl_jax.run_state import WorkDir, read_checkpoint, read_log
-from espl_jax.saved_run import check_run, is_run, read_run
-from tests import fakes
-from tests import run_state_processes_test as processes_test
-from tests.object_store import ObjectStore
-from tests.run_state_test import ABSTRACT, CONFIG, advance
-from tests.two_processes import run_pair
+from espl_jax.run import parts as run_parts
+from espl_jax.run import weights
+from espl_jax.run.saved import check_run, is_run, read_run
+from espl_jax.storage import folders
+from espl_jax.storage.workdir import WorkDir, read_checkpoint, read_log
+from tests.storage import workdir_processes_test as processes_test
+from tests.storage.workdir_test import ABSTRACT, CONFIG, advance
+from tests.support import fakes
+from tests.support.object_store import ObjectStore
+from tests.support.two_processes import run_pair
 
 LOGS = ("metrics", "rollouts", "reflections", "lineage", "evaluations")
 
@@ -59,7 +61,7 @@ def run(path, last=3):
 
 def contents(path):
     """All that a finished run leaves for its user, wherever it is; other names are an error."""
-    folder = storage.open_folder(path)
+    folder = folders.open_folder(path)
     names = set(folder.names("")) - {"checkpoints", "config.json", "population.json", ".lock"}
     assert names <= {f"{log}.jsonl" for log in LOGS}
     return {
@@ -76,7 +78,7 @@ def test_a_run_leaves_what_it_leaves_on_a_disk(bucket, tmp_path):
     run(f"gs://{bucket}/runs/a", last=2)
     run(f"gs://{bucket}/runs/a")
     assert contents(f"gs://{bucket}/runs/a") == contents(tmp_path)
-    parts = storage.open_folder(f"gs://{bucket}/runs/a").names("rollouts.jsonl")
+    parts = folders.open_folder(f"gs://{bucket}/runs/a").names("rollouts.jsonl")
     assert len(parts) == 3 and parts[0] == "0" * 12
 
 
@@ -154,7 +156,7 @@ def test_who_comes_later_takes_over(store, bucket):
             assert len(store.history) == before
         advance(second, 2)
     assert [json.loads(line)["reward"] for line in read_log(path, "metrics")] == [1 / 7, 2 / 7]
-    assert not storage.open_folder(path).read(".holder")
+    assert not folders.open_folder(path).read(".holder")
 
 
 def test_taken_over_while_arrays_are_written(store, bucket, monkeypatch):
@@ -192,7 +194,7 @@ def test_other_configuration_is_refused_and_costs_nothing(bucket):
 def test_a_log_with_a_part_missing_is_refused(store, bucket):
     path = f"gs://{bucket}/run"
     run(path)
-    part = storage.open_folder(path).names("metrics.jsonl")[1]
+    part = folders.open_folder(path).names("metrics.jsonl")[1]
     store.change(f"{bucket}/run/metrics.jsonl/{part}", None)
     with pytest.raises(ValueError, match=r"metrics.jsonl has \d+ bytes, but its checkpoint counts \d+"):
         WorkDir(path, CONFIG)
@@ -245,7 +247,7 @@ def test_a_journal_has_an_object_for_each_reply(store, bucket):
 
 
 def test_a_log_may_be_cut_inside_a_part(bucket):
-    log = storage.open_log(f"gs://{bucket}/log")
+    log = folders.open_log(f"gs://{bucket}/log")
     for content in (b"one\n", b"two\n", b"three\n"):
         log.append(content)
         log.sync()
@@ -255,24 +257,24 @@ def test_a_log_may_be_cut_inside_a_part(bucket):
     assert list(log.lines()) == [b"one\n", b"tw"] and log.length() == 6
     log.append(b"o\n")
     log.close()
-    assert list(storage.open_log(f"gs://{bucket}/log").lines()) == [b"one\n", b"two\n"]
+    assert list(folders.open_log(f"gs://{bucket}/log").lines()) == [b"one\n", b"two\n"]
 
 
 def test_a_part_that_is_sent_in_pieces(bucket):
-    log = storage.open_log(f"gs://{bucket}/log")
+    log = folders.open_log(f"gs://{bucket}/log")
     lines = [b"%d\n" % i * 1_000 for i in range(3_000)]
     log.append(b"".join(lines))
     log.close()
-    assert b"".join(storage.open_log(f"gs://{bucket}/log").lines()) == b"".join(lines)
+    assert b"".join(folders.open_log(f"gs://{bucket}/log").lines()) == b"".join(lines)
     assert log.length() > 10_000_000
 
 
 def test_a_run_is_read_and_exported_out_of_a_bucket(store, bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr(assemble, "load_pretrained", fakes.load_pretrained)
-    monkeypatch.setattr(assemble.sharding, "make_mesh", lambda sizes: None)
+    monkeypatch.setattr(weights, "load_pretrained", fakes.load_pretrained)
+    monkeypatch.setattr(run_parts.sharding, "make_mesh", lambda sizes: None)
     path = fakes.workdir(f"gs://{bucket}/run", num_iterations=2)
     results = {"iteration": 2, "deployed": {"id": "p2"}, "reason": "so", "test": {}}
-    storage.open_folder(path).write("results.json", json.dumps(results).encode())
+    folders.open_folder(path).write("results.json", json.dumps(results).encode())
     before = store.names(f"{bucket}/")
     assert is_run(path) and check_run(path).num_iterations == 2 and not is_run(f"gs://{bucket}/other")
     read, copy = read_run(path), read_run(fakes.workdir(tmp_path / "run", num_iterations=2))
@@ -291,14 +293,14 @@ def test_a_run_is_read_and_exported_out_of_a_bucket(store, bucket, tmp_path, mon
 
 
 def test_paths():
-    assert storage.parse("a/b") == Path.cwd() / "a" / "b"
-    assert storage.parse("gs://bucket/run/") == epath.Path("gs://bucket/run")
-    assert str(storage.parse("gs://bucket/run") / "x") == "gs://bucket/run/x"
+    assert folders.parse("a/b") == Path.cwd() / "a" / "b"
+    assert folders.parse("gs://bucket/run/") == epath.Path("gs://bucket/run")
+    assert str(folders.parse("gs://bucket/run") / "x") == "gs://bucket/run/x"
     with pytest.raises(ValueError, match=r"s3://b/run: only folders and gs:// are known"):
         WorkDir("s3://b/run", CONFIG)
 
 
 def test_without_gcsfs(tmp_path):
-    code = "import sys; sys.modules['gcsfs'] = None\nfrom espl_jax import storage; storage.parse('gs://b/x')"
+    code = "import sys; sys.modules['gcsfs'] = None\nfrom espl_jax.storage import folders; folders.parse('gs://b/x')"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "ImportError: gs://b/x needs the package gcsfs: pip install 'espl_jax[gcs]'" in said.stderr

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from espl_jax.text.chat import cut_middle, encode, encode_conversation, has_system_role, render
 from espl_jax.text.chat_template import template_for
-from tests.messages import assistant, system, user
+from tests.support.messages import assistant, system, user
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"

@@ -14,7 +14,7 @@ from espl_jax.evolution.edit_replies import parse_edits
 from espl_jax.evolution.edits import Merge
 from espl_jax.evolution.schemas import OPERATIONS, blocks_schema, edits_schema, most_bytes
 from espl_jax.text.constrained import SchemaRows
-from tests.fakes import tokenizer
+from tests.support.fakes import tokenizer
 
 STOPS = (257, 258)  # two of the byte tokenizer's three special tokens
 ADD = edits_schema(("add",), (), max_reply_tokens=400, max_edits=2, max_chars=100)

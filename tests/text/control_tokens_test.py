@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from espl_jax.text.chat import encode, encode_conversation, render
 from espl_jax.text.control_tokens import without_control_tokens
 from espl_jax.text.tools import with_tools
-from tests import fakes
-from tests.messages import assistant, system, user
+from tests.support import fakes
+from tests.support.messages import assistant, system, user
 from tests.text.chat_test import CHATML, REFUSES_SYSTEM
 from tests.text.tools_test import WITH_TOOLS
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from espl_jax.pretrained.gguf.sentencepiece import SPACE, sentencepiece_bpe
 from espl_jax.text.stop_strings import stop_finder, trim
-from tests import fakes
+from tests.support import fakes
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from jinja2.exceptions import TemplateError
 from espl_jax.text.chat import has_system_role, render
 from espl_jax.text.control_tokens import without_control_tokens
 from espl_jax.text.template_defaults import with_default_system
-from tests.messages import assistant, system, user
+from tests.support.messages import assistant, system, user
 
 GENERATION = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 # What templates of the families do, in miniature; SmolLM2's own comes with the package.

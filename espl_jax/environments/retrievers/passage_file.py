@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from espl_jax import json_values
 from espl_jax.environments.retrievers.base import RetrievalError
+from espl_jax.storage import json_values
 from espl_jax.types import Passage
 
 

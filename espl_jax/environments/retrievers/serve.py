@@ -10,8 +10,8 @@ import http.server
 import json
 import sys
 
-from espl_jax import json_values
-from espl_jax.environments.retrievers import Bm25, RetrievalError
+from espl_jax.environments.retrievers.load import Bm25, RetrievalError
+from espl_jax.storage import json_values
 
 
 def make_server(bm25: Bm25, host: str = "127.0.0.1", port: int = 0) -> http.server.ThreadingHTTPServer:

@@ -12,9 +12,9 @@ import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
-from espl_jax import json_values
 from espl_jax.environments.retrievers.base import RetrievalError, check_count
 from espl_jax.environments.retrievers.passage_file import BlankPassageError, read_passage
+from espl_jax.storage import json_values
 from espl_jax.types import Passage
 
 MAX_RESPONSE_BYTES = 16 * 2**20

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from espl_jax.environments.retrievers import Bm25, open_retriever
 from espl_jax.environments.retrievers.index import K1, B
+from espl_jax.environments.retrievers.load import Bm25, open_retriever
 from espl_jax.environments.retrievers.words import Stems, stems_of
 from espl_jax.types import Passage
 
@@ -102,7 +102,7 @@ def test_jax_is_left_alone(first):
     """bm25s would import it and take its devices. Before and afterwards, jax can be imported."""
     program = (
         f"import sys\n{first}\n"
-        "from espl_jax.environments.retrievers import Bm25\n"
+        "from espl_jax.environments.retrievers.load import Bm25\n"
         "from espl_jax.types import Passage\n"
         "assert Bm25([Passage('Oak', 'A tree.')]).search(['tree'], 1)[0][0].title == 'Oak'\n"
         f"assert ('jax' in sys.modules) is bool({first!r})\n"

@@ -6,7 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from espl_jax.environments.retrievers import Bm25, index, index_cache, open_retriever
+from espl_jax.environments.retrievers import index, index_cache
+from espl_jax.environments.retrievers.load import Bm25, open_retriever
 from espl_jax.types import Passage
 
 PASSAGES = [Passage(f"Tree {i}", f"Its number is {i}, and it is {'tall' * (i % 7 == 0)}.") for i in range(50)]

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from espl_jax.environments.retrievers import Bm25, RetrievalError
+from espl_jax.environments.retrievers.load import Bm25, RetrievalError
 from espl_jax.environments.retrievers.passage_file import PassageFile, read_passage, scan
 from espl_jax.types import Passage
 

@@ -11,7 +11,8 @@ import urllib.request
 
 import pytest
 
-from espl_jax.environments.retrievers import Bm25, RetrievalError, SearchServer, open_retriever, server
+from espl_jax.environments.retrievers import server
+from espl_jax.environments.retrievers.load import Bm25, RetrievalError, SearchServer, open_retriever
 from espl_jax.environments.retrievers.serve import make_server
 from espl_jax.types import Passage
 from tests.reflectors.faulty_server import closed, send

@@ -11,8 +11,8 @@ from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Conf
 from espl_jax.pretrained.gguf.config import config_from_gguf
 from espl_jax.pretrained.gguf.file import open_gguf
 from espl_jax.pretrained.gguf.weights import params_from_gguf
-from tests import families, tiny
 from tests.pretrained.gguf.tiny_gguf import write_as_llama_cpp
+from tests.support import families, tiny
 
 TINY = {
     "vocab_size": families.VOCABULARY,

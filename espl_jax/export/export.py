@@ -1,0 +1,157 @@
+"""A run leaves: weights, evolved system prompt and a model card, as a folder that others load."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jax.typing import DTypeLike
+
+from espl_jax.export.model_card import hub_name, model_card, serve_adapter
+from espl_jax.models.config import dtype_name
+from espl_jax.pretrained.new_folder import check_free
+from espl_jax.pretrained.peft import save_adapter
+from espl_jax.pretrained.save import save_pretrained
+from espl_jax.pretrained.shards import DTYPES as DTYPES_WRITTEN
+from espl_jax.run.saved import SavedRun, read_run
+from espl_jax.run.tasks import tools_of
+from espl_jax.run.weights import trains
+from espl_jax.storage.workdir import read_log
+from espl_jax.text.chat_template import template_file
+from espl_jax.types import Schema
+
+FORMATS = ("merged", "adapter")
+
+
+def export(
+    workdir: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    format: str = "merged",
+    prompt: str = "deployed",
+    dtype: DTypeLike = "bfloat16",
+    base: str = "",
+    say: Callable[[str], None] = print,
+) -> None:
+    """Writes the newest checkpoint of a run, which may be going on, in a format that others load.
+
+    Args:
+      workdir: of the run; only read.
+      out: the folder to write; appears whole or not at all, must be new or empty.
+      format: `merged`, whole weights for transformers and the servers that read its folders; `adapter`, the
+        LoRA adapters alone, for PEFT.
+      prompt: `deployed`, `root`, or the id of a member of the population.
+      dtype: of merged weights, float32 or bfloat16, as a name or a dtype of jax or numpy; adapters are
+        float32.
+      base: what others call the model that the run began with; by default `model.source`.
+      say: shows a line of progress.
+
+    Raises:
+      FileExistsError: if `out` is not empty.
+      FileNotFoundError: if there is no run, no checkpoint yet, or its model is gone.
+      ValueError: for an unknown prompt or format, adapters of a run that has none, or damaged files.
+    """
+    dtype = dtype_name(dtype)
+    for name, value, choices in (("format", format, FORMATS), ("dtype", dtype, tuple(DTYPES_WRITTEN))):
+        if value not in choices:
+            raise ValueError(f"{name}={value!r}: choose one of {', '.join(choices)}")
+    check_free(out)
+    say(f"Reading {workdir}")
+    run = read_run(workdir)
+    chosen = run.prompt(prompt)
+    if format == "adapter" and run.adapters is None:
+        why = "trains all weights (lora.rank=0)" if trains(run.config) else "changes prompts alone"
+        raise ValueError(
+            f"format='adapter': a run of mode={run.config.mode} that {why} has no adapters; use format=merged"
+        )
+    source = run.config.model.source
+    if format == "adapter" and not base and (Path(source).expanduser() / "adapter_config.json").is_file():
+        raise ValueError(
+            f"format='adapter': the run began with {source}, itself an adapter, merged into its base; export "
+            "merged weights, or give as base the folder or hub name of those merged weights"
+        )
+    base = base or hub_name(source)
+    say(f"Iteration {run.iteration} of {run.config.num_iterations}, prompt {chosen.id}; writing {out}")
+    tools = _tools(run, say)
+    template = template_file(run.model.tokenizer, with_tools=bool(tools))
+    card = model_card(
+        run.config.to_dict(),
+        chosen,
+        base=base,
+        iteration=run.iteration,
+        folder=Path(out).name,
+        adapter=format == "adapter",
+        template_file=template,
+        tools=tools,
+        results=_results(run),
+        metrics=_metrics(run),
+    )
+    model = run.model
+    arguments = json.loads(run.config.model.chat_template_kwargs)
+    if format == "adapter":
+        save_adapter(
+            out,
+            run.adapters,
+            model.config,
+            model.tokenizer,
+            chosen,
+            base=base,
+            model_card=card,
+            template_arguments=arguments,
+        )
+    else:
+        sampling = run.config.sampling
+        drawn = {"do_sample": True} | {
+            name: sampling.get(name, 0.0) for name in ("temperature", "top_p", "top_k", "min_p")
+        }
+        # Of the makers' settings the ids alone: the run drew without their penalties. Its stop strings are in
+        # the model card: servers refuse them here.
+        ids = {name: i for name, i in model.generation.items() if name.endswith("_token_id")}
+        generation = {
+            **ids,
+            "eos_token_id": list(model.stop_ids),
+            **(drawn if sampling.temperature else {"do_sample": False}),
+        }
+        save_pretrained(
+            out,
+            model.params,
+            model.config,
+            model.tokenizer,
+            chosen,
+            dtype=dtype,
+            generation=generation,
+            model_card=card,
+            template_arguments=arguments,
+        )
+    size = sum(file.stat().st_size for file in Path(out).expanduser().rglob("*") if file.is_file())
+    say(f"Written to {out} ({size / 1e6:,.1f} MB): weights, tokenizer with chat template, prompt, README.md")
+    if format == "adapter":
+        say(f"Serve it:  {serve_adapter(base, os.fspath(out), run.config.lora.rank, template)}")
+    else:
+        say(f"Serve it:  transformers serve {out}   or   vllm serve {out}")
+
+
+def _tools(run: SavedRun, say: Callable[[str], None]) -> tuple[Schema, ...]:
+    """The tools of the run's environment; none if its module is missing here, which weights do not need."""
+    try:
+        return tools_of(run.config)
+    except ValueError as error:
+        say(f"The model card lists no tools: {error}")
+        return ()
+
+
+def _results(run: SavedRun) -> dict[str, Any] | None:
+    """What `results.json` says, if it is of this checkpoint: the test is made at the end of a run."""
+    path = run.path / "results.json"
+    if run.iteration < run.config.num_iterations or not path.is_file():
+        return None
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _metrics(run: SavedRun) -> dict[str, Any] | None:
+    """The checkpoint's line of `metrics.jsonl`; a run that goes on may have written more."""
+    lines = read_log(run.path, "metrics")
+    return json.loads(lines[run.iteration - 1]) if len(lines) >= run.iteration else None

@@ -1,0 +1,247 @@
+"""What the programs of a run cost on a TPU slice."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from espl_jax.plan import tpu_compiler  # isort: skip; before jax is imported
+import jax
+import jax.numpy as jnp
+
+from espl_jax.evolution.templates import load_template, template_names
+from espl_jax.models.config import DecoderConfig
+from espl_jax.parallel import sharding
+from espl_jax.plan import programs
+from espl_jax.plan.chips import Chip, find_chip
+from espl_jax.plan.hlo.traffic import traffic
+from espl_jax.plan.programs import Program
+from espl_jax.plan.tpu_compiler import Compiled
+from espl_jax.pretrained import load
+from espl_jax.pretrained.numerics import resolve
+from espl_jax.run.parts import make_optimizer_of
+from espl_jax.run.samplings import Lengths, Sampling, samplings
+from espl_jax.run.tasks import has_turns
+from espl_jax.run.weights import numerics
+from espl_jax.sampling.sizes import Sizes, describe
+
+GIB = 2**30
+
+EVALUATED = 64
+"""Problems of the validation set, and of the test set, unless a flag says."""
+
+CHARS_PER_TOKEN = 3
+"""Fewer than most tokenizers take of English instructions."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a program needs of one device.
+
+    Attributes:
+      program: which one.
+      arguments, temporaries, outputs: bytes; outputs without those that take the place of arguments.
+      beside: bytes of what the run holds meanwhile.
+      flops, moved: operations and bytes of HBM in one execution.
+      error: why it could not be compiled, or nothing.
+      seconds: that compiling took.
+    """
+
+    program: Program
+    arguments: float = 0.0
+    temporaries: float = 0.0
+    outputs: float = 0.0
+    beside: float = 0.0
+    flops: float = 0.0
+    moved: float = 0.0
+    error: str = ""
+    seconds: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Bytes of HBM while it runs."""
+        return self.arguments + self.temporaries + self.outputs + self.beside
+
+    def fits(self, chip: Chip) -> bool:
+        """Whether the chip has room for it."""
+        return not self.error and self.total <= chip.memory
+
+    def bound(self, chip: Chip) -> float:
+        """Seconds that one execution takes at least."""
+        return max(self.flops / chip.flops, self.moved / chip.bandwidth)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run on a slice.
+
+    Attributes:
+      topology, chip: the slice.
+      mesh: devices by axis.
+      held: bytes of one device by what they are for.
+      slots: what sampling reserves, in words; why nothing can be, where `error` is set.
+      costs: of every program.
+    """
+
+    topology: str
+    chip: Chip
+    mesh: dict[str, int]
+    held: dict[str, float]
+    slots: str
+    costs: tuple[Cost, ...]
+    error: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Whether every program does."""
+        return not self.error and all(cost.fits(self.chip) for cost in self.costs)
+
+    @property
+    def largest(self) -> float:
+        """Most bytes of HBM that any program needs."""
+        return max((cost.total for cost in self.costs), default=0.0)
+
+    @property
+    def iteration(self) -> float:
+        """Seconds that an iteration takes at least."""
+        return sum(cost.program.runs * cost.bound(self.chip) for cost in self.costs)
+
+
+def plan(
+    c: Any,
+    topology: str,
+    lengths: Lengths,
+    *,
+    phases: Sequence[str] = programs.PHASES,
+    every_bucket: bool = True,
+    evaluated: int = EVALUATED,
+    codegen: bool = False,
+    say: Callable[[str], None] = print,
+) -> Plan:
+    """Compiles a run's programs for a slice.
+
+    Args:
+      c: the ConfigDict of the run.
+      topology: the slice.
+      lengths: of prompts and problems; what is drawn follows from the configuration.
+      phases: whose programs.
+      every_bucket: all decode chunks, or the smallest and the largest in the place of all.
+      evaluated: problems of the validation set, and of the test set.
+      codegen: see `tpu_compiler.compile_each`.
+      say: told about each program when it is compiled.
+
+    Raises:
+      ValueError: for an unknown topology, a mesh that it does not hold, or a model that cannot be read.
+    """
+    chip = find_chip(topology)
+    asked = c, topology, lengths, phases, every_bucket, evaluated
+    run = _run(*asked)
+    said = run.error or describe(run.stages)
+    lower = functools.partial(_lower, *asked)
+    count, preload = len(run.programs), [programs.__name__]
+    costs = []
+    for program, compiled in zip(
+        run.programs, tpu_compiler.compile_each(lower, count, codegen, preload), strict=True
+    ):
+        costs.append(_cost(program, compiled, resident(c, run.sizes, program.phase)))
+        say(f"compiled in {compiled.seconds:.0f} s: {program.name}, {program.shape}")
+    return Plan(topology, chip, run.mesh, run.sizes, said, tuple(costs), run.error)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A run on a slice: devices by axis, bytes held by what they are for, what sampling reserves, or why it
+    cannot reserve anything, and all programs."""
+
+    mesh: dict[str, int]
+    sizes: dict[str, int]
+    stages: tuple[Sizes, ...]
+    error: str
+    programs: list[Program]
+
+
+def on_tpu(config: Any) -> dict[str, Any]:
+    """The DecoderConfig fields that the run would have on a TPU."""
+
+    def unread() -> DecoderConfig:
+        raise AssertionError("on a TPU no default depends on the model's size")
+
+    return resolve(numerics(config), unread, platform="tpu")
+
+
+def _run(
+    c: Any, topology: str, lengths: Lengths, phases: Sequence[str], every_bucket: bool, evaluated: int
+) -> _Run:
+    mesh = sharding.make_mesh(dict(c.mesh), tpu_compiler.devices(topology))
+    config = load.read_config(c.model.source, **on_tpu(c))
+    optimizer = make_optimizer_of(c)
+    held = programs.held(c, config, optimizer, mesh)
+    sizes, axes = held.sizes(), dict(mesh.shape)
+    splits = ("validation", "test") if c.data.test else ("validation",)
+    longest = max(len(load_template(name).system) for name in template_names())
+    every = samplings(
+        c,
+        config,
+        lengths,
+        longest_problem=lengths.problem,
+        turns=has_turns(c),
+        evaluated=dict.fromkeys(splits, evaluated),
+        instructions=longest // CHARS_PER_TOKEN,
+    )
+    stages: dict[Sampling, tuple[Sizes, ...]] = {}
+    for sampling in every:
+        try:
+            memory = int(find_chip(topology).memory)
+            stages[sampling] = sampling.sizes(config, sum(sizes.values()), mesh, memory)
+        except ValueError as error:
+            return _Run(axes, sizes, (), f"{sampling.name}: {error}", [])
+    listed = programs.run_programs(
+        c, config, held, optimizer, stages, mesh, phases=phases, every_bucket=every_bucket
+    )
+    return _Run(axes, sizes, stages[every[0]], "", list(listed))
+
+
+def _lower(*asked: Any) -> jax.stages.Lowered:
+    """The program of a number, the last of what is given, for a process that compiles it."""
+    *run, number = asked
+    return _run(*run).programs[number].lower()
+
+
+def least_memory(c: Any, topology: str, lengths: Lengths) -> float:
+    """Bytes that a device needs at least for an update: what is held, the gradient, and the stored inputs of
+    all layers for one microbatch. What exceeds the chip need not be compiled."""
+    mesh = sharding.make_mesh(dict(c.mesh), tpu_compiler.devices(topology))
+    config = load.read_config(c.model.source, **on_tpu(c))
+    sizes = programs.held(c, config, make_optimizer_of(c), mesh).sizes()
+    parts = sharding.row_parts(mesh)
+    groups = -(-c.num_prompts * c.batch_size // c.loss.minibatches)
+    rows = -(-groups * c.group_size // parts)
+    tokens = min(c.loss.microbatch_rows or rows, rows) * lengths.new
+    stored = {"rounded": jnp.dtype(config.dtype).itemsize, "offload": 0}.get(config.remat, 4)
+    inputs = stored * tokens * config.embed_dim * config.num_layers / mesh.shape["tensor"]
+    return sum(sizes.values()) - sizes["sampling copy"] + sizes["trained"] + inputs
+
+
+def resident(c: Any, sizes: dict[str, float], phase: str) -> float:
+    """Bytes of `Held.sizes` that a device holds in a phase: what was laid out for sampling is gone when
+    reference weights reflect and when weights are updated, unless the current weights reflect in between."""
+    kept = phase in ("rollouts", "evaluation") or (c.mode != "rl" and c.reflection.policy == "current")
+    return sum(size for name, size in sizes.items() if kept or name != "sampling copy")
+
+
+def _cost(program: Program, compiled: Compiled, held: float) -> Cost:
+    if compiled.error:
+        return Cost(program, error=compiled.error, seconds=compiled.seconds)
+    counted = traffic(compiled.text, program.loops)
+    return Cost(
+        program,
+        arguments=compiled.arguments,
+        temporaries=compiled.temporaries,
+        outputs=compiled.outputs,
+        beside=held - program.uses + program.beside,
+        flops=counted.flops,
+        moved=counted.total,
+        seconds=compiled.seconds,
+    )

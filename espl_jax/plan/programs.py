@@ -1,0 +1,391 @@
+"""The programs of a run, from shapes alone: what `plan` and `--dry_run` compile, and a run will."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from espl_jax.models import lora
+from espl_jax.models.attention import KVCache
+from espl_jax.models.config import DecoderConfig
+from espl_jax.models.transformer import Params, abstract
+from espl_jax.parallel import sharding
+from espl_jax.parallel.memory import bytes_per_device
+from espl_jax.run.parts import loss_settings
+from espl_jax.run.samplings import Lengths, Sampling, lanes_of
+from espl_jax.run.weights import abstract_trainable, declared_trainable, trains
+from espl_jax.sampling import decode
+from espl_jax.sampling.buckets import bucket
+from espl_jax.sampling.layout import for_sampling
+from espl_jax.sampling.problem_blocks import block_size
+from espl_jax.sampling.sizes import EXTENDED_TOKENS, Sizes
+from espl_jax.sampling.truncation import HALVINGS, Truncation
+from espl_jax.training.batches import abstract_batch
+from espl_jax.training.state import TrainState, abstract_train_state, sampling_params
+from espl_jax.training.step import batch_logprobs, place_batch, policy_gradient_step
+
+PHASES = ("rollouts", "reflection", "update", "evaluation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program.
+
+    Attributes:
+      name, shape: what it is, and what of, to read.
+      lower: traces it for its shapes; `.compile()` of the result gives the program.
+      phase: one of `PHASES`.
+      runs: how often it runs in an iteration in which every rollout is as long as it may be; 0 for reflection
+        and evaluation, and for what takes no time to speak of.
+      uses: bytes of what the run holds (`Held`) that are among its arguments.
+      beside: bytes of what rollouts hold while it runs and that are not.
+      loops: how often its loops run, where the program does not say, as `hlo_traffic.traffic` takes it.
+      function: the name of the jitted function.
+    """
+
+    name: str
+    shape: str
+    lower: functools.partial[jax.stages.Lowered]
+    phase: str
+    runs: float
+    uses: int = 0
+    beside: int = 0
+    loops: dict[str, int] = dataclasses.field(default_factory=dict)
+    function: str = ""
+
+    @property
+    def shapes(self) -> str:
+        """All that the function is called with, as text: equal for one program under two names."""
+        return repr((self.lower.args, self.lower.keywords))
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """What a run holds on its devices between programs, as shapes with their places.
+
+    Attributes:
+      base: the model as loaded: the reference policy, and the frozen base of adapters.
+      state: the train state; None where only prompts change.
+      policy: the params that sampling is given; shares the base where adapters are trained.
+    """
+
+    base: Params
+    state: TrainState | None
+    policy: Params
+
+    @property
+    def copies(self) -> Params:
+        """What of the policy is not the base."""
+        if self.policy is self.base:
+            return {}
+        _, adapters = lora.detach(self.policy)
+        return adapters or self.policy
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes on one device, by what they are."""
+        state = self.state
+        return {
+            "weights": bytes_per_device(self.base),
+            "trained": bytes_per_device(state and state.trainable),
+            "optimizer": bytes_per_device(state and state.opt_state),
+            "sampling copy": bytes_per_device(self.copies),
+        }
+
+
+def held(c: Any, config: DecoderConfig, optimizer: optax.GradientTransformation, mesh: Mesh | None) -> Held:
+    """Shapes of all that a run of this ConfigDict holds."""
+    declared = abstract(config)
+    shapes = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.dtype(w.dtype)), declared)
+    base = sharding.place(shapes, declared, mesh, "sampling")
+    if not trains(c):
+        return Held(base, None, base)
+    state = abstract_train_state(abstract_trainable(c, config, mesh), optimizer, mesh)
+    frozen = base if c.lora.rank else None
+    policy = sampling_params(state.trainable, frozen, declared_trainable(c, config), config, mesh)
+    return Held(base, state, policy)
+
+
+def run_programs(
+    c: Any,
+    config: DecoderConfig,
+    held: Held,
+    optimizer: optax.GradientTransformation,
+    stages: Mapping[Sampling, Sequence[Sizes]],
+    mesh: Mesh | None,
+    *,
+    phases: Sequence[str] = PHASES,
+    stop_ids: int = 2,
+    every_bucket: bool = True,
+) -> Iterator[Program]:
+    """Every program of a run, each once; the programs of `sampling_programs` stand for smaller ones.
+
+    Left out are those that move or draw a few numbers, and those that make the first state.
+
+    Args:
+      c: the ConfigDict of the run.
+      config: the decoder.
+      held: shapes of what the run holds.
+      optimizer: of the run.
+      stages: the samplings of the run, rollouts first, and what each reserves.
+      mesh: of devices.
+      phases: whose programs.
+      stop_ids: how many tokens end a turn.
+      every_bucket: of rollouts all lengths of the chunks, or the shortest and the longest in the place of
+        all.
+    """
+    seen = set()
+    rollouts = next(iter(stages))
+    reflecting = held.policy if c.reflection.policy == "current" else held.base
+    for sampling, sizes in stages.items():
+        params = reflecting if sampling.phase == "reflection" else held.policy
+        if sampling.phase in phases:
+            every = every_bucket and sampling is rollouts
+            for program in sampling_programs(sampling, config, params, sizes, mesh, stop_ids, every):
+                key = program.function, program.shapes
+                if key not in seen:
+                    seen.add(key)
+                    yield program
+    if "update" in phases and held.state is not None:
+        yield from update_programs(c, config, held, optimizer, rollouts.lengths, mesh)
+
+
+def sampling_programs(
+    sampling: Sampling,
+    config: DecoderConfig,
+    params: Params,
+    stages: Sequence[Sizes],
+    mesh: Mesh | None,
+    stop_ids: int = 2,
+    every_bucket: bool = True,
+) -> Iterator[Program]:
+    """Prefill of both shared levels; of every stage the decode chunks at their full width; what puts rows
+    into slots, moves them between slots, and prefills behind them.
+
+    Narrower chunks, of which there are more, need less of everything, but for those whose rows do not lie
+    lane by lane: the widest of these is listed too.
+
+    Args:
+      sampling: what is sampled.
+      config: the decoder.
+      params: shapes of what is sampled from.
+      stages: what it reserves.
+      mesh: of devices.
+      stop_ids: how many tokens end a turn.
+      every_bucket: all lengths of the chunks, or the shortest and the longest in the place of all.
+    """
+    params, config = for_sampling(params, config, mesh)
+    lanes, lengths, counted = sampling.lanes, sampling.lengths, sampling.phase == "rollouts"
+    title = "" if counted else f"{sampling.name}: "
+
+    def program(
+        name: str,
+        shape: str,
+        function: Any,
+        *arguments: Any,
+        runs: float = 0.0,
+        uses: int = 0,
+        beside: int = 0,
+        loops: Mapping[str, int] = MappingProxyType({}),
+        **static: Any,
+    ) -> Program:
+        lower = functools.partial(function.lower, *arguments, **static, mesh=mesh)
+        memory = uses, beside, dict(loops), function.__name__
+        return Program(title + name, shape, lower, sampling.phase, runs if counted else 0.0, *memory)
+
+    def numbers(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def cache(nodes: int, columns: int) -> KVCache:
+        arrays = decode.abstract_slots(config, nodes, columns, mesh, everywhere=True)
+        return KVCache(*arrays, *(sharding.replicate(numbers(nodes), mesh),) * 2)
+
+    uses = bytes_per_device(params)
+    shape = (lanes, bucket(lengths.system))
+    tokens = numbers(*shape), numbers(lanes)
+    yield program(
+        "prefill, prompts", _tokens(shape), decode.prefill, params, config, *tokens, uses=uses, runs=1
+    )
+    system = cache(*shape)
+    widths = stages[0].problem_widths
+    size = block_size(lanes, sampling.problems, widths[-1])
+    shape = (lanes * size, next(width for width in widths if width >= lengths.problem - 1))
+    tokens = sharding.place_rows((numbers(*shape), numbers(shape[0])), mesh)
+    first = decode.abstract_slots(config, stages[0].slots, stages[0].capacity, mesh)
+    yield program(
+        "prefill, a block of problems",
+        _tokens(shape),
+        decode.prefill,
+        params,
+        config,
+        *tokens,
+        system,
+        uses=uses,
+        beside=bytes_per_device(first),
+        runs=-(-sampling.problems // size),
+    )
+
+    def chunk(name: str, sizes: Sizes, rows: int, columns: int, aligned: bool, runs: float) -> Program:
+        allowed = ()
+        if sampling.constrained:
+            words = numbers(rows, -(-config.vocab_size // 32), dtype=jnp.uint32)
+            allowed = (sharding.place_rows(words, mesh),)
+        return program(
+            name,
+            f"{rows} rows x {columns} columns",
+            decode.decode_chunk,
+            params,
+            config,
+            system,
+            decode.abstract_slots(config, sizes.slots, sizes.capacity, mesh),
+            decode.abstract_rows(rows, mesh),
+            numbers(stop_ids),
+            numbers(dtype=jnp.float32),
+            *allowed,
+            uses=uses,
+            runs=runs,
+            loops={"jit(decode_chunk)/while": sizes.steps, "/while": HALVINGS},
+            columns=columns,
+            steps=sizes.steps,
+            greedy=sampling.greedy,
+            truncation=sampling.truncation,
+            aligned=aligned,
+        )
+
+    filled = lengths.problem - 1
+    for number, sizes in enumerate(stages, 1):
+        of_stage = f" of stage {number}" if len(stages) > 1 else ""
+        starts = range(filled, sizes.longest, sizes.steps)
+        chunks = collections.Counter(sizes.columns_for(start) for start in starts)
+        filled += len(starts) * sizes.steps
+        runs = {columns: float(chunks[columns]) for columns in sizes.columns}
+        # As chunks are where nothing has ended yet.
+        aligned = lanes == 1 or (sizes.parts == 1 and sizes.slots == sampling.rows)
+        kind = "decode chunk" if counted else "constrained step" if sampling.constrained else "chunk"
+        for columns, count in (runs if every_bucket else _ends(runs)).items():
+            name = kind
+            if not every_bucket:
+                name += ", largest" if columns == sizes.columns[-1] else ", smallest"
+            count *= -(-sampling.rows // sizes.slots)
+            yield chunk(name + of_stage, sizes, sizes.slots, columns, aligned, count)
+        if aligned and lanes > 1 and len(sizes.widths) > 1:
+            name = f"{kind}, rows mixed{of_stage}"
+            yield chunk(name, sizes, sizes.widths[-2], sizes.columns[-1], False, 0)
+        yield from _in_place(
+            program, sampling, config, params, system, stages, number - 1, cache(*shape), mesh
+        )
+
+
+def _in_place(
+    program: Callable[..., Program],
+    sampling: Sampling,
+    config: DecoderConfig,
+    params: Params,
+    system: KVCache,
+    stages: Sequence[Sizes],
+    number: int,
+    block: KVCache,
+    mesh: Mesh | None,
+) -> Iterator[Program]:
+    """The programs that change the slots of a stage between its chunks: all rows are admitted in the first
+    one, and those that return, or are answered, are extended."""
+    sizes = stages[number]
+    of_stage = f" of stage {number + 1}" if len(stages) > 1 else ""
+    slots = decode.abstract_slots(config, sizes.slots, sizes.capacity, mesh)
+    each = f"{sizes.slots} rows"
+
+    def numbers(*shape: int) -> jax.ShapeDtypeStruct:
+        return sharding.place_rows(jax.ShapeDtypeStruct(shape, jnp.int32), mesh)
+
+    table, counts = numbers(sizes.parts, sizes.per_part), numbers(sizes.parts)
+    loops = {"/while": sizes.per_part}
+    if number == 0:
+        rows = slots, block, table, table, counts
+        yield program(f"admit{of_stage}", each, decode.admit, *rows, loops=loops)
+    yield program(f"move{of_stage}", each, decode.move, slots, table, table, counts, loops=loops)
+    if not (sampling.turns or number > 0):
+        return
+    most = {sizes.extended_rows(columns): columns for columns in sizes.columns}
+    for count, columns in {min(most): most[min(most)], max(most): most[max(most)]}.items():
+        rows = sizes.parts * count
+        yield program(
+            f"extend{of_stage}",
+            f"{rows} rows x {columns} columns",
+            decode.extend,
+            params,
+            config,
+            system,
+            slots,
+            numbers(sizes.parts, count),
+            decode.abstract_rows(rows, mesh),
+            numbers(rows, EXTENDED_TOKENS),
+            numbers(rows),
+            uses=bytes_per_device(params),
+            columns=columns,
+        )
+
+
+def _ends(runs: dict[int, float]) -> dict[int, float]:
+    """Runs of the fewest and the most columns, in the place of all between them: what a chunk takes grows
+    with its columns as a line does."""
+    low, high = min(runs), max(runs)
+    if low == high:
+        return runs
+    upper = sum(count * (columns - low) / (high - low) for columns, count in runs.items())
+    return {low: sum(runs.values()) - upper, high: upper}
+
+
+def update_programs(
+    c: Any,
+    config: DecoderConfig,
+    held: Held,
+    optimizer: optax.GradientTransformation,
+    lengths: Lengths,
+    mesh: Mesh | None,
+) -> Iterator[Program]:
+    """The policy-gradient step on a batch in which every group counts and every rollout is as long as it may
+    be, and with several steps the scoring before the first."""
+    prompts = lanes_of(c)
+    groups = prompts * c.batch_size
+    truncated = bool(Truncation(c.sampling.top_k, c.sampling.top_p, c.sampling.min_p))
+    batch = abstract_batch(
+        prompts=prompts,
+        groups=-(-groups // c.loss.minibatches),
+        group_size=c.num_prompts // prompts * c.group_size,
+        system_tokens=lengths.system,
+        problem_tokens=lengths.problem,
+        new_tokens=lengths.new,
+        cutoffs=truncated,
+        parts=sharding.row_parts(mesh),
+        microbatch_rows=c.loss.microbatch_rows,
+    )
+    shape = " x ".join(map(str, batch.inputs.shape)) + " new tokens"
+    batch = place_batch(batch, mesh)
+    frozen = held.base if c.lora.rank else None
+    reference = held.base if c.loss.kl_coef else None
+    uses = bytes_per_device((held.state, frozen or reference))
+    settings = loss_settings(c)
+    if c.loss.epochs * c.loss.minibatches > 1 and settings["loss"].needs_old_logprobs:
+        few = {name: settings[name] for name in ("temperature", "microbatch_rows")}
+        given = held.state.trainable, frozen, batch, config
+        score = functools.partial(batch_logprobs.lower, *given, **few)
+        uses_less = bytes_per_device((held.state.trainable, frozen))
+        count, function = c.loss.minibatches, batch_logprobs.__name__
+        yield Program("logprobs", shape, score, "update", count, uses_less, function=function)
+        batch = batch._replace(old_logprobs=batch.sampler_logprobs)
+    given = held.state, frozen, reference, batch, config, optimizer
+    step = functools.partial(policy_gradient_step.lower, *given, **settings)
+    steps, function = c.loss.epochs * c.loss.minibatches, policy_gradient_step.__name__
+    yield Program("policy-gradient step", shape, step, "update", steps, uses, function=function)
+
+
+def _tokens(shape: tuple[int, int]) -> str:
+    return f"{shape[0]} x {shape[1]} tokens"

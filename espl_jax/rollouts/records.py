@@ -1,0 +1,48 @@
+"""Rollouts as lines of a log and as means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from espl_jax.types import Rollouts
+
+
+def records(rollouts: Rollouts) -> list[dict[str, Any]]:
+    """One plain dict a rollout, for the work directory's JSON lines."""
+    return [
+        {
+            "prompt": rollouts.prompts[m].id,
+            "problem": rollouts.problems[b].id,
+            "slot": m,
+            "sample": n,
+            "reward": rollouts.rewards[m, b, n],
+            "success": rollouts.success[m, b, n],
+            "truncated": rollouts.truncated[m, b, n],
+            "answer": rollouts.answers[m][b][n],
+            "reply": rollouts.replies[m][b][n],
+            "environment": {name: values[m, b, n] for name, values in rollouts.metrics.items()},
+            "tokens": rollouts.tokens[m, b, n, : rollouts.lengths[m, b, n]],
+            "logprob": rollouts.logprobs[m, b, n].sum(dtype=np.float64),
+        }
+        for m, b, n in np.ndindex(*rollouts.rewards.shape)
+    ]
+
+
+def means(rollouts: Rollouts) -> dict[str, Any]:
+    """Means over an iteration's rollouts, and how many (prompt, problem) groups had mixed rewards."""
+    mixed = [
+        rollouts.rewards[slots].max(axis=(0, 2)) > rollouts.rewards[slots].min(axis=(0, 2))
+        for slots in rollouts.slots().values()
+    ]
+    environment = {name: values.mean(dtype=np.float64) for name, values in rollouts.metrics.items()}
+    return {
+        "reward": rollouts.rewards.mean(dtype=np.float64),
+        "success": rollouts.success.mean(dtype=np.float64),
+        "truncated": rollouts.truncated.mean(dtype=np.float64),
+        "new_tokens": rollouts.drawn.sum(axis=-1).mean(dtype=np.float64),
+        "mixed_groups": np.sum(mixed),
+        "groups": np.size(mixed),
+        **({"environment": environment} if environment else {}),
+    }

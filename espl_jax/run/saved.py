@@ -1,0 +1,179 @@
+"""A run as its work directory holds it, read without disturbing it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+from ml_collections import ConfigDict
+
+from espl_jax.evolution.deployment import deployed
+from espl_jax.evolution.population import Population, from_json, prompt_from_json
+from espl_jax.models import lora
+from espl_jax.models.config import NUMERICS
+from espl_jax.models.transformer import Params
+from espl_jax.pretrained.load import Pretrained
+from espl_jax.run import inputs
+from espl_jax.run.weights import abstract_trainable, load_reference, trains
+from espl_jax.storage import folders
+from espl_jax.storage.workdir import read_checkpoint
+from espl_jax.training.state import TrainState
+from espl_jax.types import SystemPrompt
+
+_READ = {
+    "mode": (),
+    "model": ("source", *NUMERICS, "chat_template_kwargs"),
+    "lora": ("rank", "scale", "targets"),
+    "environment": ("show_thinking",),
+    "deployment": ("rule", "min_tournaments"),
+}
+"""What a reader of the run needs of its configuration: fields, and groups with their fields."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedRun:
+    """The newest checkpoint of a run, with the model that its weights belong to.
+
+    Attributes:
+      path: the work directory, of this machine or in a bucket.
+      config: of the run.
+      iteration: iterations done at the checkpoint.
+      model: the policy: trained weights, or the base with adapters attached, or, where the mode changes
+        prompts alone, the model that the run began with.
+      adapters: of the policy; None where there are none.
+      root: the oldest of the first prompts.
+      population: the prompts with their ratings.
+    """
+
+    path: Path
+    config: ConfigDict
+    iteration: int
+    model: Pretrained
+    adapters: Params | None
+    root: SystemPrompt
+    population: Population
+
+    def prompt(self, name: str = "deployed") -> SystemPrompt:
+        """The prompt to deploy (`deployed`), the `root`, or the living member with that id.
+
+        Raises:
+          ValueError: if there is no such member.
+        """
+        if name == "deployed":
+            return self._deployed()
+        if name in ("root", self.root.id):
+            return self.root
+        ids = [member.id for member in self.population.members]
+        if name not in ids:
+            raise ValueError(f"prompt={name!r}: give deployed, root, or one of {', '.join(ids)}")
+        return self.population.get(name)
+
+    def _deployed(self) -> SystemPrompt:
+        """As written down at the end of the run; before that, as ratings say."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            results = json.loads((self.path / "results.json").read_text(encoding="utf-8"))
+            if results["iteration"] == self.iteration:
+                return self.population.get(results["deployed"]["id"])
+        return deployed(self.population, self.config.mode, self.config.deployment).prompt
+
+
+def is_run(path: str | os.PathLike[str]) -> bool:
+    """Whether this is the work directory of a run, by its config.json (models have one too)."""
+    # No folder can have a name that is too long; a bucket that cannot be read is worth an error.
+    with contextlib.suppress(*([] if folders.is_remote(path) else [OSError]), ValueError):
+        config = json.loads(folders.open_folder(path).read("config.json") or b"")
+        return isinstance(config, dict) and {"mode", "num_iterations"} <= config.keys()
+    return False
+
+
+def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
+    """The configuration of a run.
+
+    Raises:
+      FileNotFoundError: if there is no run.
+      ValueError: if fields are missing that `read_run` needs.
+    """
+    folder = folders.open_folder(workdir)
+    path, text = folder.path / "config.json", folder.read("config.json")
+    if text is None:
+        raise FileNotFoundError(f"{folder.path} has no config.json: give the --workdir of a run")
+    config = json.loads(text)
+    missing = [group for group in _READ if group not in config]
+    missing += [
+        f"{group}.{name}"
+        for group, names in _READ.items()
+        for name in names
+        if name not in config.get(group, names)
+    ]
+    if missing:
+        raise ValueError(_other_version(path, f"it has no {', '.join(missing)}"))
+    return ConfigDict(config)
+
+
+def check_run(workdir: str | os.PathLike[str]) -> ConfigDict:
+    """The configuration of a run that has a checkpoint. Raises as `read_run`, without reading any weights."""
+    config = read_config(workdir)
+    _newest(folders.parse(workdir), None)
+    return config
+
+
+def read_run(
+    workdir: str | os.PathLike[str], mesh: jax.sharding.Mesh | None = None, **numerics: Any
+) -> SavedRun:
+    """Reads a run's newest checkpoint, while the run may be going on.
+
+    Nothing is written or locked, no problems are needed, and the optimizer's state is not read.
+
+    Args:
+      workdir: of the run.
+      mesh: devices that share the params, whatever mesh the run has; the default device when None.
+      **numerics: DecoderConfig fields that go before those of the run.
+
+    Raises:
+      FileNotFoundError: if there is no run, or no checkpoint of it yet.
+      ValueError: if the checkpoint is damaged, does not fit the model, or is of another version of the
+        package. Else as `load_pretrained`.
+    """
+    path = folders.parse(workdir)
+    config = read_config(path)
+    model = load_reference(config, mesh, **numerics)
+    trainable = abstract_trainable(config, model.config, mesh) if trains(config) else None
+    iteration, train_state, state = _newest(path, TrainState(None, trainable, opt_state=None))
+    read = {"model.source": inputs.fingerprint_files(model.files)}
+    for field, names in inputs.changes(state["inputs"], read).items():
+        logging.warning(
+            "%s=%r: %s changed since the run in %s; its weights may not fit",
+            field,
+            config.model.source,
+            ", ".join(names),
+            path,
+        )
+    adapters = train_state.trainable if trains(config) and config.lora.rank else None
+    if adapters is not None:
+        model = dataclasses.replace(model, params=lora.attach(model.params, adapters))
+    elif trains(config):
+        model = dataclasses.replace(model, params=train_state.trainable)
+    try:
+        root, population = prompt_from_json(state["root"]), from_json(state["population"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(_other_version(path, str(error))) from error
+    return SavedRun(path, config, iteration, model, adapters, root, population)
+
+
+def _other_version(path: Path, what: str) -> str:
+    return (
+        f"{path} was written by another version of espl_jax ({what}): evaluate or export it with that version"
+    )
+
+
+def _newest(path: Path, abstract_arrays: Any) -> tuple[int, Any, dict[str, Any]]:
+    saved = read_checkpoint(path, abstract_arrays)
+    if saved is None:
+        raise FileNotFoundError(f"{path} has no checkpoint yet: try again after its first iteration")
+    return saved

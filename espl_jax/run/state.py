@@ -1,0 +1,166 @@
+"""What a run is between two iterations: made at its beginning, saved, and taken up again."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from espl_jax.data.order import Cursor
+from espl_jax.evolution import lineage
+from espl_jax.evolution.population import Population, from_json, prompt_from_json
+from espl_jax.models import lora
+from espl_jax.parallel import processes
+from espl_jax.rollouts.keys import stream_key
+from espl_jax.run.context import check_first_prompts
+from espl_jax.run.inputs import Fingerprints, changes
+from espl_jax.run.parts import Parts, abstract_run_state
+from espl_jax.run.roots import first_population
+from espl_jax.storage.workdir import WorkDir, read_checkpoint
+from espl_jax.training.state import TrainState, init_train_state
+from espl_jax.types import SystemPrompt
+
+MAY_CHANGE = (
+    "num_iterations",
+    "checkpoint_every",
+    "checkpoint_keep",
+    "compilation_cache",
+    "profile_iteration",
+    "optimizer.max_skipped",
+    "resume",
+    *(
+        f"reflection.{name}"
+        for name in ("base_url", "api_key_variable", "concurrency", "timeout", "max_retries")
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What an iteration changes, and what a checkpoint holds.
+
+    Attributes:
+      iteration: iterations done.
+      root: the oldest of the first prompts.
+      train_state: trainable weights and optimizer state; None where only prompts change.
+      population: the prompts with their ratings.
+      cursor: which problems come next.
+      skipped: updates left out because no group was mixed.
+      not_finite_in_row: updates skipped since the last one taken, because their loss or gradient was not
+        finite.
+      inputs: fingerprints of what the run has read.
+    """
+
+    iteration: int
+    root: SystemPrompt
+    train_state: TrainState | None
+    population: Population
+    cursor: Cursor
+    skipped: int = 0
+    not_finite_in_row: int = 0
+    inputs: Fingerprints = dataclasses.field(default_factory=dict)
+
+
+def save(workdir: WorkDir, run: Run) -> None:
+    """Makes a checkpoint of everything that a later iteration depends on."""
+    population = run.population.to_json()
+    state = {
+        "root": dataclasses.asdict(run.root),
+        "population": population,
+        "cursor": dataclasses.asdict(run.cursor),
+        "skipped": run.skipped,
+        "not_finite_in_row": run.not_finite_in_row,
+        "inputs": run.inputs,
+    }
+    workdir.save(run.iteration, run.train_state, state)
+    workdir.write_json("population.json", population)
+
+
+def stop_if_stuck(workdir: WorkDir, run: Run, config: Any) -> None:
+    """Ends a run whose updates cannot be taken any more, with its state saved. Raises RuntimeError."""
+    if run.not_finite_in_row <= config.optimizer.max_skipped:
+        return
+    if run.iteration % config.checkpoint_every and run.iteration != config.num_iterations:
+        save(workdir, run)
+    raise RuntimeError(
+        f"{run.not_finite_in_row} updates in a row had a loss or gradient that was not finite, and "
+        f"optimizer.max_skipped={config.optimizer.max_skipped}. The weights from before them are saved as of "
+        f"iteration {run.iteration}. Lower optimizer.learning_rate in a new run, or resume this one with a "
+        "larger optimizer.max_skipped"
+    )
+
+
+def restore(workdir: WorkDir, config: Any, parts: Parts) -> Run:
+    """The run as of the newest checkpoint, or its beginning.
+
+    Raises:
+      ValueError: as `WorkDir.restore`, or for files that were replaced since the checkpoint.
+    """
+    check_inputs(workdir, config, parts.inputs)
+    saved = workdir.restore(abstract_run_state(config, parts))
+    if saved is None:
+        population = processes.decide(lambda: first_population(config))
+        check_first_prompts(population, config, parts.splits, parts.reference, parts.environment)
+        for member in population.members:
+            workdir.append("lineage", lineage.entry("root", member, 0))
+        state = first_train_state(config, parts)
+        return Run(0, population.members[0], state, population, Cursor(config.seed), inputs=parts.inputs)
+    iteration, train_state, state = saved
+    workdir.write_json("population.json", state["population"])
+    return Run(
+        iteration,
+        prompt_from_json(state["root"]),
+        train_state,
+        from_json(state["population"]),
+        Cursor(**state["cursor"]),
+        state["skipped"],
+        state["not_finite_in_row"],
+        state["inputs"] | parts.inputs,
+    )
+
+
+def check_inputs(workdir: WorkDir, config: Any, now: Fingerprints) -> None:
+    """Compares what a run reads with what it had read at its newest checkpoint.
+
+    Raises:
+      ValueError: something was replaced, and `resume.changed_inputs` does not allow it.
+    """
+    saved = read_checkpoint(workdir.path, None)
+    if saved is None:
+        return
+    iteration, _, state = saved
+    for field, names in changes(state["inputs"], now).items():
+        value = functools.reduce(operator.getitem, field.split("."), config)
+        said = f"{field}={value!r}: {', '.join(names)} changed since the checkpoint of iteration {iteration}"
+        if config.resume.changed_inputs == "refuse":
+            raise ValueError(
+                f"{said}; put back what was there, use another --workdir, or resume with "
+                "--config.resume.changed_inputs=allow"
+            )
+        logging.warning("%s; the run goes on with what is there now", said)
+
+
+def first_train_state(config: Any, parts: Parts) -> TrainState | None:
+    """The train state before the first update: fresh adapters, or a float32 copy of the params."""
+    if not parts.trains:
+        return None
+    model = parts.reference
+
+    def make(key: jax.Array, params: Any) -> TrainState:
+        if parts.lora:
+            trainable = lora.init(key, model.config, config.lora.rank, tuple(config.lora.targets))
+        else:
+            trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
+        return init_train_state(trainable, parts.optimizer)
+
+    arguments = stream_key(config.seed, "adapters", 0), None if parts.lora else model.params
+    if parts.mesh is None:
+        return make(*arguments)
+    # Jitted, so that no array is ever whole on one device.
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_run_state(config, parts))
+    return jax.jit(make, out_shardings=shardings)(*arguments)

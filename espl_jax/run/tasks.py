@@ -1,0 +1,116 @@
+"""What a run is about: its problems, and the environment that words and grades them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from espl_jax.data import load
+from espl_jax.data.problems import ProblemSet, check_disjoint, hold_out
+from espl_jax.environments import own
+from espl_jax.environments.arithmetic import Arithmetic
+from espl_jax.environments.base import Dialogue, Environment
+from espl_jax.environments.math import Math
+from espl_jax.environments.retrievers.bm25 import Bm25
+from espl_jax.environments.retrievers.load import Retriever, open_retriever
+from espl_jax.environments.search import Search
+from espl_jax.parallel import processes
+from espl_jax.types import Schema
+
+
+def load_splits(c: Any) -> dict[str, ProblemSet]:
+    """`train`, `validation`, and `test` if there is one, no problem in two of them.
+
+    Raises:
+      ValueError: for data that cannot be used, splits that overlap, or fewer problems than a batch has.
+    """
+    fields = {field: name for field, name in c.data.fields.items() if name} or None
+    splits = {"train": load.load(c.data.train, "train", fields=fields)}
+    if c.data.validation:
+        splits["validation"] = load.load(c.data.validation, "validation", fields=fields)
+    else:
+        splits["train"], splits["validation"] = hold_out(splits["train"], c.data.validation_count, c.seed)
+    if c.data.test:
+        splits["test"] = load.load(c.data.test, "test", fields=fields)
+    check_disjoint(**splits)
+    check_batch(c, splits["train"])
+    return splits
+
+
+def check_batch(c: Any, train: ProblemSet) -> None:
+    """Raises ValueError if the training problems are fewer than a batch has."""
+    if c.batch_size > len(train):
+        raise ValueError(
+            f"batch_size={c.batch_size}: data.train has {len(train)} problems after validation was held out; "
+            "lower batch_size or data.validation_count, or give more problems"
+        )
+
+
+def environment_of(c: Any) -> Environment | Dialogue:
+    """The environment that a configuration describes."""
+    e = c.environment
+    options = e[e.name].to_dict() if e.name in ("math", "search") else json.loads(e.options)
+    return make_environment(e.name, e.answer_format, e.instruction, options, e.reward, c.data.train)
+
+
+def has_turns(c: Any) -> bool:
+    """Whether rollouts have several turns; no retriever is opened to find out."""
+    if c.environment.name in ("math", "arithmetic", "search"):
+        return c.environment.name == "search"
+    return hasattr(environment_of(c), "respond")
+
+
+def tools_of(c: Any) -> tuple[Schema, ...]:
+    """The tools that rollouts have; no retriever is opened to find out.
+
+    Raises:
+      ValueError: if the user's own environment cannot be made.
+    """
+    if c.environment.name in ("math", "arithmetic", "search"):
+        return tuple(Search.tools) if c.environment.name == "search" else ()
+    return tuple(getattr(environment_of(c), "tools", ()))
+
+
+def make_environment(
+    name: str,
+    answer_format: str,
+    instruction: str | None,
+    options: Mapping[str, Any],
+    reward: str = "",
+    problems: str = "",
+) -> Environment | Dialogue:
+    """An environment by its name.
+
+    Args:
+      name: `math`, `arithmetic`, `search`, or `module:name` of one of the user's own, which is called with
+        `options`.
+      answer_format, instruction: of `math` and `arithmetic`; `search` takes an instruction, too.
+      options: further arguments; of `search` with a `retriever` as `open_retriever` takes it.
+      reward: `module:function`, see `environments.own.Reward`; empty for the environment's own rewards.
+      problems: whence the problems come; an encyclopedia has the passages to search in, where no retriever
+        is given.
+
+    Raises:
+      ValueError: for arguments that the environment does not take, or a retriever that cannot be opened.
+    """
+    try:
+        if name == "search":
+            environment = _search(instruction, problems, **options)
+        elif name in ("math", "arithmetic"):
+            kind = {"math": Math, "arithmetic": Arithmetic}[name]
+            environment = kind(answer_format, instruction, **options)
+        else:
+            environment = own.find(name)(**options)
+    except TypeError as error:
+        raise ValueError(f"environment.options={dict(options)}: {error}") from error
+    return own.with_reward(environment, own.find(reward)) if reward else environment
+
+
+def _search(
+    instruction: str | None, problems: str, retriever: str = "", timeout: float = 30.0, **options: Any
+) -> Search:
+    def opened() -> Retriever:
+        return open_retriever(retriever, timeout) if retriever else Bm25(load.passages(problems))
+
+    return Search(processes.only_first(opened), timeout=timeout, instruction=instruction, **options)

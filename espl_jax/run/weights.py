@@ -1,0 +1,88 @@
+"""The weights a run starts from, and those that it trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from espl_jax.models import lora
+from espl_jax.models.config import NUMERICS, DecoderConfig
+from espl_jax.models.transformer import abstract
+from espl_jax.parallel import processes, sharding
+from espl_jax.pretrained.load import Pretrained, load_pretrained, read_config
+from espl_jax.pretrained.numerics import AUTO, CHOSEN, resolve
+from espl_jax.storage import folders
+
+
+def settle_numerics(config: ConfigDict, workdir: str | os.PathLike[str] | None = None) -> ConfigDict:
+    """Returns the configuration with a value in place of every "auto" among its numerics.
+
+    Args:
+      config: of the run.
+      workdir: of the run; one that is resumed keeps the values recorded in its config.json.
+    """
+    settled = config.copy_and_resolve_references()
+    recorded = _recorded_numerics(workdir) if workdir is not None else {}
+    given = {name: config.model[name] for name in CHOSEN}
+    given |= {name: value for name, value in recorded.items() if given.get(name) == AUTO}
+    mesh = sharding.make_mesh(dict(config.mesh))
+    chosen = resolve(
+        given, lambda: read_config(config.model.source), devices=1 if mesh is None else mesh.size
+    )
+    for name, value in processes.decide(lambda: chosen).items():
+        settled.model[name] = value
+    return settled
+
+
+def _recorded_numerics(workdir: str | os.PathLike[str]) -> dict[str, str]:
+    try:
+        model = json.loads(folders.open_folder(workdir).read("config.json") or "{}").get("model", {})
+    except ValueError:  # cut short; opening the work directory says so
+        return {}
+    return {name: model[name] for name in CHOSEN if name in model}
+
+
+def numerics(config: Any) -> dict[str, Any]:
+    """The DecoderConfig fields that the run chooses."""
+    return {name: config.model[name] for name in NUMERICS} | {"lora_scale": config.lora.scale}
+
+
+def load_reference(config: Any, mesh: jax.sharding.Mesh | None, **changes: Any) -> Pretrained:
+    """The model that a run begins with; DecoderConfig fields in `changes` go before those of the run.
+
+    Where weights are trained, an adapter that it came with is merged into them: adapters of the run's own
+    take its place.
+    """
+    model = load_pretrained(config.model.source, mesh=mesh, **numerics(config) | changes)
+    _, adapters = lora.detach(model.params)
+    if not adapters or not trains(config):
+        return model
+    merged = jax.jit(lora.merge, static_argnames="config")(model.params, model.config)
+    return dataclasses.replace(
+        model, params=merged, config=model.config.replace(lora_scale=config.lora.scale)
+    )
+
+
+def trains(config: Any) -> bool:
+    """Whether the mode changes weights."""
+    return config.mode in ("espl", "rl")
+
+
+def declared_trainable(config: Any, decoder: DecoderConfig) -> Any:
+    """Declarations of what is trained: adapters, or with rank 0 all weights."""
+    if config.lora.rank:
+        return lora.abstract_adapters(decoder, config.lora.rank, tuple(config.lora.targets))
+    return abstract(decoder)
+
+
+def abstract_trainable(config: Any, decoder: DecoderConfig, mesh: jax.sharding.Mesh | None) -> Any:
+    """Shapes of what is trained: adapters, or with rank 0 all weights; float32, sharded over the mesh."""
+    declared = declared_trainable(config, decoder)
+    shapes = jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.shape, jnp.float32), declared)
+    return sharding.place(shapes, declared, mesh)

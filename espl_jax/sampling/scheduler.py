@@ -1,0 +1,318 @@
+"""The rows of one tree on their way: admitted into slots, decoded in chunks, extended, and done.
+
+One lane per system prompt shares that prompt's cache; its rows are independent of each other. The host keeps
+every row's state and decides everything; the device holds the slots. A row may lose its slot, to others while
+it waits or because it has outgrown it, and is prefilled into another one when its time comes.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from espl_jax.models.config import DecoderConfig
+from espl_jax.parallel import sharding
+from espl_jax.sampling import decode
+from espl_jax.sampling.buckets import pad_right
+from espl_jax.sampling.constraint import Constraint
+from espl_jax.sampling.problem_blocks import ProblemBlocks
+from espl_jax.sampling.sizes import EXTENDED_TOKENS, SMALLEST, Sizes
+from espl_jax.sampling.slots import SlotTable
+from espl_jax.sampling.truncation import Truncation
+
+
+class Lanes:
+    """All rows of one `sample_tree`, by their number in [M * B * N].
+
+    Attributes:
+      running: bool [rows], in a slot and to be decoded. Other rows in slots wait for an answer.
+      idle: int [rows], chunks that a row in a slot has waited.
+      position: int32 [rows], tokens since the prompt.
+      limit: int32 [rows], most of them.
+      tokens: int32 [rows, T]; logprobs, untruncated_logprobs, cutoffs: float32 [rows, T]; drawn: bool [rows,
+        T]: what came after the prompt, as in `Samples`.
+      row_steps: decode steps times the rows in them, idle ones included.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        config: DecoderConfig,
+        system_tokens: Sequence[Sequence[int]],
+        problem_tokens: Sequence[Sequence[Sequence[int]]],
+        keys: np.ndarray,
+        limits: np.ndarray,
+        stages: Sequence[Sizes],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        truncation: Truncation,
+        stop_ids: Sequence[int],
+        constraint: Constraint | None,
+        mesh: Mesh | None,
+    ):
+        """Prefills the system prompts and reserves the slots. keys uint32 [rows, 2], limits int32 [rows]."""
+        self.params, self.config, self.mesh = params, config, mesh
+        self.temperature, self.truncation = temperature, truncation
+        self.constraint = constraint
+        self.stop_ids = jnp.asarray(sorted(stop_ids) or [-1], jnp.int32)
+        self.blocks = ProblemBlocks(problem_tokens, stages[0].problem_widths, mesh)
+        self.prompts = prompts = [tokens for lane in problem_tokens for tokens in lane]
+        count = len(limits)
+        group = count // len(prompts)
+
+        self.node = np.arange(count) // group
+        self.lane = (self.node // self.blocks.problems).astype(np.int32)
+        self.start = np.array([len(tokens) for tokens in system_tokens], np.int32)[self.lane]
+        self.length = np.array([len(tokens) - 1 for tokens in prompts], np.int32)[self.node]
+        self.token = np.array([tokens[-1] for tokens in prompts], np.int32)[self.node]
+        self.position = np.zeros(count, np.int32)
+        self.limit, self.keys = limits, keys
+        self.running = np.zeros(count, bool)
+        self.idle = np.zeros(count, int)
+        self.tokens = np.zeros((count, max_new_tokens), np.int32)
+        self.logprobs, self.untruncated_logprobs = np.zeros((2, count, max_new_tokens), np.float32)
+        self.cutoffs = np.full((count, max_new_tokens), -np.inf, np.float32)
+        self.drawn = np.zeros((count, max_new_tokens), bool)
+        self.row_steps = 0
+
+        self.system = decode.prefill(params, config, *pad_right(system_tokens), mesh=mesh)
+        self.stages = collections.deque(stages)
+        self._begin_stage()
+        self.queue = collections.deque(row for row in self.blocks.rows(group) if limits[row])
+        self.queued = collections.Counter(self._block(row) for row in self.queue)
+        self.problems: dict[int, Any] = {}
+        # Rows that lost their slots: those to be prefilled again, and those too long for this stage.
+        self.returning: collections.deque[int] = collections.deque()
+        self.outgrown: list[int] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether no row is left, but for those that wait."""
+        return not (self.queue or self.returning or self.outgrown or self.running.any())
+
+    def _begin_stage(self) -> None:
+        self.sizes = self.stages.popleft()
+        self.slots = None  # before the next ones are reserved
+        self.slots = decode.reserve(self.config, self.sizes.slots, self.sizes.capacity, self.mesh)
+        self.table = SlotTable(self.sizes.parts, self.sizes.per_part, self.sizes.coarse)
+
+    def _block(self, row: int) -> int:
+        return self.blocks.place(int(self.node[row]))[0]
+
+    def admit(self) -> None:
+        """Fills free slots: with rows that return, then from the queue. With none of either left, and nothing
+        running, goes on to the next stage that holds any of the outgrown rows; others stay outgrown."""
+        for row in np.flatnonzero(self.running & self._too_long(self.length)).tolist():
+            self.release(row)
+            self.outgrown.append(row)
+        if self.outgrown and not (self.queue or self.returning or self.running.any()):
+            filled = [(row, self._filled(row)) for row in self.outgrown]
+            # An answer may have carried rows past several stages: those that hold none of them are left out.
+            while len(self.stages) > 1 and min(columns for _, columns in filled) >= self.stages[0].longest:
+                self.stages.popleft()
+            self._begin_stage()
+            self.returning.extend(row for row, columns in filled if not self._too_long(columns))
+            self.outgrown = [row for row, columns in filled if self._too_long(columns)]
+        if self.queue or self.returning:
+            self._free_slots_of_waiting_rows(wanted=len(self.queue) + len(self.returning))
+        back = {}
+        while self.returning and self.table.free:
+            row = self.returning.popleft()
+            self.table.put(row)
+            self.length[row], self.running[row] = 0, True
+            back[row] = [*self.prompts[self.node[row]], *self.tokens[row, : self.position[row] - 1].tolist()]
+        self._feed(back)
+        while self.queue and self.table.free:
+            block = self._block(self.queue[0])
+            if block not in self.problems:
+                self.problems[block] = self.blocks.prefill(block, self.params, self.config, self.system)
+            nodes, into = np.zeros((2, *self.table.row.shape), np.int32)
+            counts = np.zeros(len(nodes), np.int32)
+            while self.queue and self.table.free and self._block(self.queue[0]) == block:
+                row = self.queue.popleft()
+                part, slot = self.table.put(row)
+                nodes[part, counts[part]] = self.blocks.place(int(self.node[row]))[1]
+                into[part, counts[part]] = slot
+                counts[part] += 1
+                self.queued[block] -= 1
+                self.running[row] = True
+            self.slots = decode.admit(self.slots, self.problems[block], nodes, into, counts, mesh=self.mesh)
+            if not self.queued[block]:
+                del self.problems[block]
+
+    def decode(self) -> list[tuple[int, int, bool]]:
+        """Runs one chunk. Returns (row, tokens drawn, whether it drew a stop token) of every row that ran."""
+        width, moves, counts = self.table.narrow(self.running)
+        if counts.any():
+            self.slots = decode.move(self.slots, moves[..., 0], moves[..., 1], counts, mesh=self.mesh)
+        numbers = self.table.first(width)
+        live = (numbers >= 0) & self.running[numbers]
+        self.slots, drawn = decode.decode_chunk(
+            self.params,
+            self.config,
+            self.system,
+            self.slots,
+            self._rows(numbers, live),
+            self.stop_ids,
+            jnp.float32(self.temperature or 1.0),
+            self._allowed(numbers, live),
+            columns=self._columns(numbers[live]),
+            steps=self.sizes.steps,
+            greedy=self.temperature == 0,
+            truncation=self.truncation,
+            aligned=self._aligned(numbers, live),
+            mesh=self.mesh,
+        )
+        in_slots = self.table.row[self.table.row >= 0]
+        self.idle[in_slots] = np.where(self.running[in_slots], 0, self.idle[in_slots] + 1)
+        drawn = jax.device_get(drawn)
+        self.row_steps += int(drawn.steps) * len(numbers)
+        ran = []
+        for i in np.flatnonzero(live):
+            row, count = int(numbers[i]), int(drawn.count[i])
+            where = slice(self.position[row], self.position[row] + count)
+            self.tokens[row, where] = drawn.tokens[i, :count]
+            self.logprobs[row, where] = drawn.logprobs[i, :count]
+            self.untruncated_logprobs[row, where] = drawn.untruncated_logprobs[i, :count]
+            if self.truncation:
+                self.cutoffs[row, where] = drawn.cutoffs[i, :count]
+            self.drawn[row, where] = True
+            self._move(row, count)
+            ran.append((row, count, bool(drawn.stopped[i])))
+        if self.constraint is not None:
+            self.constraint.accept(numbers[live], drawn.tokens[live, 0])
+        return ran
+
+    def take_back(self, row: int, count: int) -> None:
+        """Undoes a row's last `count` tokens; at least one of its turn has to stay."""
+        where = slice(self.position[row] - count, self.position[row])
+        for array, nothing in (
+            (self.tokens, 0),
+            (self.logprobs, 0.0),
+            (self.untruncated_logprobs, 0.0),
+            (self.cutoffs, -np.inf),
+            (self.drawn, False),
+        ):
+            array[row, where] = nothing
+        self._move(row, -count)
+
+    def append(self, answers: Mapping[int, Sequence[int]]) -> None:
+        """Prefills tokens behind rows, each at its own positions, and lets these rows run again."""
+        left = {}
+        for row, answer in answers.items():
+            # Its last token is in no slot yet: it is fed first, and the answer's last one takes its place.
+            fed = [int(self.token[row]), *answer[:-1]]
+            self.tokens[row, self.position[row] : self.position[row] + len(answer)] = answer
+            self.position[row] += len(answer)
+            self.token[row] = answer[-1]
+            if self._too_long(self._filled(row)):
+                self.release(row)
+                self.outgrown.append(row)
+            elif self.table.holds(row):
+                left[row] = fed
+                self.running[row] = True
+            else:
+                self.returning.append(row)
+        self._feed(left)
+
+    def _feed(self, left: dict[int, list[int]]) -> None:
+        """Prefills tokens behind what slots hold, in pieces."""
+        while left:
+            self._extend({row: tokens[:EXTENDED_TOKENS] for row, tokens in left.items()}, left)
+
+    def _extend(self, pieces: Mapping[int, Sequence[int]], left: dict[int, list[int]]) -> None:
+        """Feeds a piece to as many rows as go at once, and takes it off what is left of them."""
+        columns = self._columns(np.array(list(pieces)))
+        most = self.sizes.extended_rows(columns)
+        by_part: list[list[tuple[int, int]]] = [[] for _ in self.table.row]
+        for row in pieces:
+            part, slot = self.table.place(row)
+            if len(by_part[part]) < most:
+                by_part[part].append((row, slot))
+        width = 1 if max(map(len, by_part)) == 1 else most
+        filled = [rows + [(-1, 0)] * (width - len(rows)) for rows in by_part]
+        numbers, at = np.moveaxis(np.array(filled), 2, 0)
+        numbers = numbers.reshape(-1)
+        fed = [pieces[row] if row >= 0 else () for row in numbers.tolist()]
+        tokens, lengths = pad_right(fed, SMALLEST if max(map(len, fed)) <= SMALLEST else EXTENDED_TOKENS)
+        self.slots = decode.extend(
+            self.params,
+            self.config,
+            self.system,
+            self.slots,
+            at.astype(np.int32),
+            self._rows(numbers, numbers >= 0),
+            *sharding.place_rows((tokens, lengths), self.mesh),
+            columns=columns,
+            mesh=self.mesh,
+        )
+        for row, tokens in zip(numbers.tolist(), fed, strict=True):
+            if row >= 0:
+                self.length[row] += len(tokens)
+                left[row] = left[row][len(tokens) :]
+                if not left[row]:
+                    del left[row]
+
+    def release(self, row: int) -> None:
+        """Takes a row out of its slot, if it has one."""
+        self.running[row] = False
+        self.table.remove(row)
+
+    def _free_slots_of_waiting_rows(self, wanted: int) -> None:
+        """So many beside those that are free; not of rows that may wait for less than prefilling them again
+        takes, unless nothing else can run."""
+        for row in self.table.row[self.table.row >= 0].tolist():
+            patient = self.idle[row] < 1 and self.running.any()
+            if not (self.running[row] or patient) and self.table.free < wanted:
+                self.table.remove(row)
+
+    def _too_long(self, length: np.ndarray | int) -> np.ndarray | bool:
+        """Whether a row that fills so many columns has to go on in a later stage."""
+        return (length >= self.sizes.longest) & bool(self.stages)
+
+    def _filled(self, row: int) -> int:
+        """Columns that a row fills once its slot holds all of it but its last token."""
+        return len(self.prompts[self.node[row]]) - 1 + int(self.position[row])
+
+    def _move(self, row: int, count: int) -> None:
+        self.position[row] += count
+        self.length[row] += count
+        self.token[row] = self.tokens[row, self.position[row] - 1]
+
+    def _rows(self, numbers: np.ndarray, live: np.ndarray) -> decode.Rows:
+        """The rows of a call; where `live` is False there is nothing to decode.
+
+        A row that waits keeps its length: what a chunk writes for it then lies behind what it holds.
+        """
+        state = (self.lane, self.start, self.length, self.token, self.position, self.limit)
+        there = (live, live, numbers >= 0, live, live, live)
+        values = (np.where(ok, x[numbers], 0).astype(np.int32) for ok, x in zip(there, state, strict=True))
+        return sharding.place_rows(decode.Rows(*values, self.keys[numbers]), self.mesh)
+
+    def _allowed(self, numbers: np.ndarray, live: np.ndarray) -> np.ndarray | jax.Array | None:
+        """What the rows of a chunk may draw, as `decode_chunk` takes it; everything where nothing runs."""
+        if self.constraint is None:
+            return None
+        allowed = np.full((len(numbers), -(-self.config.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+        allowed[live] = self.constraint.allowed(numbers[live])
+        return sharding.place_rows(allowed, self.mesh)
+
+    def _columns(self, numbers: np.ndarray) -> int:
+        """How many columns these rows need, in steps that keep programs few."""
+        return self.sizes.columns_for(int(self.length[numbers].max()))
+
+    def _aligned(self, numbers: np.ndarray, live: np.ndarray) -> bool:
+        """Whether all slots run and their rows lie lane by lane, equally many each."""
+        if self.blocks.lanes == 1:
+            return True
+        each, rest = divmod(len(numbers), self.blocks.lanes)
+        whole = len(numbers) == self.sizes.slots and self.sizes.parts == 1 and not rest
+        places = np.flatnonzero(live)
+        return whole and bool((self.lane[numbers[places]] == places // each).all())

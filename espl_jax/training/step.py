@@ -1,0 +1,220 @@
+"""Updates by the policy gradient over the prefix tree.
+
+Rollouts go by in microbatches of rows. The two shared levels run forward once, every microbatch attends to
+their caches, and they run backward once, over the sum of the microbatches' cotangents; so the gradient does
+not depend on how rows are cut up.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from espl_jax.models.config import DecoderConfig
+from espl_jax.models.transformer import Params
+from espl_jax.parallel import sharding
+from espl_jax.rl.kl import kl_estimate
+from espl_jax.rl.logprobs import target_logprobs, token_kl
+from espl_jax.rl.losses import Loss, denominator, policy_gradient_loss
+from espl_jax.rl.tree import Arrays, Places, hidden_states, microbatches, shared_levels, sum_over_microbatches
+from espl_jax.training.state import TrainState, whole_params
+from espl_jax.types import TrainBatch
+
+
+def place_batch(batch: TrainBatch, mesh: Mesh | None) -> TrainBatch:
+    """Puts a batch on the mesh: system prompts on every device, each part of the rest on its own."""
+    shared = ("system_tokens", "system_lengths", "num_rollouts", "num_tokens")
+    return TrainBatch(
+        **{
+            name: (sharding.replicate if name in shared else sharding.place_rows)(x, mesh)
+            for name, x in batch._asdict().items()
+        }
+    )
+
+
+def gradients(
+    trainable: Params,
+    frozen: Params | None,
+    reference: Params | None,
+    batch: TrainBatch,
+    config: DecoderConfig,
+    *,
+    temperature: float = 1.0,
+    loss: Loss = Loss(),  # noqa: B008 (frozen)
+    kl_coef: float = 0.0,
+    kl_estimator: str = "exact",
+    microbatch_rows: int = 0,
+) -> tuple[Params, dict[str, jax.Array]]:
+    """Gradient of the loss over its denominator, plus `kl_coef` times the KL over the same.
+
+    Args:
+      trainable: adapters, or all params.
+      frozen: the base of the adapters; None for full fine-tuning.
+      reference: params of the reference policy; needed when `kl_coef` is not 0.
+      batch: the tree.
+      config: the decoder; `config.remat` says which activations are recomputed.
+      temperature: of sampling; logits are divided by it here too.
+      loss: kind, bounds and aggregation. Where it needs old logprobs and the batch has none, this is the
+        batch's only update, and they are the logprobs themselves, without gradient.
+      kl_coef: weight of KL(policy || reference), summed over a rollout's tokens.
+      kl_estimator: `exact`, over the whole vocabulary, or one of `rl.kl`, weighted by policy over sampler.
+      microbatch_rows: how many rollouts of each part go at a time, 0 for all. It has to divide them.
+
+    Returns:
+      (gradients like `trainable`, metrics: `loss`; per token `entropy`, those of `policy_gradient_loss`, with
+      cut-offs `cut_disagreements`, the share of tokens that the trainer would have cut, and with a
+      coefficient `kl`).
+
+    Raises:
+      ValueError: for a `microbatch_rows` that does not divide the rollouts of a part.
+    """
+    rows = batch.inputs.shape[1]
+    size = min(microbatch_rows or rows, rows)
+    if rows % size:
+        raise ValueError(
+            f"microbatch_rows={size} does not divide the {rows} rollouts of a part; pad the batch to a "
+            "multiple, as train_batches does"
+        )
+    divisor = denominator(loss, batch.num_rollouts, batch.num_tokens)
+    if kl_coef and kl_estimator != "exact" and batch.cutoffs is not None:
+        raise ValueError(
+            f"kl_estimator={kl_estimator!r} requires untruncated sampling: disable top_p, top_k and min_p, "
+            "or use kl_estimator='exact'"
+        )
+
+    def shared(trainable: Params) -> tuple[Arrays, Places]:
+        return shared_levels(whole_params(trainable, frozen), batch, config)
+
+    policy_arrays, pull_back, places = jax.vjp(shared, trainable, has_aux=True)
+    reference_arrays = shared_levels(reference, batch, config)[0] if kl_coef else None
+
+    def microbatch_loss(trainable: Params, arrays: Arrays, micro: dict[str, jax.Array]):
+        params, mask, cutoffs = whole_params(trainable, frozen), micro["mask"], micro.get("cutoffs")
+        hidden = hidden_states(params, arrays, places, batch, micro, config)
+        stats = target_logprobs(params, config, hidden, micro["targets"], temperature, cutoffs)
+        old = micro.get("old_logprobs")
+        if old is None and loss.needs_old_logprobs:
+            old = stats.logprobs
+        total, _, metrics = policy_gradient_loss(
+            stats.logprobs,
+            micro["sampler_logprobs"],
+            micro["advantages"],
+            mask,
+            loss.kind,
+            old_logprobs=old,
+            clip_low=loss.clip_low,
+            clip_high=loss.clip_high,
+            sampler_weight_cap=loss.sampler_weight_cap,
+        )
+        metrics["entropy"] = jnp.where(mask, stats.entropy, 0.0).sum()
+        if cutoffs is not None:
+            metrics["cut_disagreements"] = (stats.cut & mask).sum().astype(jnp.float32)
+        if kl_coef:
+            other = hidden_states(reference, reference_arrays, places, batch, micro, config)
+            other = jax.lax.stop_gradient(other)
+            if kl_estimator == "exact":
+                kl = token_kl(params, hidden, reference, other, config, temperature)
+            else:
+                theirs = target_logprobs(reference, config, other, micro["targets"], temperature).logprobs
+                three = stats.logprobs, theirs, micro["sampler_logprobs"]
+                ours, theirs, sampler = (jnp.where(mask, x, 0.0) for x in three)
+                kl = kl_estimate(ours, theirs, kl_estimator, sampler)
+            metrics["kl"] = jnp.where(mask, kl, 0.0).sum()
+            total = total + kl_coef * metrics["kl"]
+        return total / divisor, jax.lax.stop_gradient(metrics | {"loss": total / divisor})
+
+    def of_microbatch(micro: dict[str, jax.Array]):
+        return jax.grad(microbatch_loss, argnums=(0, 1), has_aux=True)(trainable, policy_arrays, micro)
+
+    (grads, cotangents), metrics = sum_over_microbatches(of_microbatch, batch, size)
+    (through_shared,) = pull_back(cotangents)
+    tokens = jnp.maximum(metrics.pop("tokens"), 1.0)
+    metrics = {name: x if name == "loss" else x / tokens for name, x in metrics.items()}
+    return jax.tree.map(jnp.add, grads, through_shared), metrics
+
+
+@functools.partial(jax.jit, static_argnames=("config", "microbatch_rows"))
+def batch_logprobs(
+    trainable: Params,
+    frozen: Params | None,
+    batch: TrainBatch,
+    config: DecoderConfig,
+    *,
+    temperature: float = 1.0,
+    microbatch_rows: int = 0,
+) -> jax.Array:
+    """Logprobs of a batch's targets before its first update, for `TrainBatch.old_logprobs`.
+
+    Args:
+      As those of `gradients`.
+
+    Returns:
+      float32 [D, R, T], under the distributions drawn from; 0 in microbatches without a token that counts.
+    """
+    parts, rows, steps = batch.inputs.shape
+    size = min(microbatch_rows or rows, rows)
+    params = whole_params(trainable, frozen)
+    arrays, places = shared_levels(params, batch, config)
+
+    def score(micro: dict[str, jax.Array]) -> jax.Array:
+        hidden = hidden_states(params, arrays, places, batch, micro, config)
+        targets, cutoffs = micro["targets"], micro.get("cutoffs")
+        return target_logprobs(params, config, hidden, targets, temperature, cutoffs).logprobs
+
+    def score_or_skip(micro: dict[str, jax.Array]) -> jax.Array:
+        empty = jnp.zeros(micro["targets"].shape, jnp.float32)
+        return jax.lax.cond(micro["mask"].any(), score, lambda _: empty, micro)
+
+    scored = jax.lax.map(score_or_skip, microbatches(batch, size))
+    return jnp.moveaxis(scored.reshape(-1, parts, size, steps), 0, 1).reshape(parts, rows, steps)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "optimizer", "loss", "kl_coef", "kl_estimator", "microbatch_rows"),
+    donate_argnames="state",
+)
+def policy_gradient_step(
+    state: TrainState,
+    frozen: Params | None,
+    reference: Params | None,
+    batch: TrainBatch,
+    config: DecoderConfig,
+    optimizer: optax.GradientTransformation,
+    *,
+    temperature: float = 1.0,
+    loss: Loss = Loss(),  # noqa: B008 (frozen)
+    kl_coef: float = 0.0,
+    kl_estimator: str = "exact",
+    microbatch_rows: int = 0,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update. `state` is donated; see `gradients` for the other arguments.
+
+    A loss or gradient that is not finite changes nothing: the state that comes back is the one given.
+
+    Returns:
+      (state, metrics): those of `gradients`, `grad_norm` before clipping, and `skipped`, 1 where the update
+      was left out and else 0.
+    """
+    grads, metrics = gradients(
+        state.trainable,
+        frozen,
+        reference,
+        batch,
+        config,
+        temperature=temperature,
+        loss=loss,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        microbatch_rows=microbatch_rows,
+    )
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    updated = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
+    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+    return state, metrics | {"grad_norm": norm, "skipped": 1.0 - finite}

@@ -1,0 +1,101 @@
+"""Intervals over problems: hand values, properties, and how often they hold the truth."""
+
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+from espl_jax.rollouts import intervals
+from espl_jax.rollouts.evaluation import pass_at_k
+from espl_jax.rollouts.intervals import interval
+
+TRIES = 1000
+"""Simulated evaluations of each kind; a coverage of 0.95 is then known within 0.007 (standard error)."""
+
+# What chance of success problems have: spread evenly, mostly hard, solved or not, all alike, rarely solved.
+KINDS = {"even": (1, 1), "hard": (0.1, 2), "either": (0.2, 0.2), "alike": (300, 700), "rare": (0.05, 4.95)}
+
+
+def coverage(kind, problems, samples, k):
+    """How often the interval of pass@k holds the truth; the truth is the mean of 1 - (1 - p)^k."""
+    a, b = KINDS[kind]
+    rng = np.random.default_rng([problems, samples, k, list(KINDS).index(kind)])
+    truth = 1 - scipy.special.beta(a, b + k) / scipy.special.beta(a, b)
+    values = np.array([pass_at_k(c, samples, k) for c in range(samples + 1)])
+    drawn = values[rng.binomial(samples, rng.beta(a, b, (TRIES, problems)))]
+    ends = [intervals.of_share(row, problems * samples / k) for row in drawn]
+    return np.mean([low <= truth <= high for low, high in ends])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_coverage_of_shares(kind):
+    settings = [(b, n, k) for b in (10, 30, 100) for n, k in ((1, 1), (4, 1), (4, 2), (4, 4), (16, 4))]
+    found = {each: coverage(kind, *each) for each in settings}
+    assert min(found.values()) > 0.89, found
+    assert np.mean(list(found.values())) > 0.94, found
+
+
+def test_the_usual_interval_would_not_hold():
+    """Why `of_share` is not `of_mean`: on hard problems that one is far too narrow."""
+    rng = np.random.default_rng(0)
+    drawn = rng.binomial(4, rng.beta(0.1, 2, (TRIES, 30))) / 4
+    ends = [intervals.of_mean(row) for row in drawn]
+    assert np.mean([low <= 0.1 / 2.1 <= high for low, high in ends]) < 0.9
+
+
+def test_coverage_of_means_without_bounds():
+    rng = np.random.default_rng(0)
+    ends = [intervals.of_mean(row) for row in rng.normal(3, 2, (TRIES, 8))]
+    assert np.mean([low <= 3 <= high for low, high in ends]) == pytest.approx(0.95, abs=0.02)
+
+
+def test_mean_by_hand():
+    # Student's quantile of three degrees of freedom is 3.18245; the deviation of 1, 2, 3, 6 is 2.16025.
+    half = 3.182446 * 2.160247 / 2
+    assert intervals.of_mean(np.array([1, 2, 3, 6])) == pytest.approx((3 - half, 3 + half), abs=1e-5)
+    assert intervals.of_mean(np.array([4.0])) is None
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=30))
+def test_zeros_and_ones_have_wilsons_interval(values):
+    assert intervals.of_share(np.array(values), 7 * len(values)) == interval(sum(values), len(values))
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(1, 16))
+def test_shares_stay_in_bounds_around_their_mean(values, trials):
+    low, high = intervals.of_share(np.array(values), trials * len(values))
+    mean = np.mean(values)
+    assert 0 <= low <= mean + 1e-9 and mean - 1e-9 <= high <= 1
+    if len(values) > 1 and len(set(values)) > 1:
+        assert low < high
+
+
+def test_more_samples_of_the_same_problems_never_count_as_more_problems():
+    """Problems that are solved always or never: their samples add nothing."""
+    solved = np.array([0.999, 0.001] * 20)
+    few, many = intervals.of_share(solved, 40 * 4), intervals.of_share(solved, 40 * 400)
+    assert few == many
+    assert few == pytest.approx(interval(20, 40), abs=0.02)
+
+
+def test_alike_problems_count_by_their_samples_at_most():
+    alike = np.full(10, 0.5)
+    low, high = intervals.of_share(alike, 40)
+    t = scipy.stats.t.ppf(0.975, 9)
+    assert (low, high) == pytest.approx(interval(20, 40, t))
+    assert high - low < np.ptp(interval(5, 10))
+
+
+@pytest.mark.parametrize("values", [(1, 1, 1 - 1e-14), (0, 1e-14, 0), (1e-200, 0), (1 - 1e-16, 1, 1, 1)])
+def test_values_that_are_alike_but_for_rounding(values):
+    """They count as often as equal ones: by their samples."""
+    worth = 4 * len(values)
+    expected = interval(round(values[0]) * worth, worth, scipy.stats.t.ppf(0.975, len(values) - 1))
+    assert intervals.of_share(np.array(values), worth) == pytest.approx(expected, abs=1e-12)
+
+
+def test_what_is_not_a_share_is_refused():
+    with pytest.raises(ValueError, match=r"values from -1 to 2: a share is between 0 and 1"):
+        intervals.of_share(np.array([2, -1]), 2)
