@@ -37,5 +37,5 @@ def test_all_and_dir_agree():
 
 
 def test_unknown_name():
-    with pytest.raises(AttributeError, match=r"no attribute 'rollouts'.*collect_rollouts"):
-        _ = espl_jax.rollouts
+    with pytest.raises(AttributeError, match=r"no attribute 'rollout'.*collect_rollouts"):
+        _ = espl_jax.rollout

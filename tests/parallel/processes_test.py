@@ -88,7 +88,7 @@ def meet():
 
 
 def test_two_processes():
-    outputs = run_pair("from tests.processes_test import meet; meet()")
+    outputs = run_pair("from tests.parallel.processes_test import meet; meet()")
     zero, one = (json.loads(output.splitlines()[-1]) for output in outputs)
     assert (zero.pop("first"), one.pop("first")) == (True, False)
     assert (zero.pop("calls"), one.pop("calls")) == (3, 0)

@@ -81,7 +81,7 @@ class TestResume:
         def load(*args, **kwargs):
             return dataclasses.replace(fakes.load_pretrained(*args, **kwargs), files=files)
 
-        monkeypatch.setattr("espl_jax.run.parts.load_pretrained", load)
+        monkeypatch.setattr("espl_jax.run.weights.load_pretrained", load)
         return tmp_path
 
     def resumed(self, folder, **changes):

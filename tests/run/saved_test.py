@@ -62,7 +62,7 @@ def test_nothing_is_touched_and_no_lock_needed(workdir):
 
 
 def test_a_checkpoint_that_is_replaced_while_it_is_read(workdir, tmp_path, monkeypatch):
-    load, seen = storage_workdir.saved_arrays.load, []
+    load, seen = storage_workdir.storage_arrays.load, []
 
     def replaced(path, leaves):
         seen.append(path.parent.name)
@@ -70,7 +70,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read(workdir, tmp_path, monke
             path.parent.rename(path.parent.parent / "00000007")
         return load(path, leaves)
 
-    monkeypatch.setattr(storage_workdir.saved_arrays, "load", replaced)
+    monkeypatch.setattr(storage_workdir.storage_arrays, "load", replaced)
     copy = tmp_path / "run"
     for name, content in contents(workdir).items():
         file = copy / name
@@ -143,7 +143,7 @@ def test_what_is_a_run(workdir, tmp_path):
 
 def test_a_run_is_checked_without_its_weights(workdir, monkeypatch):
     monkeypatch.setattr(saved, "load_reference", None)
-    monkeypatch.setattr(storage_workdir.saved_arrays.ocp, "load", None)
+    monkeypatch.setattr(storage_workdir.storage_arrays.ocp, "load", None)
     assert check_run(workdir).mode == fakes.config().mode
 
 

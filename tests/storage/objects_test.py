@@ -216,7 +216,7 @@ def test_sharded_arrays_come_back_bit_for_bit(bucket):
 @pytest.mark.slow
 def test_two_processes_write_one_checkpoint(bucket):
     path = f"gs://{bucket}/run"
-    run_pair("from tests import run_state_processes_test as t\nt.both_save(sys.argv[1])", path)
+    run_pair("from tests.storage import workdir_processes_test as t\nt.both_save(sys.argv[1])", path)
     of_one = processes_test.abstract(processes_test.mesh())
     iteration, restored, _ = read_checkpoint(path, of_one)
     assert iteration == 2

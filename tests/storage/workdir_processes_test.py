@@ -99,7 +99,7 @@ def both_fail(path):
 
 def test_two_processes(tmp_path):
     path = tmp_path / "run"
-    names = "from tests import run_state_processes_test as t\n"
+    names = "from tests.storage import workdir_processes_test as t\n"
     for index in range(2):
         (tmp_path / f"run-{index}").mkdir()
     first, second = run_pair(f"{names}t.both_save(sys.argv[1]); t.both_fail(sys.argv[1])", path)
