@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from espl_jax.console.tables import table
@@ -18,10 +20,10 @@ from espl_jax.rollouts.collect import collect_rollouts
 from espl_jax.rollouts.encode import conversation, encode_tree, stop_ids_of
 from espl_jax.rollouts.keys import stream_key
 from espl_jax.run.context import check_first_prompts, context_of
-from espl_jax.run.parts import Parts, abstract_run_state, assemble, samplings_of
+from espl_jax.run.parts import Parts, abstract_run_state, assemble, workloads_of
 from espl_jax.run.roots import first_population
-from espl_jax.run.samplings import Lengths
 from espl_jax.run.weights import settle_numerics
+from espl_jax.run.workloads import Lengths
 from espl_jax.sampling.generate import row_limits
 from espl_jax.sampling.sizes import describe
 from espl_jax.text.chat import encode_conversation, render
@@ -34,7 +36,7 @@ LONGEST_ANSWER = 256
 Say = Callable[[str], None]
 
 
-def dry_run(config: Any, console: Console | None = None) -> None:
+def dry_run(config: ConfigDict, console: Console | None = None) -> None:
     """Shows what the first iteration would begin with, and the memory that its programs need.
 
     Args:
@@ -60,7 +62,7 @@ def dry_run(config: Any, console: Console | None = None) -> None:
 
 def show_problem(parts: Parts, prompt: SystemPrompt, problem: Problem, say: Say) -> None:
     """The text of one conversation, and its tokens by level of the prefix tree."""
-    tokenizer, kwargs = parts.reference.tokenizer, parts.sampling["chat_template_kwargs"]
+    tokenizer, kwargs = parts.reference.tokenizer, parts.chat.template_arguments
     messages, kwargs = conversation(tokenizer, prompt, problem, parts.environment, kwargs)
     system, rest = encode_conversation(tokenizer, messages, **kwargs)
     say(f"Problem {problem.id} under prompt {prompt.id}, as the model gets it:\n")
@@ -75,19 +77,20 @@ def _pieces(tokenizer: Any, tokens: Sequence[int]) -> str:
     return "  ".join(f"{token} {tokenizer.decode([token])!r}" for token in tokens)
 
 
-def show_answer(parts: Parts, prompt: SystemPrompt, problem: Problem, c: Any, say: Say) -> None:
+def show_answer(parts: Parts, prompt: SystemPrompt, problem: Problem, config: ConfigDict, say: Say) -> None:
     """One answer, sampled and graded as in a run."""
     rollouts = collect_rollouts(
         parts.reference,
         [prompt],
         [problem],
         parts.environment,
-        key=stream_key(c.seed, "train", 1),
+        key=stream_key(config.seed, "train", 1),
         group_size=1,
-        max_new_tokens=min(c.sampling.max_new_tokens, LONGEST_ANSWER),
-        temperature=c.sampling.temperature,
-        **parts.sampling,
-        **parts.rollouts,
+        sampling=dataclasses.replace(
+            parts.sampling, max_new_tokens=min(config.sampling.max_new_tokens, LONGEST_ANSWER)
+        ),
+        chat=parts.chat,
+        capacity=parts.capacity,
     )
     place = (0, 0, 0)
     tokens = rollouts.tokens[place][: rollouts.lengths[place]]
@@ -103,18 +106,19 @@ def show_answer(parts: Parts, prompt: SystemPrompt, problem: Problem, c: Any, sa
 
 
 def show_programs(
-    parts: Parts, prompts: Sequence[SystemPrompt], problems: Sequence[Problem], c: Any, say: Say
+    parts: Parts, prompts: Sequence[SystemPrompt], problems: Sequence[Problem], config: ConfigDict, say: Say
 ) -> None:
     """Shapes and memory of the programs of the first iteration, compiled for the devices at hand."""
-    state, model = abstract_run_state(c, parts), parts.reference
+    model = parts.reference
+    state = abstract_run_state(config, model.config, parts.optimizer, parts.mesh)
     say(f"Params: {_size(_bytes(model.params))} as {model.config.param_dtype}.")
     if state is not None:
-        what = f"adapters of rank {c.lora.rank}" if parts.lora else "all weights"
+        what = f"adapters of rank {config.lora.rank}" if parts.lora else "all weights"
         sizes = _size(_bytes(state.trainable)), _size(_bytes(state.opt_state))
         say(f"Trained: {what}, {sizes[0]} as float32, and an optimizer state of {sizes[1]}.")
     rows = [["program", "shape", "arguments", "temporaries", "outputs"]]
     later: dict[str, list[str]] = {}
-    for program in programs_of(parts, prompts, problems, c, say):
+    for program in programs_of(parts, prompts, problems, config, say):
         if program.phase not in ("rollouts", "update"):
             later.setdefault(program.phase, []).append(f"{program.name} ({program.shape})")
             continue
@@ -128,7 +132,7 @@ def show_programs(
 
 
 def programs_of(
-    parts: Parts, prompts: Sequence[SystemPrompt], problems: Sequence[Problem], c: Any, say: Say
+    parts: Parts, prompts: Sequence[SystemPrompt], problems: Sequence[Problem], config: ConfigDict, say: Say
 ) -> Iterator[Program]:
     """All programs of the run, for prompts and problems as long as those of the first iteration; of the
     decode chunks of a stage the smallest and the largest.
@@ -136,19 +140,19 @@ def programs_of(
     Raises:
       ValueError: if a prompt leaves no room for an answer.
     """
-    model, most = parts.reference, c.sampling.max_new_tokens
-    kwargs = parts.sampling["chat_template_kwargs"]
+    model, most = parts.reference, config.sampling.max_new_tokens
+    kwargs = parts.chat.template_arguments
     tree = encode_tree(model.tokenizer, prompts, problems, parts.environment, kwargs)
-    row_limits(*tree, most, (len(prompts), len(problems), 1), context_of(c, model.config))
+    row_limits(*tree, most, (len(prompts), len(problems), 1), context_of(config, model.config))
     longest = (max(map(len, tree[0])), max(len(tokens) for lane in tree[1] for tokens in lane))
     stages = {
-        sampling: sampling.sizes(model.config, parts.sampling["held_bytes"], parts.mesh)
-        for sampling in samplings_of(c, parts, Lengths(*longest, most))
+        sampling: sampling.sizes(model.config, parts.capacity.held_bytes, parts.mesh)
+        for sampling in workloads_of(config, parts, Lengths(*longest, most))
     }
     say(f"Rollouts: {describe(next(iter(stages.values())))}.")
-    held = programs.held(c, model.config, parts.optimizer, parts.mesh)
+    held = programs.held(config, model.config, parts.optimizer, parts.mesh)
     yield from programs.run_programs(
-        c,
+        config,
         model.config,
         held,
         parts.optimizer,

@@ -6,10 +6,11 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from espl_jax.console.progress import Progress
@@ -29,15 +30,16 @@ from espl_jax.run.finish import evaluate_on, finish
 from espl_jax.run.parts import Parts, assemble, rollout_sizes
 from espl_jax.run.reflection import Beside, MakeReflect, open_reflectors
 from espl_jax.run.state import MAY_CHANGE, Run, restore, save, stop_if_stuck
-from espl_jax.run.update import update
+from espl_jax.run.job import Job
+from espl_jax.run.update import Updated, update
 from espl_jax.run.weights import settle_numerics
 from espl_jax.sampling.sizes import describe
 from espl_jax.storage.workdir import WorkDir
 from espl_jax.training.state import TrainState
-from espl_jax.types import Problem, Reflect, Rollouts, SystemPrompt
+from espl_jax.types import Problem, Reflect, Rollouts, SystemPrompt, counts_of
 
 
-def train(config: Any, workdir: str | Path, console: Console | None = None) -> dict[str, Any]:
+def train(config: ConfigDict, workdir: str | Path, console: Console | None = None) -> dict[str, Any]:
     """Runs the whole loop and then the test, or goes on where a killed process stopped.
 
     Args:
@@ -65,14 +67,14 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
                 progress.say(line)
             if run.iteration:
                 progress.say(f"resumed after iteration {run.iteration}")
+            job = Job(config, parts, folder, progress)
             for iteration in range(run.iteration + 1, config.num_iterations + 1):
                 with profile(config, folder, iteration):
-                    run = iterate(run, parts, make_reflect, config, folder, progress)
+                    run = iterate(job, run, make_reflect)
                 if iteration % config.checkpoint_every == 0 or iteration == config.num_iterations:
                     save(folder, run)
                 stop_if_stuck(folder, run, config)
-            policy = parts.policy(run.train_state)
-            return finish(parts, policy, run.root, run.population, config, folder, progress)
+            return finish(job, parts.policy(run.train_state), run.root, run.population)
 
 
 def left_out(parts: Parts) -> list[str]:
@@ -83,43 +85,41 @@ def left_out(parts: Parts) -> list[str]:
     ]
 
 
-def iterate(
-    run: Run, parts: Parts, make_reflect: MakeReflect, c: Any, workdir: WorkDir, progress: Progress
-) -> Run:
+def iterate(job: Job, run: Run, make_reflect: MakeReflect) -> Run:
     """One iteration: rollouts, and the two branches that learn from them, weights and prompts."""
+    config, parts = job.config, job.parts
     iteration = run.iteration + 1
     policy = parts.policy(run.train_state)
 
-    prompts, problems, cursor, rng = choose(run.population, run.cursor, iteration, parts, c)
-    with progress.phase("rollouts"):
+    prompts, problems, cursor, rng = choose(run.population, run.cursor, iteration, parts, config)
+    with job.progress.phase("rollouts"):
         rollouts = collect_rollouts(
             policy,
             prompts,
             problems,
             parts.environment,
-            key=stream_key(c.seed, "train", iteration),
-            group_size=c.num_prompts * c.group_size // len(prompts),
-            max_new_tokens=c.sampling.max_new_tokens,
-            temperature=c.sampling.temperature,
-            **parts.sampling,
-            **parts.rollouts,
+            key=stream_key(config.seed, "train", iteration),
+            group_size=config.num_prompts * config.group_size // len(prompts),
+            sampling=parts.sampling,
+            chat=parts.chat,
+            capacity=parts.capacity,
         )
     ids, values = list(rollouts.slots()), rollouts.score_matrix().mean(axis=1)
 
     rated = run.population
     if parts.evolves:
-        rated = rate(rated, ids, values, c.ratings.tie_margin, c.ratings.system, iteration)
+        rated = rate(rated, ids, values, config.ratings.tie_margin, config.ratings.system, iteration)
     reflect = make_reflect(policy, iteration)
     del policy  # what of it was laid out for sampling makes room for the update
-    train_state, learned, offspring, times = learn(run, rated, rollouts, reflect, rng, parts, c, progress)
+    train_state, learned, offspring, times = learn(job, run, rated, rollouts, reflect, rng)
 
     children = [each.child for each in offspring.values() if each.child]
-    added = rated.add(children, iteration, c.evolution.allow_duplicates)
-    drift = c.ratings.drift_sigma if learned.get("updates") else 0.0
+    added = rated.add(children, iteration, config.evolution.allow_duplicates)
+    drift = config.ratings.drift_sigma if learned.get("updates") else 0.0
     population = inflate(added.population, drift)
     processes.agree(f"iteration {iteration}", (rollouts, learned, offspring, population, cursor))
     skipped = run.skipped + int(parts.trains and not learned)
-    best = deployed(population, c.mode, c.deployment).prompt
+    best = deployed(population, config.mode, config.deployment).prompt
     record = {
         **means(rollouts),
         **learned,
@@ -129,91 +129,109 @@ def iterate(
         "best_prompt": {"id": best.id, "mu": best.mu, "sigma": best.sigma},
         "population": len(population.members),
         "drift_sigma": drift,
-        "reflector": getattr(reflect, "counts", {}),
+        "reflector": counts_of(reflect),
         "time": times,
     }
     del reflect  # it holds what was laid out for sampling, which evaluation does again
-    logs.write(workdir, iteration, rollouts, offspring, added)
-    if c.evaluation.every and iteration % c.evaluation.every == 0:
-        with progress.phase("evaluation"):
+    logs.write(job.workdir, iteration, rollouts, offspring, added)
+    if config.evaluation.every and iteration % config.evaluation.every == 0:
+        with job.progress.phase("evaluation"):
             model = parts.policy(train_state)
-            (validation,) = evaluate_on(parts, "validation", model, "current", [best], c, iteration, workdir)
+            (validation,) = evaluate_on(job, "validation", model, "current", [best], iteration)
             record |= {"validation": dataclasses.asdict(validation), "held_out": validation.accuracy}
-    progress.report(iteration, record)
+    job.progress.report(iteration, record)
     not_finite = learned.get("not_finite_in_row", run.not_finite_in_row)
     return Run(iteration, run.root, train_state, population, cursor, skipped, not_finite, run.inputs)
 
 
-def choose(
-    population: Population, cursor: Cursor, iteration: int, parts: Parts, c: Any
-) -> tuple[tuple[SystemPrompt, ...], tuple[Problem, ...], Cursor, np.random.Generator]:
-    """Chooses what an iteration begins with.
+class Beginning(NamedTuple):
+    """What an iteration begins with.
 
-    Returns:
-      (its M prompts, its B problems, the cursor after these, the generator of the iteration's later choices).
+    Attributes:
+      prompts: M.
+      problems: B.
+      cursor: which problems come after these.
+      rng: draws the iteration's later choices.
     """
-    rng = np.random.default_rng([c.seed, stable_hash("selection"), iteration])
-    prompts = choose_prompts(population, parts, c, rng)
-    problems, cursor = next_batch(parts.splits["train"], cursor, c.batch_size)
-    return prompts, problems, cursor, rng
+
+    prompts: tuple[SystemPrompt, ...]
+    problems: tuple[Problem, ...]
+    cursor: Cursor
+    rng: np.random.Generator
+
+
+def choose(
+    population: Population, cursor: Cursor, iteration: int, parts: Parts, config: ConfigDict
+) -> Beginning:
+    """Chooses what an iteration begins with."""
+    rng = np.random.default_rng([config.seed, stable_hash("selection"), iteration])
+    prompts = choose_prompts(population, parts, config, rng)
+    problems, cursor = next_batch(parts.splits["train"], cursor, config.batch_size)
+    return Beginning(prompts, problems, cursor, rng)
 
 
 def choose_prompts(
-    population: Population, parts: Parts, c: Any, rng: np.random.Generator
+    population: Population, parts: Parts, config: ConfigDict, rng: np.random.Generator
 ) -> tuple[SystemPrompt, ...]:
     """The M prompts of an iteration; the root alone in `rl`, the newest alone in `reflection`."""
     if not parts.evolves:
         return population.members[:1]
-    if c.mode == "reflection":
+    if config.mode == "reflection":
         return population.newest(1)
-    s = c.selection
-    return select(population, c.num_prompts, s.strategy, rng, s.window, s.optimism, s.temperature)
+    s = config.selection
+    return select(population, config.num_prompts, s.strategy, rng, s.window, s.optimism, s.temperature)
+
+
+class Learned(NamedTuple):
+    """What both branches made of an iteration's rollouts.
+
+    Attributes:
+      state: the train state.
+      metrics: of the update.
+      offspring: by operator.
+      times: seconds of reflection that nothing else counts.
+    """
+
+    state: TrainState | None
+    metrics: dict[str, float]
+    offspring: dict[str, Offspring]
+    times: dict[str, float]
 
 
 def learn(
+    job: Job,
     run: Run,
     population: Population,
     rollouts: Rollouts,
     reflect: Reflect,
     rng: np.random.Generator,
-    parts: Parts,
-    c: Any,
-    progress: Progress,
-) -> tuple[TrainState | None, dict[str, float], dict[str, Offspring], dict[str, float]]:
-    """Both branches: the weights' update, and what evolution makes of the prompts.
-
-    Returns:
-      (train state, metrics of the update, offspring by operator, seconds of reflection that nothing else
-      counts).
-    """
-
-    ask = reflect if c.reflection.constrained else reflect.__call__  # without its other methods
+) -> Learned:
+    """Both branches: the weights' update, and what evolution makes of the prompts."""
 
     def generation() -> dict[str, Offspring]:
-        return evolve(population, rollouts, ask, rng, **parts.evolution)
+        return evolve(population, rollouts, reflect, rng, job.parts.evolution)
 
-    def step() -> tuple[TrainState | None, dict[str, float]]:
-        iteration, skipped = run.iteration + 1, run.not_finite_in_row
-        return update(run.train_state, rollouts, parts, c, iteration, progress, skipped)
+    def step() -> Updated:
+        return update(job, run.train_state, rollouts, run.iteration + 1, run.not_finite_in_row)
 
-    if not parts.evolves:
-        return *step(), {}, {}
-    if c.reflection.reflector != "local":
+    if not job.parts.evolves:
+        return Learned(*step(), offspring={}, times={})
+    if job.config.reflection.reflector != "local":
         beside = Beside(generation)
-        state, learned = step()
-        with progress.phase("reflection"):
+        state, metrics = step()
+        with job.progress.phase("reflection"):
             offspring = beside.result()
-        return state, learned, offspring, beside.times()
+        return Learned(state, metrics, offspring, beside.times())
     # Reflection by the current weights comes before the update, which gives their memory away.
-    with progress.phase("reflection"):
+    with job.progress.phase("reflection"):
         offspring = generation()
-    return *step(), offspring, {}
+    return Learned(*step(), offspring=offspring, times={})
 
 
 @contextlib.contextmanager
-def profile(c: Any, workdir: WorkDir, iteration: int) -> Iterator[None]:
+def profile(config: ConfigDict, workdir: WorkDir, iteration: int) -> Iterator[None]:
     """Writes a trace of the iteration that `profile_iteration` names, for TensorBoard or Perfetto."""
-    if iteration != c.profile_iteration:
+    if iteration != config.profile_iteration:
         yield
         return
     with jax.profiler.trace(str(workdir.path / "profile")):

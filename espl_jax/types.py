@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 
@@ -26,9 +26,38 @@ Reflect = Callable[[Sequence[Conversation]], list[str | None]]
 """Conversations in, one reply each out, in order; None where no reply was to be had (a server that fails).
 
 A reply includes the opening, if one was given. The same conversation asked again gets another reply. A
-reflector may also have a method `constrained(conversations, schemas)`, which keeps every reply to the JSON
-schema of its conversation, as far as it can.
+reflector may also be a `KeepsSchemas` or a `CountsRequests`.
 """
+
+
+class KeepsSchemas(Protocol):
+    """A reflector that can keep its replies to JSON schemas."""
+
+    def constrained(
+        self, conversations: Sequence[Conversation], schemas: Sequence[Schema]
+    ) -> list[str | None]:
+        """One reply each, in order, kept to the schema of its conversation as far as the reflector can."""
+        ...
+
+
+class CountsRequests(Protocol):
+    """A reflector that counts what it asked for: requests, retries, tokens, costs.
+
+    Attributes:
+      counts: numbers by name, of this object.
+    """
+
+    counts: dict[str, float]
+
+
+def keeps_schemas(reflect: Any) -> TypeGuard[KeepsSchemas]:
+    """Whether a reflector has a method `constrained`."""
+    return callable(getattr(reflect, "constrained", None))
+
+
+def counts_of(reflect: Any) -> dict[str, float]:
+    """What a `CountsRequests` counted; nothing for other reflectors."""
+    return getattr(reflect, "counts", {})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from configs import hmmt
 from espl_jax.console.tables import table
 from espl_jax.plan import costs
 from espl_jax.plan.chips import CHIPS
-from espl_jax.run.samplings import Lengths
+from espl_jax.run.workloads import Lengths
 from experiments.bench.tpu_shapes import MODELS
 
 LENGTHS = Lengths(system=1024, problem=512, new=15_000)

@@ -6,7 +6,7 @@ import concurrent.futures
 import json
 import reprlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 
@@ -24,8 +24,7 @@ class Environment(Protocol):
 
     Anything with these two methods serves. Both are pure: the same arguments always give the same result.
 
-    An environment whose grading takes time may have a third one, `begin(problem, reply)`. It is called when a
-    rollout is done while others are still sampled, returns at once, and changes nothing of what `grade` says.
+    One whose grading takes time may be a `GradesEarly`, too.
     """
 
     def user_message(self, problem: Problem) -> str:
@@ -79,6 +78,24 @@ class Dialogue(Protocol):
     def grade(self, problems: Sequence[Problem], transcripts: Sequence[Conversation]) -> list[Grade]:
         """Grades of a batch, in order; whatever the model wrote is graded."""
         ...
+
+
+class GradesEarly(Protocol):
+    """An environment that can begin to grade a reply while other rollouts are still sampled."""
+
+    def begin(self, problem: Problem, reply: Any) -> None:
+        """Is told of a rollout that is done. Returns at once, and changes nothing of what `grade` says."""
+        ...
+
+
+def is_dialogue(environment: Any) -> TypeGuard[Dialogue]:
+    """Whether an environment has several turns: whether it has a method `respond`."""
+    return callable(getattr(environment, "respond", None))
+
+
+def grades_early(environment: Any) -> TypeGuard[GradesEarly]:
+    """Whether an environment has a method `begin`."""
+    return callable(getattr(environment, "begin", None))
 
 
 def name_of(environment: Environment | Dialogue) -> str:

@@ -43,6 +43,7 @@ def crossover(
     tie_margin: float = 0.01,
     crossover_sigma: float = 1.0,
     opening: bool = True,
+    constrained: bool = True,
 ) -> Offspring:
     """A child of the best prompt that takes up what helped the other prompts on the problems they won.
 
@@ -60,6 +61,7 @@ def crossover(
       tie_margin: mean rewards this close tie for the first place, and win no problem.
       crossover_sigma: Delta sigma, what the child's uncertainty grows by.
       opening: write the beginning of the reply for the model.
+      constrained: have edits kept to their schema where the reflector can, see `KeepsSchemas`.
 
     Returns:
       The child, with the score matrix and the problems won as its evidence, or None with one of the reasons
@@ -73,7 +75,7 @@ def crossover(
     ids = [parent.id for parent in parents]
     if ids != list(rollouts.slots()):
         raise ValueError(f"parents={ids}: must be the prompts that ran, in order, {list(rollouts.slots())}")
-    record = Record(reflect, guards or Guards(), opening)
+    record = Record(reflect, guards or Guards(), opening, constrained)
     if len(parents) < 2:
         return record.offspring(None, "one_prompt")
     scores = rollouts.score_matrix()

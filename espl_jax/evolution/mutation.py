@@ -23,6 +23,7 @@ def mutate(
     guards: Guards | None = None,
     mutation_sigma: float = 1.0,
     opening: bool = True,
+    constrained: bool = True,
 ) -> Offspring:
     """A child of the iteration's best prompt.
 
@@ -38,6 +39,7 @@ def mutate(
       guards: what is accepted; `Guards()` by default.
       mutation_sigma: Delta sigma, what the child's uncertainty grows by.
       opening: write the beginning of every reply for the model.
+      constrained: have edits kept to their schema where the reflector can, see `KeepsSchemas`.
 
     Returns:
       The child, or None with one of the reasons `no_mixed_problem`, `no_edits`, `unchanged`, `no_replies`
@@ -49,7 +51,7 @@ def mutate(
     slots = rollouts.slots().get(parent.id)
     if slots is None:
         raise ValueError(f"parent {parent.id!r} has no rollouts: only {list(rollouts.slots())} have any")
-    record = Record(reflect, guards or Guards(), opening)
+    record = Record(reflect, guards or Guards(), opening, constrained)
     rewards = rollouts.rewards[slots]
     mixed = [int(b) for b in np.flatnonzero(rewards.max(axis=(0, 2)) > rewards.min(axis=(0, 2)))]
     if not mixed:

@@ -11,7 +11,7 @@ from espl_jax.evolution.edit_replies import parse_edits
 from espl_jax.evolution.edits import Drop, Edit
 from espl_jax.evolution.guards import Guards, drop_copies, drop_not_allowed, drop_repeats, shorten_edits
 from espl_jax.evolution.templates import load_template
-from espl_jax.types import Conversation, Problem, Reflect, Rollouts, Schema, SystemPrompt
+from espl_jax.types import Conversation, Problem, Reflect, Rollouts, Schema, SystemPrompt, keeps_schemas
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Record:
       constrained: whether the reflector keeps replies to a schema.
     """
 
-    def __init__(self, reflect: Reflect, guards: Guards, opening: bool):
+    def __init__(self, reflect: Reflect, guards: Guards, opening: bool, constrained: bool = True):
         self.guards = guards
-        self.constrained = hasattr(reflect, "constrained")
+        self.constrained = constrained and keeps_schemas(reflect)
         self._reflect = reflect
         self._opening = opening
         self._transcripts: list[dict[str, Any]] = []

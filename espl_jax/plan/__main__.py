@@ -31,7 +31,7 @@ from espl_jax.plan.chips import find_chip
 from espl_jax.plan.costs import EVALUATED, plan
 from espl_jax.plan.report import report
 from espl_jax.run.check_config import check_config
-from espl_jax.run.samplings import Lengths
+from espl_jax.run.workloads import Lengths
 
 _CONFIG = command_line.define_config()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "The slice, e.g. v5e:4x4, v5p:2x2x2, v6e:2x4.")
@@ -52,16 +52,16 @@ def main(argv: list[str]) -> None:
     """Prints the plan; exits with 1 if the run does not fit."""
     if len(argv) > 1:
         sys.exit(f"not understood: {' '.join(argv[1:])}; fields are set as --config.name=value")
-    c, topology = _CONFIG.value, _TOPOLOGY.value
+    config, topology = _CONFIG.value, _TOPOLOGY.value
     try:
-        check_config(c, files=False)
+        check_config(config, files=False)
         find_chip(topology)
     except ValueError as error:
         sys.exit(str(error))
-    lengths = Lengths(_SYSTEM.value, _PROBLEM.value, c.sampling.max_new_tokens)
+    lengths = Lengths(_SYSTEM.value, _PROBLEM.value, config.sampling.max_new_tokens)
     with command_line.without_traceback():
         result = plan(
-            c,
+            config,
             topology,
             lengths,
             evaluated=_EVALUATED.value,
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
         print(report(result))
         if result.fits:
             return
-        found = advice(c, topology, lengths, _EVALUATED.value) if _ADVICE.value else []
+        found = advice(config, topology, lengths, _EVALUATED.value) if _ADVICE.value else []
         if _ADVICE.value:
             print("\nThese would fit:" if found else "\nNothing that was tried would fit.")
         for line in found:

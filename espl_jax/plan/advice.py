@@ -6,12 +6,14 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from espl_jax.plan.chips import find_chip
 from espl_jax.plan.costs import EVALUATED, GIB, least_memory, plan
-from espl_jax.run.samplings import Lengths
+from espl_jax.run.workloads import Lengths
 
 
-def alternatives(c: Any, topology: str) -> Iterator[tuple[str, Any, str]]:
+def alternatives(config: ConfigDict, topology: str) -> Iterator[tuple[str, Any, str]]:
     """Other settings for a run that does not fit, those first that change the least: (words, ConfigDict,
     topology)."""
     kind, _, shape = topology.partition(":")
@@ -19,7 +21,7 @@ def alternatives(c: Any, topology: str) -> Iterator[tuple[str, Any, str]]:
     devices = _count(shape)
 
     def changed(**fields: Any) -> Any:
-        other = copy.deepcopy(c)
+        other = copy.deepcopy(config)
         with other.unlocked():
             other.update_from_flattened_dict({name.replace("__", "."): x for name, x in fields.items()})
         return other
@@ -30,12 +32,12 @@ def alternatives(c: Any, topology: str) -> Iterator[tuple[str, Any, str]]:
     changes: list[dict[str, Any]] = [{"loss__microbatch_rows": 1}]
     changes += [{"model__remat": remat, "loss__microbatch_rows": 1} for remat in ("rounded", "offload")]
     for tensor in (2, 4, 8):
-        if devices % tensor == 0 and tensor != c.mesh.tensor:
+        if devices % tensor == 0 and tensor != config.mesh.tensor:
             mesh = {"mesh__data": 1, "mesh__fsdp": -1, "mesh__tensor": tensor}
             changes += [mesh, mesh | {"loss__microbatch_rows": 1}]
-    if not c.lora.rank:
+    if not config.lora.rank:
         changes.append({"optimizer__kind": "adafactor", "loss__microbatch_rows": 1})
-    tried = [c.to_dict()]
+    tried = [config.to_dict()]
     for fields in changes:
         other = changed(**fields)
         if other.to_dict() not in tried:
@@ -43,10 +45,10 @@ def alternatives(c: Any, topology: str) -> Iterator[tuple[str, Any, str]]:
             yield said(fields), other, topology
     for larger in chip.slices:
         if _count(larger) > devices:
-            yield f"--topology={kind}:{larger}", c, f"{kind}:{larger}"
+            yield f"--topology={kind}:{larger}", config, f"{kind}:{larger}"
             fields = {"mesh__data": 1, "mesh__fsdp": -1, "mesh__tensor": 8, "loss__microbatch_rows": 1}
             yield f"--topology={kind}:{larger} {said(fields)}", changed(**fields), f"{kind}:{larger}"
-    if not c.lora.rank:
+    if not config.lora.rank:
         yield "--config.lora.rank=32", changed(lora__rank=32), topology
 
 
@@ -57,10 +59,12 @@ def _count(shape: str) -> int:
     return count
 
 
-def advice(c: Any, topology: str, lengths: Lengths, evaluated: int = EVALUATED, most: int = 3) -> list[str]:
+def advice(
+    config: ConfigDict, topology: str, lengths: Lengths, evaluated: int = EVALUATED, most: int = 3
+) -> list[str]:
     """The first settings that fit, found by compiling the largest programs with each."""
     found = []
-    for words, other, where in alternatives(c, topology):
+    for words, other, where in alternatives(config, topology):
         if least_memory(other, where, lengths) > find_chip(where).memory:
             continue
         result = plan(other, where, lengths, every_bucket=False, evaluated=evaluated, say=lambda _: None)

@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from espl_jax.plan import tpu_compiler  # isort: skip; before jax is imported
 import jax
 import jax.numpy as jnp
@@ -22,9 +24,9 @@ from espl_jax.plan.tpu_compiler import Compiled
 from espl_jax.pretrained import load
 from espl_jax.pretrained.numerics import resolve
 from espl_jax.run.parts import make_optimizer_of
-from espl_jax.run.samplings import Lengths, Sampling, samplings
 from espl_jax.run.tasks import has_turns
 from espl_jax.run.weights import numerics
+from espl_jax.run.workloads import Lengths, Workload, workloads
 from espl_jax.sampling.sizes import Sizes, describe
 
 GIB = 2**30
@@ -110,7 +112,7 @@ class Plan:
 
 
 def plan(
-    c: Any,
+    config: ConfigDict,
     topology: str,
     lengths: Lengths,
     *,
@@ -123,7 +125,7 @@ def plan(
     """Compiles a run's programs for a slice.
 
     Args:
-      c: the ConfigDict of the run.
+      config: the ConfigDict of the run.
       topology: the slice.
       lengths: of prompts and problems; what is drawn follows from the configuration.
       phases: whose programs.
@@ -136,7 +138,7 @@ def plan(
       ValueError: for an unknown topology, a mesh that it does not hold, or a model that cannot be read.
     """
     chip = find_chip(topology)
-    asked = c, topology, lengths, phases, every_bucket, evaluated
+    asked = config, topology, lengths, phases, every_bucket, evaluated
     run = _run(*asked)
     said = run.error or describe(run.stages)
     lower = functools.partial(_lower, *asked)
@@ -145,7 +147,7 @@ def plan(
     for program, compiled in zip(
         run.programs, tpu_compiler.compile_each(lower, count, codegen, preload), strict=True
     ):
-        costs.append(_cost(program, compiled, resident(c, run.sizes, program.phase)))
+        costs.append(_cost(program, compiled, resident(config, run.sizes, program.phase)))
         say(f"compiled in {compiled.seconds:.0f} s: {program.name}, {program.shape}")
     return Plan(topology, chip, run.mesh, run.sizes, said, tuple(costs), run.error)
 
@@ -162,7 +164,7 @@ class _Run:
     programs: list[Program]
 
 
-def on_tpu(config: Any) -> dict[str, Any]:
+def on_tpu(config: ConfigDict) -> dict[str, Any]:
     """The DecoderConfig fields that the run would have on a TPU."""
 
     def unread() -> DecoderConfig:
@@ -172,33 +174,38 @@ def on_tpu(config: Any) -> dict[str, Any]:
 
 
 def _run(
-    c: Any, topology: str, lengths: Lengths, phases: Sequence[str], every_bucket: bool, evaluated: int
+    config: ConfigDict,
+    topology: str,
+    lengths: Lengths,
+    phases: Sequence[str],
+    every_bucket: bool,
+    evaluated: int,
 ) -> _Run:
-    mesh = sharding.make_mesh(dict(c.mesh), tpu_compiler.devices(topology))
-    config = load.read_config(c.model.source, **on_tpu(c))
-    optimizer = make_optimizer_of(c)
-    held = programs.held(c, config, optimizer, mesh)
+    mesh = sharding.make_mesh(dict(config.mesh), tpu_compiler.devices(topology))
+    decoder = load.read_config(config.model.source, **on_tpu(config))
+    optimizer = make_optimizer_of(config)
+    held = programs.held(config, decoder, optimizer, mesh)
     sizes, axes = held.sizes(), dict(mesh.shape)
-    splits = ("validation", "test") if c.data.test else ("validation",)
+    splits = ("validation", "test") if config.data.test else ("validation",)
     longest = max(len(load_template(name).system) for name in template_names())
-    every = samplings(
-        c,
+    every = workloads(
         config,
+        decoder,
         lengths,
         longest_problem=lengths.problem,
-        turns=has_turns(c),
+        turns=has_turns(config),
         evaluated=dict.fromkeys(splits, evaluated),
         instructions=longest // CHARS_PER_TOKEN,
     )
-    stages: dict[Sampling, tuple[Sizes, ...]] = {}
+    stages: dict[Workload, tuple[Sizes, ...]] = {}
     for sampling in every:
         try:
             memory = int(find_chip(topology).memory)
-            stages[sampling] = sampling.sizes(config, sum(sizes.values()), mesh, memory)
+            stages[sampling] = sampling.sizes(decoder, sum(sizes.values()), mesh, memory)
         except ValueError as error:
             return _Run(axes, sizes, (), f"{sampling.name}: {error}", [])
     listed = programs.run_programs(
-        c, config, held, optimizer, stages, mesh, phases=phases, every_bucket=every_bucket
+        config, decoder, held, optimizer, stages, mesh, phases=phases, every_bucket=every_bucket
     )
     return _Run(axes, sizes, stages[every[0]], "", list(listed))
 
@@ -209,25 +216,27 @@ def _lower(*asked: Any) -> jax.stages.Lowered:
     return _run(*run).programs[number].lower()
 
 
-def least_memory(c: Any, topology: str, lengths: Lengths) -> float:
+def least_memory(config: ConfigDict, topology: str, lengths: Lengths) -> float:
     """Bytes that a device needs at least for an update: what is held, the gradient, and the stored inputs of
     all layers for one microbatch. What exceeds the chip need not be compiled."""
-    mesh = sharding.make_mesh(dict(c.mesh), tpu_compiler.devices(topology))
-    config = load.read_config(c.model.source, **on_tpu(c))
-    sizes = programs.held(c, config, make_optimizer_of(c), mesh).sizes()
+    mesh = sharding.make_mesh(dict(config.mesh), tpu_compiler.devices(topology))
+    decoder = load.read_config(config.model.source, **on_tpu(config))
+    sizes = programs.held(config, decoder, make_optimizer_of(config), mesh).sizes()
     parts = sharding.row_parts(mesh)
-    groups = -(-c.num_prompts * c.batch_size // c.loss.minibatches)
-    rows = -(-groups * c.group_size // parts)
-    tokens = min(c.loss.microbatch_rows or rows, rows) * lengths.new
-    stored = {"rounded": jnp.dtype(config.dtype).itemsize, "offload": 0}.get(config.remat, 4)
-    inputs = stored * tokens * config.embed_dim * config.num_layers / mesh.shape["tensor"]
+    groups = -(-config.num_prompts * config.batch_size // config.loss.minibatches)
+    rows = -(-groups * config.group_size // parts)
+    tokens = min(config.loss.microbatch_rows or rows, rows) * lengths.new
+    stored = {"rounded": jnp.dtype(decoder.dtype).itemsize, "offload": 0}.get(decoder.remat, 4)
+    inputs = stored * tokens * decoder.embed_dim * decoder.num_layers / mesh.shape["tensor"]
     return sum(sizes.values()) - sizes["sampling copy"] + sizes["trained"] + inputs
 
 
-def resident(c: Any, sizes: dict[str, float], phase: str) -> float:
+def resident(config: ConfigDict, sizes: dict[str, float], phase: str) -> float:
     """Bytes of `Held.sizes` that a device holds in a phase: what was laid out for sampling is gone when
     reference weights reflect and when weights are updated, unless the current weights reflect in between."""
-    kept = phase in ("rollouts", "evaluation") or (c.mode != "rl" and c.reflection.policy == "current")
+    kept = phase in ("rollouts", "evaluation") or (
+        config.mode != "rl" and config.reflection.policy == "current"
+    )
     return sum(size for name, size in sizes.items() if kept or name != "sampling copy")
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from espl_jax.models import lora
 from espl_jax.models.attention import KVCache
@@ -20,9 +21,9 @@ from espl_jax.models.config import DecoderConfig
 from espl_jax.models.transformer import Params, abstract
 from espl_jax.parallel import sharding
 from espl_jax.parallel.memory import bytes_per_device
-from espl_jax.run.parts import loss_settings
-from espl_jax.run.samplings import Lengths, Sampling, lanes_of
+from espl_jax.run.parts import objective_of
 from espl_jax.run.weights import abstract_trainable, declared_trainable, trains
+from espl_jax.run.workloads import Lengths, Workload, lanes_of
 from espl_jax.sampling import decode
 from espl_jax.sampling.buckets import bucket
 from espl_jax.sampling.layout import for_sampling
@@ -101,25 +102,27 @@ class Held:
         }
 
 
-def held(c: Any, config: DecoderConfig, optimizer: optax.GradientTransformation, mesh: Mesh | None) -> Held:
+def held(
+    config: ConfigDict, decoder: DecoderConfig, optimizer: optax.GradientTransformation, mesh: Mesh | None
+) -> Held:
     """Shapes of all that a run of this ConfigDict holds."""
-    declared = abstract(config)
+    declared = abstract(decoder)
     shapes = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.dtype(w.dtype)), declared)
     base = sharding.place(shapes, declared, mesh, "sampling")
-    if not trains(c):
+    if not trains(config):
         return Held(base, None, base)
-    state = abstract_train_state(abstract_trainable(c, config, mesh), optimizer, mesh)
-    frozen = base if c.lora.rank else None
-    policy = sampling_params(state.trainable, frozen, declared_trainable(c, config), config, mesh)
+    state = abstract_train_state(abstract_trainable(config, decoder, mesh), optimizer, mesh)
+    frozen = base if config.lora.rank else None
+    policy = sampling_params(state.trainable, frozen, declared_trainable(config, decoder), decoder, mesh)
     return Held(base, state, policy)
 
 
 def run_programs(
-    c: Any,
-    config: DecoderConfig,
+    config: ConfigDict,
+    decoder: DecoderConfig,
     held: Held,
     optimizer: optax.GradientTransformation,
-    stages: Mapping[Sampling, Sequence[Sizes]],
+    stages: Mapping[Workload, Sequence[Sizes]],
     mesh: Mesh | None,
     *,
     phases: Sequence[str] = PHASES,
@@ -131,8 +134,8 @@ def run_programs(
     Left out are those that move or draw a few numbers, and those that make the first state.
 
     Args:
-      c: the ConfigDict of the run.
-      config: the decoder.
+      config: the ConfigDict of the run.
+      decoder: the model's shape.
       held: shapes of what the run holds.
       optimizer: of the run.
       stages: the samplings of the run, rollouts first, and what each reserves.
@@ -144,23 +147,23 @@ def run_programs(
     """
     seen = set()
     rollouts = next(iter(stages))
-    reflecting = held.policy if c.reflection.policy == "current" else held.base
+    reflecting = held.policy if config.reflection.policy == "current" else held.base
     for sampling, sizes in stages.items():
         params = reflecting if sampling.phase == "reflection" else held.policy
         if sampling.phase in phases:
             every = every_bucket and sampling is rollouts
-            for program in sampling_programs(sampling, config, params, sizes, mesh, stop_ids, every):
+            for program in sampling_programs(sampling, decoder, params, sizes, mesh, stop_ids, every):
                 key = program.function, program.shapes
                 if key not in seen:
                     seen.add(key)
                     yield program
     if "update" in phases and held.state is not None:
-        yield from update_programs(c, config, held, optimizer, rollouts.lengths, mesh)
+        yield from update_programs(config, decoder, held, optimizer, rollouts.lengths, mesh)
 
 
 def sampling_programs(
-    sampling: Sampling,
-    config: DecoderConfig,
+    sampling: Workload,
+    decoder: DecoderConfig,
     params: Params,
     stages: Sequence[Sizes],
     mesh: Mesh | None,
@@ -175,14 +178,14 @@ def sampling_programs(
 
     Args:
       sampling: what is sampled.
-      config: the decoder.
+      decoder: the model's shape.
       params: shapes of what is sampled from.
       stages: what it reserves.
       mesh: of devices.
       stop_ids: how many tokens end a turn.
       every_bucket: all lengths of the chunks, or the shortest and the longest in the place of all.
     """
-    params, config = for_sampling(params, config, mesh)
+    params, decoder = for_sampling(params, decoder, mesh)
     lanes, lengths, counted = sampling.lanes, sampling.lengths, sampling.phase == "rollouts"
     title = "" if counted else f"{sampling.name}: "
 
@@ -205,27 +208,27 @@ def sampling_programs(
         return jax.ShapeDtypeStruct(shape, dtype)
 
     def cache(nodes: int, columns: int) -> KVCache:
-        arrays = decode.abstract_slots(config, nodes, columns, mesh, everywhere=True)
+        arrays = decode.abstract_slots(decoder, nodes, columns, mesh, everywhere=True)
         return KVCache(*arrays, *(sharding.replicate(numbers(nodes), mesh),) * 2)
 
     uses = bytes_per_device(params)
     shape = (lanes, bucket(lengths.system))
     tokens = numbers(*shape), numbers(lanes)
     yield program(
-        "prefill, prompts", _tokens(shape), decode.prefill, params, config, *tokens, uses=uses, runs=1
+        "prefill, prompts", _tokens(shape), decode.prefill, params, decoder, *tokens, uses=uses, runs=1
     )
     system = cache(*shape)
     widths = stages[0].problem_widths
     size = block_size(lanes, sampling.problems, widths[-1])
     shape = (lanes * size, next(width for width in widths if width >= lengths.problem - 1))
     tokens = sharding.place_rows((numbers(*shape), numbers(shape[0])), mesh)
-    first = decode.abstract_slots(config, stages[0].slots, stages[0].capacity, mesh)
+    first = decode.abstract_slots(decoder, stages[0].slots, stages[0].capacity, mesh)
     yield program(
         "prefill, a block of problems",
         _tokens(shape),
         decode.prefill,
         params,
-        config,
+        decoder,
         *tokens,
         system,
         uses=uses,
@@ -236,16 +239,16 @@ def sampling_programs(
     def chunk(name: str, sizes: Sizes, rows: int, columns: int, aligned: bool, runs: float) -> Program:
         allowed = ()
         if sampling.constrained:
-            words = numbers(rows, -(-config.vocab_size // 32), dtype=jnp.uint32)
+            words = numbers(rows, -(-decoder.vocab_size // 32), dtype=jnp.uint32)
             allowed = (sharding.place_rows(words, mesh),)
         return program(
             name,
             f"{rows} rows x {columns} columns",
             decode.decode_chunk,
             params,
-            config,
+            decoder,
             system,
-            decode.abstract_slots(config, sizes.slots, sizes.capacity, mesh),
+            decode.abstract_slots(decoder, sizes.slots, sizes.capacity, mesh),
             decode.abstract_rows(rows, mesh),
             numbers(stop_ids),
             numbers(dtype=jnp.float32),
@@ -280,14 +283,14 @@ def sampling_programs(
             name = f"{kind}, rows mixed{of_stage}"
             yield chunk(name, sizes, sizes.widths[-2], sizes.columns[-1], False, 0)
         yield from _in_place(
-            program, sampling, config, params, system, stages, number - 1, cache(*shape), mesh
+            program, sampling, decoder, params, system, stages, number - 1, cache(*shape), mesh
         )
 
 
 def _in_place(
     program: Callable[..., Program],
-    sampling: Sampling,
-    config: DecoderConfig,
+    sampling: Workload,
+    decoder: DecoderConfig,
     params: Params,
     system: KVCache,
     stages: Sequence[Sizes],
@@ -299,7 +302,7 @@ def _in_place(
     one, and those that return, or are answered, are extended."""
     sizes = stages[number]
     of_stage = f" of stage {number + 1}" if len(stages) > 1 else ""
-    slots = decode.abstract_slots(config, sizes.slots, sizes.capacity, mesh)
+    slots = decode.abstract_slots(decoder, sizes.slots, sizes.capacity, mesh)
     each = f"{sizes.slots} rows"
 
     def numbers(*shape: int) -> jax.ShapeDtypeStruct:
@@ -321,7 +324,7 @@ def _in_place(
             f"{rows} rows x {columns} columns",
             decode.extend,
             params,
-            config,
+            decoder,
             system,
             slots,
             numbers(sizes.parts, count),
@@ -344,8 +347,8 @@ def _ends(runs: dict[int, float]) -> dict[int, float]:
 
 
 def update_programs(
-    c: Any,
-    config: DecoderConfig,
+    config: ConfigDict,
+    decoder: DecoderConfig,
     held: Held,
     optimizer: optax.GradientTransformation,
     lengths: Lengths,
@@ -353,37 +356,43 @@ def update_programs(
 ) -> Iterator[Program]:
     """The policy-gradient step on a batch in which every group counts and every rollout is as long as it may
     be, and with several steps the scoring before the first."""
-    prompts = lanes_of(c)
-    groups = prompts * c.batch_size
-    truncated = bool(Truncation(c.sampling.top_k, c.sampling.top_p, c.sampling.min_p))
+    prompts = lanes_of(config)
+    groups = prompts * config.batch_size
+    truncated = bool(Truncation(config.sampling.top_k, config.sampling.top_p, config.sampling.min_p))
     batch = abstract_batch(
         prompts=prompts,
-        groups=-(-groups // c.loss.minibatches),
-        group_size=c.num_prompts // prompts * c.group_size,
+        groups=-(-groups // config.loss.minibatches),
+        group_size=config.num_prompts // prompts * config.group_size,
         system_tokens=lengths.system,
         problem_tokens=lengths.problem,
         new_tokens=lengths.new,
         cutoffs=truncated,
         parts=sharding.row_parts(mesh),
-        microbatch_rows=c.loss.microbatch_rows,
+        microbatch_rows=config.loss.microbatch_rows,
     )
     shape = " x ".join(map(str, batch.inputs.shape)) + " new tokens"
     batch = place_batch(batch, mesh)
-    frozen = held.base if c.lora.rank else None
-    reference = held.base if c.loss.kl_coef else None
+    frozen = held.base if config.lora.rank else None
+    reference = held.base if config.loss.kl_coef else None
     uses = bytes_per_device((held.state, frozen or reference))
-    settings = loss_settings(c)
-    if c.loss.epochs * c.loss.minibatches > 1 and settings["loss"].needs_old_logprobs:
-        few = {name: settings[name] for name in ("temperature", "microbatch_rows")}
-        given = held.state.trainable, frozen, batch, config
-        score = functools.partial(batch_logprobs.lower, *given, **few)
+    objective, microbatch_rows = objective_of(config), config.loss.microbatch_rows
+    if config.loss.epochs * config.loss.minibatches > 1 and objective.loss.needs_old_logprobs:
+        score = functools.partial(
+            batch_logprobs.lower,
+            held.state.trainable,
+            frozen,
+            batch,
+            decoder,
+            temperature=objective.temperature,
+            microbatch_rows=microbatch_rows,
+        )
         uses_less = bytes_per_device((held.state.trainable, frozen))
-        count, function = c.loss.minibatches, batch_logprobs.__name__
+        count, function = config.loss.minibatches, batch_logprobs.__name__
         yield Program("logprobs", shape, score, "update", count, uses_less, function=function)
         batch = batch._replace(old_logprobs=batch.sampler_logprobs)
-    given = held.state, frozen, reference, batch, config, optimizer
-    step = functools.partial(policy_gradient_step.lower, *given, **settings)
-    steps, function = c.loss.epochs * c.loss.minibatches, policy_gradient_step.__name__
+    given = held.state, frozen, reference, batch, decoder, optimizer, objective
+    step = functools.partial(policy_gradient_step.lower, *given, microbatch_rows=microbatch_rows)
+    steps, function = config.loss.epochs * config.loss.minibatches, policy_gradient_step.__name__
     yield Program("policy-gradient step", shape, step, "update", steps, uses, function=function)
 
 

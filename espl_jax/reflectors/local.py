@@ -15,6 +15,7 @@ from espl_jax.rollouts.keys import stable_hash
 from espl_jax.sampling.buckets import bucket
 from espl_jax.sampling.draw import row_keys
 from espl_jax.sampling.generate import sample_tree
+from espl_jax.sampling.settings import Capacity, Sampling
 from espl_jax.text.chat import cut_middle, encode, encode_conversation, render
 from espl_jax.text.constrained import SchemaRows
 from espl_jax.text.thinking import CLOSE, prompt_opens_thinking, strip_thinking
@@ -37,30 +38,24 @@ class LocalReflector:
       model: `.params` of the policy that reflects, `.config`, `.tokenizer`.
       key: one typed key, folded by the caller from seed, stream and iteration; a reply's own key is folded
         from it, a hash of its conversation and, among equal conversations of all calls, its number.
-      max_new_tokens: of each reply, the opening not counted.
-      temperature: 0 for greedy.
+      sampling: how replies are drawn; `max_new_tokens` of each, the opening not counted. Without `stop_ids`
+        the model's own end a reply.
       max_input_tokens: of each conversation; what the model's context leaves beside the reply by default.
-      stop_ids: tokens that end a reply; the model's own by default.
-      chat_template_kwargs: passed to the chat template.
-      max_rows: most replies in flight at once; as many as fit into memory by default.
-      held_bytes: memory of each device that stays taken; that of the params by default.
-      mesh: shard rows over its data axes.
+      template_arguments: arguments of the chat template.
+      capacity: what of the devices replies may take; `longest_problem` and `coarse` are its own.
     """
 
     model: Model
     key: jax.Array
-    max_new_tokens: int
-    temperature: float
+    sampling: Sampling
     max_input_tokens: int | None = None
-    stop_ids: Sequence[int] | None = None
-    chat_template_kwargs: Mapping[str, Any] | None = None
-    max_rows: int | None = None
-    held_bytes: int | None = None
-    mesh: jax.sharding.Mesh | None = None
+    template_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    capacity: Capacity = Capacity()
 
     def __post_init__(self) -> None:
-        self._kwargs = dict(self.chat_template_kwargs or {})
-        self._stop_ids = stop_ids_of(self.model) if self.stop_ids is None else self.stop_ids
+        self._arguments = dict(self.template_arguments)
+        given = self.sampling.stop_ids
+        self._stop_ids = stop_ids_of(self.model) if given is None else given
         self._mark = encode(self.model.tokenizer, CUT_MARK)
         self._asked: collections.Counter[int] = collections.Counter()
 
@@ -81,7 +76,7 @@ class LocalReflector:
 
         Nothing is thought either: where the chat template opens a thinking block, it is closed at once, and
         other models do not get to write the opening tag. Models that were trained for both answer better when
-        `chat_template_kwargs` turns thinking off.
+        `template_arguments` turn thinking off.
 
         Args:
           conversations: without openings.
@@ -102,7 +97,7 @@ class LocalReflector:
         )
 
     def _render(self, messages: Conversation) -> str:
-        return render(self.model.tokenizer, messages, **self._kwargs)
+        return render(self.model.tokenizer, messages, **self._arguments)
 
     def _without_thoughts(self, messages: Conversation) -> Conversation:
         if prompt_opens_thinking(self._render(messages)):
@@ -119,7 +114,7 @@ class LocalReflector:
         by_system: dict[tuple[int, ...], list[int]] = {}
         rests, words = [], []
         for i, (messages, prompt) in enumerate(zip(conversations, prompts, strict=True)):
-            system, rest = encode_conversation(self.model.tokenizer, messages, **self._kwargs)
+            system, rest = encode_conversation(self.model.tokenizer, messages, **self._arguments)
             by_system.setdefault(tuple(system), []).append(i)
             rests.append(self._fit(system, rest))
             word = stable_hash(prompt)
@@ -139,7 +134,7 @@ class LocalReflector:
 
     def _fit(self, system: list[int], rest: list[int]) -> list[int]:
         positions = self.model.config.max_positions
-        limit = min(self.max_input_tokens or positions, positions - self.max_new_tokens)
+        limit = min(self.max_input_tokens or positions, positions - self.sampling.max_new_tokens)
         if len(system) + len(self._mark) >= limit:
             raise ValueError(
                 f"reflection.max_input_tokens={limit} is filled by the {len(system)} tokens of the "
@@ -158,7 +153,7 @@ class LocalReflector:
         # every revision is, takes the time of one.
         spare = bucket(len(rests), smallest=4) - len(rests) if len(rests) > 1 else 0
         words = np.pad(words, ((0, spare), (0, 0)))
-        limits = np.array([self.max_new_tokens] * len(rests) + [0] * spare)
+        limits = np.array([self.sampling.max_new_tokens] * len(rests) + [0] * spare)
         model, constraint = self.model, None
         if schemas is not None:
             constraint = SchemaRows(
@@ -170,16 +165,14 @@ class LocalReflector:
             [system],
             [rests + [rests[0]] * spare],
             row_keys(self.key, *words.T[:, None, :, None]),
-            max_new_tokens=limits[None, :, None],
-            temperature=self.temperature,
-            stop_ids=self._stop_ids,
-            constraint=constraint,
-            max_rows=self.max_rows,
+            dataclasses.replace(
+                self.sampling, max_new_tokens=limits[None, :, None], stop_ids=tuple(self._stop_ids)
+            ),
             # Conversations have all lengths, programs shall have few.
-            longest_problem=1 << (max(map(len, rests)) - 1).bit_length(),
-            held_bytes=self.held_bytes,
-            coarse=True,
-            mesh=self.mesh,
+            dataclasses.replace(
+                self.capacity, longest_problem=1 << (max(map(len, rests)) - 1).bit_length(), coarse=True
+            ),
+            constraint=constraint,
         )
         return [samples.tokens[0, i, 0, : samples.lengths[0, i, 0]].tolist() for i in range(len(rests))]
 

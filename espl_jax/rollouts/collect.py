@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,16 +13,18 @@ from espl_jax.environments.base import (
     Dialogue,
     Environment,
     checked_grades,
+    grades_early,
+    is_dialogue,
 )
 from espl_jax.parallel import processes
 from espl_jax.rollouts.encode import Model, encode_tree, stop_ids_of
 from espl_jax.rollouts.keys import rollout_keys
 from espl_jax.rollouts.turns import Turns, as_text
 from espl_jax.sampling.generate import sample_tree
-from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
+from espl_jax.sampling.settings import Capacity, Sampling
+from espl_jax.text.chat_format import ChatFormat
 from espl_jax.text.stop_strings import stop_finder, trim
 from espl_jax.text.thinking import prompt_opens_thinking, strip_thinking
-from espl_jax.text.tool_calls import tool_format_of
 from espl_jax.types import Conversation, Grade, Problem, Rollouts, SystemPrompt
 
 
@@ -33,19 +36,9 @@ def collect_rollouts(
     *,
     key: jax.Array,
     group_size: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    truncation: Truncation = UNTRUNCATED,
-    stop_ids: Sequence[int] | None = None,
-    stop_strings: Sequence[str] = (),
-    context_limit: int | None = None,
-    longest_problem: int = 0,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    show_thinking: bool = False,
-    tool_format: str = "auto",
-    max_rows: int | None = None,
-    held_bytes: int | None = None,
-    mesh: jax.sharding.Mesh | None = None,
+    sampling: Sampling,
+    chat: ChatFormat = ChatFormat(),  # noqa: B008 (frozen)
+    capacity: Capacity = Capacity(),  # noqa: B008 (frozen)
 ) -> Rollouts:
     """Runs every prompt on every problem, `group_size` times, and grades the replies.
 
@@ -60,50 +53,34 @@ def collect_rollouts(
       key: one typed threefry key, folded by the caller from seed, stream and iteration. Each rollout's own
         key is folded from it, the ids of prompt and problem and the number of the sample.
       group_size: N.
-      max_new_tokens: T, of all turns together, what was said to the model between them included.
-      temperature: 0 for greedy.
-      truncation: top-k, top-p and min-p.
-      stop_ids: tokens that end a turn; by default the model's own, see `stop_ids_of`.
-      stop_strings: texts that end a turn, too.
-      context_limit: most tokens of a conversation; by default what the model was made for.
-      longest_problem: tokens of the longest problem that this and later calls bring, see `longest_problem`.
-      chat_template_kwargs: passed to the chat template.
-      show_thinking: let grader and reflection see thinking blocks too.
-      tool_format: how the model calls tools, one of `text.tool_calls.FORMATS`, or `auto` for what its chat
-        template shows.
-      max_rows: M times as many rollouts are in flight at once; as many as fit into memory by default.
-      held_bytes: memory of each device that stays taken; that of the params by default.
-      mesh: shard rows over its data axes.
+      sampling: how tokens are drawn, T = `max_new_tokens` of all turns together. Without `stop_ids` the
+        model's own end a turn, see `stop_ids_of`.
+      chat: how conversations become text, and how replies are read.
+      capacity: what of the devices rows may take; with the `longest_problem` of a run, see `encode`, all
+        batches share their programs.
 
     Returns:
       Rollouts, shapes [M, B, N, ...].
     """
-    tokenizer, kwargs = model.tokenizer, chat_template_kwargs or {}
-    system_tokens, problem_tokens = encode_tree(tokenizer, prompts, problems, environment, kwargs)
-    _check_room(prompts, problems, system_tokens, problem_tokens, context_limit or model.config.max_positions)
-    stop_ids = stop_ids_of(model) if stop_ids is None else stop_ids
+    tokenizer, arguments = model.tokenizer, chat.template_arguments
+    system_tokens, problem_tokens = encode_tree(tokenizer, prompts, problems, environment, arguments)
+    context = sampling.context_limit or model.config.max_positions
+    _check_room(prompts, problems, system_tokens, problem_tokens, context)
+    if sampling.stop_ids is None:
+        sampling = dataclasses.replace(sampling, stop_ids=stop_ids_of(model))
     opened = prompt_opens_thinking(tokenizer.decode(problem_tokens[0][0][-8:]))
     turns = None
-    if hasattr(environment, "respond"):
-        turns = Turns(
-            environment,
-            problems,
-            tokenizer,
-            tool_format=tool_format_of(tokenizer) if tool_format == "auto" else tool_format,
-            stop_ids=stop_ids,
-            opened=opened,
-            show_thinking=show_thinking,
-            chat_template_kwargs=kwargs,
-        )
+    if is_dialogue(environment):
+        turns = Turns(environment, problems, tokenizer, chat, stop_ids=sampling.stop_ids, opened=opened)
 
     def reply(place: tuple[int, int, int], tokens: np.ndarray) -> str | Conversation:
         """What the environment grades."""
         if turns:
             return turns.transcript(place, tokens)
         text = tokenizer.decode(tokens, skip_special_tokens=True)
-        if stop_strings:
-            text = trim(text, stop_strings)
-        return text if show_thinking else strip_thinking(text, opened)
+        if chat.stop_strings:
+            text = trim(text, chat.stop_strings)
+        return text if chat.show_thinking else strip_thinking(text, opened)
 
     begun = {}
 
@@ -118,18 +95,11 @@ def collect_rollouts(
         system_tokens,
         problem_tokens,
         rollout_keys(key, prompts, problems, group_size),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        truncation=truncation,
-        stop_ids=stop_ids,
-        find_end=stop_finder(tokenizer, stop_strings) if stop_strings else None,
+        sampling,
+        capacity,
+        find_end=stop_finder(tokenizer, chat.stop_strings) if chat.stop_strings else None,
         respond=turns and turns.respond,
-        finished=begin if hasattr(environment, "begin") else None,
-        context_limit=context_limit,
-        longest_problem=longest_problem,
-        max_rows=max_rows,
-        held_bytes=held_bytes,
-        mesh=mesh,
+        finished=begin if grades_early(environment) else None,
     )
     shape = samples.lengths.shape
 
@@ -155,7 +125,7 @@ def collect_rollouts(
         truncated=samples.truncated,
         cutoffs=samples.cutoffs,
         drawn=samples.drawn,
-        temperature=temperature,
+        temperature=sampling.temperature,
         replies=_nested(texts, shape),
         answers=_nested([grade.answer for grade in grades], shape),
         rewards=np.array([grade.reward for grade in grades], np.float32).reshape(shape),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,9 @@ import numpy as np
 from espl_jax.environments.base import Dialogue, checked_messages, checked_tools
 from espl_jax.sampling.answers import Place
 from espl_jax.text.chat import encode
+from espl_jax.text.chat_format import ChatFormat
 from espl_jax.text.thinking import prompt_opens_thinking, strip_thinking
-from espl_jax.text.tool_calls import calls_in
+from espl_jax.text.tool_calls import calls_in, tool_format_of
 from espl_jax.text.tools import between_turns
 from espl_jax.types import Conversation, Message, Problem
 
@@ -37,12 +38,10 @@ class Turns:
         environment: Dialogue,
         problems: Sequence[Problem],
         tokenizer: Any,
+        chat: ChatFormat,
         *,
-        tool_format: str,
         stop_ids: Sequence[int],
         opened: bool,
-        show_thinking: bool,
-        chat_template_kwargs: Mapping[str, Any],
     ):
         """Nothing has been said yet.
 
@@ -50,21 +49,19 @@ class Turns:
           environment: what answers.
           problems: B problems.
           tokenizer: of the model, with a chat template.
-          tool_format: how the model calls tools, one of `text.tool_calls.FORMATS`.
+          chat: how conversations become text; `stop_strings` are the caller's.
           stop_ids: tokens that end a turn.
           opened: prompts end inside of a thinking block.
-          show_thinking: leave thinking blocks in what the environment reads.
-          chat_template_kwargs: passed to the chat template.
         """
         self._environment = environment
         self._tools = checked_tools(environment)
         self._problems = problems
         self._tokenizer = tokenizer
-        self._tool_format = tool_format
+        self._tool_format = tool_format_of(tokenizer) if chat.tool_format == "auto" else chat.tool_format
         self._stop_ids = frozenset(stop_ids)
         self._opened = opened
-        self._show_thinking = show_thinking
-        self._kwargs = dict(chat_template_kwargs)
+        self._show_thinking = chat.show_thinking
+        self._kwargs = dict(chat.template_arguments)
         self._said: dict[Place, list[_Said]] = {}
 
     def respond(self, place: Place, tokens: np.ndarray) -> Any:

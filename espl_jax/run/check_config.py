@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from espl_jax.data import specs
 from espl_jax.environments.retrievers.server import is_address
 from espl_jax.evolution.deployment import RULES
@@ -97,7 +99,7 @@ _AT_LEAST = {
 }
 
 
-def check_config(config: Any, files: bool = True) -> None:
+def check_config(config: ConfigDict, files: bool = True) -> None:
     """Checks every field, and the fields against each other. Unknown fields ml_collections refuses itself.
 
     Args:
@@ -123,131 +125,143 @@ def _refuse(field: str, value: Any, fix: str) -> None:
     raise ValueError(f"{field}={value!r}: {fix}")
 
 
-def _check_files(c: Any) -> None:
-    if not c.data.train:
+def _check_files(config: ConfigDict) -> None:
+    if not config.data.train:
         _refuse(
             "data.train",
-            c.data.train,
+            config.data.train,
             "give a .jsonl file, a .parquet file, hub:org/name, or a generated set such as "
             "addition:digits=2,count=200",
         )
     for split in ("train", "validation", "test"):
-        spec, field = c.data[split], f"data.{split}"
+        spec, field = config.data[split], f"data.{split}"
         for path in specs.files(spec, field) if spec else ():
             if not path.is_file():
                 _refuse(field, spec, f"there is no such file as {path}; correct the path")
-    files = {"model.source": c.model.source, "population.start_from": c.population.start_from}
-    files |= {"reflection.replay": c.reflection.replay}
-    if c.environment.name == "search":
-        files["environment.search.retriever"] = c.environment.search.retriever
+    files = {"model.source": config.model.source, "population.start_from": config.population.start_from}
+    files |= {"reflection.replay": config.reflection.replay}
+    if config.environment.name == "search":
+        files["environment.search.retriever"] = config.environment.search.retriever
     for field, path in files.items():
         if path.endswith((".jsonl", ".json", ".gguf")) and not Path(path).expanduser().is_file():
             _refuse(field, path, "there is no such file; correct the path")
 
 
-def _check_together(c: Any) -> None:
-    if not c.model.source:
+def _check_together(config: ConfigDict) -> None:
+    if not config.model.source:
         _refuse(
             "model.source",
-            c.model.source,
+            config.model.source,
             "say which model: smollm2, a .gguf file, a folder of safetensors, or org/name on the hub",
         )
-    if not 0 < c.sampling.top_p <= 1:
-        _refuse("sampling.top_p", c.sampling.top_p, "give a probability above 0, or 1 for all tokens")
-    if not c.sampling.min_p <= 1:
-        _refuse("sampling.min_p", c.sampling.min_p, "give a ratio of at most 1, or 0 for all tokens")
-    if not all(isinstance(text, str) and text and "\ufffd" not in text for text in c.sampling.stop_strings):
+    if not 0 < config.sampling.top_p <= 1:
+        _refuse("sampling.top_p", config.sampling.top_p, "give a probability above 0, or 1 for all tokens")
+    if not config.sampling.min_p <= 1:
+        _refuse("sampling.min_p", config.sampling.min_p, "give a ratio of at most 1, or 0 for all tokens")
+    if not all(
+        isinstance(text, str) and text and "\ufffd" not in text for text in config.sampling.stop_strings
+    ):
         _refuse(
             "sampling.stop_strings",
-            tuple(c.sampling.stop_strings),
+            tuple(config.sampling.stop_strings),
             "give strings that are not empty and have no U+FFFD, which stands for every unfinished character",
         )
-    trains = c.mode in ("espl", "rl")
+    trains = config.mode in ("espl", "rl")
     for name, only in (("top_k", 1), ("min_p", 1)):
-        if trains and c.sampling[name] == only:
+        if trains and config.sampling[name] == only:
             _refuse(
                 f"sampling.{name}",
-                c.sampling[name],
+                config.sampling[name],
                 "this draws the most likely token always, and greedy rollouts cannot be trained on; let more "
                 "tokens be drawn, or use mode=evolution",
             )
-    if trains and not c.sampling.temperature > 0:
+    if trains and not config.sampling.temperature > 0:
         _refuse(
             "sampling.temperature",
-            c.sampling.temperature,
+            config.sampling.temperature,
             "greedy rollouts cannot be trained on; give a positive one, or mode=evolution",
         )
     # In these modes one prompt takes the places of all.
-    group = c.group_size * (c.num_prompts if c.mode in ("rl", "reflection") else 1)
+    group = config.group_size * (config.num_prompts if config.mode in ("rl", "reflection") else 1)
     if group < 2:
-        _refuse("group_size", c.group_size, "a group of one has no advantage over itself; give at least 2")
-    if trains and not c.optimizer.learning_rate > 0:
         _refuse(
-            "optimizer.learning_rate", c.optimizer.learning_rate, "give a positive one, or mode=evolution"
+            "group_size", config.group_size, "a group of one has no advantage over itself; give at least 2"
         )
-    if unknown := set(c.lora.targets) - set(LORA_TARGETS):
+    if trains and not config.optimizer.learning_rate > 0:
+        _refuse(
+            "optimizer.learning_rate",
+            config.optimizer.learning_rate,
+            "give a positive one, or mode=evolution",
+        )
+    if unknown := set(config.lora.targets) - set(LORA_TARGETS):
         _refuse(
             "lora.targets",
-            tuple(c.lora.targets),
+            tuple(config.lora.targets),
             f"{sorted(unknown)} cannot be adapted; choose from {LORA_TARGETS}",
         )
-    if c.evolution.form == "prose" and c.population.principles:
+    if config.evolution.form == "prose" and config.population.principles:
         _refuse(
             "population.principles",
-            tuple(c.population.principles),
+            tuple(config.population.principles),
             "evolution.form=prose edits the text alone; put them into population.text",
         )
-    alone = c.num_prompts == 1 or c.selection.window == 1
-    if c.mode in ("espl", "evolution") and alone and c.deployment.rule == "ratings":
+    alone = config.num_prompts == 1 or config.selection.window == 1
+    if config.mode in ("espl", "evolution") and alone and config.deployment.rule == "ratings":
         _refuse(
             "deployment.rule",
-            c.deployment.rule,
+            config.deployment.rule,
             "with one prompt an iteration nobody is ever rated; give newest or validation",
         )
-    if c.mode != "rl":
-        _check_reflection(c.reflection)
-        _check_reply_length(c)
-    if not 0 <= c.evolution.crossover_prob <= 1:
-        _refuse("evolution.crossover_prob", c.evolution.crossover_prob, "a probability is between 0 and 1")
-    if c.selection.temperature is not None and not c.selection.temperature > 0:
+    if config.mode != "rl":
+        _check_reflection(config.reflection)
+        _check_reply_length(config)
+    if not 0 <= config.evolution.crossover_prob <= 1:
         _refuse(
-            "selection.temperature", c.selection.temperature, "give a positive one, or None for the default"
+            "evolution.crossover_prob", config.evolution.crossover_prob, "a probability is between 0 and 1"
         )
-    _check_environment(c)
-    if c.population.start_from and (c.population.text or c.population.principles):
+    if config.selection.temperature is not None and not config.selection.temperature > 0:
+        _refuse(
+            "selection.temperature",
+            config.selection.temperature,
+            "give a positive one, or None for the default",
+        )
+    _check_environment(config)
+    if config.population.start_from and (config.population.text or config.population.principles):
         _refuse(
             "population.start_from",
-            c.population.start_from,
+            config.population.start_from,
             "a saved population brings its own prompts; leave population.text and .principles empty",
         )
-    if c.seed < 0:
-        _refuse("seed", c.seed, "give 0 or more")
-    if c.lora.rank and not c.lora.targets:
-        _refuse("lora.targets", tuple(c.lora.targets), "name some, or give lora.rank=0 to train all weights")
-    if c.evolution.max_principles < max(1, len(c.population.principles)):
+    if config.seed < 0:
+        _refuse("seed", config.seed, "give 0 or more")
+    if config.lora.rank and not config.lora.targets:
+        _refuse(
+            "lora.targets", tuple(config.lora.targets), "name some, or give lora.rank=0 to train all weights"
+        )
+    if config.evolution.max_principles < max(1, len(config.population.principles)):
         _refuse(
             "evolution.max_principles",
-            c.evolution.max_principles,
+            config.evolution.max_principles,
             "give room for the root's principles, and for one at least",
         )
-    _check_loss(c.loss)
+    _check_loss(config.loss)
     if trains:
-        _check_kl(c)
-    _check_optimizer(c)
+        _check_kl(config)
+    _check_optimizer(config)
     for split in ("validation", "test"):
-        if c.evaluation.temperature == 0 and c.evaluation[f"{split}_samples"] > 1:
+        if config.evaluation.temperature == 0 and config.evaluation[f"{split}_samples"] > 1:
             _refuse(
                 f"evaluation.{split}_samples",
-                c.evaluation[f"{split}_samples"],
+                config.evaluation[f"{split}_samples"],
                 "greedy samples are all the same; give 1, or an evaluation.temperature above 0",
             )
-    _check_json_object("model.chat_template_kwargs", c.model.chat_template_kwargs)
-    if list(c.mesh.values()).count(-1) > 1:
-        _refuse("mesh", dict(c.mesh), "only one axis can take the rest")
+    _check_json_object("model.chat_template_kwargs", config.model.chat_template_kwargs)
+    if list(config.mesh.values()).count(-1) > 1:
+        _refuse("mesh", dict(config.mesh), "only one axis can take the rest")
 
 
-def _check_environment(c: Any) -> None:
-    e = c.environment
+def _check_environment(config: ConfigDict) -> None:
+    e = config.environment
     if e.name not in ENVIRONMENTS and ":" not in e.name:
         _refuse(
             "environment.name",
@@ -265,7 +279,7 @@ def _check_environment(c: Any) -> None:
         _refuse("environment.reward", e.reward, "give module:function, or nothing")
     _check_json_object("environment.options", e.options)
     retriever = e.search.retriever
-    if e.name == "search" and not retriever and not c.data.train.startswith("encyclopedia"):
+    if e.name == "search" and not retriever and not config.data.train.startswith("encyclopedia"):
         _refuse(
             "environment.search.retriever",
             retriever,
@@ -318,21 +332,21 @@ def _check_loss(loss: Any) -> None:
         )
 
 
-def _check_kl(c: Any) -> None:
+def _check_kl(config: ConfigDict) -> None:
     """Whether sampling draws what the estimate of the KL needs; the update checks it too, of its batch."""
-    cut = [name for name, all_tokens in UNTRUNCATED.items() if c.sampling[name] != all_tokens]
-    if c.loss.kl_coef and c.loss.kl_estimator != "exact" and cut:
-        named = ", ".join(f"sampling.{name}={c.sampling[name]}" for name in cut)
+    cut = [name for name, all_tokens in UNTRUNCATED.items() if config.sampling[name] != all_tokens]
+    if config.loss.kl_coef and config.loss.kl_estimator != "exact" and cut:
+        named = ", ".join(f"sampling.{name}={config.sampling[name]}" for name in cut)
         _refuse(
             "loss.kl_estimator",
-            c.loss.kl_estimator,
+            config.loss.kl_estimator,
             f"it requires untruncated sampling, and there is {named}; give exact, or disable top_p, top_k "
             "and min_p",
         )
 
 
-def _check_optimizer(c: Any) -> None:
-    o = c.optimizer
+def _check_optimizer(config: ConfigDict) -> None:
+    o = config.optimizer
     for name in ("b1", "b2"):
         if not 0 <= o[name] < 1:
             _refuse(f"optimizer.{name}", o[name], "a decay is at least 0 and below 1")
@@ -350,7 +364,7 @@ def _check_optimizer(c: Any) -> None:
         return
     if o.final_rate > 1:
         _refuse("optimizer.final_rate", o.final_rate, "it is a part of learning_rate; give at most 1")
-    updates = c.num_iterations * c.loss.epochs * c.loss.minibatches
+    updates = config.num_iterations * config.loss.epochs * config.loss.minibatches
     if o.warmup_steps >= updates:
         _refuse(
             "optimizer.warmup_steps",
@@ -385,12 +399,12 @@ def _check_reflection(r: Any) -> None:
         _refuse("reflection.timeout", r.timeout, "give seconds, more than 0")
 
 
-def _check_reply_length(c: Any) -> None:
+def _check_reply_length(config: ConfigDict) -> None:
     """Whether the longest replies that schemas ask for have room. Raises ValueError."""
-    if not c.reflection.constrained or c.reflection.reflector == "replay":
+    if not config.reflection.constrained or config.reflection.reflector == "replay":
         return
-    room = {"max_reply_tokens": c.reflection.max_new_tokens, "max_edits": 1, "max_chars": 1}
-    if c.evolution.form == "prose":
+    room = {"max_reply_tokens": config.reflection.max_new_tokens, "max_edits": 1, "max_chars": 1}
+    if config.evolution.form == "prose":
         blocks_schema((), evidence=True, **room)
         return
     names = [f"{letter}{number}" for letter in "GC" for number in (998, 999)]
@@ -398,7 +412,7 @@ def _check_reply_length(c: Any) -> None:
     edits_schema(("add", "modify", "remove"), names, evidence=True, **room)
 
 
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+def _flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     fields = {}
     for name, value in config.items():
         fields |= _flat(value, f"{prefix}{name}.") if hasattr(value, "items") else {f"{prefix}{name}": value}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from typing import Any
+
+from ml_collections import ConfigDict
 
 from espl_jax.data.problems import ProblemSet
 from espl_jax.environments.base import Dialogue, Environment
@@ -18,7 +19,7 @@ from espl_jax.text.chat import encode
 from espl_jax.types import SystemPrompt
 
 
-def context_of(config: Any, decoder: DecoderConfig) -> int:
+def context_of(config: ConfigDict, decoder: DecoderConfig) -> int:
     """Most tokens of a whole conversation of the run.
 
     Raises:
@@ -33,7 +34,7 @@ def context_of(config: Any, decoder: DecoderConfig) -> int:
 
 
 def fitting(
-    config: Any, splits: dict[str, ProblemSet], model: Pretrained, environment: Environment | Dialogue
+    config: ConfigDict, splits: dict[str, ProblemSet], model: Pretrained, environment: Environment | Dialogue
 ) -> tuple[dict[str, ProblemSet], dict[str, tuple[str, ...]]]:
     """The problems that leave room for an answer, whatever system prompt evolution may put before them.
 
@@ -84,7 +85,7 @@ def fitting(
 
 def check_first_prompts(
     population: Population,
-    config: Any,
+    config: ConfigDict,
     splits: dict[str, ProblemSet],
     model: Pretrained,
     environment: Environment | Dialogue,
@@ -106,6 +107,6 @@ def check_first_prompts(
             )
 
 
-def least_budget(config: Any, context: int) -> int:
+def least_budget(config: ConfigDict, context: int) -> int:
     """Tokens that a system prompt may always have, however long problems and rollouts are."""
     return min(config.evolution.max_prompt_tokens, context // 4)

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from espl_jax.console.progress import Progress
 from espl_jax.console.tables import table
 from espl_jax.evolution.deployment import Choice, best_validated, deployed
@@ -16,38 +18,29 @@ from espl_jax.rollouts.collect import collect_rollouts
 from espl_jax.rollouts.evaluation import Evaluation, summarize
 from espl_jax.rollouts.keys import stream_key
 from espl_jax.rollouts.records import records
-from espl_jax.run.parts import Parts
+from espl_jax.run.job import Job
 from espl_jax.storage.workdir import WorkDir
 from espl_jax.types import SystemPrompt
 
 
-def finish(
-    parts: Parts,
-    policy: Pretrained,
-    root: SystemPrompt,
-    population: Population,
-    c: Any,
-    workdir: WorkDir,
-    progress: Progress,
-) -> dict[str, Any]:
+def finish(job: Job, policy: Pretrained, root: SystemPrompt, population: Population) -> dict[str, Any]:
     """The end of a run: the choice of the prompt to deploy, the test, and the lineage as text.
 
     The test is {initial, trained weights} x {root, deployed prompt}. It and the choice with its reason are
     shown and written to `results.json`, the lineage to `lineage.txt`.
 
     Args:
-      parts: of the run.
+      job: the run.
       policy: the model with the trained weights.
       root: the oldest of the first prompts.
       population: the population now.
-      c: the config.
-      workdir, progress: of the run.
     """
-    best, reason = choose(parts, policy, population, c, workdir, progress)
+    config, parts, workdir, progress = job.config, job.parts, job.workdir, job.progress
+    best, reason = choose(job, policy, population)
     prompts = {"root": root} if best.id == root.id else {"root": root, "deployed": best}
     weights = {"initial": parts.reference} | ({"trained": policy} if parts.trains else {})
     results: dict[str, Any] = {
-        "iteration": c.num_iterations,
+        "iteration": config.num_iterations,
         "deployed": dataclasses.asdict(best),
         "reason": reason,
         "problems_left_out": {split: len(ids) for split, ids in parts.left_out.items()},
@@ -58,10 +51,10 @@ def finish(
         for name, model in weights.items():
             with progress.phase(f"test, {name} weights"):
                 members = list(prompts.values())
-                cells = evaluate_on(parts, "test", model, name, members, c, c.num_iterations, workdir)
+                cells = evaluate_on(job, "test", model, name, members, config.num_iterations)
             rows.append([name, *map(str, cells)])
             results["test"][name] = dict(zip(prompts, map(dataclasses.asdict, cells), strict=True))
-        problems, samples = len(parts.splits["test"]), c.evaluation.test_samples
+        problems, samples = len(parts.splits["test"]), config.evaluation.test_samples
         progress.say(f"\nTest accuracy, {problems} problems, {samples} samples each, with 95% intervals:\n")
         progress.say(table(rows))
         before, after = (
@@ -86,46 +79,42 @@ def finish(
     return results
 
 
-def choose(
-    parts: Parts, policy: Pretrained, population: Population, c: Any, workdir: WorkDir, progress: Progress
-) -> Choice:
+def choose(job: Job, policy: Pretrained, population: Population) -> Choice:
     """The prompt to deploy, by the config's rule; with `validation` the candidates are sampled for it."""
-    if c.deployment.rule != "validation" or not parts.evolves:
-        return deployed(population, c.mode, c.deployment)
+    config = job.config
+    if config.deployment.rule != "validation" or not job.parts.evolves:
+        return deployed(population, config.mode, config.deployment)
 
     def validate(members: Sequence[SystemPrompt]) -> list[float]:
-        with progress.phase("validation of candidates"):
-            cells = evaluate_on(
-                parts, "validation", policy, "deployment", members, c, c.num_iterations, workdir
-            )
+        with job.progress.phase("validation of candidates"):
+            cells = evaluate_on(job, "validation", policy, "deployment", members, config.num_iterations)
         return [cell.reward for cell in cells]
 
-    return best_validated(population, validate, c.deployment.candidates)
+    return best_validated(population, validate, config.deployment.candidates)
 
 
 def evaluate_on(
-    parts: Parts,
+    job: Job,
     split: str,
     model: Pretrained,
     weights: str,
     prompts: Sequence[SystemPrompt],
-    c: Any,
     iteration: int,
-    workdir: WorkDir,
 ) -> list[Evaluation]:
     """Evaluates prompts on `validation` or `test`, and logs every rollout under the name of the weights."""
+    config, parts = job.config, job.parts
     rollouts = collect_rollouts(
         model,
         prompts,
         parts.splits[split].problems,
         parts.environment,
-        key=stream_key(c.seed, split, iteration),
-        group_size=c.evaluation[f"{split}_samples"],
-        max_new_tokens=c.sampling.max_new_tokens,
-        temperature=c.evaluation.temperature,
-        **parts.sampling,
-        **parts.rollouts,
+        key=stream_key(config.seed, split, iteration),
+        group_size=config.evaluation[f"{split}_samples"],
+        sampling=dataclasses.replace(parts.sampling, temperature=config.evaluation.temperature),
+        chat=parts.chat,
+        capacity=parts.capacity,
     )
     for record in records(rollouts):
-        workdir.append("evaluations", {"iteration": iteration, "split": split, "weights": weights, **record})
+        named = {"iteration": iteration, "split": split, "weights": weights, **record}
+        job.workdir.append("evaluations", named)
     return summarize(rollouts)

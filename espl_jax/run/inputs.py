@@ -8,7 +8,8 @@ import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from ml_collections import ConfigDict
 
 from espl_jax.data.problems import ProblemSet
 
@@ -22,28 +23,33 @@ BLOCKS, BLOCK = 64, 2**16
 """Of a larger file, its size and this number of blocks of this size are hashed, first and last included."""
 
 
-def fingerprints(c: Any, splits: Mapping[str, ProblemSet], model_files: Mapping[str, Path]) -> Fingerprints:
+def fingerprints(
+    config: ConfigDict, splits: Mapping[str, ProblemSet], model_files: Mapping[str, Path]
+) -> Fingerprints:
     """Fingerprints everything that a run reads and that its configuration only names.
 
     Problems are covered as they were read, wherever they come from; files as `file_digest` says; of an
     environment or a reward of the user's own the source of its module or package, not of what that imports.
 
     Args:
-      c: the ConfigDict of the run.
+      config: the ConfigDict of the run.
       splits: all problems.
       model_files: those that the model was read from, by name.
     """
     found: Fingerprints = {}
     for split, problems in splits.items():
-        source = "train" if split == "validation" and not c.data.validation else split
+        source = "train" if split == "validation" and not config.data.validation else split
         found.setdefault(f"data.{source}", {})[f"problems of {split}"] = _problems_digest(problems)
     found["model.source"] = fingerprint_files(model_files)
-    for field, spec in {"name": c.environment.name, "reward": c.environment.reward}.items():
+    for field, spec in {"name": config.environment.name, "reward": config.environment.reward}.items():
         if ":" in spec:
             found[f"environment.{field}"] = fingerprint_files(_sources(spec.partition(":")[0]))
-    files = {"population.start_from": c.population.start_from, "reflection.replay": c.reflection.replay}
-    if c.environment.name == "search" and c.environment.search.retriever.endswith(".jsonl"):
-        files["environment.search.retriever"] = c.environment.search.retriever
+    files = {
+        "population.start_from": config.population.start_from,
+        "reflection.replay": config.reflection.replay,
+    }
+    if config.environment.name == "search" and config.environment.search.retriever.endswith(".jsonl"):
+        files["environment.search.retriever"] = config.environment.search.retriever
     for field, file in files.items():
         path = Path(file).expanduser()
         if file and path.is_file():

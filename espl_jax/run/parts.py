@@ -9,25 +9,30 @@ from typing import Any
 
 import jax
 import optax
+from ml_collections import ConfigDict
 
 from espl_jax.data.problems import ProblemSet
-from espl_jax.environments.base import Dialogue, Environment
+from espl_jax.environments.base import Dialogue, Environment, is_dialogue
+from espl_jax.evolution.evolve import Evolution
 from espl_jax.evolution.guards import Guards
 from espl_jax.evolution.templates import load_template, template_names
+from espl_jax.models.config import DecoderConfig
 from espl_jax.parallel import processes, sharding
 from espl_jax.parallel.memory import bytes_per_device
 from espl_jax.pretrained.load import Pretrained
-from espl_jax.rl.losses import Loss
+from espl_jax.rl.losses import Loss, Objective
 from espl_jax.rollouts.encode import longest_conversation, longest_problem
 from espl_jax.run import inputs
 from espl_jax.run.context import context_of, fitting, least_budget
-from espl_jax.run.samplings import Lengths, Sampling, samplings
 from espl_jax.run.tasks import environment_of, load_splits
 from espl_jax.run.weights import abstract_trainable, declared_trainable, load_reference, trains
+from espl_jax.run.workloads import Lengths, Workload, workloads
 from espl_jax.sampling.layout import for_sampling
+from espl_jax.sampling.settings import Capacity, Sampling
 from espl_jax.sampling.sizes import Sizes
 from espl_jax.sampling.truncation import Truncation
 from espl_jax.text.chat import encode, encode_conversation
+from espl_jax.text.chat_format import ChatFormat
 from espl_jax.training.optimizer import make_optimizer
 from espl_jax.training.state import TrainState, abstract_train_state, sampling_params
 from espl_jax.types import TrainBatch
@@ -45,11 +50,12 @@ class Parts:
       mesh: of devices, or None on one.
       trains, evolves: which branches the mode has.
       lora: whether adapters are trained, and not all params.
-      declared: of what is trained.
-      sampling: keyword arguments that every sampling of the run shares, reflection included.
-      rollouts: those that training and evaluation add.
-      evolution: keyword arguments of `evolve`.
-      loss: keyword arguments of `policy_gradient_step`.
+      declared: declarations of what is trained.
+      chat: how conversations become text.
+      sampling: how rollouts are drawn.
+      capacity: what of the devices rollouts may take.
+      evolution: how prompts change.
+      objective: what updates make smaller.
       inputs: fingerprints of what was read.
       left_out: ids of the problems that are too long for the context, by split.
     """
@@ -63,10 +69,11 @@ class Parts:
     evolves: bool
     lora: bool
     declared: Any
-    sampling: dict[str, Any]
-    rollouts: dict[str, Any]
-    evolution: dict[str, Any]
-    loss: dict[str, Any]
+    chat: ChatFormat
+    sampling: Sampling
+    capacity: Capacity
+    evolution: Evolution
+    objective: Objective
     inputs: inputs.Fingerprints
     left_out: dict[str, tuple[str, ...]]
 
@@ -77,152 +84,190 @@ class Parts:
 
     def policy(self, state: TrainState | None) -> Pretrained:
         """The model with the weights of a train state; the reference where nothing is trained."""
-        if state is None:
-            return self.reference
-        params = sampling_params(
-            state.trainable, self.frozen, self.declared, self.reference.config, self.mesh
-        )
-        return dataclasses.replace(self.reference, params=params)
+        return _policy(self.reference, state, self.declared, self.lora, self.mesh)
 
     def step_arguments(self, state: TrainState, batch: TrainBatch) -> tuple[Any, ...]:
-        """What `policy_gradient_step` is called with, beside `loss`."""
-        reference = self.reference.params if self.loss["kl_coef"] else None
-        return state, self.frozen, reference, batch, self.reference.config, self.optimizer
+        """What `policy_gradient_step` is called with, beside `microbatch_rows`."""
+        reference = self.reference.params if self.objective.kl_coef else None
+        return state, self.frozen, reference, batch, self.reference.config, self.optimizer, self.objective
 
 
-def assemble(config: Any) -> Parts:
+def _policy(
+    reference: Pretrained, state: TrainState | None, declared: Any, lora: bool, mesh: jax.sharding.Mesh | None
+) -> Pretrained:
+    if state is None:
+        return reference
+    frozen = reference.params if lora else None
+    params = sampling_params(state.trainable, frozen, declared, reference.config, mesh)
+    return dataclasses.replace(reference, params=params)
+
+
+def assemble(config: ConfigDict) -> Parts:
     """Loads and builds everything. Raises as the parts do; `check_config` has been called before."""
-    c = config
-    mesh = sharding.make_mesh(dict(c.mesh))
-    splits = processes.decide(lambda: load_splits(c))
-    environment = environment_of(c)
-    model = load_reference(c, mesh)
-    read = processes.decide(lambda: inputs.fingerprints(c, splits, model.files))
-    splits, left_out = fitting(c, splits, model, environment)
-    parts = Parts(
+    mesh = sharding.make_mesh(dict(config.mesh))
+    splits = processes.decide(lambda: load_splits(config))
+    environment = environment_of(config)
+    model = load_reference(config, mesh)
+    read = processes.decide(lambda: inputs.fingerprints(config, splits, model.files))
+    splits, left_out = fitting(config, splits, model, environment)
+    problems = [problem for split in splits.values() for problem in split.problems]
+    chat, optimizer = chat_format(config), make_optimizer_of(config)
+    declared = declared_trainable(config, model.config)
+    state = abstract_run_state(config, model.config, optimizer, mesh)
+    capacity = Capacity(
+        max_rows=config.sampling.max_rows or None,
+        held_bytes=held_while_sampling(model, state, declared, bool(config.lora.rank), mesh),
+        longest_problem=longest_problem(model.tokenizer, problems, environment, chat.template_arguments),
+        mesh=mesh,
+    )
+    return Parts(
         reference=model,
         splits=splits,
         environment=environment,
-        optimizer=make_optimizer_of(c),
+        optimizer=optimizer,
         mesh=mesh,
-        trains=trains(c),
-        evolves=c.mode != "rl",
-        lora=bool(c.lora.rank),
-        declared=declared_trainable(c, model.config),
-        sampling={
-            "chat_template_kwargs": json.loads(c.model.chat_template_kwargs),
-            "max_rows": c.sampling.max_rows or None,
-            "mesh": mesh,
-        },
-        rollouts={
-            "truncation": Truncation(c.sampling.top_k, c.sampling.top_p, c.sampling.min_p),
-            "stop_strings": tuple(c.sampling.stop_strings),
-            "context_limit": c.sampling.context_limit or None,
-            "show_thinking": c.environment.show_thinking,
-            "tool_format": c.environment.tool_format,
-        },
-        evolution={
-            "form": c.evolution.form,
-            "guards": None,  # below: they need to know the longest problem
-            "opening": c.reflection.opening,
-            "mutation_sigma": c.evolution.mutation_sigma,
-            "crossover_sigma": c.evolution.crossover_sigma,
-            "crossover_prob": 0.0 if c.mode == "reflection" else c.evolution.crossover_prob,
-            "tie_margin": c.ratings.tie_margin,
-        },
-        loss=loss_settings(c),
+        trains=trains(config),
+        evolves=config.mode != "rl",
+        lora=bool(config.lora.rank),
+        declared=declared,
+        chat=chat,
+        sampling=sampling_of(config),
+        capacity=capacity,
+        evolution=evolution_of(
+            config, guards(config, model, environment, splits, chat, capacity.longest_problem)
+        ),
+        objective=objective_of(config),
         inputs=read,
         left_out=left_out,
     )
-    parts.sampling["held_bytes"] = held_while_sampling(c, parts)
-    problems = [problem for split in splits.values() for problem in split.problems]
-    parts.rollouts["longest_problem"] = longest_problem(
-        model.tokenizer, problems, environment, parts.sampling["chat_template_kwargs"]
+
+
+def chat_format(config: ConfigDict) -> ChatFormat:
+    """How the conversations of a run become text."""
+    return ChatFormat(
+        template_arguments=json.loads(config.model.chat_template_kwargs),
+        show_thinking=config.environment.show_thinking,
+        tool_format=config.environment.tool_format,
+        stop_strings=tuple(config.sampling.stop_strings),
     )
-    parts.evolution["guards"] = guards(c, parts)
-    return parts
 
 
-def loss_settings(c: Any) -> dict[str, Any]:
-    """Keyword arguments of `policy_gradient_step`."""
+def sampling_of(config: ConfigDict) -> Sampling:
+    """How the rollouts of a run are drawn."""
+    return Sampling(
+        max_new_tokens=config.sampling.max_new_tokens,
+        temperature=config.sampling.temperature,
+        truncation=Truncation(config.sampling.top_k, config.sampling.top_p, config.sampling.min_p),
+        context_limit=config.sampling.context_limit or None,
+    )
+
+
+def evolution_of(config: ConfigDict, guards: Guards) -> Evolution:
+    """How the prompts of a run change."""
+    return Evolution(
+        form=config.evolution.form,
+        guards=guards,
+        opening=config.reflection.opening,
+        constrained=config.reflection.constrained,
+        crossover_prob=0.0 if config.mode == "reflection" else config.evolution.crossover_prob,
+        crossover_sigma=config.evolution.crossover_sigma,
+        mutation_sigma=config.evolution.mutation_sigma,
+        tie_margin=config.ratings.tie_margin,
+    )
+
+
+def objective_of(config: ConfigDict) -> Objective:
+    """What the updates of a run make smaller."""
     names = ("kind", "clip_low", "clip_high", "aggregation", "sampler_weight_cap")
-    loss = Loss(**{name: c.loss[name] for name in names}, constant_length=c.sampling.max_new_tokens)
-    return {
-        "temperature": c.sampling.temperature,
-        "loss": loss,
-        **{name: c.loss[name] for name in ("kl_coef", "kl_estimator", "microbatch_rows")},
-    }
+    fields = {name: config.loss[name] for name in names}
+    return Objective(
+        loss=Loss(**fields, constant_length=config.sampling.max_new_tokens),
+        temperature=config.sampling.temperature,
+        kl_coef=config.loss.kl_coef,
+        kl_estimator=config.loss.kl_estimator,
+    )
 
 
-def make_optimizer_of(config: Any) -> optax.GradientTransformation:
+def make_optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
     """The optax chain; schedules end with the last update that the run can take."""
     fields = {name: value for name, value in config.optimizer.items() if name != "max_skipped"}
     updates = config.num_iterations * config.loss.epochs * config.loss.minibatches
     return make_optimizer(**fields, decay_steps=updates)
 
 
-def guards(config: Any, parts: Parts) -> Guards:
+def guards(
+    config: ConfigDict,
+    model: Pretrained,
+    environment: Environment | Dialogue,
+    splits: dict[str, ProblemSet],
+    chat: ChatFormat,
+    longest_problem: int,
+) -> Guards:
     """What evolution accepts; prompts and problems are measured in tokens of the model.
 
     A prompt leaves room in the context for the longest problem and a whole rollout, or where these fill it
     themselves, takes a quarter of it at most.
     """
-    model, environment = parts.reference, parts.environment
     context = context_of(config, model.config)
-    problems = [problem for split in parts.splits.values() for problem in split.problems]
-    kwargs = parts.sampling["chat_template_kwargs"]
-    longest = longest_conversation(model.tokenizer, problems, environment, kwargs)
-    room = context - max(parts.rollouts["longest_problem"] + config.sampling.max_new_tokens, longest + 1)
+    problems = [problem for split in splits.values() for problem in split.problems]
+    longest = longest_conversation(model.tokenizer, problems, environment, chat.template_arguments)
+    room = context - max(longest_problem + config.sampling.max_new_tokens, longest + 1)
     names = ("max_edits", "max_words", "word_retries", "max_principles", "copied_tokens", "copied_answers")
     return Guards(
         **{name: config.evolution[name] for name in names},
         max_prompt_tokens=max(min(config.evolution.max_prompt_tokens, room), least_budget(config, context)),
         max_reply_tokens=config.reflection.max_new_tokens,
         tokenize=functools.partial(encode, model.tokenizer),
-        problems=parts.splits["train"].problems,
+        problems=splits["train"].problems,
     )
 
 
-def rollout_sizes(config: Any, parts: Parts) -> tuple[Sizes, ...]:
+def rollout_sizes(config: ConfigDict, parts: Parts) -> tuple[Sizes, ...]:
     """What the rollouts of a training iteration reserve and compile for, whatever its problems."""
-    longest = Lengths(0, parts.rollouts["longest_problem"], config.sampling.max_new_tokens)
-    rollouts = samplings_of(config, parts, longest)[0]
-    return rollouts.sizes(parts.reference.config, parts.sampling["held_bytes"], parts.mesh)
+    longest = Lengths(0, parts.capacity.longest_problem, config.sampling.max_new_tokens)
+    rollouts = workloads_of(config, parts, longest)[0]
+    return rollouts.sizes(parts.reference.config, parts.capacity.held_bytes, parts.mesh)
 
 
-def samplings_of(config: Any, parts: Parts, lengths: Lengths) -> list[Sampling]:
-    """All kinds of sampling of the run; its rollouts are as long as `lengths` say."""
-    model, kwargs = parts.reference, parts.sampling["chat_template_kwargs"]
+def workloads_of(config: ConfigDict, parts: Parts, lengths: Lengths) -> list[Workload]:
+    """All samplings of the run; its rollouts are as long as `lengths` say."""
+    model, arguments = parts.reference, parts.chat.template_arguments
 
     def instructions(name: str) -> int:
         turns = (("system", load_template(name).system), ("user", "-"))
         messages = [{"role": role, "content": content} for role, content in turns]
-        return len(encode_conversation(model.tokenizer, messages, **kwargs)[0])
+        return len(encode_conversation(model.tokenizer, messages, **arguments)[0])
 
-    return samplings(
+    return workloads(
         config,
         model.config,
         lengths,
-        longest_problem=max(parts.rollouts["longest_problem"], lengths.problem),
-        turns=hasattr(parts.environment, "respond"),
+        longest_problem=max(parts.capacity.longest_problem, lengths.problem),
+        turns=is_dialogue(parts.environment),
         evaluated={name: len(split) for name, split in parts.splits.items() if name != "train"},
         instructions=max(map(instructions, template_names())),
     )
 
 
-def held_while_sampling(config: Any, parts: Parts) -> int:
+def held_while_sampling(
+    model: Pretrained, state: TrainState | None, declared: Any, lora: bool, mesh: jax.sharding.Mesh | None
+) -> int:
     """Bytes of each device that are taken while a run samples: weights, the optimizer's state, and what of
-    the policy is laid out anew for sampling."""
-    state = abstract_run_state(config, parts)
-    held = {id(x) for x in jax.tree.leaves((parts.reference.params, state))}
-    params, _ = for_sampling(parts.policy(state).params, parts.reference.config, parts.mesh)
+    the policy is laid out anew for sampling. The state may be one of shapes."""
+    held = {id(x) for x in jax.tree.leaves((model.params, state))}
+    policy = _policy(model, state, declared, lora, mesh)
+    params, _ = for_sampling(policy.params, model.config, mesh)
     copies = [x for x in jax.tree.leaves(params) if id(x) not in held]
-    return bytes_per_device((parts.reference.params, state, copies))
+    return bytes_per_device((model.params, state, copies))
 
 
-def abstract_run_state(config: Any, parts: Parts) -> TrainState | None:
+def abstract_run_state(
+    config: ConfigDict,
+    decoder: DecoderConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh | None,
+) -> TrainState | None:
     """Shapes of the train state, or None where nothing is trained; see `abstract_train_state`."""
-    if not parts.trains:
+    if not trains(config):
         return None
-    trainable = abstract_trainable(config, parts.reference.config, parts.mesh)
-    return abstract_train_state(trainable, parts.optimizer, parts.mesh)
+    return abstract_train_state(abstract_trainable(config, decoder, mesh), optimizer, mesh)

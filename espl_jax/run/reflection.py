@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from espl_jax.parallel import processes
 from espl_jax.pretrained.load import Pretrained
 from espl_jax.reflectors.journal import Journal
@@ -18,6 +20,7 @@ from espl_jax.reflectors.openai_server import OpenAIServer
 from espl_jax.reflectors.replay import ReplayReflector, Transcripts
 from espl_jax.rollouts.keys import stream_key
 from espl_jax.run.parts import Parts
+from espl_jax.sampling.settings import Sampling
 from espl_jax.types import Conversation, Reflect
 
 MakeReflect = Callable[[Pretrained, int], Reflect]
@@ -25,7 +28,7 @@ MakeReflect = Callable[[Pretrained, int], Reflect]
 
 
 @contextlib.contextmanager
-def open_reflectors(config: Any, parts: Parts, workdir: Path) -> Iterator[MakeReflect]:
+def open_reflectors(config: ConfigDict, parts: Parts, workdir: Path) -> Iterator[MakeReflect]:
     """Gives the function that makes the reflector of each iteration.
 
     Replies of a server are kept in `replies.jsonl` of the work directory as they arrive, so that a resumed
@@ -46,10 +49,10 @@ def open_reflectors(config: Any, parts: Parts, workdir: Path) -> Iterator[MakeRe
             return local_reflector(
                 policy if r.policy == "current" else parts.reference,
                 key=stream_key(config.seed, "reflection", iteration),
-                max_new_tokens=r.max_new_tokens,
-                temperature=r.temperature,
+                sampling=Sampling(max_new_tokens=r.max_new_tokens, temperature=r.temperature),
                 max_input_tokens=r.max_input_tokens,
-                **parts.sampling,
+                template_arguments=parts.chat.template_arguments,
+                capacity=parts.capacity,
             )
 
         yield on_device

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import logging
+from ml_collections import ConfigDict
 
 from espl_jax.data.order import Cursor
 from espl_jax.evolution import lineage
@@ -81,7 +82,7 @@ def save(workdir: WorkDir, run: Run) -> None:
     workdir.write_json("population.json", population)
 
 
-def stop_if_stuck(workdir: WorkDir, run: Run, config: Any) -> None:
+def stop_if_stuck(workdir: WorkDir, run: Run, config: ConfigDict) -> None:
     """Ends a run whose updates cannot be taken any more, with its state saved. Raises RuntimeError."""
     if run.not_finite_in_row <= config.optimizer.max_skipped:
         return
@@ -95,14 +96,14 @@ def stop_if_stuck(workdir: WorkDir, run: Run, config: Any) -> None:
     )
 
 
-def restore(workdir: WorkDir, config: Any, parts: Parts) -> Run:
+def restore(workdir: WorkDir, config: ConfigDict, parts: Parts) -> Run:
     """The run as of the newest checkpoint, or its beginning.
 
     Raises:
       ValueError: as `WorkDir.restore`, or for files that were replaced since the checkpoint.
     """
     check_inputs(workdir, config, parts.inputs)
-    saved = workdir.restore(abstract_run_state(config, parts))
+    saved = workdir.restore(_shapes(config, parts))
     if saved is None:
         population = processes.decide(lambda: first_population(config))
         check_first_prompts(population, config, parts.splits, parts.reference, parts.environment)
@@ -124,7 +125,7 @@ def restore(workdir: WorkDir, config: Any, parts: Parts) -> Run:
     )
 
 
-def check_inputs(workdir: WorkDir, config: Any, now: Fingerprints) -> None:
+def check_inputs(workdir: WorkDir, config: ConfigDict, now: Fingerprints) -> None:
     """Compares what a run reads with what it had read at its newest checkpoint.
 
     Raises:
@@ -145,7 +146,7 @@ def check_inputs(workdir: WorkDir, config: Any, now: Fingerprints) -> None:
         logging.warning("%s; the run goes on with what is there now", said)
 
 
-def first_train_state(config: Any, parts: Parts) -> TrainState | None:
+def first_train_state(config: ConfigDict, parts: Parts) -> TrainState | None:
     """The train state before the first update: fresh adapters, or a float32 copy of the params."""
     if not parts.trains:
         return None
@@ -162,5 +163,9 @@ def first_train_state(config: Any, parts: Parts) -> TrainState | None:
     if parts.mesh is None:
         return make(*arguments)
     # Jitted, so that no array is ever whole on one device.
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_run_state(config, parts))
+    shardings = jax.tree.map(lambda x: x.sharding, _shapes(config, parts))
     return jax.jit(make, out_shardings=shardings)(*arguments)
+
+
+def _shapes(config: ConfigDict, parts: Parts) -> TrainState | None:
+    return abstract_run_state(config, parts.reference.config, parts.optimizer, parts.mesh)

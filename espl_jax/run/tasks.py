@@ -6,11 +6,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from espl_jax.data import load
 from espl_jax.data.problems import ProblemSet, check_disjoint, hold_out
 from espl_jax.environments import own
 from espl_jax.environments.arithmetic import Arithmetic
-from espl_jax.environments.base import Dialogue, Environment
+from espl_jax.environments.base import is_dialogue, Dialogue, Environment
 from espl_jax.environments.math import Math
 from espl_jax.environments.retrievers.bm25 import Bm25
 from espl_jax.environments.retrievers.load import Retriever, open_retriever
@@ -19,57 +21,59 @@ from espl_jax.parallel import processes
 from espl_jax.types import Schema
 
 
-def load_splits(c: Any) -> dict[str, ProblemSet]:
+def load_splits(config: ConfigDict) -> dict[str, ProblemSet]:
     """`train`, `validation`, and `test` if there is one, no problem in two of them.
 
     Raises:
       ValueError: for data that cannot be used, splits that overlap, or fewer problems than a batch has.
     """
-    fields = {field: name for field, name in c.data.fields.items() if name} or None
-    splits = {"train": load.load(c.data.train, "train", fields=fields)}
-    if c.data.validation:
-        splits["validation"] = load.load(c.data.validation, "validation", fields=fields)
+    fields = {field: name for field, name in config.data.fields.items() if name} or None
+    splits = {"train": load.load(config.data.train, "train", fields=fields)}
+    if config.data.validation:
+        splits["validation"] = load.load(config.data.validation, "validation", fields=fields)
     else:
-        splits["train"], splits["validation"] = hold_out(splits["train"], c.data.validation_count, c.seed)
-    if c.data.test:
-        splits["test"] = load.load(c.data.test, "test", fields=fields)
+        splits["train"], splits["validation"] = hold_out(
+            splits["train"], config.data.validation_count, config.seed
+        )
+    if config.data.test:
+        splits["test"] = load.load(config.data.test, "test", fields=fields)
     check_disjoint(**splits)
-    check_batch(c, splits["train"])
+    check_batch(config, splits["train"])
     return splits
 
 
-def check_batch(c: Any, train: ProblemSet) -> None:
+def check_batch(config: ConfigDict, train: ProblemSet) -> None:
     """Raises ValueError if the training problems are fewer than a batch has."""
-    if c.batch_size > len(train):
+    if config.batch_size > len(train):
         raise ValueError(
-            f"batch_size={c.batch_size}: data.train has {len(train)} problems after validation was held out; "
+            f"batch_size={config.batch_size}: data.train has {len(train)} problems after validation was held out; "
             "lower batch_size or data.validation_count, or give more problems"
         )
 
 
-def environment_of(c: Any) -> Environment | Dialogue:
+def environment_of(config: ConfigDict) -> Environment | Dialogue:
     """The environment that a configuration describes."""
-    e = c.environment
+    e = config.environment
     options = e[e.name].to_dict() if e.name in ("math", "search") else json.loads(e.options)
-    return make_environment(e.name, e.answer_format, e.instruction, options, e.reward, c.data.train)
+    return make_environment(e.name, e.answer_format, e.instruction, options, e.reward, config.data.train)
 
 
-def has_turns(c: Any) -> bool:
+def has_turns(config: ConfigDict) -> bool:
     """Whether rollouts have several turns; no retriever is opened to find out."""
-    if c.environment.name in ("math", "arithmetic", "search"):
-        return c.environment.name == "search"
-    return hasattr(environment_of(c), "respond")
+    if config.environment.name in ("math", "arithmetic", "search"):
+        return config.environment.name == "search"
+    return is_dialogue(environment_of(config))
 
 
-def tools_of(c: Any) -> tuple[Schema, ...]:
+def tools_of(config: ConfigDict) -> tuple[Schema, ...]:
     """The tools that rollouts have; no retriever is opened to find out.
 
     Raises:
       ValueError: if the user's own environment cannot be made.
     """
-    if c.environment.name in ("math", "arithmetic", "search"):
-        return tuple(Search.tools) if c.environment.name == "search" else ()
-    return tuple(getattr(environment_of(c), "tools", ()))
+    if config.environment.name in ("math", "arithmetic", "search"):
+        return tuple(Search.tools) if config.environment.name == "search" else ()
+    return tuple(getattr(environment_of(config), "tools", ()))
 
 
 def make_environment(

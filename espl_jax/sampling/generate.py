@@ -16,8 +16,9 @@ from espl_jax.sampling.answers import Answers, Place, Respond
 from espl_jax.sampling.constraint import Constraint
 from espl_jax.sampling.layout import for_sampling
 from espl_jax.sampling.scheduler import Lanes
-from espl_jax.sampling.sizes import CHUNK, choose_sizes
-from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
+from espl_jax.sampling.settings import Capacity, Sampling
+from espl_jax.sampling.sizes import choose_sizes
+from espl_jax.sampling.truncation import Truncation
 
 FindEnd = Callable[[Sequence[int], int], int | None]
 """Tokens of a turn, and how many of them were looked at before; how many to keep if the turn ends there."""
@@ -87,6 +88,12 @@ def generate(
     Raises:
       ValueError: for empty prompts, unequal B, options out of range, or ids outside the vocabulary.
     """
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        truncation=Truncation(top_k, top_p, min_p),
+        stop_ids=tuple(stop_ids),
+    )
     flat = bool(prompts) and all(isinstance(token, int | np.integer) for token in prompts[0])
     lanes = [prompts] if flat else prompts
     if (
@@ -106,10 +113,7 @@ def generate(
         [lane[0][:size] for lane, size in zip(lanes, shared, strict=True)],
         [[prompt[size:] for prompt in lane] for lane, size in zip(lanes, shared, strict=True)],
         draw.row_keys(key, m, b, n),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        truncation=Truncation(top_k, top_p, min_p),
-        stop_ids=stop_ids,
+        sampling,
     )
     return Samples(*(x[0] for x in samples[:-1]), samples.row_steps) if flat else samples
 
@@ -127,22 +131,13 @@ def sample_tree(
     system_tokens: Sequence[Sequence[int]],
     problem_tokens: Sequence[Sequence[Sequence[int]]],
     keys: jax.Array,
+    sampling: Sampling,
+    capacity: Capacity = Capacity(),  # noqa: B008 (frozen)
     *,
-    max_new_tokens: int | np.ndarray,
-    temperature: float,
-    truncation: Truncation = UNTRUNCATED,
-    stop_ids: Sequence[int] = (),
     find_end: FindEnd | None = None,
     respond: Respond | None = None,
     finished: Finished | None = None,
     constraint: Constraint | None = None,
-    context_limit: int | None = None,
-    longest_problem: int = 0,
-    max_rows: int | None = None,
-    held_bytes: int | None = None,
-    chunk: int = CHUNK,
-    coarse: bool = False,
-    mesh: jax.sharding.Mesh | None = None,
 ) -> Samples:
     """Samples the third level of the tree under its first two.
 
@@ -156,11 +151,8 @@ def sample_tree(
       system_tokens: M lists, the start of every prompt of a lane; may be empty.
       problem_tokens: M lists of B lists, the rest of each prompt, at least one token.
       keys: uint32 [M, B, N, 2], as `row_keys` makes them.
-      max_new_tokens: at most so many, for every row, or an int array that broadcasts to [M, B, N]; rows that
-        may draw nothing are never run. Tokens that `respond` appends count too.
-      temperature: 0 takes the most likely token.
-      truncation: top-k, top-p and min-p; nothing is cut by default.
-      stop_ids: token ids that end a turn.
+      sampling: how tokens are drawn, and where rows end.
+      capacity: what of the devices rows may take.
       find_end: ends turns by what they say, after each chunk; tokens past the end are taken back.
       respond: what is said to a row whose turn ended by itself, see `Respond`; without it every turn is the
         last. A row that waits for long makes room for others, and is prefilled anew in another slot. When an
@@ -169,16 +161,6 @@ def sample_tree(
       finished: told of each row that is done, while others go on.
       constraint: decides on the host, before every token, what it may be; see `Constraint`. Chunks then have
         one step, and logprobs are those among the allowed tokens.
-      context_limit: most tokens of a row with its prompt; by default, and at most, `max_positions`.
-      longest_problem: tokens of the longest problem that calls like this one may bring; they then share their
-        programs.
-      max_rows: M times as many rows are in flight at once, of whatever system prompts; by default as many as
-        fit into memory, reckoned from its size, whatever else runs on the machine; see `choose_sizes`.
-      held_bytes: memory of each device that stays taken; by default that of the params and of their copy
-        that is laid out for sampling.
-      chunk: decode steps between two looks at which rows are done; 1 under a constraint.
-      coarse: compile fewer programs, see `Sizes`; always so under a constraint.
-      mesh: shard rows over its data axes.
 
     Returns:
       Samples, leading axes [M, B, N], T = the largest of max_new_tokens.
@@ -187,43 +169,39 @@ def sample_tree(
       ValueError: if an argument is out of range, an id is not in the vocabulary, a prompt leaves no room in
         the context, or `find_end` or `respond` comes with a constraint.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature}: give 0 for the most likely token, or a positive number")
-    for name, value in (("max_rows", max_rows), ("chunk", chunk)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value}: give at least 1")
-    if constraint is not None:
-        if find_end is not None or respond is not None:
-            raise ValueError(
-                "constraint: rows under one end by their stop tokens alone; leave out find_end, respond"
-            )
-        chunk = 1
-    context = config.max_positions if context_limit is None else context_limit
+    if constraint is not None and (find_end is not None or respond is not None):
+        raise ValueError(
+            "constraint: rows under one end by their stop tokens alone; leave out find_end, respond"
+        )
+    context = config.max_positions if sampling.context_limit is None else sampling.context_limit
     if context > config.max_positions:
         raise ValueError(f"context_limit={context}: the model was made for {config.max_positions} tokens")
-    limits = row_limits(system_tokens, problem_tokens, max_new_tokens, keys.shape[:3], context)
+    stop_ids, mesh = sampling.stop_ids or (), capacity.mesh
+    limits = row_limits(system_tokens, problem_tokens, sampling.max_new_tokens, keys.shape[:3], context)
     check_ids("system_tokens", np.concatenate(system_tokens), config)
     check_ids(
         "problem_tokens", np.concatenate([tokens for lane in problem_tokens for tokens in lane]), config
     )
     check_ids("stop_ids", [stop for stop in stop_ids if stop >= 0], config)  # models without any name -1
     laid_out, config = for_sampling(params, config, mesh)
+    held_bytes = capacity.held_bytes
     if held_bytes is None:
         arrays = {id(x): x for x in jax.tree.leaves((params, laid_out))}
         held_bytes = bytes_per_device(list(arrays.values()))
     params = laid_out
-    most = int(np.max(max_new_tokens))
+    most = int(np.max(sampling.max_new_tokens))
+    longest = max(len(tokens) for lane in problem_tokens for tokens in lane)
     stages = choose_sizes(
         config,
         lanes=len(system_tokens),
         rows=limits.size,
-        longest_problem=max(longest_problem, max(len(tokens) for lane in problem_tokens for tokens in lane)),
+        longest_problem=max(capacity.longest_problem, longest),
         max_new_tokens=most,
-        context_limit=context_limit,
-        chunk=chunk,
+        context_limit=sampling.context_limit,
+        chunk=capacity.chunk if constraint is None else 1,
         turns=respond is not None,
-        coarse=coarse or constraint is not None,
-        max_rows=max_rows,
+        coarse=capacity.coarse or constraint is not None,
+        max_rows=capacity.max_rows,
         held=held_bytes,
         mesh=mesh,
     )
@@ -236,8 +214,8 @@ def sample_tree(
         limits.reshape(-1),
         stages,
         max_new_tokens=most,
-        temperature=temperature,
-        truncation=truncation,
+        temperature=sampling.temperature,
+        truncation=sampling.truncation,
         stop_ids=stop_ids,
         constraint=constraint,
         mesh=mesh,

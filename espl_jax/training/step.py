@@ -19,7 +19,7 @@ from espl_jax.models.transformer import Params
 from espl_jax.parallel import sharding
 from espl_jax.rl.kl import kl_estimate
 from espl_jax.rl.logprobs import target_logprobs, token_kl
-from espl_jax.rl.losses import Loss, denominator, policy_gradient_loss
+from espl_jax.rl.losses import Objective, denominator, policy_gradient_loss
 from espl_jax.rl.tree import Arrays, Places, hidden_states, microbatches, shared_levels, sum_over_microbatches
 from espl_jax.training.state import TrainState, whole_params
 from espl_jax.types import TrainBatch
@@ -42,26 +42,19 @@ def gradients(
     reference: Params | None,
     batch: TrainBatch,
     config: DecoderConfig,
+    objective: Objective = Objective(),  # noqa: B008 (frozen)
     *,
-    temperature: float = 1.0,
-    loss: Loss = Loss(),  # noqa: B008 (frozen)
-    kl_coef: float = 0.0,
-    kl_estimator: str = "exact",
     microbatch_rows: int = 0,
 ) -> tuple[Params, dict[str, jax.Array]]:
-    """Gradient of the loss over its denominator, plus `kl_coef` times the KL over the same.
+    """Gradient of the objective: loss, and `kl_coef` times KL, over the loss's denominator.
 
     Args:
       trainable: adapters, or all params.
       frozen: the base of the adapters; None for full fine-tuning.
-      reference: params of the reference policy; needed when `kl_coef` is not 0.
+      reference: params of the reference policy; needed when `objective.kl_coef` is not 0.
       batch: the tree.
       config: the decoder; `config.remat` says which activations are recomputed.
-      temperature: of sampling; logits are divided by it here too.
-      loss: kind, bounds and aggregation. Where it needs old logprobs and the batch has none, this is the
-        batch's only update, and they are the logprobs themselves, without gradient.
-      kl_coef: weight of KL(policy || reference), summed over a rollout's tokens.
-      kl_estimator: `exact`, over the whole vocabulary, or one of `rl.kl`, weighted by policy over sampler.
+      objective: what the gradient is of.
       microbatch_rows: how many rollouts of each part go at a time, 0 for all. It has to divide them.
 
     Returns:
@@ -79,10 +72,11 @@ def gradients(
             f"microbatch_rows={size} does not divide the {rows} rollouts of a part; pad the batch to a "
             "multiple, as train_batches does"
         )
+    loss, temperature, kl_coef = objective.loss, objective.temperature, objective.kl_coef
     divisor = denominator(loss, batch.num_rollouts, batch.num_tokens)
-    if kl_coef and kl_estimator != "exact" and batch.cutoffs is not None:
+    if kl_coef and objective.kl_estimator != "exact" and batch.cutoffs is not None:
         raise ValueError(
-            f"kl_estimator={kl_estimator!r} requires untruncated sampling: disable top_p, top_k and min_p, "
+            f"kl_estimator={objective.kl_estimator!r} requires untruncated sampling: disable top_p, top_k and min_p, "
             "or use kl_estimator='exact'"
         )
 
@@ -116,13 +110,13 @@ def gradients(
         if kl_coef:
             other = hidden_states(reference, reference_arrays, places, batch, micro, config)
             other = jax.lax.stop_gradient(other)
-            if kl_estimator == "exact":
+            if objective.kl_estimator == "exact":
                 kl = token_kl(params, hidden, reference, other, config, temperature)
             else:
                 theirs = target_logprobs(reference, config, other, micro["targets"], temperature).logprobs
                 three = stats.logprobs, theirs, micro["sampler_logprobs"]
                 ours, theirs, sampler = (jnp.where(mask, x, 0.0) for x in three)
-                kl = kl_estimate(ours, theirs, kl_estimator, sampler)
+                kl = kl_estimate(ours, theirs, objective.kl_estimator, sampler)
             metrics["kl"] = jnp.where(mask, kl, 0.0).sum()
             total = total + kl_coef * metrics["kl"]
         return total / divisor, jax.lax.stop_gradient(metrics | {"loss": total / divisor})
@@ -175,7 +169,7 @@ def batch_logprobs(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "optimizer", "loss", "kl_coef", "kl_estimator", "microbatch_rows"),
+    static_argnames=("config", "optimizer", "microbatch_rows"),
     donate_argnames="state",
 )
 def policy_gradient_step(
@@ -185,11 +179,8 @@ def policy_gradient_step(
     batch: TrainBatch,
     config: DecoderConfig,
     optimizer: optax.GradientTransformation,
+    objective: Objective = Objective(),  # noqa: B008 (frozen)
     *,
-    temperature: float = 1.0,
-    loss: Loss = Loss(),  # noqa: B008 (frozen)
-    kl_coef: float = 0.0,
-    kl_estimator: str = "exact",
     microbatch_rows: int = 0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update. `state` is donated; see `gradients` for the other arguments.
@@ -206,10 +197,7 @@ def policy_gradient_step(
         reference,
         batch,
         config,
-        temperature=temperature,
-        loss=loss,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
+        objective,
         microbatch_rows=microbatch_rows,
     )
     norm = optax.global_norm(grads)

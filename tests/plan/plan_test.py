@@ -13,7 +13,7 @@ from espl_jax.plan import advice, programs, report
 from espl_jax.plan import costs as plan_costs
 from espl_jax.plan.chips import CHIPS, find_chip
 from espl_jax.plan.programs import Program
-from espl_jax.run.samplings import Lengths
+from espl_jax.run.workloads import Lengths
 from espl_jax.sampling.sizes import EXTENDED_TOKENS
 from espl_jax.training.optimizer import make_optimizer
 from tests.conftest import run_module

@@ -8,7 +8,7 @@ from rich.console import Console
 from espl_jax import train as loop
 from espl_jax.plan import programs
 from espl_jax.run import reflection, tasks
-from espl_jax.run.samplings import Lengths, samplings
+from espl_jax.run.workloads import Lengths, workloads
 from espl_jax.training.optimizer import make_optimizer
 from tests.support import fakes, listed_programs
 
@@ -20,7 +20,7 @@ def listed(memory=2**34, turns=False, **changes):
     c = fakes.config(**changes)
     lengths = Lengths(60, 100, c.sampling.max_new_tokens)
     evaluated = {"validation": 2, "test": 2}
-    every = samplings(
+    every = workloads(
         c, CONFIG, lengths, longest_problem=100, turns=turns, evaluated=evaluated, instructions=300
     )
     stages = {sampling: sampling.sizes(CONFIG, 0, None, memory) for sampling in every}

@@ -10,8 +10,8 @@ import numpy as np
 
 from espl_jax.plan import programs
 from espl_jax.run import update
-from espl_jax.run.parts import assemble, samplings_of
-from espl_jax.run.samplings import Lengths
+from espl_jax.run.parts import assemble, workloads_of
+from espl_jax.run.workloads import Lengths
 from espl_jax.sampling import decode
 
 CALLED = {
@@ -58,7 +58,7 @@ def nothing_else(config, monkeypatch, caplog):
     parts = assemble(config)
     decoder, held_bytes = parts.reference.config, parts.sampling["held_bytes"]
     longest = Lengths(LONGEST_PROMPT, parts.rollouts["longest_problem"], config.sampling.max_new_tokens)
-    stages = {each: each.sizes(decoder, held_bytes, None) for each in samplings_of(config, parts, longest)}
+    stages = {each: each.sizes(decoder, held_bytes, None) for each in workloads_of(config, parts, longest)}
     held = programs.held(config, decoder, parts.optimizer, None)
     listed = list(programs.run_programs(config, decoder, held, parts.optimizer, stages, None, stop_ids=1))
     most = {}

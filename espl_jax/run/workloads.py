@@ -1,4 +1,4 @@
-"""Every kind of sampling that a run does, at its largest, for `programs` to list what is compiled."""
+"""Every sampling that a run does, at its largest, for `plan.programs` to list what is compiled."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from espl_jax.models.config import DecoderConfig
 from espl_jax.sampling.buckets import bucket
@@ -24,7 +25,7 @@ class Lengths:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class Workload:
     """One kind of sampling, at its largest.
 
     Attributes:
@@ -60,11 +61,11 @@ class Sampling:
         return self.lanes * self.problems * self.group
 
     def sizes(
-        self, config: DecoderConfig, held: int, mesh: Mesh | None, memory: int | None = None
+        self, decoder: DecoderConfig, held: int, mesh: Mesh | None, memory: int | None = None
     ) -> tuple[Sizes, ...]:
         """What it reserves, as `sample_tree` does. Arguments and errors are those of `choose_sizes`."""
         return choose_sizes(
-            config,
+            decoder,
             lanes=self.lanes,
             rows=self.rows,
             longest_problem=self.longest_problem,
@@ -80,21 +81,21 @@ class Sampling:
         )
 
 
-def samplings(
-    c: Any,
-    config: DecoderConfig,
+def workloads(
+    config: ConfigDict,
+    decoder: DecoderConfig,
     lengths: Lengths,
     *,
     longest_problem: int,
     turns: bool,
     evaluated: Mapping[str, int],
     instructions: int,
-) -> list[Sampling]:
+) -> list[Workload]:
     """The samplings of a run, the rollouts of an iteration first.
 
     Args:
-      c: the ConfigDict of the run.
-      config: the decoder.
+      config: the ConfigDict of the run.
+      decoder: the model's shape.
       lengths: of rollouts.
       longest_problem: tokens of the longest problem of the run.
       turns: whether rollouts have several turns.
@@ -104,54 +105,58 @@ def samplings(
     Raises:
       ValueError: reflection leaves no room for its instructions.
     """
-    lanes, evolves = lanes_of(c), c.mode != "rl"
-    limits = {"max_rows": c.sampling.max_rows or None}
+    lanes, evolves = lanes_of(config), config.mode != "rl"
+    limits = {"max_rows": config.sampling.max_rows or None}
     shared = limits | {
         "longest_problem": longest_problem,
-        "truncation": Truncation(c.sampling.top_k, c.sampling.top_p, c.sampling.min_p),
+        "truncation": Truncation(config.sampling.top_k, config.sampling.top_p, config.sampling.min_p),
         "turns": turns,
-        "context_limit": c.sampling.context_limit or None,
+        "context_limit": config.sampling.context_limit or None,
     }
-    group = c.num_prompts // lanes * c.group_size
-    greedy = c.sampling.temperature == 0
-    found = [Sampling("rollouts", "rollouts", lanes, c.batch_size, group, lengths, greedy=greedy, **shared)]
-    if evolves and c.reflection.reflector == "local":
-        found += _reflection(c, config, instructions, limits)
+    group = config.num_prompts // lanes * config.group_size
+    greedy = config.sampling.temperature == 0
+    found = [
+        Workload("rollouts", "rollouts", lanes, config.batch_size, group, lengths, greedy=greedy, **shared)
+    ]
+    if evolves and config.reflection.reflector == "local":
+        found += _reflection(config, decoder, instructions, limits)
     prompts = {"validation": [], "test": [2 if evolves else 1]}
-    if c.evaluation.every:
+    if config.evaluation.every:
         prompts["validation"].append(1)
-    if evolves and c.deployment.rule == "validation":
-        prompts["validation"].append(c.deployment.candidates)
+    if evolves and config.deployment.rule == "validation":
+        prompts["validation"].append(config.deployment.candidates)
     for split, count in evaluated.items():
         for number in prompts[split]:
             name = split if number < 2 else f"{split} of {number} prompts"
-            given = number, count, c.evaluation[f"{split}_samples"], lengths
-            greedy = c.evaluation.temperature == 0
-            found.append(Sampling(name, "evaluation", *given, greedy=greedy, **shared))
+            given = number, count, config.evaluation[f"{split}_samples"], lengths
+            greedy = config.evaluation.temperature == 0
+            found.append(Workload(name, "evaluation", *given, greedy=greedy, **shared))
     return found
 
 
-def _reflection(c: Any, config: DecoderConfig, instructions: int, limits: dict[str, Any]) -> list[Sampling]:
+def _reflection(
+    config: ConfigDict, decoder: DecoderConfig, instructions: int, limits: dict[str, Any]
+) -> list[Workload]:
     """Summaries of all rollouts, and edits, from one critique for each problem at most; their conversations
     are as long as they may be.
 
     Shorter conversations come in shorter slots, and more of them where memory bounds their number.
     """
-    r = c.reflection
-    most = min(r.max_input_tokens, config.max_positions - r.max_new_tokens)
+    r = config.reflection
+    most = min(r.max_input_tokens, decoder.max_positions - r.max_new_tokens)
     if most <= instructions:
         raise ValueError(
             f"reflection.max_new_tokens={r.max_new_tokens}, .max_input_tokens={r.max_input_tokens}: of a "
-            f"context of {config.max_positions} they leave {most} tokens for a conversation whose "
+            f"context of {decoder.max_positions} they leave {most} tokens for a conversation whose "
             f"instructions have {instructions}; lower the first, or raise the second"
         )
     lengths = Lengths(instructions, most - instructions, r.max_new_tokens)
     # Rounded up as the reflector does.
     longest = 1 << (lengths.problem - 1).bit_length()
     # While one prompt takes the places of all, every rollout is one of the best prompt.
-    summaries = c.num_prompts * c.batch_size * c.group_size
+    summaries = config.num_prompts * config.batch_size * config.group_size
     return [
-        Sampling(
+        Workload(
             name,
             "reflection",
             1,
@@ -165,11 +170,11 @@ def _reflection(c: Any, config: DecoderConfig, instructions: int, limits: dict[s
         )
         for name, count, constrained in (
             ("summaries", summaries, False),
-            ("edits", c.batch_size, r.constrained),
+            ("edits", config.batch_size, r.constrained),
         )
     ]
 
 
-def lanes_of(c: Any) -> int:
+def lanes_of(config: ConfigDict) -> int:
     """System prompts of an iteration; in modes without a choice one takes the places of all."""
-    return c.num_prompts if c.mode in ("espl", "evolution") else 1
+    return config.num_prompts if config.mode in ("espl", "evolution") else 1
