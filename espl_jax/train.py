@@ -27,10 +27,10 @@ from espl_jax.rollouts.keys import stable_hash, stream_key
 from espl_jax.rollouts.records import means
 from espl_jax.run import logs
 from espl_jax.run.finish import evaluate_on, finish
+from espl_jax.run.job import Job
 from espl_jax.run.parts import Parts, assemble, rollout_sizes
 from espl_jax.run.reflection import Beside, MakeReflect, open_reflectors
 from espl_jax.run.state import MAY_CHANGE, Run, restore, save, stop_if_stuck
-from espl_jax.run.job import Job
 from espl_jax.run.update import Updated, update
 from espl_jax.run.weights import settle_numerics
 from espl_jax.sampling.sizes import describe

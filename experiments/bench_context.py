@@ -25,7 +25,9 @@ import numpy as np
 from espl_jax.models import transformer
 from espl_jax.models.config import DecoderConfig, Rope
 from espl_jax.sampling.draw import row_keys
-from espl_jax.sampling.generate import CHUNK, sample_tree
+from espl_jax.sampling.generate import sample_tree
+from espl_jax.sampling.settings import Capacity, Sampling
+from espl_jax.sampling.sizes import CHUNK
 
 SMOLLM2 = DecoderConfig(
     vocab_size=49_152,
@@ -91,10 +93,9 @@ def measure(
             [prompt[:cut]],
             [[prompt[cut:]]],
             row_keys(jax.random.key(repeat), *np.ogrid[:1, :1, :rows]),
-            max_new_tokens=reserved - len(prompt),
-            temperature=1.0,
+            Sampling(max_new_tokens=reserved - len(prompt)),
+            Capacity(max_rows=rows),
             find_end=find_end,
-            max_rows=rows,
         )
         if repeat:  # the first one compiles
             best = min(best, ended[total] - ended[CHUNK])

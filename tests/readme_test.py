@@ -9,6 +9,8 @@ import pytest
 
 from espl_jax.rollouts.collect import collect_rollouts
 from espl_jax.run.tasks import make_environment
+from espl_jax.sampling.settings import Sampling
+from espl_jax.text.chat_format import ChatFormat
 from espl_jax.types import Grade, Problem
 from tests.support import fakes
 
@@ -61,8 +63,8 @@ class TestYourOwnEnvironment:
             guess,
             key=jax.random.key(0),
             group_size=4,
-            max_new_tokens=300,
-            stop_strings=tuple("etaoinshrdlu"),
+            sampling=Sampling(max_new_tokens=300),
+            chat=ChatFormat(stop_strings=tuple("etaoinshrdlu")),
         )
         assert rollouts.metrics["guesses"].max() == 3 and "[user]\n" in rollouts.replies[0][0][0]
         assert (rollouts.drawn.sum(axis=-1) < rollouts.lengths).any()

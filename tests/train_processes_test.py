@@ -49,10 +49,10 @@ def run(path, killed=None):
     """A run of two iterations; the process of that number is killed in the second."""
     iterate = loop.iterate
 
-    def die(run, *args):
+    def die(job, run, *args):
         if run.iteration == 1 and jax.process_index() == killed:
             os.kill(os.getpid(), signal.SIGKILL)
-        return iterate(run, *args)
+        return iterate(job, run, *args)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(weights, "load_pretrained", fakes.load_pretrained)

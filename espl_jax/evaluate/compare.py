@@ -28,10 +28,12 @@ from espl_jax.rollouts.keys import stream_key
 from espl_jax.rollouts.records import records
 from espl_jax.run.saved import check_run, is_run, read_config, read_run
 from espl_jax.run.tasks import make_environment
+from espl_jax.sampling.settings import Capacity, Sampling
 from espl_jax.sampling.truncation import Truncation
 from espl_jax.storage import durable
 from espl_jax.storage.workdir import plain
 from espl_jax.text.chat import encode
+from espl_jax.text.chat_format import ChatFormat
 from espl_jax.types import Problem, Rollouts, SystemPrompt
 
 
@@ -132,10 +134,10 @@ def evaluate_model(
     """The cells of one model, which is loaded here and given up at the end."""
     tell(f"{source}: loading")
     model = load_model(source, mesh, request.numerics)
-    sampling = with_settings_of_run(source, request.sampling)
+    chat = chat_format(source, request.sampling)
     for name, problem_set in request.problem_sets.items():
         with naming("data", name):
-            check_room(source, model, request.prompts, problem_set, environment, sampling)
+            check_room(request, source, model, problem_set, environment, chat)
     for name, problem_set in request.problem_sets.items():
         tell(
             f"{source}, {name}: problems {len(problem_set)}, prompts {len(request.prompts)}, samples of each "
@@ -150,8 +152,10 @@ def evaluate_model(
             environment,
             request.batch_size,
             key=stream_key(request.seed, "evaluation", 0),
-            mesh=mesh,
-            **sampling,
+            group_size=request.sampling["group_size"],
+            sampling=sampling_of(request.sampling),
+            chat=chat,
+            capacity=Capacity(max_rows=request.sampling["max_rows"], mesh=mesh),
         ):
             batches.append(rollouts)
             done += len(rollouts.problems)
@@ -168,29 +172,28 @@ def evaluate_model(
 
 
 def check_room(
+    request: Request,
     source: str,
     model: Model,
-    prompts: Mapping[str, SystemPrompt],
     problem_set: ProblemSet,
     environment: Environment,
-    sampling: Mapping[str, Any],
+    chat: ChatFormat,
 ) -> None:
     """Raises ValueError, naming problems, unless all prompts and problems leave room for an answer.
 
     Args:
+      request: its prompts and its context limit are looked at.
       source: of the model, for messages.
-      model, environment: as for `collect_rollouts`.
-      prompts: by their names.
+      model, environment, chat: as for `collect_rollouts`.
       problem_set: all its problems are looked at.
-      sampling: as `with_settings_of_run` gives them.
     """
     most = model.config.max_positions
-    context, kwargs = sampling["context_limit"] or most, sampling["chat_template_kwargs"]
+    context, arguments = request.sampling["context_limit"] or most, chat.template_arguments
     problems = problem_set.problems
-    for name, prompt in prompts.items():
+    for name, prompt in request.prompts.items():
         own = len(encode(model.tokenizer, prompt.render()))
         lengths = conversation_lengths(
-            model.tokenizer, problems, environment, kwargs, least=context - own, prompt=prompt
+            model.tokenizer, problems, environment, arguments, least=context - own, prompt=prompt
         )
         long = {id: length + own for id, length in lengths.items() if length + own >= context}
         if long:
@@ -218,26 +221,36 @@ def load_model(source: str, mesh: jax.sharding.Mesh | None, numerics: Mapping[st
     return load_pretrained(source, mesh=mesh, **dict.fromkeys(CHOSEN, AUTO) | dict(numerics))
 
 
-def with_settings_of_run(source: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `collect_rollouts`: what a conversation looks like is as in the run unless it is given;
-    how tokens are drawn is as given, the same for all models that are compared.
+def chat_format(source: str, given: Mapping[str, Any]) -> ChatFormat:
+    """How conversations become text: as in the run that the model comes from, unless it is given.
 
     Args:
       source: as for `load_model`.
       given: as `Request.sampling`; each of `chat_template_kwargs` goes before the run's.
     """
-    drawn = dict(given)
-    truncation = Truncation(*(drawn.pop(name) for name in ("top_k", "top_p", "min_p")))
-    kwargs, show_thinking = {}, False
+    arguments, show_thinking = {}, False
     if is_run(source):
         config = read_config(source)
-        kwargs = json.loads(config.model.chat_template_kwargs)
+        arguments = json.loads(config.model.chat_template_kwargs)
         show_thinking = config.environment.show_thinking
     if given["show_thinking"] is not None:
         show_thinking = given["show_thinking"]
-    kwargs |= given["chat_template_kwargs"]
-    settings = {"truncation": truncation, "chat_template_kwargs": kwargs, "show_thinking": show_thinking}
-    return drawn | settings
+    return ChatFormat(
+        template_arguments=arguments | given["chat_template_kwargs"],
+        show_thinking=show_thinking,
+        tool_format=given["tool_format"],
+        stop_strings=tuple(given["stop_strings"]),
+    )
+
+
+def sampling_of(given: Mapping[str, Any]) -> Sampling:
+    """How rollouts are drawn: the same for all models that are compared."""
+    return Sampling(
+        max_new_tokens=given["max_new_tokens"],
+        temperature=given["temperature"],
+        truncation=Truncation(given["top_k"], given["top_p"], given["min_p"]),
+        context_limit=given["context_limit"],
+    )
 
 
 def sample_in_batches(
@@ -246,23 +259,26 @@ def sample_in_batches(
     problems: Sequence[Problem],
     environment: Environment,
     batch_size: int,
-    **sampling: Any,
+    *,
+    chat: ChatFormat,
+    capacity: Capacity,
+    **settings: Any,
 ) -> Iterator[Rollouts]:
     """All prompts on all problems, side by side, at most `batch_size` problems at a time.
 
     Args:
-      model, prompts, problems, environment: as for `collect_rollouts`.
+      model, prompts, problems, environment, chat, capacity: as for `collect_rollouts`.
       batch_size: problems whose rollouts are held at once. What is drawn does not depend on it.
-      **sampling: further arguments of `collect_rollouts`.
+      **settings: further arguments of `collect_rollouts`.
 
     Yields:
       Rollouts [M, b, N], b being nearly the same in all, since every size is compiled.
     """
-    kwargs = sampling.get("chat_template_kwargs") or {}
-    longest = longest_problem(model.tokenizer, problems, environment, kwargs)
+    longest = longest_problem(model.tokenizer, problems, environment, chat.template_arguments)
+    capacity = dataclasses.replace(capacity, longest_problem=longest)
     for chosen in np.array_split(np.arange(len(problems)), -(-len(problems) // batch_size)):
         part = [problems[i] for i in chosen]
-        yield collect_rollouts(model, prompts, part, environment, longest_problem=longest, **sampling)
+        yield collect_rollouts(model, prompts, part, environment, chat=chat, capacity=capacity, **settings)
 
 
 def append(path: Path, rollouts: Rollouts, model: str, prompts: Sequence[str], data: str) -> None:

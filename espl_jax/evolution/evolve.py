@@ -33,7 +33,7 @@ class Evolution:
     """
 
     form: str = "principles"
-    guards: Guards = Guards()  # noqa: RUF009 (frozen)
+    guards: Guards = Guards()
     opening: bool = True
     constrained: bool = True
     crossover_prob: float = 0.2
@@ -47,7 +47,7 @@ def evolve(
     rollouts: Rollouts,
     reflect: Reflect,
     rng: np.random.Generator,
-    settings: Evolution = Evolution(),  # noqa: B008 (frozen)
+    settings: Evolution = Evolution(),
 ) -> dict[str, Offspring]:
     """Perhaps a crossover, then a mutation of the iteration's best prompt (Zhang et al. 2026, section 3).
 

@@ -37,8 +37,8 @@ def collect_rollouts(
     key: jax.Array,
     group_size: int,
     sampling: Sampling,
-    chat: ChatFormat = ChatFormat(),  # noqa: B008 (frozen)
-    capacity: Capacity = Capacity(),  # noqa: B008 (frozen)
+    chat: ChatFormat = ChatFormat(),
+    capacity: Capacity = Capacity(),
 ) -> Rollouts:
     """Runs every prompt on every problem, `group_size` times, and grades the replies.
 

@@ -6,9 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from espl_jax.console.progress import Progress
 from espl_jax.console.tables import table
 from espl_jax.evolution.deployment import Choice, best_validated, deployed
 from espl_jax.evolution.lineage import lineage_text, members_of
@@ -19,7 +16,6 @@ from espl_jax.rollouts.evaluation import Evaluation, summarize
 from espl_jax.rollouts.keys import stream_key
 from espl_jax.rollouts.records import records
 from espl_jax.run.job import Job
-from espl_jax.storage.workdir import WorkDir
 from espl_jax.types import SystemPrompt
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+
 from ml_collections import ConfigDict
 
 from espl_jax.console.progress import Progress

@@ -20,7 +20,8 @@ from espl_jax.models.config import DecoderConfig
 from espl_jax.parallel import processes, sharding
 from espl_jax.parallel.memory import bytes_per_device
 from espl_jax.pretrained.load import Pretrained
-from espl_jax.rl.losses import Loss, Objective
+from espl_jax.rl.losses import Loss
+from espl_jax.rl.objective import Objective
 from espl_jax.rollouts.encode import longest_conversation, longest_problem
 from espl_jax.run import inputs
 from espl_jax.run.context import context_of, fitting, least_budget

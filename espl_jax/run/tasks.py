@@ -12,7 +12,7 @@ from espl_jax.data import load
 from espl_jax.data.problems import ProblemSet, check_disjoint, hold_out
 from espl_jax.environments import own
 from espl_jax.environments.arithmetic import Arithmetic
-from espl_jax.environments.base import is_dialogue, Dialogue, Environment
+from espl_jax.environments.base import Dialogue, Environment, is_dialogue
 from espl_jax.environments.math import Math
 from espl_jax.environments.retrievers.bm25 import Bm25
 from espl_jax.environments.retrievers.load import Retriever, open_retriever
@@ -46,8 +46,8 @@ def check_batch(config: ConfigDict, train: ProblemSet) -> None:
     """Raises ValueError if the training problems are fewer than a batch has."""
     if config.batch_size > len(train):
         raise ValueError(
-            f"batch_size={config.batch_size}: data.train has {len(train)} problems after validation was held out; "
-            "lower batch_size or data.validation_count, or give more problems"
+            f"batch_size={config.batch_size}: data.train has {len(train)} problems after validation was held "
+            "out; lower batch_size or data.validation_count, or give more problems"
         )
 
 

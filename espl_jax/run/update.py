@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from espl_jax.console.progress import Progress
 from espl_jax.parallel import sharding

@@ -132,7 +132,7 @@ def sample_tree(
     problem_tokens: Sequence[Sequence[Sequence[int]]],
     keys: jax.Array,
     sampling: Sampling,
-    capacity: Capacity = Capacity(),  # noqa: B008 (frozen)
+    capacity: Capacity = Capacity(),
     *,
     find_end: FindEnd | None = None,
     respond: Respond | None = None,

@@ -19,7 +19,8 @@ from espl_jax.models.transformer import Params
 from espl_jax.parallel import sharding
 from espl_jax.rl.kl import kl_estimate
 from espl_jax.rl.logprobs import target_logprobs, token_kl
-from espl_jax.rl.losses import Objective, denominator, policy_gradient_loss
+from espl_jax.rl.losses import denominator, policy_gradient_loss
+from espl_jax.rl.objective import Objective
 from espl_jax.rl.tree import Arrays, Places, hidden_states, microbatches, shared_levels, sum_over_microbatches
 from espl_jax.training.state import TrainState, whole_params
 from espl_jax.types import TrainBatch
@@ -42,11 +43,11 @@ def gradients(
     reference: Params | None,
     batch: TrainBatch,
     config: DecoderConfig,
-    objective: Objective = Objective(),  # noqa: B008 (frozen)
+    objective: Objective = Objective(),
     *,
     microbatch_rows: int = 0,
 ) -> tuple[Params, dict[str, jax.Array]]:
-    """Gradient of the objective: loss, and `kl_coef` times KL, over the loss's denominator.
+    """Gradient of the objective: loss and `kl_coef` times KL, over the denominator of the loss.
 
     Args:
       trainable: adapters, or all params.
@@ -76,8 +77,8 @@ def gradients(
     divisor = denominator(loss, batch.num_rollouts, batch.num_tokens)
     if kl_coef and objective.kl_estimator != "exact" and batch.cutoffs is not None:
         raise ValueError(
-            f"kl_estimator={objective.kl_estimator!r} requires untruncated sampling: disable top_p, top_k and min_p, "
-            "or use kl_estimator='exact'"
+            f"kl_estimator={objective.kl_estimator!r} requires untruncated sampling: disable top_p, top_k "
+            "and min_p, or use kl_estimator='exact'"
         )
 
     def shared(trainable: Params) -> tuple[Arrays, Places]:
@@ -179,7 +180,7 @@ def policy_gradient_step(
     batch: TrainBatch,
     config: DecoderConfig,
     optimizer: optax.GradientTransformation,
-    objective: Objective = Objective(),  # noqa: B008 (frozen)
+    objective: Objective = Objective(),
     *,
     microbatch_rows: int = 0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:

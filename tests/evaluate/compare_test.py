@@ -13,12 +13,13 @@ from espl_jax.environments.arithmetic import Arithmetic
 from espl_jax.environments.math import Math
 from espl_jax.evaluate import compare as comparing
 from espl_jax.evaluate.compare import (
+    chat_format,
     check_gradable,
     compare,
     find_model,
     load_model,
     sample_in_batches,
-    with_settings_of_run,
+    sampling_of,
 )
 from espl_jax.evaluate.prompts import read_prompt
 from espl_jax.evaluate.request import Request
@@ -26,7 +27,9 @@ from espl_jax.pretrained.numerics import CHOSEN
 from espl_jax.rollouts.evaluation import summarize
 from espl_jax.run import parts as run_parts
 from espl_jax.run import weights
+from espl_jax.sampling.settings import Capacity, Sampling
 from espl_jax.sampling.truncation import Truncation
+from espl_jax.text.chat_format import ChatFormat
 from espl_jax.types import Problem
 from tests.support import fakes
 
@@ -38,6 +41,13 @@ SAMPLING = {
     "show_thinking": None,
 }
 GIVEN = {**SAMPLING, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop_strings": ("!",), "context_limit": 99}
+GIVEN |= {"tool_format": "auto", "max_rows": None}
+SETTINGS = {
+    "group_size": 2,
+    "sampling": Sampling(max_new_tokens=5),
+    "chat": ChatFormat(),
+    "capacity": Capacity(),
+}
 RUN = {"mode": "rl", "num_iterations": 3}
 
 
@@ -92,8 +102,8 @@ def test_batches_draw_what_the_whole_draws():
     prompts = fakes.PROMPTS[:2]
     key = comparing.stream_key(0, "evaluation", 0)
     arguments = (fakes.model(), prompts, fakes.PROBLEMS, Letters())
-    (whole,) = sample_in_batches(*arguments, 4, key=key, **SAMPLING)
-    parts = list(sample_in_batches(*arguments, 3, key=key, **SAMPLING))
+    (whole,) = sample_in_batches(*arguments, 4, key=key, **SETTINGS)
+    parts = list(sample_in_batches(*arguments, 3, key=key, **SETTINGS))
     assert [len(part.problems) for part in parts] == [2, 2]  # and not 3 and 1
     assert (np.concatenate([part.tokens for part in parts], axis=1) == whole.tokens).all()
 
@@ -141,7 +151,7 @@ def test_seeds_and_prefixes():
     prompts = [read_prompt("Add.")]
 
     def tokens(seed=0, samples=2, problems=4):
-        settings = {**SAMPLING, "group_size": samples, "key": comparing.stream_key(seed, "evaluation", 0)}
+        settings = {**SETTINGS, "group_size": samples, "key": comparing.stream_key(seed, "evaluation", 0)}
         (drawn,) = sample_in_batches(
             fakes.model(), prompts, fakes.PROBLEMS[:problems], Letters(), 4, **settings
         )
@@ -161,7 +171,7 @@ def test_figures_are_those_of_the_rollouts(loaded):
         Letters(),
         4,
         key=comparing.stream_key(0, "evaluation", 0),
-        **SAMPLING,
+        **SETTINGS,
     )
     assert [cell.evaluation for cell in compare(asked)] == summarize(whole)
 
@@ -219,29 +229,29 @@ def workdir(tmp_path_factory):
         )
 
 
-def test_a_run_sees_conversations_as_it_was_trained_and_is_drawn_from_like_others(workdir):
-    sampling = with_settings_of_run(str(workdir), GIVEN)
-    assert sampling["chat_template_kwargs"] == {"enable_thinking": False, "effort": "low"}
-    assert sampling["show_thinking"] is True and sampling["group_size"] == 2
+def test_a_run_sees_conversations_as_it_was_trained(workdir):
+    chat = chat_format(str(workdir), GIVEN)
+    assert chat.template_arguments == {"enable_thinking": False, "effort": "low"}
+    assert chat.show_thinking is True
     given = {**GIVEN, "chat_template_kwargs": {"effort": "high"}, "show_thinking": False}
-    sampling = with_settings_of_run(str(workdir), given)
-    assert sampling["chat_template_kwargs"] == {"enable_thinking": False, "effort": "high"}
-    assert sampling["show_thinking"] is False
-    sampling = with_settings_of_run("smollm2", GIVEN)
-    assert (sampling["chat_template_kwargs"], sampling["show_thinking"]) == ({}, False)
-    for source in ("smollm2", str(workdir)):
-        sampling = with_settings_of_run(source, GIVEN | {"top_p": 0.8, "min_p": 0.1})
-        assert sampling["truncation"] == Truncation(top_p=0.8, min_p=0.1) and "top_p" not in sampling
-        assert (sampling["stop_strings"], sampling["context_limit"]) == (("!",), 99)
+    chat = chat_format(str(workdir), given)
+    assert chat.template_arguments == {"enable_thinking": False, "effort": "high"}
+    assert chat.show_thinking is False
+    assert chat_format("smollm2", GIVEN) == ChatFormat(stop_strings=("!",))
+
+
+def test_a_run_is_drawn_from_like_other_models():
+    sampling = sampling_of(GIVEN | {"top_p": 0.8, "min_p": 0.1})
+    assert sampling.truncation == Truncation(top_p=0.8, min_p=0.1) and sampling.context_limit == 99
 
 
 def test_those_settings_reach_the_sampling(workdir, loaded, monkeypatch):
     monkeypatch.setattr(weights, "load_pretrained", fakes.load_pretrained)
     seen = []
 
-    def collect(*args, **sampling):
-        seen.append((sampling["chat_template_kwargs"], sampling["show_thinking"]))
-        return comparing_collect(*args, **sampling)
+    def collect(*args, chat, **settings):
+        seen.append((chat.template_arguments, chat.show_thinking))
+        return comparing_collect(*args, chat=chat, **settings)
 
     comparing_collect = comparing.collect_rollouts
     monkeypatch.setattr(comparing, "collect_rollouts", collect)

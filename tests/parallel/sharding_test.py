@@ -11,12 +11,13 @@ from configs import common
 from espl_jax.models import lora, transformer
 from espl_jax.parallel import sharding
 from espl_jax.sampling import decode, draw
-from espl_jax.sampling.generate import sample_tree
+from espl_jax.training import step as training_step
 from espl_jax.training.optimizer import make_optimizer
 from espl_jax.training.state import init_train_state
-from espl_jax.training.step import place_batch, policy_gradient_step
+from espl_jax.training.step import place_batch
 from experiments.bench.tpu_shapes import Shapes
 from tests.support import ragged_tree, tiny
+from tests.support.flat import policy_gradient_step, sample_tree
 
 # Every logical axis divides, the vocabulary too.
 CONFIG = tiny.CONFIG.replace(vocab_size=64)
@@ -266,7 +267,11 @@ def test_no_device_holds_activations_of_all_rows():
     c = common.get_config()
     c.lora.rank = 0
     batch, state = shapes.flat_batch(8, 40), shapes.train_state(c, OPTIMIZER)
-    text = policy_gradient_step.lower(state, None, None, batch, config, OPTIMIZER).compile().as_text()
+    text = (
+        training_step.policy_gradient_step.lower(state, None, None, batch, config, OPTIMIZER)
+        .compile()
+        .as_text()
+    )
     tokens = 8 * 40
     assert f"[{tokens // 2},{160 // 4}]" in text, "a device's share of the hidden layer"
     wide = re.findall(rf"\w+\[{tokens},(?:160|48)\]", text)

@@ -15,9 +15,9 @@ from espl_jax.pretrained import smollm2
 from espl_jax.pretrained.load import load_pretrained
 from espl_jax.sampling import draw
 from espl_jax.sampling.buckets import pad_right
-from espl_jax.sampling.generate import generate, sample_tree
-from espl_jax.training.step import gradients
+from espl_jax.sampling.generate import generate
 from tests.support import ragged_tree, tiny, torch_llama
+from tests.support.flat import compiled_gradients, sample_tree
 
 TEXT = (
     "A train leaves the station at noon and travels north at sixty miles an hour. Two hours later "
@@ -30,8 +30,6 @@ TEXT = (
     "divided by the difference of the speeds, whatever the units are, as long as they are the same for "
     "both trains, and it does not depend on where the station lies."
 )
-
-compiled_gradients = jax.jit(gradients, static_argnames=("config", "microbatch_rows"))
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from espl_jax.evolution.schemas import edits_schema
 from espl_jax.evolution.templates import load_template
 from espl_jax.pretrained.load import load_pretrained
 from espl_jax.reflectors.local import LocalReflector
+from espl_jax.sampling.settings import Sampling
 
 TOKENS = 160
 LIMITS = {"max_reply_tokens": TOKENS, "max_edits": 2, "max_chars": 256}
@@ -74,8 +75,8 @@ def revision(i):
     ("critiques", "revisions", "temperature"), [(7, 1, 1.0), (60, 40, 0.7), (60, 40, 1.0)]
 )
 def test_every_reply_parses_and_validates(model, critiques, revisions, temperature, record_property):
-    settings = {"key": jax.random.key(0), "max_new_tokens": TOKENS, "temperature": temperature}
-    reflect = LocalReflector(model=model, **settings)
+    sampling = Sampling(max_new_tokens=TOKENS, temperature=temperature)
+    reflect = LocalReflector(model=model, key=jax.random.key(0), sampling=sampling)
     conversations, schemas = zip(
         *map(critique, range(critiques)), *map(revision, range(revisions)), strict=True
     )

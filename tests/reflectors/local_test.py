@@ -14,7 +14,9 @@ from espl_jax.evolution.schemas import OPERATIONS, blocks_schema, edits_schema
 from espl_jax.models import transformer
 from espl_jax.reflectors import local
 from espl_jax.reflectors.local import CUT_MARK, local_reflector
+from espl_jax.sampling.settings import Capacity, Sampling
 from espl_jax.text.chat import encode, encode_conversation, render
+from tests.support import flat
 from tests.support.fakes import TEMPLATE, model, tokenizer
 
 NEW_TOKENS = 8
@@ -29,7 +31,8 @@ def asked(text, opening=None):
 
 def reflector(key=0, **settings):
     settings = {"max_new_tokens": NEW_TOKENS, "temperature": 1.0} | settings
-    return local_reflector(model(), key=jax.random.key(key), **settings)
+    sampling, capacity = flat.take(Sampling, settings), flat.take(Capacity, settings)
+    return local_reflector(model(), key=jax.random.key(key), sampling=sampling, capacity=capacity, **settings)
 
 
 def test_replies_do_not_depend_on_the_batch_or_its_order():

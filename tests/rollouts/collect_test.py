@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from espl_jax.rl.advantages import advantages
-from espl_jax.rollouts.collect import collect_rollouts
 from espl_jax.rollouts.encode import conversation, encode_tree, stop_ids_of
 from espl_jax.rollouts.keys import stable_hash
 from espl_jax.rollouts.records import means, records
@@ -18,6 +17,7 @@ from espl_jax.text.chat import encode, render
 from espl_jax.training.batches import prompt_numbers
 from espl_jax.types import Grade, Problem, SystemPrompt
 from tests.support.fakes import CONFIG, PROBLEMS, PROMPTS, Letters, Talker, model, tokenizer
+from tests.support.flat import collect_rollouts
 
 ENVIRONMENT = Letters()
 SETTINGS = {"key": jax.random.key(7), "group_size": 3, "max_new_tokens": 10}

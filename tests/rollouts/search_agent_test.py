@@ -14,6 +14,7 @@ from espl_jax.environments.retrievers.load import Bm25, SearchServer
 from espl_jax.environments.search import Search
 from espl_jax.rollouts import collect
 from espl_jax.sampling.generate import Samples
+from espl_jax.sampling.settings import Sampling
 from espl_jax.text.chat import encode
 from espl_jax.training.batches import train_batches
 from tests.support.fakes import PROMPTS, model, tokenizer
@@ -72,7 +73,7 @@ def run(monkeypatch):
             environment,
             key=jax.random.key(0),
             group_size=group_size,
-            max_new_tokens=LIMIT,
+            sampling=Sampling(max_new_tokens=LIMIT),
         )
         return rollouts, script
 

@@ -35,11 +35,9 @@ def turns(monkeypatch):
             environment,
             PROBLEMS,
             tokenizer(),
-            tool_format="hermes",
+            ChatFormat(template_arguments=kwargs, show_thinking=show_thinking, tool_format="hermes"),
             stop_ids=(tokenizer().eos_token_id,),
             opened=opened,
-            show_thinking=show_thinking,
-            chat_template_kwargs=kwargs,
         )
 
     return turns

@@ -105,7 +105,7 @@ def test_a_context_that_the_model_does_not_have():
 def test_grown_prompts_leave_room_where_rollouts_are_short(tmp_path):
     """The frame of the system turn counts: six new tokens do not make up for it."""
     parts = assemble(with_long_problems(tmp_path, sampling__context_limit=1000))
-    assert parts.evolution["guards"].max_prompt_tokens == 1000 - (FRAME + 200) - 1
+    assert parts.evolution.guards.max_prompt_tokens == 1000 - (FRAME + 200) - 1
 
 
 def test_first_prompts_of_the_users_own(tmp_path):

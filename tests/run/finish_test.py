@@ -15,6 +15,9 @@ from espl_jax.rollouts.collect import collect_rollouts
 from espl_jax.rollouts.evaluation import summarize
 from espl_jax.run import finish as run_finish
 from espl_jax.run.finish import evaluate_on, finish
+from espl_jax.run.job import Job
+from espl_jax.sampling.settings import Capacity, Sampling
+from espl_jax.text.chat_format import ChatFormat
 from espl_jax.types import SystemPrompt
 from tests.support import fakes
 
@@ -33,8 +36,9 @@ def parts(trains=True, test=True):
         environment=fakes.Letters(),
         trains=trains,
         evolves=True,
-        sampling={},
-        rollouts={},
+        chat=ChatFormat(),
+        sampling=Sampling(max_new_tokens=6),
+        capacity=Capacity(),
         left_out={"test": ("long1", "long2")},
     )
 
@@ -67,10 +71,13 @@ def sampled(monkeypatch):
 
 def test_evaluation_is_logged_rollout_by_rollout(folder, sampled):
     config, prompts = fakes.config(evaluation__validation_samples=2), POPULATION.members[1:]
-    evaluations = evaluate_on(parts(), "validation", fakes.model(), "current", prompts, config, 4, folder)
+    evaluations = evaluate_on(
+        Job(config, parts(), folder, None), "validation", fakes.model(), "current", prompts, 4
+    )
     ((_, asked, problems, settings),) = sampled
     assert (asked, problems) == (["p1", "p2"], ["q0"])
-    assert (settings["group_size"], settings["max_new_tokens"], settings["temperature"]) == (2, 6, 1.0)
+    assert settings["group_size"] == 2
+    assert settings["sampling"] == Sampling(max_new_tokens=6, temperature=1.0)
     assert [log for log, _ in folder.logs] == ["evaluations"] * 4
     records = [record for _, record in folder.logs]
     assert {(r["iteration"], r["split"], r["weights"]) for r in records} == {(4, "validation", "current")}
@@ -88,7 +95,7 @@ def test_two_by_two(folder, sampled):
     trained = dataclasses.replace(model, params=model.params | louder)
     progress = Progress(2, lambda *_: None, done=2, console=Console(file=shown, width=200))
     first = populations.start([SystemPrompt(text="root")], 10)
-    results = finish(parts(), trained, first.members[0], POPULATION, config, folder, progress)
+    results = finish(Job(config, parts(), folder, progress), trained, first.members[0], POPULATION)
 
     # Both weights, both prompts, the test problems, and the same random numbers.
     assert [(call[0] is trained, call[1], call[2]) for call in sampled] == [
@@ -102,9 +109,7 @@ def test_two_by_two(folder, sampled):
         "trained": ["root", "deployed"],
     }
     for weights, model in (("initial", parts().reference), ("trained", trained)):
-        settings = {
-            name: sampled[0][3][name] for name in ("key", "group_size", "max_new_tokens", "temperature")
-        }
+        settings = {name: sampled[0][3][name] for name in ("key", "group_size", "sampling")}
         prompts = [first.members[0], POPULATION.members[1]]
         expected = summarize(
             collect_rollouts(model, prompts, fakes.PROBLEMS[1:3], fakes.Letters(), **settings)
@@ -122,9 +127,8 @@ def test_the_root_alone_where_it_is_the_best(folder, sampled):
     progress = Progress(2, lambda *_: None, done=2, console=Console(file=io.StringIO()))
     first = populations.start([SystemPrompt(text="root")], 10)
     some = parts(trains=False)
-    results = finish(
-        some, some.reference, first.members[0], first, fakes.config(mode="evolution"), folder, progress
-    )
+    job = Job(fakes.config(mode="evolution"), some, folder, progress)
+    results = finish(job, some.reference, first.members[0], first)
     assert [call[1] for call in sampled] == [["p0"]]
     assert {weights: list(cells) for weights, cells in results["test"].items()} == {"initial": ["root"]}
 
@@ -132,8 +136,7 @@ def test_the_root_alone_where_it_is_the_best(folder, sampled):
 def test_without_test_problems_nothing_is_sampled(folder, sampled):
     progress = Progress(2, lambda *_: None, done=2, console=Console(file=io.StringIO()))
     some = parts(test=False)
-    results = finish(
-        some, some.reference, POPULATION.members[0], POPULATION, fakes.config(), folder, progress
-    )
+    job = Job(fakes.config(), some, folder, progress)
+    results = finish(job, some.reference, POPULATION.members[0], POPULATION)
     assert sampled == [] and results["test"] == {} and results["deployed"]["id"] == "p1"
     assert list(folder.files) == ["results.json", "lineage.txt"]

@@ -17,7 +17,9 @@ from espl_jax.run import weights
 from espl_jax.run.parts import abstract_run_state, assemble
 from espl_jax.run.roots import first_population
 from espl_jax.run.state import first_train_state
+from espl_jax.sampling.settings import Sampling
 from espl_jax.sampling.truncation import Truncation
+from espl_jax.text.chat_format import ChatFormat
 from espl_jax.types import SystemPrompt
 from tests.support import fakes
 from tests.support import tiny as decoders
@@ -41,7 +43,7 @@ def test_what_each_mode_has(mode, trains, evolves):
     assert (state is not None) == trains
     assert (parts.policy(state) is parts.reference) == (not trains)
     # Reflection alone is mutation alone.
-    assert parts.evolution["crossover_prob"] == (0.0 if mode == "reflection" else 0.5)
+    assert parts.evolution.crossover_prob == (0.0 if mode == "reflection" else 0.5)
 
 
 def test_splits_share_no_problem():
@@ -112,17 +114,14 @@ def test_numerics_and_sampling_reach_their_places():
     # The weights, adapters, Adam's two averages of them, and their copy in bfloat16 for sampling.
     held = sum((3 * 4 + 2) * x.size for x in jax.tree.leaves(first_train_state(config, parts).trainable))
     held += sum(x.nbytes for x in jax.tree.leaves(parts.reference.params))
-    assert held <= parts.sampling.pop("held_bytes") < held + 100
-    assert parts.sampling == {"chat_template_kwargs": {"thinking": False}, "max_rows": 7, "mesh": None}
-    assert parts.rollouts.pop("longest_problem") > 5
-    assert parts.rollouts == {
-        "truncation": Truncation(top_p=0.9),
-        "stop_strings": ("User:",),
-        "context_limit": 200,
-        "show_thinking": False,
-        "tool_format": "auto",
-    }
-    assert assemble(fakes.config()).sampling["max_rows"] is None
+    assert held <= parts.capacity.held_bytes < held + 100
+    assert (parts.capacity.max_rows, parts.capacity.mesh) == (7, None)
+    assert parts.capacity.longest_problem > 5
+    assert parts.sampling == Sampling(
+        max_new_tokens=6, temperature=1.0, truncation=Truncation(top_p=0.9), context_limit=200
+    )
+    assert parts.chat == ChatFormat(template_arguments={"thinking": False}, stop_strings=("User:",))
+    assert assemble(fakes.config()).capacity.max_rows is None
 
 
 def test_fresh_adapters_change_nothing_and_share_the_base():
@@ -162,7 +161,8 @@ def test_full_fine_tuning_trains_a_float32_copy():
 def test_the_abstract_state_is_that_of_the_run(rank):
     config = fakes.config(lora__rank=rank)
     parts = assemble(config)
-    abstract, real = abstract_run_state(config, parts), first_train_state(config, parts)
+    abstract = abstract_run_state(config, parts.reference.config, parts.optimizer, parts.mesh)
+    real = first_train_state(config, parts)
     assert jax.tree.structure(abstract) == jax.tree.structure(real)
     for shape, array in zip(jax.tree.leaves(abstract), jax.tree.leaves(real), strict=True):
         assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
@@ -258,7 +258,7 @@ def test_prose_has_no_principles(tmp_path):
 )
 def test_prompts_leave_room_in_the_context(limit, new_tokens, budget):
     parts = assemble(fakes.config(sampling__context_limit=limit, sampling__max_new_tokens=new_tokens))
-    guards, longest = parts.evolution["guards"], parts.rollouts["longest_problem"]
+    guards, longest = parts.evolution.guards, parts.capacity.longest_problem
     assert guards.max_prompt_tokens == (budget if budget in (250, 1024) else budget - longest)
     assert len(guards.tokenize("abc")) == 3 and guards.problems == parts.splits["train"].problems
 

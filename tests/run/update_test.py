@@ -14,6 +14,7 @@ from configs import common
 from espl_jax.console.progress import Progress
 from espl_jax.run import parts as run_parts
 from espl_jax.run import reflection, update
+from espl_jax.run.job import Job
 from espl_jax.train import train
 from espl_jax.training.optimizer import make_optimizer
 from espl_jax.types import TrainBatch
@@ -97,13 +98,14 @@ def test_old_logprobs_are_computed_where_an_update_reads_them(fields, batches, s
         mesh=None,
         frozen=None,
         reference=SimpleNamespace(config=None),
-        loss=run_parts.loss_settings(c),
+        objective=run_parts.objective_of(c),
         step_arguments=lambda state, batch: (state, batch),
     )
     rollouts = SimpleNamespace(slots=dict, problems=())
     progress = Progress(1, append=None, console=Console(file=io.StringIO()))
     untrained = SimpleNamespace(trainable=0)
-    state, record = update.update(untrained, rollouts, parts, c, 1, progress)
+    job = Job(c, parts, None, progress)
+    state, record = update.update(job, untrained, rollouts, 1)
     assert record["updates"] == state.trainable == c.loss.epochs * batches
     expected = [(n, (0, n) if scored else None) for n in range(batches)]
     assert seen == expected * c.loss.epochs

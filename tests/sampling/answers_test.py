@@ -13,8 +13,8 @@ from espl_jax.models import transformer
 from espl_jax.parallel import sharding
 from espl_jax.sampling import answers, draw
 from espl_jax.sampling.answers import Answers
-from espl_jax.sampling.generate import sample_tree
 from tests.support import tiny
+from tests.support.flat import sample_tree
 from tests.support.two_processes import run_pair
 
 CONFIG = tiny.CONFIG.replace(num_layers=1, num_heads=1, num_kv_heads=1)

@@ -8,10 +8,10 @@ from scipy import stats
 from espl_jax.models import transformer
 from espl_jax.parallel import sharding
 from espl_jax.sampling import draw
-from espl_jax.sampling.generate import sample_tree
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
 from tests.sampling.boundaries import distribution
 from tests.support import tiny
+from tests.support.flat import sample_tree
 
 SYSTEMS = [[5, 6, 7, 8], []]
 PROBLEMS = [[[9, 10], [11]], [[12, 13, 14], [15, 16]]]

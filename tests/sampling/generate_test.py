@@ -8,10 +8,11 @@ from espl_jax.models import lora, transformer
 from espl_jax.models.config import Rope
 from espl_jax.parallel import sharding
 from espl_jax.sampling import draw
-from espl_jax.sampling.generate import generate, sample_tree
+from espl_jax.sampling.generate import generate
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
 from tests.sampling.boundaries import boundary_distance, cut_distance, distribution
 from tests.support import tiny
+from tests.support.flat import sample_tree
 
 WINDOWED = tiny.CONFIG.replace(windows=(7, 0), local_rope=Rope(theta=50.0), qk_norm=True, post_norms=True)
 KEY = jax.random.key(0, impl="threefry2x32")

@@ -12,9 +12,9 @@ from espl_jax.parallel import sharding
 from espl_jax.parallel.memory import bytes_per_device
 from espl_jax.sampling import decode, draw, generate, scheduler
 from espl_jax.sampling import sizes as sizing
-from espl_jax.sampling.generate import sample_tree
 from espl_jax.sampling.truncation import Truncation
 from tests.support import tiny
+from tests.support.flat import sample_tree
 
 # One layer, one head: only the bookkeeping matters here.
 SMALL = tiny.CONFIG.replace(num_layers=1, num_heads=1, num_kv_heads=1, max_positions=4096)

@@ -56,8 +56,8 @@ def nothing_else(config, monkeypatch, caplog):
       A set that gets what was called: names of functions, and `constrained`.
     """
     parts = assemble(config)
-    decoder, held_bytes = parts.reference.config, parts.sampling["held_bytes"]
-    longest = Lengths(LONGEST_PROMPT, parts.rollouts["longest_problem"], config.sampling.max_new_tokens)
+    decoder, held_bytes = parts.reference.config, parts.capacity.held_bytes
+    longest = Lengths(LONGEST_PROMPT, parts.capacity.longest_problem, config.sampling.max_new_tokens)
     stages = {each: each.sizes(decoder, held_bytes, None) for each in workloads_of(config, parts, longest)}
     held = programs.held(config, decoder, parts.optimizer, None)
     listed = list(programs.run_programs(config, decoder, held, parts.optimizer, stages, None, stop_ids=1))

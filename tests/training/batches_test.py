@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from espl_jax.rl.advantages import advantages
 from espl_jax.rl.tree import sum_over_microbatches
-from espl_jax.rollouts.collect import collect_rollouts
 from espl_jax.sampling.truncation import Truncation
 from espl_jax.training.batches import (
     abstract_batch,
@@ -20,10 +19,10 @@ from espl_jax.training.batches import (
     rows_of_a_part,
     train_batches,
 )
-from espl_jax.training.step import gradients
 from espl_jax.types import Problem, Rollouts, SystemPrompt
 from tests.support import tiny
 from tests.support.fakes import CONFIG, PROBLEMS, PROMPTS, Letters, Talker, model
+from tests.support.flat import collect_rollouts, compiled_gradients
 
 # Two slots, three problems, two rollouts of at most three tokens.
 TOKENS = np.arange(1, 37, dtype=np.int32).reshape(2, 3, 2, 3)
@@ -373,7 +372,7 @@ class TestMinibatches:
 SETTINGS = {"key": jax.random.key(7), "group_size": 3, "max_new_tokens": 10}
 EQUAL = np.ones((3, 4, 3), np.float32)  # every group counts
 
-score = jax.jit(gradients, static_argnames=("config", "microbatch_rows"))
+score = compiled_gradients
 
 
 def collect(environment=None, **settings):

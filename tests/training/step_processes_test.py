@@ -12,16 +12,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from espl_jax.models.transformer import abstract
 from espl_jax.parallel import processes, sharding
 from espl_jax.training.state import init_train_state
-from espl_jax.training.step import gradients, place_batch, policy_gradient_step
+from espl_jax.training.step import place_batch
 from tests.support import ragged_tree, tiny
+from tests.support.flat import compiled_gradients, policy_gradient_step
 from tests.support.two_processes import run_pair
 
 CONFIG = tiny.CONFIG.replace(vocab_size=64)
 OPTIMIZER = optax.sgd(0.05)
 CASES = [({"fsdp": 8}, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, 2), ({"data": 4, "expert": 2}, 0)]
 """Meshes, and how many rollouts of a part go at a time."""
-
-compiled_gradients = jax.jit(gradients, static_argnames=("config", "microbatch_rows"))
 
 
 def three_steps(mesh, microbatch_rows):

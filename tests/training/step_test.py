@@ -7,17 +7,13 @@ from espl_jax.models import lora
 from espl_jax.rl.losses import Loss
 from espl_jax.training.optimizer import make_optimizer
 from espl_jax.training.state import init_train_state, whole_params
-from espl_jax.training.step import gradients, policy_gradient_step
 from tests.support import ragged_tree, tiny, torch_llama
+from tests.support.flat import compiled_gradients, gradients, policy_gradient_step
 
 SHAPE = (2, 4, 2)
 TEMPERATURE = 0.7
 
 CONFIG = tiny.CONFIG.replace(lora_scale=0.5)
-
-compiled_gradients = jax.jit(
-    gradients, static_argnames=("config", "kl_coef", "loss", "kl_estimator", "microbatch_rows")
-)
 
 
 def full_gradients(params, batch, temperature=TEMPERATURE):

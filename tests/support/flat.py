@@ -1,0 +1,55 @@
+"""Functions of the package with all their settings side by side, so that a test can change one in a dict."""
+
+import dataclasses
+
+import jax
+
+from espl_jax.rl.objective import Objective
+from espl_jax.rollouts import collect
+from espl_jax.sampling import generate
+from espl_jax.sampling.settings import Capacity, Sampling
+from espl_jax.text.chat_format import ChatFormat
+from espl_jax.training import step
+
+
+def take(cls, settings):
+    """Makes a dataclass of those settings that are its fields, and removes them."""
+    names = {field.name for field in dataclasses.fields(cls)} & settings.keys()
+    return cls(**{name: settings.pop(name) for name in names})
+
+
+def _sampling(settings):
+    if settings.get("stop_ids") is not None:
+        settings["stop_ids"] = tuple(settings["stop_ids"])
+    return take(Sampling, settings)
+
+
+def sample_tree(*args, **settings):
+    """`sampling.generate.sample_tree`."""
+    return generate.sample_tree(*args, _sampling(settings), take(Capacity, settings), **settings)
+
+
+def collect_rollouts(*args, **settings):
+    """`rollouts.collect.collect_rollouts`."""
+    settings["template_arguments"] = settings.pop("chat_template_kwargs", {})
+    given = {"sampling": _sampling(settings), "capacity": take(Capacity, settings)}
+    return collect.collect_rollouts(*args, **given, chat=take(ChatFormat, settings), **settings)
+
+
+def gradients(trainable, frozen, reference, batch, config, **settings):
+    """`training.step.gradients`."""
+    objective = take(Objective, settings)
+    return step.gradients(trainable, frozen, reference, batch, config, objective, **settings)
+
+
+compiled_gradients = jax.jit(
+    gradients, static_argnames=("config", "loss", "kl_coef", "kl_estimator", "microbatch_rows")
+)
+
+
+def policy_gradient_step(state, frozen, reference, batch, config, optimizer, **settings):
+    """`training.step.policy_gradient_step`."""
+    objective = take(Objective, settings)
+    return step.policy_gradient_step(
+        state, frozen, reference, batch, config, optimizer, objective, **settings
+    )
