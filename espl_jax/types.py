@@ -211,8 +211,8 @@ class Rollouts:
 class TrainBatch(NamedTuple):
     """The prefix tree of one update, right padded. Arrays of numpy or jax.
 
-    System prompts are on every device. Problems and rollouts lie in D equal parts, one for each group of
-    devices that shares rows (one on a single device); each rollout's problem is in its part, so a problem
+    System prompts are on every device. Problems and rollouts lie in D equal shards, one for each group of
+    devices that shares rows (one on a single device); each rollout's problem is in its shard, so a problem
     whose group is split is in several. Padding is rollouts with an empty mask, and problems that nobody has.
     A rollout's inputs begin with the last token of its problem, so that column t of `inputs` predicts column
     t of `targets`.
@@ -222,7 +222,7 @@ class TrainBatch(NamedTuple):
       problem_tokens: int32 [D, P, Q]; problem_lengths: int32 [D, P] (the last token of the prompt left out).
         Q = 0 for a tree without this level.
       problem_system: int32 [D, P], the system prompt of each problem.
-      rollout_problem: int32 [D, R], the problem of each rollout, counted within the part.
+      rollout_problem: int32 [D, R], the problem of each rollout, counted within the shard.
       inputs: int32 [D, R, T]; targets: int32 [D, R, T].
       mask: bool [D, R, T], True where a target was drawn by the policy.
       sampler_logprobs: float32 [D, R, T], under the distribution drawn from.

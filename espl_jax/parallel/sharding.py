@@ -177,7 +177,7 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, PartitionSpec())), tree)
 
 
-def row_parts(mesh: Mesh | None) -> int:
+def row_shards(mesh: Mesh | None) -> int:
     """Into how many parts rows are sharded: devices along the axes of `rows`."""
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in _ROWS)
 

@@ -222,9 +222,9 @@ def least_memory(config: ConfigDict, topology: str, lengths: Lengths) -> float:
     mesh = sharding.make_mesh(dict(config.mesh), tpu_compiler.devices(topology))
     decoder = load.read_config(config.model.source, **on_tpu(config))
     sizes = programs.held(config, decoder, make_optimizer_of(config), mesh).sizes()
-    parts = sharding.row_parts(mesh)
+    shards = sharding.row_shards(mesh)
     groups = -(-config.num_prompts * config.batch_size // config.loss.minibatches)
-    rows = -(-groups * config.group_size // parts)
+    rows = -(-groups * config.group_size // shards)
     tokens = min(config.loss.microbatch_rows or rows, rows) * lengths.new
     stored = {"rounded": jnp.dtype(decoder.dtype).itemsize, "offload": 0}.get(decoder.remat, 4)
     inputs = stored * tokens * decoder.embed_dim * decoder.num_layers / mesh.shape["tensor"]

@@ -271,7 +271,7 @@ def sampling_programs(
         filled += len(starts) * sizes.steps
         runs = {columns: float(chunks[columns]) for columns in sizes.columns}
         # As chunks are where nothing has ended yet.
-        aligned = lanes == 1 or (sizes.parts == 1 and sizes.slots == sampling.rows)
+        aligned = lanes == 1 or (sizes.shards == 1 and sizes.slots == sampling.rows)
         kind = "decode chunk" if counted else "constrained step" if sampling.constrained else "chunk"
         for columns, count in (runs if every_bucket else _ends(runs)).items():
             name = kind
@@ -308,8 +308,8 @@ def _in_place(
     def numbers(*shape: int) -> jax.ShapeDtypeStruct:
         return sharding.place_rows(jax.ShapeDtypeStruct(shape, jnp.int32), mesh)
 
-    table, counts = numbers(sizes.parts, sizes.per_part), numbers(sizes.parts)
-    loops = {"/while": sizes.per_part}
+    table, counts = numbers(sizes.shards, sizes.per_shard), numbers(sizes.shards)
+    loops = {"/while": sizes.per_shard}
     if number == 0:
         rows = slots, block, table, table, counts
         yield program(f"admit{of_stage}", each, decode.admit, *rows, loops=loops)
@@ -318,7 +318,7 @@ def _in_place(
         return
     most = {sizes.extended_rows(columns): columns for columns in sizes.columns}
     for count, columns in {min(most): most[min(most)], max(most): most[max(most)]}.items():
-        rows = sizes.parts * count
+        rows = sizes.shards * count
         yield program(
             f"extend{of_stage}",
             f"{rows} rows x {columns} columns",
@@ -327,7 +327,7 @@ def _in_place(
             decoder,
             system,
             slots,
-            numbers(sizes.parts, count),
+            numbers(sizes.shards, count),
             decode.abstract_rows(rows, mesh),
             numbers(rows, EXTENDED_TOKENS),
             numbers(rows),
@@ -367,7 +367,7 @@ def update_programs(
         problem_tokens=lengths.problem,
         new_tokens=lengths.new,
         cutoffs=truncated,
-        parts=sharding.row_parts(mesh),
+        shards=sharding.row_shards(mesh),
         microbatch_rows=config.loss.microbatch_rows,
     )
     shape = " x ".join(map(str, batch.inputs.shape)) + " new tokens"

@@ -49,11 +49,11 @@ def advantages(
     # Differences first: a group of equal rewards gives exact zeros, whatever the mean would round to.
     gaps = rewards[:, :, :, None, None] - rewards.transpose(1, 0, 2)[None, :, None]  # [M, B, N, M', N']
     gaps = jnp.where(same[:, None, None, :, None], gaps, 0.0)
-    gains = gaps.sum(axis=(3, 4)) / (same.sum(axis=1) * rewards.shape[2])[:, None, None]
+    centered = gaps.sum(axis=(3, 4)) / (same.sum(axis=1) * rewards.shape[2])[:, None, None]
     if normalize == "batch_std":
-        return gains / (rewards.std() + EPSILON)
+        return centered / (rewards.std() + EPSILON)
     if normalize == "std":
-        squares = jnp.square(gains).mean(axis=2)  # [M, B]
+        squares = jnp.square(centered).mean(axis=2)  # [M, B]
         pooled = jnp.where(same[:, :, None], squares, 0.0).sum(axis=1) / same.sum(axis=1)[:, None]
-        return gains / (jnp.sqrt(pooled)[:, :, None] + EPSILON)
-    return gains
+        return centered / (jnp.sqrt(pooled)[:, :, None] + EPSILON)
+    return centered

@@ -170,7 +170,7 @@ def policy_gradient_loss(
     logprobs, sampler = safe(logprobs), jax.lax.stop_gradient(safe(sampler_logprobs))
     old = sampler if old_logprobs is None else jax.lax.stop_gradient(safe(old_logprobs))
     drawn = mask.any(axis=1, keepdims=True)
-    gains = jnp.where(drawn, advantages[:, None], 0.0)  # [R, 1]
+    weights = jnp.where(drawn, advantages[:, None], 0.0)  # [R, 1]
     has_term = drawn if kind in SEQUENCE_KINDS else mask
 
     def log_ratio(new: jax.Array, before: jax.Array) -> jax.Array:
@@ -186,15 +186,15 @@ def policy_gradient_loss(
     clipped = jnp.zeros_like(has_term)
     if kind == "cispo":
         low, high = bounds
-        clipped = ((ratio < low) | (ratio > high)) & (gains != 0)
-        objective = jnp.clip(ratio, low, high) * gains * logprobs
+        clipped = ((ratio < low) | (ratio > high)) & (weights != 0)
+        objective = jnp.clip(ratio, low, high) * weights * logprobs
     elif bounds:
         low, high = bounds
-        clipped = ((ratio < low) & (gains < 0)) | ((ratio > high) & (gains > 0))
+        clipped = ((ratio < low) & (weights < 0)) | ((ratio > high) & (weights > 0))
         kept = jnp.exp(jnp.where(clipped, 0.0, log_ratios))
-        objective = jnp.where(clipped, jnp.where(gains > 0, high, low), kept) * gains
+        objective = jnp.where(clipped, jnp.where(weights > 0, high, low), kept) * weights
     else:
-        objective = jnp.exp(log_ratios) * gains
+        objective = jnp.exp(log_ratios) * weights
 
     metrics = {
         "tokens": mask.sum().astype(jnp.float32),

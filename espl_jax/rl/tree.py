@@ -39,7 +39,7 @@ def shared_levels(params: Params, batch: TrainBatch, config: DecoderConfig) -> t
 def _ancestors(
     arrays: Arrays, places: Places, owners: dict[str, jax.Array], problem_parts: int = 1
 ) -> list[KVCache]:
-    """The levels there are, for rows with these owners. Problems are counted within their part."""
+    """The levels there are, for rows with these owners. Problems are counted within their shard."""
     return [
         KVCache(*arrays[name], *places[name], owners[name], problem_parts if name == "problem" else 1)
         for name in ("system", "problem")  # outermost first; dicts lose their order on the way through jax
@@ -56,9 +56,9 @@ def hidden_states(
     config: DecoderConfig,
 ) -> jax.Array:
     """float [rows, T, D] of a microbatch's rollouts over the shared levels."""
-    parts, problem = batch.inputs.shape[0], micro["rollout_problem"]
-    system = of_owners(_flat(batch.problem_system), problem, parts)
-    ancestors = _ancestors(arrays, places, {"system": system, "problem": problem}, parts)
+    shards, problem = batch.inputs.shape[0], micro["rollout_problem"]
+    system = of_owners(_flat(batch.problem_system), problem, shards)
+    ancestors = _ancestors(arrays, places, {"system": system, "problem": problem}, shards)
     return forward(params, config, micro["inputs"], ancestors=ancestors)[0]
 
 
@@ -68,7 +68,7 @@ def _flat(x: jax.Array) -> jax.Array:
 
 
 def microbatches(batch: TrainBatch, size: int) -> dict[str, jax.Array]:
-    """The rollouts' arrays [J, D * size, ...], `size` of each part in each of J microbatches."""
+    """The rollouts' arrays [J, D * size, ...], `size` of each shard in each of J microbatches."""
     names = ("rollout_problem", "inputs", "targets", "mask", "sampler_logprobs", "cutoffs", "advantages")
     arrays = {name: getattr(batch, name) for name in (*names, "old_logprobs")}
 

@@ -86,7 +86,7 @@ def chunks(linear: layers.Linear, tokens: int) -> Chunks:
     vocab, mesh = linear["weight"].shape[0], sharding.mesh_of(linear["weight"])
     tensor = fsdp = rows = 1
     if mesh is not None:
-        tensor, fsdp, rows = mesh.shape["tensor"], mesh.shape["fsdp"], sharding.row_parts(mesh)
+        tensor, fsdp, rows = mesh.shape["tensor"], mesh.shape["fsdp"], sharding.row_shards(mesh)
     # Parts that are slices of all devices' shares in both phases, or as nearly as the vocabulary divides.
     parts = next(parts for parts in (tensor * fsdp, tensor, 1) if vocab % parts == 0)
     wanted = min(LARGEST, max(256, SCORES * rows // tokens)) * tensor // parts

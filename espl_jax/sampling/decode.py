@@ -3,7 +3,7 @@
 A run of rollouts owns one cache of W slots, reserved once. Nothing in it is ever copied as a whole: rows are
 admitted into free slots, move into the low ones when few are left, and are extended behind what they hold,
 all in place. A chunk reads the first slots and columns only, as many as are in use. With a mesh the slots lie
-in equal parts, one for each group of devices that shares rows, and a row never leaves its part. The host
+in equal shards, one for each group of devices that shares rows, and a row never leaves its shard. The host
 knows every row's state and gives it to each call, see `Rows`.
 """
 
@@ -28,7 +28,7 @@ Slots = tuple[jax.Array, jax.Array]
 
 
 class Rows(NamedTuple):
-    """The rows of a call, R of them: those in the first R / parts slots of each part.
+    """The rows of a call, R of them: those in the first R / shards slots of each shard.
 
     Attributes:
       lane: int32 [R], the system prompt's number.
@@ -75,7 +75,7 @@ class Drawn(NamedTuple):
 def abstract_slots(
     config: DecoderConfig, slots: int, capacity: int, mesh: Mesh | None, everywhere: bool = False
 ) -> Slots:
-    """Shapes of slots with room for `capacity` tokens each, and where they lie: rows in equal parts, or
+    """Shapes of slots with room for `capacity` tokens each, and where they lie: rows in equal shards, or
     `everywhere`, as the caches of shared levels do."""
     shape = (config.num_layers, config.num_kv_heads, slots)
     shapes = (*shape, config.head_dim, capacity), (*shape, capacity, config.head_dim)
@@ -148,8 +148,8 @@ def admit(
     Args:
       slots: donated.
       problems: caches of Q columns, no more than the slots have.
-      nodes: int32 [parts, k], which problem; into: int32 [parts, k], into which slot of the part.
-      count: int32 [parts], how many of the k.
+      nodes: int32 [shards, k], which problem; into: int32 [shards, k], into which slot of the shard.
+      count: int32 [shards], how many of the k.
     """
 
     def local(slots: Slots, problems: Slots, nodes: jax.Array, into: jax.Array, count: jax.Array) -> Slots:
@@ -166,11 +166,11 @@ def admit(
 def move(
     slots: Slots, source: jax.Array, target: jax.Array, count: jax.Array, *, mesh: Mesh | None = None
 ) -> Slots:
-    """Copies slots over others of their parts, one after another.
+    """Copies slots over others of their shards, one after another.
 
     Args:
       slots: donated.
-      source, target: int32 [parts, k], slots of the part; count: int32 [parts], how many of the k.
+      source, target: int32 [shards, k], slots of the shard; count: int32 [shards], how many of the k.
     """
 
     def local(slots: Slots, source: jax.Array, target: jax.Array, count: jax.Array) -> Slots:
@@ -206,9 +206,9 @@ def extend(
       config: the decoder.
       system: cache of the system prompts, M nodes.
       slots: donated; these have at least T free columns.
-      at: int32 [parts, k], the rows' slots within their parts.
-      rows: the k rows of each part, [parts * k]; `lane`, `start` and `length` are looked at.
-      tokens: int32 [parts * k, T], beginning with each row's `token`; lengths: int32 [parts * k], 0 for none.
+      at: int32 [shards, k], the rows' slots within their shards.
+      rows: the k rows of each shard, [shards * k]; `lane`, `start` and `length` are looked at.
+      tokens: int32 [shards * k, T], beginning with each row's `token`; lengths: int32 [shards * k], 0 for none.
       columns: at least the longest length.
     """
     count = at.shape[1]
@@ -289,8 +289,8 @@ def decode_chunk(
     if allowed is not None and steps != 1:
         raise ValueError(f"steps={steps}: what is allowed holds for one step")
     count = rows.token.shape[0]
-    parts = sharding.row_parts(mesh)
-    held = RowsView(*slots, rows.start, rows.length, columns, parts)
+    shards = sharding.row_shards(mesh)
+    held = RowsView(*slots, rows.start, rows.length, columns, shards)
     system = system if aligned else system.replace(owner=rows.lane)
     shape = (config.num_layers, config.num_kv_heads, count)
     staging = (

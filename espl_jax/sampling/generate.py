@@ -15,7 +15,7 @@ from espl_jax.sampling import draw
 from espl_jax.sampling.answers import Answers, Place, Respond
 from espl_jax.sampling.constraint import Constraint
 from espl_jax.sampling.layout import for_sampling
-from espl_jax.sampling.scheduler import Lanes
+from espl_jax.sampling.scheduler import Scheduler
 from espl_jax.sampling.settings import Capacity, Sampling
 from espl_jax.sampling.sizes import choose_sizes
 from espl_jax.sampling.truncation import Truncation
@@ -205,7 +205,7 @@ def sample_tree(
         held=held_bytes,
         mesh=mesh,
     )
-    lanes = Lanes(
+    scheduler = Scheduler(
         params,
         config,
         system_tokens,
@@ -220,48 +220,48 @@ def sample_tree(
         constraint=constraint,
         mesh=mesh,
     )
-    truncated = lanes.limit > 0
-    turn_start = np.zeros_like(lanes.limit)
+    truncated = scheduler.limit > 0
+    turn_start = np.zeros_like(scheduler.limit)
     answers = Answers(respond)
 
     def so_far(row: int) -> tuple[Place, np.ndarray]:
         place = tuple(int(i) for i in np.unravel_index(row, limits.shape))
-        return place, lanes.tokens[row, : lanes.position[row]].copy()
+        return place, scheduler.tokens[row, : scheduler.position[row]].copy()
 
-    while not lanes.done or answers.waiting:
-        lanes.admit()
+    while not scheduler.done or answers.waiting:
+        scheduler.admit()
         ended, done = {}, []
-        decoding = lanes.running.any()
+        decoding = scheduler.running.any()
         if decoding:
-            for row, count, stopped in lanes.decode():
+            for row, count, stopped in scheduler.decode():
                 if find_end is not None:
-                    turn = lanes.tokens[row, turn_start[row] : lanes.position[row]]
+                    turn = scheduler.tokens[row, turn_start[row] : scheduler.position[row]]
                     kept = find_end(turn, len(turn) - count)
                     if kept is not None:
-                        lanes.take_back(row, len(turn) - kept)
+                        scheduler.take_back(row, len(turn) - kept)
                         stopped = True
                 if stopped:
                     ended[row] = so_far(row)
-                elif lanes.position[row] >= lanes.limit[row]:
+                elif scheduler.position[row] >= scheduler.limit[row]:
                     done.append(row)
         appended = answers.gather(ended, wait=not decoding)
-        lanes.running[list(answers.waiting)] = False
+        scheduler.running[list(answers.waiting)] = False
         for row, answer in list(appended.items()):
-            if not answer or lanes.position[row] + len(answer) >= lanes.limit[row]:
+            if not answer or scheduler.position[row] + len(answer) >= scheduler.limit[row]:
                 truncated[row] = bool(appended.pop(row))
                 done.append(row)
         for row in done:
-            lanes.release(row)
+            scheduler.release(row)
             if finished is not None:
                 finished(*so_far(row))
         for answer in appended.values():
             check_ids("respond", answer, config)
-        lanes.append(appended)
+        scheduler.append(appended)
         for row in appended:
-            turn_start[row] = lanes.position[row]
-    arrays = lanes.tokens, lanes.position, lanes.logprobs, lanes.untruncated_logprobs
-    arrays = *arrays, truncated, lanes.cutoffs, lanes.drawn
-    return Samples(*(x.reshape(*limits.shape, *x.shape[1:]) for x in arrays), lanes.row_steps)
+            turn_start[row] = scheduler.position[row]
+    arrays = scheduler.tokens, scheduler.position, scheduler.logprobs, scheduler.untruncated_logprobs
+    arrays = *arrays, truncated, scheduler.cutoffs, scheduler.drawn
+    return Samples(*(x.reshape(*limits.shape, *x.shape[1:]) for x in arrays), scheduler.row_steps)
 
 
 def row_limits(

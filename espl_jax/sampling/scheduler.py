@@ -27,7 +27,7 @@ from espl_jax.sampling.slots import SlotTable
 from espl_jax.sampling.truncation import Truncation
 
 
-class Lanes:
+class Scheduler:
     """All rows of one `sample_tree`, by their number in [M * B * N].
 
     Attributes:
@@ -101,7 +101,7 @@ class Lanes:
         self.sizes = self.stages.popleft()
         self.slots = None  # before the next ones are reserved
         self.slots = decode.reserve(self.config, self.sizes.slots, self.sizes.capacity, self.mesh)
-        self.table = SlotTable(self.sizes.parts, self.sizes.per_part, self.sizes.coarse)
+        self.table = SlotTable(self.sizes.shards, self.sizes.per_shard, self.sizes.coarse)
 
     def _block(self, row: int) -> int:
         return self.blocks.place(int(self.node[row]))[0]
@@ -137,10 +137,10 @@ class Lanes:
             counts = np.zeros(len(nodes), np.int32)
             while self.queue and self.table.free and self._block(self.queue[0]) == block:
                 row = self.queue.popleft()
-                part, slot = self.table.put(row)
-                nodes[part, counts[part]] = self.blocks.place(int(self.node[row]))[1]
-                into[part, counts[part]] = slot
-                counts[part] += 1
+                shard, slot = self.table.put(row)
+                nodes[shard, counts[shard]] = self.blocks.place(int(self.node[row]))[1]
+                into[shard, counts[shard]] = slot
+                counts[shard] += 1
                 self.queued[block] -= 1
                 self.running[row] = True
             self.slots = decode.admit(self.slots, self.problems[block], nodes, into, counts, mesh=self.mesh)
@@ -231,13 +231,13 @@ class Lanes:
         """Feeds a piece to as many rows as go at once, and takes it off what is left of them."""
         columns = self._columns(np.array(list(pieces)))
         most = self.sizes.extended_rows(columns)
-        by_part: list[list[tuple[int, int]]] = [[] for _ in self.table.row]
+        by_shard: list[list[tuple[int, int]]] = [[] for _ in self.table.row]
         for row in pieces:
-            part, slot = self.table.place(row)
-            if len(by_part[part]) < most:
-                by_part[part].append((row, slot))
-        width = 1 if max(map(len, by_part)) == 1 else most
-        filled = [rows + [(-1, 0)] * (width - len(rows)) for rows in by_part]
+            shard, slot = self.table.place(row)
+            if len(by_shard[shard]) < most:
+                by_shard[shard].append((row, slot))
+        width = 1 if max(map(len, by_shard)) == 1 else most
+        filled = [rows + [(-1, 0)] * (width - len(rows)) for rows in by_shard]
         numbers, at = np.moveaxis(np.array(filled), 2, 0)
         numbers = numbers.reshape(-1)
         fed = [pieces[row] if row >= 0 else () for row in numbers.tolist()]
@@ -313,6 +313,6 @@ class Lanes:
         if self.blocks.lanes == 1:
             return True
         each, rest = divmod(len(numbers), self.blocks.lanes)
-        whole = len(numbers) == self.sizes.slots and self.sizes.parts == 1 and not rest
+        whole = len(numbers) == self.sizes.slots and self.sizes.shards == 1 and not rest
         places = np.flatnonzero(live)
         return whole and bool((self.lane[numbers[places]] == places // each).all())

@@ -27,13 +27,13 @@ CHUNK = 32
 SMALLEST = 32
 """The fewest columns of a short slot, and what its columns are a multiple of."""
 
-LANES = 128
+TPU_LANES = 128
 """What the columns of a longer slot are a multiple of, and those of it that a chunk attends to: how TPUs lay
 out the last axis of an array. Any other number of columns cannot be read in place: for a chunk of 32 or 192
 columns the compiler copies all keys, half of what is reserved."""
 
 EXTENDED_ROWS, EXTENDED_TOKENS = 8, 256
-"""Most rows of a part, and most tokens of each, that are prefilled at once behind what their slots hold."""
+"""Most rows of a shard, and most tokens of each, that are prefilled at once behind what their slots hold."""
 
 EXTENDED_COLUMNS = 16_384
 """Most columns that these rows together attend to, which bounds the scores of long conversations."""
@@ -61,10 +61,10 @@ def rungs(most: int, coarse: bool = False) -> list[int]:
             sizes.add(width)
         return sorted(sizes)
     sizes = {1}
-    part = 1
-    while part < most:
-        sizes |= {-(-most // part), -(-3 * most // (4 * part))}
-        part *= 2
+    divisor = 1
+    while divisor < most:
+        sizes |= {-(-most // divisor), -(-3 * most // (4 * divisor))}
+        divisor *= 2
     return sorted(sizes)
 
 
@@ -73,8 +73,8 @@ class Sizes:
     """What one stage of a sampling reserves, and what its chunks are compiled for.
 
     Attributes:
-      parts: groups of devices that share the rows.
-      per_part: slots of each.
+      shards: groups of devices that share the rows.
+      per_shard: slots of each.
       capacity: columns of a slot.
       longest: columns that a row of this stage can fill before a chunk.
       problem: columns that hold any problem.
@@ -83,8 +83,8 @@ class Sizes:
         them would take longer than they save.
     """
 
-    parts: int
-    per_part: int
+    shards: int
+    per_shard: int
     capacity: int
     longest: int
     problem: int
@@ -94,12 +94,12 @@ class Sizes:
     @property
     def slots(self) -> int:
         """Rows in flight at most."""
-        return self.parts * self.per_part
+        return self.shards * self.per_shard
 
     @property
     def widths(self) -> list[int]:
         """Rows of a chunk, ascending."""
-        return [self.parts * width for width in rungs(self.per_part, self.coarse)]
+        return [self.shards * width for width in rungs(self.per_shard, self.coarse)]
 
     @property
     def columns(self) -> list[int]:
@@ -117,11 +117,11 @@ class Sizes:
     def columns_for(self, filled: int) -> int:
         """The columns that a chunk attends to when its longest row has filled so many."""
         if self.coarse:
-            return min(self.capacity, max(LANES, 1 << (filled - 1).bit_length()))
+            return min(self.capacity, max(TPU_LANES, 1 << (filled - 1).bit_length()))
         return min(self.capacity, bucket(filled, _unit(self.capacity)))
 
     def extended_rows(self, columns: int) -> int:
-        """Most rows of a part that are extended at once, where the longest attends to this many columns."""
+        """Most rows of a shard that are extended at once, where the longest attends to this many columns."""
         return min(EXTENDED_ROWS, max(1, EXTENDED_COLUMNS // columns))
 
     def __str__(self) -> str:
@@ -140,7 +140,7 @@ class Sizes:
 
 def _unit(capacity: int) -> int:
     """What the columns of a slot are a multiple of."""
-    return LANES if capacity > LANES else SMALLEST
+    return TPU_LANES if capacity > TPU_LANES else SMALLEST
 
 
 def _listed(numbers: list[int]) -> str:
@@ -190,7 +190,7 @@ def choose_sizes(
     Raises:
       ValueError: if memory does not hold a single row.
     """
-    parts = sharding.row_parts(mesh)
+    shards = sharding.row_shards(mesh)
     steps = min(chunk, max_new_tokens)
     context = min(context_limit or config.max_positions, config.max_positions)
     problem = bucket(longest_problem, SMALLEST)
@@ -206,7 +206,7 @@ def choose_sizes(
             )
         else:
             wanted = lanes * max_rows
-        return Sizes(parts, -(-min(wanted, rows) // parts), capacity, longest, problem, steps, coarse)
+        return Sizes(shards, -(-min(wanted, rows) // shards), capacity, longest, problem, steps, coarse)
 
     longest = min(problem + max_new_tokens, max(problem, context))
     stages = [stage(longest, turns)]
@@ -229,7 +229,7 @@ def slots_that_fit(
     mesh: Mesh | None,
 ) -> int:
     """Most slots of `capacity` columns beside the `held` of the `memory` bytes of a device; at least one for
-    each part.
+    each shard.
 
     Each needs room for the columns of a chunk and for drawing too; where rows are extended, what these attend
     to is copied.
@@ -237,8 +237,8 @@ def slots_that_fit(
     Raises:
       ValueError: if not even one fits.
     """
-    parts = sharding.row_parts(mesh)
-    shape = (config.num_layers, config.num_kv_heads, parts, 1, config.head_dim)
+    shards = sharding.row_shards(mesh)
+    shape = (config.num_layers, config.num_kv_heads, shards, 1, config.head_dim)
     if mesh is not None:
         shape = sharding.cache_sharding(mesh, shape).shard_shape(shape)
     column = 2 * math.prod(shape) * jnp.dtype(config.dtype).itemsize
@@ -250,4 +250,4 @@ def slots_that_fit(
             "lower max_new_tokens or context_limit"
         )
     free = SHARE * memory - held - (EXTENDED_COLUMNS * column if extended else 0)
-    return max(1, int(free // slot)) * parts
+    return max(1, int(free // slot)) * shards

@@ -19,7 +19,7 @@ def train_batches(
     rollouts: Rollouts,
     advantages: np.ndarray,
     *,
-    parts: int = 1,
+    shards: int = 1,
     microbatch_rows: int = 0,
     minibatches: int = 1,
     rng: np.random.Generator | None = None,
@@ -28,14 +28,14 @@ def train_batches(
 ) -> list[TrainBatch]:
     """The trees of an iteration's updates: all rollouts in one, or in minibatches of whole groups.
 
-    Groups without a gradient are left out. The rollouts of the others are cut into equal parts, a group in
+    Groups without a gradient are left out. The rollouts of the others are cut into equal shards, a group in
     two if need be: its advantages are known by now.
 
     Args:
       rollouts: the iteration's.
       advantages: float32 [M, B, N].
-      parts: D, groups of devices that share rows (`sharding.row_parts`).
-      microbatch_rows: the rollouts of a part are padded to a multiple of it that holds every group, so that
+      shards: D, groups of devices that share rows (`sharding.row_shards`).
+      microbatch_rows: the rollouts of a shard are padded to a multiple of it that holds every group, so that
         the number of groups does not change the shapes; 0 pads them to all, 1/2, 1/4 ... of the rollouts.
       minibatches: how many updates share the rollouts; groups are dealt out to them at random.
       rng: consumed to deal them out; needed for more than one.
@@ -67,7 +67,7 @@ def train_batches(
         if len(useful):
             useful = useful[np.lexsort(useful.T[::-1])]
             most = -(-len(groups) // minibatches)
-            batches.append(_batch(rollouts, advantages, counts, share, useful, most, parts, microbatch_rows))
+            batches.append(_batch(rollouts, advantages, counts, share, useful, most, shards, microbatch_rows))
     return batches
 
 
@@ -80,7 +80,7 @@ def abstract_batch(
     problem_tokens: int,
     new_tokens: int,
     cutoffs: bool,
-    parts: int = 1,
+    shards: int = 1,
     microbatch_rows: int = 0,
 ) -> TrainBatch:
     """Shapes of an update in which every group has a gradient, to compile for.
@@ -91,10 +91,10 @@ def abstract_batch(
       group_size: N.
       system_tokens, problem_tokens, new_tokens: the longest of each level; 0 for a tree without the level.
       cutoffs: whether sampling was truncated.
-      parts, microbatch_rows: as in `train_batches`.
+      shards, microbatch_rows: as in `train_batches`.
     """
-    rows = rows_of_a_part(groups, groups, group_size, parts, microbatch_rows)
-    problems = problems_of_a_part(rows, group_size, parts, microbatch_rows)
+    rows = rows_of_a_shard(groups, groups, group_size, shards, microbatch_rows)
+    problems = problems_of_a_shard(rows, group_size, shards, microbatch_rows)
     width, system = bucket(new_tokens, smallest=16), bucket(system_tokens) if system_tokens else 0
     problem = bucket(problem_tokens - 1, smallest=16) if problem_tokens else 0
 
@@ -107,39 +107,39 @@ def abstract_batch(
     return TrainBatch(
         system_tokens=integers(prompts, system),
         system_lengths=integers(prompts),
-        problem_tokens=integers(parts, problems, problem),
-        problem_lengths=integers(parts, problems),
-        problem_system=integers(parts, problems),
-        rollout_problem=integers(parts, rows),
-        inputs=integers(parts, rows, width),
-        targets=integers(parts, rows, width),
-        mask=jax.ShapeDtypeStruct((parts, rows, width), np.bool_),
-        sampler_logprobs=numbers(parts, rows, width),
-        cutoffs=numbers(parts, rows, width) if cutoffs else None,
-        advantages=numbers(parts, rows),
+        problem_tokens=integers(shards, problems, problem),
+        problem_lengths=integers(shards, problems),
+        problem_system=integers(shards, problems),
+        rollout_problem=integers(shards, rows),
+        inputs=integers(shards, rows, width),
+        targets=integers(shards, rows, width),
+        mask=jax.ShapeDtypeStruct((shards, rows, width), np.bool_),
+        sampler_logprobs=numbers(shards, rows, width),
+        cutoffs=numbers(shards, rows, width) if cutoffs else None,
+        advantages=numbers(shards, rows),
         num_rollouts=numbers(),
         num_tokens=numbers(),
     )
 
 
-def rows_of_a_part(groups: int, most: int, group_size: int, parts: int, microbatch_rows: int) -> int:
+def rows_of_a_shard(groups: int, most: int, group_size: int, shards: int, microbatch_rows: int) -> int:
     """R, the rows reserved for this many groups out of `most`.
 
     With microbatches R is the same for any number of groups, because a step skips the microbatches that are
     empty. Otherwise it is all rows, a half, a quarter ... of them, rounded up.
     """
-    rows = -(-most * group_size // parts)
+    rows = -(-most * group_size // shards)
     if microbatch_rows:
         return _round_up(rows, min(microbatch_rows, rows))
-    while rows > 1 and -(-rows // 2) * parts >= groups * group_size:
+    while rows > 1 and -(-rows // 2) * shards >= groups * group_size:
         rows = -(-rows // 2)
     return rows
 
 
-def problems_of_a_part(rows: int, group_size: int, parts: int, microbatch_rows: int = 0) -> int:
-    """P, the most groups that one part's rows belong to, however many of its microbatches are in use."""
+def problems_of_a_shard(rows: int, group_size: int, shards: int, microbatch_rows: int = 0) -> int:
+    """P, the most groups that one shard's rows belong to, however many of its microbatches are in use."""
     in_use = np.arange(min(microbatch_rows, rows), rows + 1, microbatch_rows) if microbatch_rows else [rows]
-    starts = np.multiply.outer(in_use, np.arange(parts))
+    starts = np.multiply.outer(in_use, np.arange(shards))
     ends = starts + np.reshape(in_use, (-1, 1)) - 1
     return int((ends // group_size - starts // group_size).max()) + 1
 
@@ -155,23 +155,23 @@ def _batch(
     share: np.ndarray,
     useful: np.ndarray,
     most: int,
-    parts: int,
+    shards: int,
     microbatch_rows: int,
 ) -> TrainBatch:
     """One update. `share` int [.., 2] are its groups (m, b); `useful` [U, 2] those with a gradient."""
     group_size = advantages.shape[2]
-    rows = rows_of_a_part(len(useful), most, group_size, parts, microbatch_rows)
-    # Every part takes equally many rows in turn, and whole microbatches of them. Row i of all parts together
-    # is of group i // N; those beyond a part's share or the last group stand under an empty mask.
+    rows = rows_of_a_shard(len(useful), most, group_size, shards, microbatch_rows)
+    # Every shard takes equally many rows in turn, and whole microbatches of them. Row i of all shards together
+    # is of group i // N; those beyond a shard's share or the last group stand under an empty mask.
     share_rows = rows
     if microbatch_rows:
-        share_rows = min(rows, _round_up(-(-len(useful) * group_size // parts), min(microbatch_rows, rows)))
+        share_rows = min(rows, _round_up(-(-len(useful) * group_size // shards), min(microbatch_rows, rows)))
     column = np.arange(rows)
-    row = share_rows * np.arange(parts)[:, None] + np.minimum(column, share_rows - 1)
+    row = share_rows * np.arange(shards)[:, None] + np.minimum(column, share_rows - 1)
     real = (column < share_rows) & (row < len(useful) * group_size)
     first = row[:, :1] // group_size
     group = np.minimum(row // group_size, len(useful) - 1)
-    nodes = first + np.arange(problems_of_a_part(rows, group_size, parts, microbatch_rows))
+    nodes = first + np.arange(problems_of_a_shard(rows, group_size, shards, microbatch_rows))
     nodes = np.minimum(nodes, len(useful) - 1)
     place = (*np.moveaxis(useful[group], -1, 0), row % group_size)
 

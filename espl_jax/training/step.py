@@ -27,7 +27,7 @@ from espl_jax.types import TrainBatch
 
 
 def place_batch(batch: TrainBatch, mesh: Mesh | None) -> TrainBatch:
-    """Puts a batch on the mesh: system prompts on every device, each part of the rest on its own."""
+    """Puts a batch on the mesh: system prompts on every device, each shard of the rest on its own."""
     shared = ("system_tokens", "system_lengths", "num_rollouts", "num_tokens")
     return TrainBatch(
         **{
@@ -56,7 +56,7 @@ def gradients(
       batch: the tree.
       config: the decoder; `config.remat` says which activations are recomputed.
       objective: what the gradient is of.
-      microbatch_rows: how many rollouts of each part go at a time, 0 for all. It has to divide them.
+      microbatch_rows: how many rollouts of each shard go at a time, 0 for all. It has to divide them.
 
     Returns:
       (gradients like `trainable`, metrics: `loss`; per token `entropy`, those of `policy_gradient_loss`, with
@@ -64,13 +64,13 @@ def gradients(
       coefficient `kl`).
 
     Raises:
-      ValueError: for a `microbatch_rows` that does not divide the rollouts of a part.
+      ValueError: for a `microbatch_rows` that does not divide the rollouts of a shard.
     """
     rows = batch.inputs.shape[1]
     size = min(microbatch_rows or rows, rows)
     if rows % size:
         raise ValueError(
-            f"microbatch_rows={size} does not divide the {rows} rollouts of a part; pad the batch to a "
+            f"microbatch_rows={size} does not divide the {rows} rollouts of a shard; pad the batch to a "
             "multiple, as train_batches does"
         )
     loss, temperature, kl_coef = objective.loss, objective.temperature, objective.kl_coef
@@ -150,7 +150,7 @@ def batch_logprobs(
     Returns:
       float32 [D, R, T], under the distributions drawn from; 0 in microbatches without a token that counts.
     """
-    parts, rows, steps = batch.inputs.shape
+    shards, rows, steps = batch.inputs.shape
     size = min(microbatch_rows or rows, rows)
     params = whole_params(trainable, frozen)
     arrays, places = shared_levels(params, batch, config)
@@ -165,7 +165,7 @@ def batch_logprobs(
         return jax.lax.cond(micro["mask"].any(), score, lambda _: empty, micro)
 
     scored = jax.lax.map(score_or_skip, microbatches(batch, size))
-    return jnp.moveaxis(scored.reshape(-1, parts, size, steps), 0, 1).reshape(parts, rows, steps)
+    return jnp.moveaxis(scored.reshape(-1, shards, size, steps), 0, 1).reshape(shards, rows, steps)
 
 
 @functools.partial(

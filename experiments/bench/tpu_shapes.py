@@ -126,8 +126,8 @@ class Shapes:
         return self._exact(self._batch(1, rows, 1, **levels), 0, 0, tokens)
 
     def _batch(self, prompts: int, groups: int, group: int, **fields: Any) -> TrainBatch:
-        parts = sharding.row_parts(self.mesh)
-        batch = abstract_batch(prompts=prompts, groups=groups, group_size=group, parts=parts, **fields)
+        shards = sharding.row_shards(self.mesh)
+        batch = abstract_batch(prompts=prompts, groups=groups, group_size=group, shards=shards, **fields)
         return place_batch(batch, self.mesh)
 
     def _exact(self, batch: TrainBatch, system: int, problem: int, new: int) -> TrainBatch:

@@ -110,8 +110,8 @@ class TestPlacement:
             weights = {"embedding": placed["embedding"], **layers["attention"], **layers["mlp"]}
             weight = weights[name]["weight"]
             assert weight.sharding.spec == spec, phase
-            parts = 2 if spec == P(None, None, "tensor", None) else 4
-            assert weight.addressable_shards[0].data.size == weight.size // parts
+            shards = 2 if spec == P(None, None, "tensor", None) else 4
+            assert weight.addressable_shards[0].data.size == weight.size // shards
             jax.tree.map(np.testing.assert_array_equal, placed, params)
 
     def test_adapters_lie_beside_their_weights(self, mesh):
@@ -167,11 +167,11 @@ class TestPlacement:
         assert rows.sharding.spec == P(ROWS, None)
 
     @pytest.mark.parametrize(
-        ("sizes", "parts"), [({"fsdp": 8}, 8), ({"data": 2, "tensor": 4}, 2), ({"fsdp": 2, "expert": 4}, 8)]
+        ("sizes", "shards"), [({"fsdp": 8}, 8), ({"data": 2, "tensor": 4}, 2), ({"fsdp": 2, "expert": 4}, 8)]
     )
-    def test_row_parts(self, sizes, parts):
-        assert sharding.row_parts(sharding.make_mesh(sizes)) == parts
-        assert sharding.row_parts(None) == 1
+    def test_row_parts(self, sizes, shards):
+        assert sharding.row_shards(sharding.make_mesh(sizes)) == shards
+        assert sharding.row_shards(None) == 1
 
     def test_optimizer_state_lies_where_its_params_lie(self, placed):
         state = init_train_state(placed, make_optimizer(1e-3))
@@ -227,10 +227,10 @@ def step(trainable, batch, config, frozen=None, kl_coef=0.0, microbatch_rows=3):
 
 def spread_batch(mesh):
     """Sixteen rollouts in groups of four: in no mesh do they divide evenly, and groups are split."""
-    parts = sharding.row_parts(mesh)
-    rows = 3 * -(-16 // (3 * parts))
-    assert parts * rows > 16 and rows % 4
-    return place_batch(TREE.train_batch(parts=parts, rows=rows), mesh)
+    shards = sharding.row_shards(mesh)
+    rows = 3 * -(-16 // (3 * shards))
+    assert shards * rows > 16 and rows % 4
+    return place_batch(TREE.train_batch(shards=shards, rows=rows), mesh)
 
 
 def assert_same_step(spread, alone, placed):

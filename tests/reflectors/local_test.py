@@ -89,8 +89,8 @@ def sampled(monkeypatch):
     """The token lists that reach the sampler, and nothing drawn."""
     seen = []
 
-    def sample_tree(params, config, systems, rests, keys, *, max_new_tokens, **settings):
-        drawing = [bool(n) for n in max_new_tokens[0, :, 0]]
+    def sample_tree(params, config, systems, rests, keys, sampling, *_, **__):
+        drawing = [bool(n) for n in sampling.max_new_tokens[0, :, 0]]
         seen.extend((systems[0], rest) for rest, draws in zip(rests[0], drawing, strict=True) if draws)
         return dataclasses.make_dataclass("Samples", ["tokens", "lengths"])(
             jnp.zeros((1, len(rests[0]), 1, 1), int), jnp.zeros((1, len(rests[0]), 1), int)
@@ -186,8 +186,11 @@ class TestConstrained:
     def test_a_thinking_block_of_the_template_is_closed(self, sampled):
         thinking = copy.deepcopy(tokenizer())
         thinking.chat_template = TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-        settings = {"key": jax.random.key(0), "max_new_tokens": 120, "temperature": 1.0}
-        reflect = local_reflector(dataclasses.replace(model(), loaded_tokenizer=thinking), **settings)
+        reflect = local_reflector(
+            dataclasses.replace(model(), loaded_tokenizer=thinking),
+            key=jax.random.key(0),
+            sampling=Sampling(max_new_tokens=120),
+        )
         reflect.constrained([asked("one")], SCHEMAS[:1])
         reflect([asked("one")])
         ends = [tokenizer().decode(rest)[-30:] for _, rest in sampled]

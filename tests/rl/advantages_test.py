@@ -50,8 +50,8 @@ def test_std_by_hand():
 
 def test_batch_std_by_hand():
     # Six of twelve are ones: deviation 1/2 of all, whatever the groups.
-    gains = advantages(REWARDS)
-    np.testing.assert_allclose(advantages(REWARDS, normalize="batch_std"), 2 * gains, rtol=1e-5)
+    weights = advantages(REWARDS)
+    np.testing.assert_allclose(advantages(REWARDS, normalize="batch_std"), 2 * weights, rtol=1e-5)
     few = np.array([[[0, 4], [0, 0]]], np.float32)  # mean 1, deviation sqrt((1 + 9 + 1 + 1) / 4)
     expected = [[[-2 / np.sqrt(3), 2 / np.sqrt(3)], [0, 0]]]
     np.testing.assert_allclose(advantages(few, normalize="batch_std"), expected, rtol=1e-5)
@@ -77,16 +77,16 @@ def test_properties(value, baseline, seed):
         zeros = np.asarray(advantages(equal, baseline, normalize=normalize))
         assert not zeros.any() and np.isfinite(zeros).all()  # exactly zero, not nearly
     rewards = np.random.default_rng(seed).normal(size=(2, 2, 3))
-    gains = np.asarray(advantages(rewards, baseline))
+    weights = np.asarray(advantages(rewards, baseline))
     axes = 2 if baseline == "per_prompt" else (0, 2)
-    np.testing.assert_allclose(gains.mean(axis=axes), 0, atol=1e-6)
-    np.testing.assert_allclose(advantages(rewards + 7, baseline), gains, atol=1e-5)
-    np.testing.assert_allclose(gains, rewards - rewards.mean(axis=axes, keepdims=True), atol=1e-5)
+    np.testing.assert_allclose(weights.mean(axis=axes), 0, atol=1e-6)
+    np.testing.assert_allclose(advantages(rewards + 7, baseline), weights, atol=1e-5)
+    np.testing.assert_allclose(weights, rewards - rewards.mean(axis=axes, keepdims=True), atol=1e-5)
     deviation = rewards.std(axis=axes, keepdims=True)
     scaled = advantages(rewards, baseline, normalize="std")
-    np.testing.assert_allclose(scaled, gains / (deviation + 1e-6), atol=1e-5)
+    np.testing.assert_allclose(scaled, weights / (deviation + 1e-6), atol=1e-5)
     scaled = advantages(rewards, baseline, normalize="batch_std")
-    np.testing.assert_allclose(scaled, gains / (rewards.std() + 1e-6), atol=1e-5)
+    np.testing.assert_allclose(scaled, weights / (rewards.std() + 1e-6), atol=1e-5)
 
 
 def test_what_makes_no_sense_is_refused():

@@ -127,8 +127,8 @@ def test_copies_are_pooled_by_id_wherever_they_stand():
     assert prompt_numbers(mixed).tolist() == [0, 1, 0]
     expected = [mixed.rewards[[0, 2]].mean(axis=(0, 2)), mixed.rewards[1].mean(axis=1)]
     assert mixed.score_matrix() == pytest.approx(np.array(expected))
-    gains = np.asarray(advantages(mixed.rewards, "per_prompt", prompt_numbers(mixed)))
-    assert gains[[0, 2]].sum(axis=(0, 2)) == pytest.approx([0, 0], abs=1e-6)
+    weights = np.asarray(advantages(mixed.rewards, "per_prompt", prompt_numbers(mixed)))
+    assert weights[[0, 2]].sum(axis=(0, 2)) == pytest.approx([0, 0], abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ class Script:
         self.policy = policy
         self.heard = {}  # place -> texts that were said to the row
 
-    def __call__(self, params, config, system_tokens, problem_tokens, keys, *, respond, **_):
+    def __call__(self, params, config, system_tokens, problem_tokens, keys, *_, respond, **__):
         shape = keys.shape[:3]
         tokens, drawn = np.zeros((*shape, LIMIT), np.int32), np.zeros((*shape, LIMIT), bool)
         lengths = np.zeros(shape, np.int32)
@@ -122,8 +122,8 @@ def test_the_loss_covers_the_models_own_tokens_alone(run):
 
     environment = Search(Bm25(encyclopedia_problems.passages()))
     rollouts, script = run(environment, problems, policy, prompts=PROMPTS[:2], group_size=2)
-    gains = np.tile(np.array([1, -1], np.float32), (2, 4, 1))
-    (batch,) = train_batches(rollouts, gains)
+    advantages = np.tile(np.array([1, -1], np.float32), (2, 4, 1))
+    (batch,) = train_batches(rollouts, advantages)
     places = list(np.ndindex(2, 4, 2))
     assert batch.mask.shape[:2] == (1, len(places))
     for row, place in enumerate(places):

@@ -7,6 +7,7 @@ import pytest
 
 from espl_jax.rollouts.turns import Turns, as_text
 from espl_jax.text.chat import encode
+from espl_jax.text.chat_format import ChatFormat
 from tests.support.fakes import PROBLEMS, tokenizer
 from tests.text.tools_test import TOOLS, WITH_TOOLS
 

@@ -129,7 +129,7 @@ class TestPrograms:
         mesh = sizes and sharding.make_mesh(sizes)
         config = tiny.CONFIG.replace(num_kv_heads=4, head_dim=64)
         slots = decode.abstract_slots(config, 64, 1024, mesh)
-        parts = sharding.row_parts(mesh)
+        parts = sharding.row_shards(mesh)
         whole = bytes_per_device(slots)
         places = jax.ShapeDtypeStruct((parts, 64 // parts), np.int32)
         counts = jax.ShapeDtypeStruct((parts,), np.int32)
@@ -161,7 +161,7 @@ class TestPrograms:
 
     def test_chunks_keep_to_the_sizes_announced(self, monkeypatch):
         seen, sizes = set(), []
-        chunk, choose = decode.decode_chunk, scheduler.Lanes.__init__
+        chunk, choose = decode.decode_chunk, scheduler.Scheduler.__init__
 
         def listen(params, config, system, slots, rows, *args, columns, aligned, **kwargs):
             seen.add((len(rows.token), columns, aligned))
@@ -174,7 +174,7 @@ class TestPrograms:
             choose(self, *args, **kwargs)
 
         monkeypatch.setattr(decode, "decode_chunk", listen)
-        monkeypatch.setattr(scheduler.Lanes, "__init__", listen_to_sizes)
+        monkeypatch.setattr(scheduler.Scheduler, "__init__", listen_to_sizes)
         sample(shape=(2, 2, 8), max_new_tokens=120, stop_ids=tuple(range(3)))
         assert {width for width, _, _ in seen} <= set(sizes[0].widths) and len(seen) > 3
         assert {columns for _, columns, _ in seen} <= set(sizes[0].columns) and len(sizes) == 1
@@ -392,7 +392,7 @@ class TestStages:
         monkeypatch.setattr(scheduler, "EXTENDED_TOKENS", 16)
         monkeypatch.setattr(sizing, "EXTENDED_TOKENS", 16)
         monkeypatch.setattr(sizing, "EXTENDED_COLUMNS", 0)
-        monkeypatch.setattr(sizing, "LANES", 32)
+        monkeypatch.setattr(sizing, "TPU_LANES", 32)
         # Columns of 192 bytes, a row of 232 columns, 24 behind it and 8 of a chunk.
         slot = 192 * (256 + 8) + 3 * 4 * 61
         monkeypatch.setattr(sizing, "device_memory", lambda: 4 * slot / sizing.SHARE + 1)

@@ -106,7 +106,7 @@ class TestMemory:
         monkeypatch.setattr(sizes, "EXTENDED_COLUMNS", 0)
         monkeypatch.setattr(sizes, "EXTENDED_TOKENS", 32)
         chosen = only(mesh=mesh)
-        assert (chosen.parts, chosen.per_part, chosen.slots) == (4, 3, 12)
+        assert (chosen.shards, chosen.per_shard, chosen.slots) == (4, 3, 12)
         assert chosen.widths == [4, 8, 12]
 
 

@@ -22,9 +22,9 @@ def test_the_emptiest_part_gets_the_next_row():
 
 @given(st.data())
 def test_chunks_get_narrower_and_no_row_leaves_its_part(data):
-    parts, per_part = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
-    count = data.draw(st.integers(1, parts * per_part))
-    table = SlotTable(parts, per_part)
+    shards, per_shard = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
+    count = data.draw(st.integers(1, shards * per_shard))
+    table = SlotTable(shards, per_shard)
     part_of = {row: table.put(row)[0] for row in range(count)}
     for row in data.draw(st.lists(st.sampled_from(range(count)), unique=True, max_size=count - 1)):
         table.remove(row)
@@ -35,17 +35,17 @@ def test_chunks_get_narrower_and_no_row_leaves_its_part(data):
     before = table.row.copy()
     width, moves, counts = table.narrow(running)
     moved = before.copy()
-    for part in range(parts):
-        for source, target in moves[part, : counts[part]]:
-            assert moved[part, target] == -1
-            moved[part, target], moved[part, source] = moved[part, source], -1
+    for shard in range(shards):
+        for source, target in moves[shard, : counts[shard]]:
+            assert moved[shard, target] == -1
+            moved[shard, target], moved[shard, source] = moved[shard, source], -1
     np.testing.assert_array_equal(moved, table.row)
     assert sorted(table.row[table.row >= 0].tolist()) == there
     first = table.first(width)
     assert set(np.flatnonzero(running)) <= set(first.tolist())
-    assert first.shape == (parts * width,)
+    assert first.shape == (shards * width,)
     for row in there:
         assert table.place(row)[0] == part_of[row]
-    most = max(sum(running[row] and part_of[row] == part for row in there) for part in range(parts))
-    waiting = max(sum(not running[row] and part_of[row] == part for row in there) for part in range(parts))
+    most = max(sum(running[row] and part_of[row] == shard for row in there) for shard in range(shards))
+    waiting = max(sum(not running[row] and part_of[row] == shard for row in there) for shard in range(shards))
     assert most <= width <= max(1, -(-3 * (most + waiting) // 2))

@@ -22,17 +22,17 @@ class Tree(NamedTuple):
     advantages: np.ndarray  # float32 [M, P, N]
     num_rollouts: np.float32
 
-    def train_batch(self, parts=1, rows=0, old_logprobs=None):
-        """The batch of an update: rollouts in order, in `parts` runs of `rows` each (as many as needed)."""
+    def train_batch(self, shards=1, rows=0, old_logprobs=None):
+        """The batch of an update: rollouts in order, in `shards` runs of `rows` each (as many as needed)."""
         prompts, problems, group = self.advantages.shape
         total = prompts * problems * group
-        rows = rows or -(-total // parts)
+        rows = rows or -(-total // shards)
         nodes = prompts * problems
         tokens, lengths = self.problem_tokens.reshape(nodes, -1), self.problem_lengths.reshape(-1)
-        # Every part has all problems, in an order of its own, so that numbers within parts matter.
-        order = np.stack([np.roll(np.arange(nodes), part) for part in range(parts)])
+        # Every shard has all problems, in an order of its own, so that numbers within shards matter.
+        order = np.stack([np.roll(np.arange(nodes), shard) for shard in range(shards)])
         number = np.argsort(order, axis=1)
-        index = np.arange(parts * rows).reshape(parts, rows)
+        index = np.arange(shards * rows).reshape(shards, rows)
         real, index = index < total, np.minimum(index, total - 1)
 
         def of_rows(x):

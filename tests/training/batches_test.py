@@ -14,9 +14,9 @@ from espl_jax.rl.tree import sum_over_microbatches
 from espl_jax.sampling.truncation import Truncation
 from espl_jax.training.batches import (
     abstract_batch,
-    problems_of_a_part,
+    problems_of_a_shard,
     prompt_numbers,
-    rows_of_a_part,
+    rows_of_a_shard,
     train_batches,
 )
 from espl_jax.types import Problem, Rollouts, SystemPrompt
@@ -68,12 +68,12 @@ def by_hand(rewards=MIXED):
     )
 
 
-def gains_of(rollouts):
+def advantages_of(rollouts):
     return np.asarray(advantages(rollouts.rewards))
 
 
 def one_batch(rollouts, **settings):
-    (batch,) = train_batches(rollouts, gains_of(rollouts), **settings)
+    (batch,) = train_batches(rollouts, advantages_of(rollouts), **settings)
     return batch
 
 
@@ -104,7 +104,7 @@ class TestByHand:
 
     def test_a_group_may_lie_in_two_parts(self):
         hand = by_hand([[[1, 0], [0, 1]], [[1, 0], [0, 1]]])
-        batch = one_batch(hand, parts=3)
+        batch = one_batch(hand, shards=3)
         # Groups 0 0 1 | 1 2 2 | 3 3 and one row too many.
         assert batch.rollout_problem.tolist() == [[0, 0, 1], [0, 1, 1], [0, 0, 1]]
         assert batch.problem_lengths.tolist() == [[0, 1], [1, 1], [0, 0]]
@@ -156,12 +156,12 @@ class TestByHand:
         assert masked.num_rollouts == plain.num_rollouts == 12
         assert masked.num_tokens == plain.num_tokens == LENGTHS.sum()
         everything = dataclasses.replace(hand, truncated=np.ones((2, 3, 2), bool))
-        assert train_batches(everything, gains_of(hand), mask_truncated=True) == []
+        assert train_batches(everything, advantages_of(hand), mask_truncated=True) == []
 
     def test_greedy_rollouts_cannot_be_trained_on(self):
         hand = dataclasses.replace(by_hand(), temperature=0.0)
         with pytest.raises(ValueError, match="temperature=0: greedy rollouts cannot be trained on"):
-            train_batches(hand, gains_of(hand))
+            train_batches(hand, advantages_of(hand))
 
     def test_copies_of_a_prompt_have_one_number(self):
         copies = [SystemPrompt(id=name) for name in ("p4", "p0", "p4")]
@@ -171,7 +171,7 @@ class TestByHand:
 
 class TestSizes:
     @pytest.mark.parametrize(
-        ("groups", "most", "group_size", "parts", "microbatch_rows", "rows"),
+        ("groups", "most", "group_size", "shards", "microbatch_rows", "rows"),
         [
             (6, 6, 2, 1, 0, 12),
             (4, 6, 2, 1, 0, 12),  # a half would hold three
@@ -190,11 +190,11 @@ class TestSizes:
             (6, 6, 2, 5, 2, 4),
         ],
     )
-    def test_rows_of_a_part(self, groups, most, group_size, parts, microbatch_rows, rows):
-        assert rows_of_a_part(groups, most, group_size, parts, microbatch_rows) == rows
+    def test_rows_of_a_shard(self, groups, most, group_size, shards, microbatch_rows, rows):
+        assert rows_of_a_shard(groups, most, group_size, shards, microbatch_rows) == rows
 
     @pytest.mark.parametrize(
-        ("rows", "group_size", "parts", "microbatch_rows", "problems"),
+        ("rows", "group_size", "shards", "microbatch_rows", "problems"),
         [
             (6, 2, 1, 0, 3),
             (5, 2, 1, 0, 3),
@@ -208,10 +208,10 @@ class TestSizes:
             (4, 2, 2, 2, 2),  # 0011 2233 or 00 11
         ],
     )
-    def test_problems_of_a_part(self, rows, group_size, parts, microbatch_rows, problems):
-        assert problems_of_a_part(rows, group_size, parts, microbatch_rows) == problems
+    def test_problems_of_a_shard(self, rows, group_size, shards, microbatch_rows, problems):
+        assert problems_of_a_shard(rows, group_size, shards, microbatch_rows) == problems
 
-    @pytest.mark.parametrize("settings", [{}, {"parts": 5, "microbatch_rows": 2}], ids=str)
+    @pytest.mark.parametrize("settings", [{}, {"shards": 5, "microbatch_rows": 2}], ids=str)
     @pytest.mark.parametrize("cut", [False, True])
     def test_shapes_are_known_before(self, settings, cut):
         """Those of an update in which every group has a gradient and a rollout is as long as it may be."""
@@ -238,7 +238,7 @@ class TestSizes:
         rng, seen = np.random.default_rng(0), set()
         for _ in range(50):
             hand = by_hand(rng.integers(0, 2, (2, 3, 2)))
-            seen |= {batch.inputs.shape for batch in train_batches(hand, gains_of(hand))}
+            seen |= {batch.inputs.shape for batch in train_batches(hand, advantages_of(hand))}
         assert seen == {(1, rows, 16) for rows in (2, 3, 6, 12)} - {(1, 3, 16)}
 
 
@@ -261,29 +261,29 @@ def random_rollouts(seed, shape):
     )
 
 
-def places_of(batch, rollouts, gains):
+def places_of(batch, rollouts, weights):
     """(m, b, n) of every rollout in a batch, after a look at all that belongs to it."""
     found = []
     owner = {int(rollouts.tokens[place][0]): place for place in np.ndindex(rollouts.lengths.shape)}
-    for part, row in np.ndindex(batch.inputs.shape[:2]):
-        mask = batch.mask[part, row]
+    for shard, row in np.ndindex(batch.inputs.shape[:2]):
+        mask = batch.mask[shard, row]
         if not mask.any():
-            assert batch.advantages[part, row] == 0
+            assert batch.advantages[shard, row] == 0
             continue
-        m, b, n = owner[int(batch.targets[part, row, 0])]
-        problem = batch.rollout_problem[part, row]
-        system = batch.problem_system[part, problem]
+        m, b, n = owner[int(batch.targets[shard, row, 0])]
+        problem = batch.rollout_problem[shard, row]
+        system = batch.problem_system[shard, problem]
         prompt = [
             *batch.system_tokens[system, : batch.system_lengths[system]],
-            *batch.problem_tokens[part, problem, : batch.problem_lengths[part, problem]],
-            batch.inputs[part, row, 0],
+            *batch.problem_tokens[shard, problem, : batch.problem_lengths[shard, problem]],
+            batch.inputs[shard, row, 0],
         ]
         assert prompt == [*rollouts.system_tokens[m], *rollouts.problem_tokens[m][b]]
         length = rollouts.lengths[m, b, n]
-        assert np.array_equal(batch.targets[part, row, mask], rollouts.tokens[m, b, n, :length])
-        assert np.array_equal(batch.inputs[part, row, 1:], batch.targets[part, row, :-1])
-        assert np.array_equal(batch.sampler_logprobs[part, row, mask], rollouts.logprobs[m, b, n, :length])
-        assert batch.advantages[part, row] == gains[m, b, n]
+        assert np.array_equal(batch.targets[shard, row, mask], rollouts.tokens[m, b, n, :length])
+        assert np.array_equal(batch.inputs[shard, row, 1:], batch.targets[shard, row, :-1])
+        assert np.array_equal(batch.sampler_logprobs[shard, row, mask], rollouts.logprobs[m, b, n, :length])
+        assert batch.advantages[shard, row] == weights[m, b, n]
         found.append((m, b, n))
     return found
 
@@ -292,27 +292,27 @@ def places_of(batch, rollouts, gains):
 @given(
     seed=st.integers(0, 10_000),
     shape=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(2, 5)),
-    parts=st.integers(1, 8),
+    shards=st.integers(1, 8),
     microbatch_rows=st.integers(0, 6),
     minibatches=st.integers(1, 4),
 )
-def test_every_rollout_of_a_useful_group_is_in_one_place(seed, shape, parts, microbatch_rows, minibatches):
+def test_every_rollout_of_a_useful_group_is_in_one_place(seed, shape, shards, microbatch_rows, minibatches):
     rollouts = random_rollouts(seed, shape)
-    gains = gains_of(rollouts)
+    weights = advantages_of(rollouts)
     batches = train_batches(
         rollouts,
-        gains,
-        parts=parts,
+        weights,
+        shards=shards,
         microbatch_rows=microbatch_rows,
         minibatches=minibatches,
         rng=np.random.default_rng(seed),
     )
-    found = [places_of(batch, rollouts, gains) for batch in batches]
-    useful = [place for place in np.ndindex(shape) if gains[place[:2]].any()]
+    found = [places_of(batch, rollouts, weights) for batch in batches]
+    useful = [place for place in np.ndindex(shape) if weights[place[:2]].any()]
     assert sorted(itertools.chain(*found)) == useful
     for batch, places in zip(batches, found, strict=True):
         assert len(places) and len(places) % shape[2] == 0  # groups are whole
-        assert batch.inputs.shape[0] == batch.problem_tokens.shape[0] == parts
+        assert batch.inputs.shape[0] == batch.problem_tokens.shape[0] == shards
         rows = batch.inputs.shape[1]
         assert rows % (min(microbatch_rows, rows) or rows) == 0
         assert set(batch.rollout_problem.flat) <= set(range(batch.problem_system.shape[1]))
@@ -324,7 +324,7 @@ class TestMinibatches:
     def split(self, minibatches=3, seed=0, rollouts=None):
         rollouts = rollouts or self.rollouts()
         rng = np.random.default_rng(seed)
-        return train_batches(rollouts, gains_of(rollouts), minibatches=minibatches, rng=rng)
+        return train_batches(rollouts, advantages_of(rollouts), minibatches=minibatches, rng=rng)
 
     def rollouts(self):
         """All groups are mixed."""
@@ -352,7 +352,7 @@ class TestMinibatches:
 
     def test_one_batch_draws_no_numbers(self):
         rng = np.random.default_rng(0)
-        train_batches(self.rollouts(), gains_of(self.rollouts()), rng=rng)
+        train_batches(self.rollouts(), advantages_of(self.rollouts()), rng=rng)
         assert rng.random() == np.random.default_rng(0).random()
 
     def test_a_share_without_a_gradient_is_left_out(self):
@@ -362,7 +362,7 @@ class TestMinibatches:
         (batch,) = self.split(minibatches=8, rollouts=rollouts)
         # The group stands for itself alone; the others' updates are not made.
         assert batch.num_rollouts == 3 and batch.num_tokens == rollouts.drawn[1, 2].sum()
-        assert places_of(batch, rollouts, gains_of(rollouts)) == [(1, 2, 0), (1, 2, 1), (1, 2, 2)]
+        assert places_of(batch, rollouts, advantages_of(rollouts)) == [(1, 2, 0), (1, 2, 1), (1, 2, 2)]
 
     def test_more_minibatches_than_groups(self):
         shares = self.split(minibatches=20)
@@ -428,29 +428,29 @@ class TestGradient:
         assert float(wrong["log_ratio_abs"]) > 1e-2
 
     def test_groups_left_out_do_not_change_it(self, rollouts):
-        gains = gains_of(rollouts) * np.array([1, 0, 0, 1], np.float32)[:, None]
-        (dropped,) = train_batches(rollouts, gains)
+        weights = advantages_of(rollouts) * np.array([1, 0, 0, 1], np.float32)[:, None]
+        (dropped,) = train_batches(rollouts, weights)
         # An advantage too small to matter keeps every group in the batch.
-        (whole,) = train_batches(rollouts, np.where(gains == 0, np.float32(1e-30), gains))
+        (whole,) = train_batches(rollouts, np.where(weights == 0, np.float32(1e-30), weights))
         assert (dropped.inputs.shape[1], whole.inputs.shape[1]) == (18, 36)
         assert np.abs(scored(whole)[0]["embedding"]["weight"]).max() > 1e-3
         tiny.assert_trees_close(scored(dropped)[0], scored(whole)[0], 1e-5)
 
-    @pytest.mark.parametrize("parts", [1, 5])
-    def test_microbatches_make_one_shape_for_any_number_of_groups(self, rollouts, parts):
-        gains = gains_of(rollouts) * np.array([1, 0, 0, 1], np.float32)[:, None]
-        settings = {"parts": parts, "microbatch_rows": 4}
+    @pytest.mark.parametrize("shards", [1, 5])
+    def test_microbatches_make_one_shape_for_any_number_of_groups(self, rollouts, shards):
+        weights = advantages_of(rollouts) * np.array([1, 0, 0, 1], np.float32)[:, None]
+        settings = {"shards": shards, "microbatch_rows": 4}
         (whole,) = train_batches(rollouts, EQUAL, **settings)
-        (few,) = train_batches(rollouts, gains, **settings)
+        (few,) = train_batches(rollouts, weights, **settings)
         assert jax.tree.map(np.shape, few) == jax.tree.map(np.shape, whole)
-        # Every part has a share, in its first microbatches; 18 rollouts fill 5 of 9, or one of two for each.
-        used = few.mask.reshape(parts, -1, 4, few.mask.shape[-1]).any(axis=(2, 3))
-        assert used.tolist() == ([[True] * 5 + [False] * 4] if parts == 1 else [[True, False]] * parts)
-        expected = scored(*train_batches(rollouts, gains))[0]
+        # Every shard has a share, in its first microbatches; 18 rollouts fill 5 of 9, or one of two for each.
+        used = few.mask.reshape(shards, -1, 4, few.mask.shape[-1]).any(axis=(2, 3))
+        assert used.tolist() == ([[True] * 5 + [False] * 4] if shards == 1 else [[True, False]] * shards)
+        expected = scored(*train_batches(rollouts, weights))[0]
         tiny.assert_trees_close(scored(few, microbatch_rows=4)[0], expected, 1e-5)
 
     def test_empty_microbatches_are_skipped(self, rollouts):
-        (batch,) = train_batches(rollouts, gains_of(rollouts), microbatch_rows=4)
+        (batch,) = train_batches(rollouts, advantages_of(rollouts), microbatch_rows=4)
         batch = batch._replace(mask=batch.mask & (np.arange(36) // 4 == 2)[:, None])
         seen = []
 
@@ -465,12 +465,12 @@ class TestGradient:
 
     def test_parts_and_minibatches_add_up_to_it(self, rollouts):
         """The loss is a sum over rollouts, divided by how many there are, however they are cut."""
-        gains = gains_of(rollouts)
-        expected = scored(*train_batches(rollouts, gains))[0]
-        (cut,) = train_batches(rollouts, gains, parts=5, microbatch_rows=2)
+        weights = advantages_of(rollouts)
+        expected = scored(*train_batches(rollouts, weights))[0]
+        (cut,) = train_batches(rollouts, weights, shards=5, microbatch_rows=2)
         assert cut.inputs.shape[:2] == (5, 8)  # 36 rollouts in groups of three
         tiny.assert_trees_close(scored(cut, microbatch_rows=2)[0], expected, 1e-5)
-        shares = train_batches(rollouts, gains, minibatches=2, rng=np.random.default_rng(0))
+        shares = train_batches(rollouts, weights, minibatches=2, rng=np.random.default_rng(0))
         weights = [batch.num_rollouts / 36 for batch in shares]
         total = jax.tree.map(
             lambda *g: sum(w * x for w, x in zip(weights, g, strict=True)),

@@ -20,7 +20,7 @@ from tests.support.two_processes import run_pair
 CONFIG = tiny.CONFIG.replace(vocab_size=64)
 OPTIMIZER = optax.sgd(0.05)
 CASES = [({"fsdp": 8}, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, 2), ({"data": 4, "expert": 2}, 0)]
-"""Meshes, and how many rollouts of a part go at a time."""
+"""Meshes, and how many rollouts of a shard go at a time."""
 
 
 def three_steps(mesh, microbatch_rows):
@@ -28,10 +28,10 @@ def three_steps(mesh, microbatch_rows):
     tree = ragged_tree.random_tree(0, CONFIG.vocab_size, (2, 3, 3))
     own = tiny.token_logprobs(tiny.params(CONFIG), CONFIG, ragged_tree.flatten(tree).tokens)
     tree = ragged_tree.on_policy(tree, own, noise=0.2)
-    parts = sharding.row_parts(mesh)
+    shards = sharding.row_shards(mesh)
     size = microbatch_rows or 1
-    rows = size * -(-18 // (size * parts))
-    batch = place_batch(tree.train_batch(parts=parts, rows=rows), mesh)
+    rows = size * -(-18 // (size * shards))
+    batch = place_batch(tree.train_batch(shards=shards, rows=rows), mesh)
     params = sharding.place(tiny.params(CONFIG), abstract(CONFIG), mesh)
     grads, _ = compiled_gradients(params, None, None, batch, CONFIG, microbatch_rows=microbatch_rows)
     grads = fetched(grads, mesh)
