@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 from rich.console import Console
 
 from espl_jax.console.tables import table
@@ -19,6 +18,7 @@ from espl_jax.plan.programs import Program
 from espl_jax.rollouts.collect import collect_rollouts
 from espl_jax.rollouts.encode import conversation, encode_tree, stop_ids_of
 from espl_jax.rollouts.keys import stream_key
+from espl_jax.run.config import Config
 from espl_jax.run.context import check_first_prompts, context_of
 from espl_jax.run.parts import Parts, abstract_run_state, assemble, workloads_of
 from espl_jax.run.roots import first_population
@@ -36,11 +36,11 @@ LONGEST_ANSWER = 256
 Say = Callable[[str], None]
 
 
-def dry_run(config: ConfigDict, console: Console | None = None) -> None:
+def dry_run(config: Config, console: Console | None = None) -> None:
     """Shows what the first iteration would begin with, and the memory that its programs need.
 
     Args:
-      config: a ConfigDict that `check_config` has passed.
+      config: the run's configuration, which `check_config` has passed.
       console: where to show it; standard output by default.
 
     Raises:
@@ -77,7 +77,7 @@ def _pieces(tokenizer: Any, tokens: Sequence[int]) -> str:
     return "  ".join(f"{token} {tokenizer.decode([token])!r}" for token in tokens)
 
 
-def show_answer(parts: Parts, prompt: SystemPrompt, problem: Problem, config: ConfigDict, say: Say) -> None:
+def show_answer(parts: Parts, prompt: SystemPrompt, problem: Problem, config: Config, say: Say) -> None:
     """One answer, sampled and graded as in a run."""
     rollouts = collect_rollouts(
         parts.reference,
@@ -106,7 +106,7 @@ def show_answer(parts: Parts, prompt: SystemPrompt, problem: Problem, config: Co
 
 
 def show_programs(
-    parts: Parts, prompts: Sequence[SystemPrompt], problems: Sequence[Problem], config: ConfigDict, say: Say
+    parts: Parts, prompts: Sequence[SystemPrompt], problems: Sequence[Problem], config: Config, say: Say
 ) -> None:
     """Shapes and memory of the programs of the first iteration, compiled for the devices at hand."""
     model = parts.reference
@@ -132,7 +132,7 @@ def show_programs(
 
 
 def programs_of(
-    parts: Parts, prompts: Sequence[SystemPrompt], problems: Sequence[Problem], config: ConfigDict, say: Say
+    parts: Parts, prompts: Sequence[SystemPrompt], problems: Sequence[Problem], config: Config, say: Say
 ) -> Iterator[Program]:
     """All programs of the run, for prompts and problems as long as those of the first iteration; of the
     decode chunks of a stage the smallest and the largest.

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 from rich.console import Console
 
 from espl_jax.console.progress import Progress
@@ -26,6 +25,7 @@ from espl_jax.rollouts.collect import collect_rollouts
 from espl_jax.rollouts.keys import stable_hash, stream_key
 from espl_jax.rollouts.records import means
 from espl_jax.run import logs
+from espl_jax.run.config import Config
 from espl_jax.run.finish import evaluate_on, finish
 from espl_jax.run.job import Job
 from espl_jax.run.parts import Parts, assemble, rollout_sizes
@@ -39,11 +39,11 @@ from espl_jax.training.state import TrainState
 from espl_jax.types import Problem, Reflect, Rollouts, SystemPrompt, counts_of
 
 
-def train(config: ConfigDict, workdir: str | Path, console: Console | None = None) -> dict[str, Any]:
+def train(config: Config, workdir: str | Path, console: Console | None = None) -> dict[str, Any]:
     """Runs the whole loop and then the test, or goes on where a killed process stopped.
 
     Args:
-      config: a ConfigDict that `check_config` has passed.
+      config: the run's configuration, which `check_config` has passed.
       workdir: `run_state` says what is written there.
       console: where progress is shown; standard output by default.
 
@@ -160,9 +160,7 @@ class Beginning(NamedTuple):
     rng: np.random.Generator
 
 
-def choose(
-    population: Population, cursor: Cursor, iteration: int, parts: Parts, config: ConfigDict
-) -> Beginning:
+def choose(population: Population, cursor: Cursor, iteration: int, parts: Parts, config: Config) -> Beginning:
     """Chooses what an iteration begins with."""
     rng = np.random.default_rng([config.seed, stable_hash("selection"), iteration])
     prompts = choose_prompts(population, parts, config, rng)
@@ -171,7 +169,7 @@ def choose(
 
 
 def choose_prompts(
-    population: Population, parts: Parts, config: ConfigDict, rng: np.random.Generator
+    population: Population, parts: Parts, config: Config, rng: np.random.Generator
 ) -> tuple[SystemPrompt, ...]:
     """The M prompts of an iteration; the root alone in `rl`, the newest alone in `reflection`."""
     if not parts.evolves:
@@ -229,7 +227,7 @@ def learn(
 
 
 @contextlib.contextmanager
-def profile(config: ConfigDict, workdir: WorkDir, iteration: int) -> Iterator[None]:
+def profile(config: Config, workdir: WorkDir, iteration: int) -> Iterator[None]:
     """Writes a trace of the iteration that `profile_iteration` names, for TensorBoard or Perfetto."""
     if iteration != config.profile_iteration:
         yield

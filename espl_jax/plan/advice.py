@@ -6,15 +6,14 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from espl_jax.plan.chips import find_chip
 from espl_jax.plan.costs import EVALUATED, GIB, least_memory, plan
+from espl_jax.run.config import Config
 from espl_jax.run.workloads import Lengths
 
 
-def alternatives(config: ConfigDict, topology: str) -> Iterator[tuple[str, Any, str]]:
-    """Other settings for a run that does not fit, those first that change the least: (words, ConfigDict,
+def alternatives(config: Config, topology: str) -> Iterator[tuple[str, Any, str]]:
+    """Other settings for a run that does not fit, those first that change the least: (words, Config,
     topology)."""
     kind, _, shape = topology.partition(":")
     chip = find_chip(topology)
@@ -60,7 +59,7 @@ def _count(shape: str) -> int:
 
 
 def advice(
-    config: ConfigDict, topology: str, lengths: Lengths, evaluated: int = EVALUATED, most: int = 3
+    config: Config, topology: str, lengths: Lengths, evaluated: int = EVALUATED, most: int = 3
 ) -> list[str]:
     """The first settings that fit, found by compiling the largest programs with each."""
     found = []

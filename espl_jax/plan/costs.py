@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
+from espl_jax.run.config import Config
 
 from espl_jax.plan import tpu_compiler  # isort: skip; before jax is imported
 import jax
@@ -112,7 +112,7 @@ class Plan:
 
 
 def plan(
-    config: ConfigDict,
+    config: Config,
     topology: str,
     lengths: Lengths,
     *,
@@ -125,7 +125,7 @@ def plan(
     """Compiles a run's programs for a slice.
 
     Args:
-      config: the ConfigDict of the run.
+      config: the run's configuration.
       topology: the slice.
       lengths: of prompts and problems; what is drawn follows from the configuration.
       phases: whose programs.
@@ -164,7 +164,7 @@ class _Run:
     programs: list[Program]
 
 
-def on_tpu(config: ConfigDict) -> dict[str, Any]:
+def on_tpu(config: Config) -> dict[str, Any]:
     """The DecoderConfig fields that the run would have on a TPU."""
 
     def unread() -> DecoderConfig:
@@ -174,7 +174,7 @@ def on_tpu(config: ConfigDict) -> dict[str, Any]:
 
 
 def _run(
-    config: ConfigDict,
+    config: Config,
     topology: str,
     lengths: Lengths,
     phases: Sequence[str],
@@ -216,7 +216,7 @@ def _lower(*asked: Any) -> jax.stages.Lowered:
     return _run(*run).programs[number].lower()
 
 
-def least_memory(config: ConfigDict, topology: str, lengths: Lengths) -> float:
+def least_memory(config: Config, topology: str, lengths: Lengths) -> float:
     """Bytes that a device needs at least for an update: what is held, the gradient, and the stored inputs of
     all layers for one microbatch. What exceeds the chip need not be compiled."""
     mesh = sharding.make_mesh(dict(config.mesh), tpu_compiler.devices(topology))
@@ -231,7 +231,7 @@ def least_memory(config: ConfigDict, topology: str, lengths: Lengths) -> float:
     return sum(sizes.values()) - sizes["sampling copy"] + sizes["trained"] + inputs
 
 
-def resident(config: ConfigDict, sizes: dict[str, float], phase: str) -> float:
+def resident(config: Config, sizes: dict[str, float], phase: str) -> float:
     """Bytes of `Held.sizes` that a device holds in a phase: what was laid out for sampling is gone when
     reference weights reflect and when weights are updated, unless the current weights reflect in between."""
     kept = phase in ("rollouts", "evaluation") or (

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from espl_jax.models import lora
 from espl_jax.models.attention import KVCache
@@ -21,6 +20,7 @@ from espl_jax.models.config import DecoderConfig
 from espl_jax.models.transformer import Params, abstract
 from espl_jax.parallel import sharding
 from espl_jax.parallel.memory import bytes_per_device
+from espl_jax.run.config import Config
 from espl_jax.run.parts import objective_of
 from espl_jax.run.weights import abstract_trainable, declared_trainable, trains
 from espl_jax.run.workloads import Lengths, Workload, lanes_of
@@ -103,9 +103,9 @@ class Held:
 
 
 def held(
-    config: ConfigDict, decoder: DecoderConfig, optimizer: optax.GradientTransformation, mesh: Mesh | None
+    config: Config, decoder: DecoderConfig, optimizer: optax.GradientTransformation, mesh: Mesh | None
 ) -> Held:
-    """Shapes of all that a run of this ConfigDict holds."""
+    """Shapes of all that a run of this configuration holds."""
     declared = abstract(decoder)
     shapes = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.dtype(w.dtype)), declared)
     base = sharding.place(shapes, declared, mesh, "sampling")
@@ -118,7 +118,7 @@ def held(
 
 
 def run_programs(
-    config: ConfigDict,
+    config: Config,
     decoder: DecoderConfig,
     held: Held,
     optimizer: optax.GradientTransformation,
@@ -134,7 +134,7 @@ def run_programs(
     Left out are those that move or draw a few numbers, and those that make the first state.
 
     Args:
-      config: the ConfigDict of the run.
+      config: the run's configuration.
       decoder: the model's shape.
       held: shapes of what the run holds.
       optimizer: of the run.
@@ -347,7 +347,7 @@ def _ends(runs: dict[int, float]) -> dict[int, float]:
 
 
 def update_programs(
-    config: ConfigDict,
+    config: Config,
     decoder: DecoderConfig,
     held: Held,
     optimizer: optax.GradientTransformation,

@@ -170,7 +170,7 @@ def policy_gradient_loss(
     logprobs, sampler = safe(logprobs), jax.lax.stop_gradient(safe(sampler_logprobs))
     old = sampler if old_logprobs is None else jax.lax.stop_gradient(safe(old_logprobs))
     drawn = mask.any(axis=1, keepdims=True)
-    weights = jnp.where(drawn, advantages[:, None], 0.0)  # [R, 1]
+    token_advantages = jnp.where(drawn, advantages[:, None], 0.0)  # [R, 1]
     has_term = drawn if kind in SEQUENCE_KINDS else mask
 
     def log_ratio(new: jax.Array, before: jax.Array) -> jax.Array:
@@ -186,15 +186,15 @@ def policy_gradient_loss(
     clipped = jnp.zeros_like(has_term)
     if kind == "cispo":
         low, high = bounds
-        clipped = ((ratio < low) | (ratio > high)) & (weights != 0)
-        objective = jnp.clip(ratio, low, high) * weights * logprobs
+        clipped = ((ratio < low) | (ratio > high)) & (token_advantages != 0)
+        objective = jnp.clip(ratio, low, high) * token_advantages * logprobs
     elif bounds:
         low, high = bounds
-        clipped = ((ratio < low) & (weights < 0)) | ((ratio > high) & (weights > 0))
+        clipped = ((ratio < low) & (token_advantages < 0)) | ((ratio > high) & (token_advantages > 0))
         kept = jnp.exp(jnp.where(clipped, 0.0, log_ratios))
-        objective = jnp.where(clipped, jnp.where(weights > 0, high, low), kept) * weights
+        objective = jnp.where(clipped, jnp.where(token_advantages > 0, high, low), kept) * token_advantages
     else:
-        objective = jnp.exp(log_ratios) * weights
+        objective = jnp.exp(log_ratios) * token_advantages
 
     metrics = {
         "tokens": mask.sum().astype(jnp.float32),

@@ -9,8 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from espl_jax.data import specs
 from espl_jax.environments.retrievers.server import is_address
 from espl_jax.evolution.deployment import RULES
@@ -19,6 +17,7 @@ from espl_jax.evolution.ratings import SYSTEMS
 from espl_jax.evolution.schemas import blocks_schema, edits_schema
 from espl_jax.evolution.selection import STRATEGIES
 from espl_jax.models.config import MATMUL_PRECISIONS, REMATS, SAMPLING_LAYOUTS
+from espl_jax.run.config import Config
 from espl_jax.storage import json_values
 from espl_jax.text.tool_calls import FORMATS
 
@@ -99,11 +98,11 @@ _AT_LEAST = {
 }
 
 
-def check_config(config: ConfigDict, files: bool = True) -> None:
+def check_config(config: Config, files: bool = True) -> None:
     """Checks every field, and the fields against each other. Unknown fields ml_collections refuses itself.
 
     Args:
-      config: the run's ConfigDict, made from `configs/common.py`.
+      config: the run's Config, made from `configs/common.py`.
       files: whether problems have to be named, and files be there.
 
     Raises:
@@ -125,7 +124,7 @@ def _refuse(field: str, value: Any, fix: str) -> None:
     raise ValueError(f"{field}={value!r}: {fix}")
 
 
-def _check_files(config: ConfigDict) -> None:
+def _check_files(config: Config) -> None:
     if not config.data.train:
         _refuse(
             "data.train",
@@ -147,7 +146,7 @@ def _check_files(config: ConfigDict) -> None:
             _refuse(field, path, "there is no such file; correct the path")
 
 
-def _check_together(config: ConfigDict) -> None:
+def _check_together(config: Config) -> None:
     if not config.model.source:
         _refuse(
             "model.source",
@@ -260,7 +259,7 @@ def _check_together(config: ConfigDict) -> None:
         _refuse("mesh", dict(config.mesh), "only one axis can take the rest")
 
 
-def _check_environment(config: ConfigDict) -> None:
+def _check_environment(config: Config) -> None:
     e = config.environment
     if e.name not in ENVIRONMENTS and ":" not in e.name:
         _refuse(
@@ -332,7 +331,7 @@ def _check_loss(loss: Any) -> None:
         )
 
 
-def _check_kl(config: ConfigDict) -> None:
+def _check_kl(config: Config) -> None:
     """Whether sampling draws what the estimate of the KL needs; the update checks it too, of its batch."""
     cut = [name for name, all_tokens in UNTRUNCATED.items() if config.sampling[name] != all_tokens]
     if config.loss.kl_coef and config.loss.kl_estimator != "exact" and cut:
@@ -345,7 +344,7 @@ def _check_kl(config: ConfigDict) -> None:
         )
 
 
-def _check_optimizer(config: ConfigDict) -> None:
+def _check_optimizer(config: Config) -> None:
     o = config.optimizer
     for name in ("b1", "b2"):
         if not 0 <= o[name] < 1:
@@ -399,7 +398,7 @@ def _check_reflection(r: Any) -> None:
         _refuse("reflection.timeout", r.timeout, "give seconds, more than 0")
 
 
-def _check_reply_length(config: ConfigDict) -> None:
+def _check_reply_length(config: Config) -> None:
     """Whether the longest replies that schemas ask for have room. Raises ValueError."""
     if not config.reflection.constrained or config.reflection.reflector == "replay":
         return
@@ -412,7 +411,7 @@ def _check_reply_length(config: ConfigDict) -> None:
     edits_schema(("add", "modify", "remove"), names, evidence=True, **room)
 
 
-def _flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+def _flat(config: Config, prefix: str = "") -> dict[str, Any]:
     fields = {}
     for name, value in config.items():
         fields |= _flat(value, f"{prefix}{name}.") if hasattr(value, "items") else {f"{prefix}{name}": value}

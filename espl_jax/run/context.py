@@ -6,20 +6,19 @@ import dataclasses
 import functools
 import json
 
-from ml_collections import ConfigDict
-
 from espl_jax.data.problems import ProblemSet
 from espl_jax.environments.base import Dialogue, Environment
 from espl_jax.evolution.population import Population
 from espl_jax.models.config import DecoderConfig
 from espl_jax.pretrained.load import Pretrained
 from espl_jax.rollouts.encode import conversation_lengths, longest_conversation
+from espl_jax.run.config import Config
 from espl_jax.run.tasks import check_batch
 from espl_jax.text.chat import encode
 from espl_jax.types import SystemPrompt
 
 
-def context_of(config: ConfigDict, decoder: DecoderConfig) -> int:
+def context_of(config: Config, decoder: DecoderConfig) -> int:
     """Most tokens of a whole conversation of the run.
 
     Raises:
@@ -34,7 +33,7 @@ def context_of(config: ConfigDict, decoder: DecoderConfig) -> int:
 
 
 def fitting(
-    config: ConfigDict, splits: dict[str, ProblemSet], model: Pretrained, environment: Environment | Dialogue
+    config: Config, splits: dict[str, ProblemSet], model: Pretrained, environment: Environment | Dialogue
 ) -> tuple[dict[str, ProblemSet], dict[str, tuple[str, ...]]]:
     """The problems that leave room for an answer, whatever system prompt evolution may put before them.
 
@@ -85,7 +84,7 @@ def fitting(
 
 def check_first_prompts(
     population: Population,
-    config: ConfigDict,
+    config: Config,
     splits: dict[str, ProblemSet],
     model: Pretrained,
     environment: Environment | Dialogue,
@@ -107,6 +106,6 @@ def check_first_prompts(
             )
 
 
-def least_budget(config: ConfigDict, context: int) -> int:
+def least_budget(config: Config, context: int) -> int:
     """Tokens that a system prompt may always have, however long problems and rollouts are."""
     return min(config.evolution.max_prompt_tokens, context // 4)

@@ -9,9 +9,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
 from espl_jax.data.problems import ProblemSet
+from espl_jax.run.config import Config
 
 Fingerprints = dict[str, dict[str, str]]
 """Field of the configuration -> name of a file, or of what was read -> SHA-256."""
@@ -24,7 +23,7 @@ BLOCKS, BLOCK = 64, 2**16
 
 
 def fingerprints(
-    config: ConfigDict, splits: Mapping[str, ProblemSet], model_files: Mapping[str, Path]
+    config: Config, splits: Mapping[str, ProblemSet], model_files: Mapping[str, Path]
 ) -> Fingerprints:
     """Fingerprints everything that a run reads and that its configuration only names.
 
@@ -32,7 +31,7 @@ def fingerprints(
     environment or a reward of the user's own the source of its module or package, not of what that imports.
 
     Args:
-      config: the ConfigDict of the run.
+      config: the run's configuration.
       splits: all problems.
       model_files: those that the model was read from, by name.
     """

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from ml_collections import ConfigDict
-
 from espl_jax.console.progress import Progress
+from espl_jax.run.config import Config
 from espl_jax.run.parts import Parts
 from espl_jax.storage.workdir import WorkDir
 
@@ -22,7 +21,7 @@ class Job:
       progress: where it shows what it does.
     """
 
-    config: ConfigDict
+    config: Config
     parts: Parts
     workdir: WorkDir
     progress: Progress

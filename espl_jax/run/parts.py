@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import optax
-from ml_collections import ConfigDict
 
 from espl_jax.data.problems import ProblemSet
 from espl_jax.environments.base import Dialogue, Environment, is_dialogue
@@ -24,6 +23,7 @@ from espl_jax.rl.losses import Loss
 from espl_jax.rl.objective import Objective
 from espl_jax.rollouts.encode import longest_conversation, longest_problem
 from espl_jax.run import inputs
+from espl_jax.run.config import Config
 from espl_jax.run.context import context_of, fitting, least_budget
 from espl_jax.run.tasks import environment_of, load_splits
 from espl_jax.run.weights import abstract_trainable, declared_trainable, load_reference, trains
@@ -103,7 +103,7 @@ def _policy(
     return dataclasses.replace(reference, params=params)
 
 
-def assemble(config: ConfigDict) -> Parts:
+def assemble(config: Config) -> Parts:
     """Loads and builds everything. Raises as the parts do; `check_config` has been called before."""
     mesh = sharding.make_mesh(dict(config.mesh))
     splits = processes.decide(lambda: load_splits(config))
@@ -143,7 +143,7 @@ def assemble(config: ConfigDict) -> Parts:
     )
 
 
-def chat_format(config: ConfigDict) -> ChatFormat:
+def chat_format(config: Config) -> ChatFormat:
     """How the conversations of a run become text."""
     return ChatFormat(
         template_arguments=json.loads(config.model.chat_template_kwargs),
@@ -153,7 +153,7 @@ def chat_format(config: ConfigDict) -> ChatFormat:
     )
 
 
-def sampling_of(config: ConfigDict) -> Sampling:
+def sampling_of(config: Config) -> Sampling:
     """How the rollouts of a run are drawn."""
     return Sampling(
         max_new_tokens=config.sampling.max_new_tokens,
@@ -163,7 +163,7 @@ def sampling_of(config: ConfigDict) -> Sampling:
     )
 
 
-def evolution_of(config: ConfigDict, guards: Guards) -> Evolution:
+def evolution_of(config: Config, guards: Guards) -> Evolution:
     """How the prompts of a run change."""
     return Evolution(
         form=config.evolution.form,
@@ -177,7 +177,7 @@ def evolution_of(config: ConfigDict, guards: Guards) -> Evolution:
     )
 
 
-def objective_of(config: ConfigDict) -> Objective:
+def objective_of(config: Config) -> Objective:
     """What the updates of a run make smaller."""
     names = ("kind", "clip_low", "clip_high", "aggregation", "sampler_weight_cap")
     fields = {name: config.loss[name] for name in names}
@@ -189,7 +189,7 @@ def objective_of(config: ConfigDict) -> Objective:
     )
 
 
-def make_optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
+def make_optimizer_of(config: Config) -> optax.GradientTransformation:
     """The optax chain; schedules end with the last update that the run can take."""
     fields = {name: value for name, value in config.optimizer.items() if name != "max_skipped"}
     updates = config.num_iterations * config.loss.epochs * config.loss.minibatches
@@ -197,7 +197,7 @@ def make_optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def guards(
-    config: ConfigDict,
+    config: Config,
     model: Pretrained,
     environment: Environment | Dialogue,
     splits: dict[str, ProblemSet],
@@ -223,14 +223,14 @@ def guards(
     )
 
 
-def rollout_sizes(config: ConfigDict, parts: Parts) -> tuple[Sizes, ...]:
+def rollout_sizes(config: Config, parts: Parts) -> tuple[Sizes, ...]:
     """What the rollouts of a training iteration reserve and compile for, whatever its problems."""
     longest = Lengths(0, parts.capacity.longest_problem, config.sampling.max_new_tokens)
     rollouts = workloads_of(config, parts, longest)[0]
     return rollouts.sizes(parts.reference.config, parts.capacity.held_bytes, parts.mesh)
 
 
-def workloads_of(config: ConfigDict, parts: Parts, lengths: Lengths) -> list[Workload]:
+def workloads_of(config: Config, parts: Parts, lengths: Lengths) -> list[Workload]:
     """All samplings of the run; its rollouts are as long as `lengths` say."""
     model, arguments = parts.reference, parts.chat.template_arguments
 
@@ -263,7 +263,7 @@ def held_while_sampling(
 
 
 def abstract_run_state(
-    config: ConfigDict,
+    config: Config,
     decoder: DecoderConfig,
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh | None,

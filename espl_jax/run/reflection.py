@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from espl_jax.parallel import processes
 from espl_jax.pretrained.load import Pretrained
 from espl_jax.reflectors.journal import Journal
@@ -19,6 +17,7 @@ from espl_jax.reflectors.openai import OpenAIReflector
 from espl_jax.reflectors.openai_server import OpenAIServer
 from espl_jax.reflectors.replay import ReplayReflector, Transcripts
 from espl_jax.rollouts.keys import stream_key
+from espl_jax.run.config import Config
 from espl_jax.run.parts import Parts
 from espl_jax.sampling.settings import Sampling
 from espl_jax.types import Conversation, Reflect
@@ -28,7 +27,7 @@ MakeReflect = Callable[[Pretrained, int], Reflect]
 
 
 @contextlib.contextmanager
-def open_reflectors(config: ConfigDict, parts: Parts, workdir: Path) -> Iterator[MakeReflect]:
+def open_reflectors(config: Config, parts: Parts, workdir: Path) -> Iterator[MakeReflect]:
     """Gives the function that makes the reflector of each iteration.
 
     Replies of a server are kept in `replies.jsonl` of the work directory as they arrive, so that a resumed

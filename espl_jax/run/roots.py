@@ -6,14 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from espl_jax.evolution import population as populations
+from espl_jax.run.config import Config
 from espl_jax.storage import json_values
 from espl_jax.types import SystemPrompt
 
 
-def first_population(config: ConfigDict) -> populations.Population:
+def first_population(config: Config) -> populations.Population:
     """The root prompt, the user's own first prompts, or the population of an earlier run.
 
     Raises:
@@ -58,7 +57,7 @@ def _root(text: str, line: int) -> SystemPrompt:
     return SystemPrompt(text, tuple(principles))
 
 
-def _no_principles_in_prose(population: populations.Population, config: ConfigDict) -> populations.Population:
+def _no_principles_in_prose(population: populations.Population, config: Config) -> populations.Population:
     with_principles = [member.id for member in population.members if member.principles]
     if config.evolution.form == "prose" and with_principles:
         raise ValueError(

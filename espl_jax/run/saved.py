@@ -20,6 +20,7 @@ from espl_jax.models.config import NUMERICS
 from espl_jax.models.transformer import Params
 from espl_jax.pretrained.load import Pretrained
 from espl_jax.run import inputs
+from espl_jax.run.config import Config
 from espl_jax.run.weights import abstract_trainable, load_reference, trains
 from espl_jax.storage import folders
 from espl_jax.storage.workdir import read_checkpoint
@@ -52,7 +53,7 @@ class SavedRun:
     """
 
     path: Path
-    config: ConfigDict
+    config: Config
     iteration: int
     model: Pretrained
     adapters: Params | None
@@ -92,7 +93,7 @@ def is_run(path: str | os.PathLike[str]) -> bool:
     return False
 
 
-def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
+def read_config(workdir: str | os.PathLike[str]) -> Config:
     """The configuration of a run.
 
     Raises:
@@ -116,7 +117,7 @@ def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
     return ConfigDict(config)
 
 
-def check_run(workdir: str | os.PathLike[str]) -> ConfigDict:
+def check_run(workdir: str | os.PathLike[str]) -> Config:
     """The configuration of a run that has a checkpoint. Raises as `read_run`, without reading any weights."""
     config = read_config(workdir)
     _newest(folders.parse(workdir), None)

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import logging
-from ml_collections import ConfigDict
 
 from espl_jax.data.order import Cursor
 from espl_jax.evolution import lineage
@@ -18,6 +17,7 @@ from espl_jax.evolution.population import Population, from_json, prompt_from_jso
 from espl_jax.models import lora
 from espl_jax.parallel import processes
 from espl_jax.rollouts.keys import stream_key
+from espl_jax.run.config import Config
 from espl_jax.run.context import check_first_prompts
 from espl_jax.run.inputs import Fingerprints, changes
 from espl_jax.run.parts import Parts, abstract_run_state
@@ -82,7 +82,7 @@ def save(workdir: WorkDir, run: Run) -> None:
     workdir.write_json("population.json", population)
 
 
-def stop_if_stuck(workdir: WorkDir, run: Run, config: ConfigDict) -> None:
+def stop_if_stuck(workdir: WorkDir, run: Run, config: Config) -> None:
     """Ends a run whose updates cannot be taken any more, with its state saved. Raises RuntimeError."""
     if run.not_finite_in_row <= config.optimizer.max_skipped:
         return
@@ -96,7 +96,7 @@ def stop_if_stuck(workdir: WorkDir, run: Run, config: ConfigDict) -> None:
     )
 
 
-def restore(workdir: WorkDir, config: ConfigDict, parts: Parts) -> Run:
+def restore(workdir: WorkDir, config: Config, parts: Parts) -> Run:
     """The run as of the newest checkpoint, or its beginning.
 
     Raises:
@@ -125,7 +125,7 @@ def restore(workdir: WorkDir, config: ConfigDict, parts: Parts) -> Run:
     )
 
 
-def check_inputs(workdir: WorkDir, config: ConfigDict, now: Fingerprints) -> None:
+def check_inputs(workdir: WorkDir, config: Config, now: Fingerprints) -> None:
     """Compares what a run reads with what it had read at its newest checkpoint.
 
     Raises:
@@ -146,7 +146,7 @@ def check_inputs(workdir: WorkDir, config: ConfigDict, now: Fingerprints) -> Non
         logging.warning("%s; the run goes on with what is there now", said)
 
 
-def first_train_state(config: ConfigDict, parts: Parts) -> TrainState | None:
+def first_train_state(config: Config, parts: Parts) -> TrainState | None:
     """The train state before the first update: fresh adapters, or a float32 copy of the params."""
     if not parts.trains:
         return None
@@ -167,5 +167,5 @@ def first_train_state(config: ConfigDict, parts: Parts) -> TrainState | None:
     return jax.jit(make, out_shardings=shardings)(*arguments)
 
 
-def _shapes(config: ConfigDict, parts: Parts) -> TrainState | None:
+def _shapes(config: Config, parts: Parts) -> TrainState | None:
     return abstract_run_state(config, parts.reference.config, parts.optimizer, parts.mesh)

@@ -6,8 +6,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from espl_jax.data import load
 from espl_jax.data.problems import ProblemSet, check_disjoint, hold_out
 from espl_jax.environments import own
@@ -18,10 +16,11 @@ from espl_jax.environments.retrievers.bm25 import Bm25
 from espl_jax.environments.retrievers.load import Retriever, open_retriever
 from espl_jax.environments.search import Search
 from espl_jax.parallel import processes
+from espl_jax.run.config import Config
 from espl_jax.types import Schema
 
 
-def load_splits(config: ConfigDict) -> dict[str, ProblemSet]:
+def load_splits(config: Config) -> dict[str, ProblemSet]:
     """`train`, `validation`, and `test` if there is one, no problem in two of them.
 
     Raises:
@@ -42,7 +41,7 @@ def load_splits(config: ConfigDict) -> dict[str, ProblemSet]:
     return splits
 
 
-def check_batch(config: ConfigDict, train: ProblemSet) -> None:
+def check_batch(config: Config, train: ProblemSet) -> None:
     """Raises ValueError if the training problems are fewer than a batch has."""
     if config.batch_size > len(train):
         raise ValueError(
@@ -51,21 +50,21 @@ def check_batch(config: ConfigDict, train: ProblemSet) -> None:
         )
 
 
-def environment_of(config: ConfigDict) -> Environment | Dialogue:
+def environment_of(config: Config) -> Environment | Dialogue:
     """The environment that a configuration describes."""
     e = config.environment
     options = e[e.name].to_dict() if e.name in ("math", "search") else json.loads(e.options)
     return make_environment(e.name, e.answer_format, e.instruction, options, e.reward, config.data.train)
 
 
-def has_turns(config: ConfigDict) -> bool:
+def has_turns(config: Config) -> bool:
     """Whether rollouts have several turns; no retriever is opened to find out."""
     if config.environment.name in ("math", "arithmetic", "search"):
         return config.environment.name == "search"
     return is_dialogue(environment_of(config))
 
 
-def tools_of(config: ConfigDict) -> tuple[Schema, ...]:
+def tools_of(config: Config) -> tuple[Schema, ...]:
     """The tools that rollouts have; no retriever is opened to find out.
 
     Raises:

@@ -73,7 +73,7 @@ def _batches(job: Job, rollouts: Rollouts, iteration: int) -> list[TrainBatch]:
     return train_batches(
         rollouts,
         np.asarray(weights),
-        parts=sharding.row_shards(job.parts.mesh),
+        shards=sharding.row_shards(job.parts.mesh),
         microbatch_rows=config.loss.microbatch_rows,
         minibatches=config.loss.minibatches,
         rng=np.random.default_rng([config.seed, stable_hash("minibatches"), iteration]),

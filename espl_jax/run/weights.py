@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from espl_jax.models import lora
 from espl_jax.models.config import NUMERICS, DecoderConfig
@@ -17,10 +16,11 @@ from espl_jax.models.transformer import abstract
 from espl_jax.parallel import processes, sharding
 from espl_jax.pretrained.load import Pretrained, load_pretrained, read_config
 from espl_jax.pretrained.numerics import AUTO, CHOSEN, resolve
+from espl_jax.run.config import Config
 from espl_jax.storage import folders
 
 
-def settle_numerics(config: ConfigDict, workdir: str | os.PathLike[str] | None = None) -> ConfigDict:
+def settle_numerics(config: Config, workdir: str | os.PathLike[str] | None = None) -> Config:
     """Returns the configuration with a value in place of every "auto" among its numerics.
 
     Args:
@@ -48,12 +48,12 @@ def _recorded_numerics(workdir: str | os.PathLike[str]) -> dict[str, str]:
     return {name: model[name] for name in CHOSEN if name in model}
 
 
-def numerics(config: ConfigDict) -> dict[str, Any]:
+def numerics(config: Config) -> dict[str, Any]:
     """The DecoderConfig fields that the run chooses."""
     return {name: config.model[name] for name in NUMERICS} | {"lora_scale": config.lora.scale}
 
 
-def load_reference(config: ConfigDict, mesh: jax.sharding.Mesh | None, **changes: Any) -> Pretrained:
+def load_reference(config: Config, mesh: jax.sharding.Mesh | None, **changes: Any) -> Pretrained:
     """The model that a run begins with; DecoderConfig fields in `changes` go before those of the run.
 
     Where weights are trained, an adapter that it came with is merged into them: adapters of the run's own
@@ -69,19 +69,19 @@ def load_reference(config: ConfigDict, mesh: jax.sharding.Mesh | None, **changes
     )
 
 
-def trains(config: ConfigDict) -> bool:
+def trains(config: Config) -> bool:
     """Whether the mode changes weights."""
     return config.mode in ("espl", "rl")
 
 
-def declared_trainable(config: ConfigDict, decoder: DecoderConfig) -> Any:
+def declared_trainable(config: Config, decoder: DecoderConfig) -> Any:
     """Declarations of what is trained: adapters, or with rank 0 all weights."""
     if config.lora.rank:
         return lora.abstract_adapters(decoder, config.lora.rank, tuple(config.lora.targets))
     return abstract(decoder)
 
 
-def abstract_trainable(config: ConfigDict, decoder: DecoderConfig, mesh: jax.sharding.Mesh | None) -> Any:
+def abstract_trainable(config: Config, decoder: DecoderConfig, mesh: jax.sharding.Mesh | None) -> Any:
     """Shapes of what is trained: adapters, or with rank 0 all weights; float32, sharded over the mesh."""
     declared = declared_trainable(config, decoder)
     shapes = jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.shape, jnp.float32), declared)

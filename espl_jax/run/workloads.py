@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from espl_jax.models.config import DecoderConfig
+from espl_jax.run.config import Config
 from espl_jax.sampling.buckets import bucket
 from espl_jax.sampling.sizes import CHUNK, Sizes, choose_sizes
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
@@ -82,7 +82,7 @@ class Workload:
 
 
 def workloads(
-    config: ConfigDict,
+    config: Config,
     decoder: DecoderConfig,
     lengths: Lengths,
     *,
@@ -94,7 +94,7 @@ def workloads(
     """The samplings of a run, the rollouts of an iteration first.
 
     Args:
-      config: the ConfigDict of the run.
+      config: the run's configuration.
       decoder: the model's shape.
       lengths: of rollouts.
       longest_problem: tokens of the longest problem of the run.
@@ -135,7 +135,7 @@ def workloads(
 
 
 def _reflection(
-    config: ConfigDict, decoder: DecoderConfig, instructions: int, limits: dict[str, Any]
+    config: Config, decoder: DecoderConfig, instructions: int, limits: dict[str, Any]
 ) -> list[Workload]:
     """Summaries of all rollouts, and edits, from one critique for each problem at most; their conversations
     are as long as they may be.
@@ -175,6 +175,6 @@ def _reflection(
     ]
 
 
-def lanes_of(config: ConfigDict) -> int:
+def lanes_of(config: Config) -> int:
     """System prompts of an iteration; in modes without a choice one takes the places of all."""
     return config.num_prompts if config.mode in ("espl", "evolution") else 1

@@ -208,7 +208,8 @@ def extend(
       slots: donated; these have at least T free columns.
       at: int32 [shards, k], the rows' slots within their shards.
       rows: the k rows of each shard, [shards * k]; `lane`, `start` and `length` are looked at.
-      tokens: int32 [shards * k, T], beginning with each row's `token`; lengths: int32 [shards * k], 0 for none.
+      tokens: int32 [shards * k, T], beginning with each row's `token`; lengths: int32 [shards * k], 0 for
+        none.
       columns: at least the longest length.
     """
     count = at.shape[1]

@@ -26,7 +26,7 @@ class SlotTable:
         return int((self.row < 0).sum())
 
     def put(self, number: int) -> tuple[int, int]:
-        """Gives a row a slot: the one of its own number if there is one shard, else one of the emptiest shard.
+        """Gives a row a slot: that of its number if there is one shard, else one of the emptiest shard.
 
         Returns:
           (shard, slot of the shard).

@@ -161,8 +161,8 @@ def _batch(
     """One update. `share` int [.., 2] are its groups (m, b); `useful` [U, 2] those with a gradient."""
     group_size = advantages.shape[2]
     rows = rows_of_a_shard(len(useful), most, group_size, shards, microbatch_rows)
-    # Every shard takes equally many rows in turn, and whole microbatches of them. Row i of all shards together
-    # is of group i // N; those beyond a shard's share or the last group stand under an empty mask.
+    # Shards take equally many rows each, in whole microbatches. Row i of all shards together belongs to group
+    # i // N; rows beyond a shard's share or the last group have an empty mask.
     share_rows = rows
     if microbatch_rows:
         share_rows = min(rows, _round_up(-(-len(useful) * group_size // shards), min(microbatch_rows, rows)))

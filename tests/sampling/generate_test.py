@@ -302,7 +302,7 @@ class TestGenerate:
         tree[name] = [[99]] if name == "system_tokens" else [[[2, 99]]]
         with pytest.raises(ValueError, match=f"{name}: token id 99 is outside"):
             sample_tree(
-                params, tiny.CONFIG, **tree, keys=keys_of()[:1, :1], max_new_tokens=2, temperature=1.0
+                params, tiny.CONFIG, *tree.values(), keys_of()[:1, :1], max_new_tokens=2, temperature=1.0
             )
 
     def test_a_problem_of_no_tokens_is_refused(self, params):

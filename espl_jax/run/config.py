@@ -1,0 +1,19 @@
+"""The type of a run's configuration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ml_collections import ConfigDict
+
+if TYPE_CHECKING:
+
+    class Config(ConfigDict):
+        """The fields of configs/common.py, which says what each is."""
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def __getitem__(self, name: str) -> Any: ...
+
+else:
+    Config = ConfigDict
