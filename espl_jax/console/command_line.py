@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
 import os
 import re
@@ -45,7 +46,8 @@ def read_config_file(argument: str) -> ConfigDict:
     """Runs a configuration file.
 
     Args:
-      argument: `FILE.py`, or `FILE.py:PRESET` for a file whose `get_config` takes one.
+      argument: `FILE.py`, or `FILE.py:PRESET` for a file whose `get_config` takes one. Where there is no such
+        file, `configs/NAME.py` is the configuration of that name that is installed with the package.
 
     Returns:
       What `get_config` returns, locked.
@@ -54,9 +56,12 @@ def read_config_file(argument: str) -> ConfigDict:
       ValueError: if there is no such file, its code fails, or it has no `get_config` that fits.
     """
     file, *preset = argument.split(":", 1)
+    if not Path(file).is_file() and (shipped := _shipped(file)):
+        file = str(shipped)
     if not Path(file).is_file():
         what = "this is a folder" if file and Path(file).is_dir() else "there is no such file"
         raise ValueError(f"{what}; {_config_files(Path(file))}")
+    _find_shared_configs()
     with _faults_of(file):
         get_config = runpy.run_path(file).get("get_config")
     if get_config is None:
@@ -71,6 +76,18 @@ def read_config_file(argument: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise ValueError(f"get_config returns {config!r}; return a ConfigDict, as configs/hmmt.py does")
     return config.lock()
+
+
+def _shipped(file: str) -> Path | None:
+    """The configuration of that name, such as configs/hmmt.py, that an installed package has."""
+    folder = Path(__file__).resolve().parents[1] / "configs"
+    return folder / Path(file).name if Path(file).parent.name == "configs" and folder.is_dir() else None
+
+
+def _find_shared_configs() -> None:
+    """Lets configuration files import `configs.common` outside of the repository, too."""
+    if importlib.util.find_spec("configs") is None and importlib.util.find_spec("espl_jax.configs"):
+        sys.modules["configs"] = importlib.import_module("espl_jax.configs")
 
 
 def _config_files(missing: Path) -> str:

@@ -95,5 +95,10 @@ def main(argv: list[str]) -> None:
         compare(request)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The console script `espl-evaluate`."""
     app.run(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -39,5 +39,10 @@ def main(argv: list[str]) -> None:
         )
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The console script `espl-export`."""
     app.run(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -79,6 +79,11 @@ def main(argv: list[str]) -> None:
     sys.exit(1)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The console script `espl-plan`."""
     flags.mark_flags_as_required(["config", "topology"])
     app.run(main, flags_parser=command_line.parse_flags)
+
+
+if __name__ == "__main__":
+    run()
