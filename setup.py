@@ -1,4 +1,4 @@
-"""Installs espl_jax; its metadata is in pyproject.toml. The configurations are shipped as espl_jax.configs."""
+"""Installs espl_jax, with configs/ as espl_jax.configs; the metadata is in pyproject.toml."""
 
 from setuptools import find_packages, setup
 

@@ -1,6 +1,6 @@
 """Evaluates two system prompts on the same problems, from Python.
 
-    python examples/evaluate.py
+python examples/evaluate.py
 """
 
 import jax

@@ -1,6 +1,6 @@
 """Uses the functions alone: a population, a prefix tree of rollouts, rewards, ratings and a gradient.
 
-    python examples/functions.py
+python examples/functions.py
 """
 
 import jax
@@ -35,7 +35,10 @@ samples = espl_jax.generate(
 replies = [[[model.tokenizer.decode(row) for row in group] for group in slot] for slot in samples.tokens]
 answers = ["Paris", "Tokyo"]
 rewards = np.array(
-    [[[answer in reply for reply in group] for answer, group in zip(answers, slot)] for slot in replies]
+    [
+        [[answer in reply for reply in group] for answer, group in zip(answers, slot, strict=True)]
+        for slot in replies
+    ]
 )
 advantages = espl_jax.advantages(rewards)  # [2, 2, 4]
 population = espl_jax.rate(population, [p.id for p in prompts], rewards.mean(axis=(1, 2)))

@@ -31,7 +31,7 @@ class Guess:
 
     def grade(self, problems, transcripts):
         """The sooner it is found, the better; rewards may be any numbers."""
-        return [self.grade_one(*each) for each in zip(problems, transcripts)]
+        return [self.grade_one(*each) for each in zip(problems, transcripts, strict=True)]
 
     def grade_one(self, problem, transcript):
         guess, guesses = guess_in(transcript[-1]), transcript[::2]

@@ -1,6 +1,6 @@
 """Trains from Python: the quickstart's configuration, changed here and there.
 
-    python examples/train.py
+python examples/train.py
 """
 
 from configs import quickstart
