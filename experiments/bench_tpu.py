@@ -41,8 +41,8 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from configs import hmmt
+from espl_jax.choices import REMATS
 from espl_jax.console.tables import table
-from espl_jax.models.config import REMATS
 from espl_jax.parallel import sharding
 from espl_jax.parallel.memory import bytes_per_device
 from espl_jax.plan.hlo.traffic import breakdown, traffic

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "espl_jax"
 DEVICE = {"models", "sampling", "rl"}
 HOST = {"evolution", "environments", "data", "text"}
 LAYERS = [
-    {"types", "parallel", "console"},
+    {"types", "choices", "parallel", "console"},
     {"storage"},
     {"models"} | HOST,
     {"sampling", "rl", "pretrained"},
@@ -45,7 +45,7 @@ def imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[int,
 def import_violation(part: str, name: str) -> str | None:
     """Why module `part` of espl_jax may not import `name`, or None."""
     top, _, rest = name.partition(".")
-    if part in HOST | {"types"} and top in ACCELERATOR:
+    if part in HOST | {"types", "choices"} and top in ACCELERATOR:
         return f"{part} is host code and imports {top}"
     if name == "flax.nnx" or name.startswith("flax.nnx."):
         return "flax.nnx is not used"

@@ -13,10 +13,9 @@ import sys
 
 from absl import app, flags
 
+from espl_jax.choices import ENVIRONMENTS, MATMUL_PRECISIONS
 from espl_jax.console import command_line
 from espl_jax.evaluate.request import read_request
-from espl_jax.models.config import MATMUL_PRECISIONS
-from espl_jax.run.check_config import ENVIRONMENTS
 from espl_jax.text.tool_calls import FORMATS
 
 DTYPES = ("float32", "bfloat16")

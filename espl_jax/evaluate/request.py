@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from espl_jax.choices import ENVIRONMENTS
 from espl_jax.data import load
 from espl_jax.data.problems import ProblemSet
 from espl_jax.evaluate.prompts import label, read_prompt
-from espl_jax.run.check_config import ENVIRONMENTS
 from espl_jax.storage import json_values
 from espl_jax.types import SystemPrompt
 

@@ -16,9 +16,9 @@ from espl_jax.pretrained.new_folder import check_free
 from espl_jax.pretrained.peft import save_adapter
 from espl_jax.pretrained.save import save_pretrained
 from espl_jax.pretrained.shards import DTYPES as DTYPES_WRITTEN
+from espl_jax.run.check_groups import trains
 from espl_jax.run.saved import SavedRun, read_run
 from espl_jax.run.tasks import tools_of
-from espl_jax.run.weights import trains
 from espl_jax.storage.workdir import read_log
 from espl_jax.text.chat_template import template_file
 from espl_jax.types import Schema

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-MATMUL_PRECISIONS = ("default", "highest", "bfloat16")
+from espl_jax.choices import MATMUL_PRECISIONS, REMATS, SAMPLING_LAYOUTS
+
 ACTIVATIONS = ("silu", "gelu_tanh")
-REMATS = ("none", "attention", "products", "full", "rounded", "offload")
 PHASES = ("training", "sampling")
-SAMPLING_LAYOUTS = ("auto", "stacked", "unstacked")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 
 NUMERICS = ("dtype", "param_dtype", "matmul_precision", "scan_layers", "sampling_layout", "remat")

@@ -13,27 +13,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from espl_jax.choices import LORA_TARGETS
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.transformer import ADAPTER, Params, Weight, abstract
 
-TARGETS = ("query", "key", "value", "out", "gate", "up", "down", "head")
-"""Linear weights that can carry an adapter; `head` only where it is not tied to the embedding."""
 
-
-def abstract_adapters(config: DecoderConfig, rank: int, targets: Sequence[str] = TARGETS[:7]) -> Params:
+def abstract_adapters(config: DecoderConfig, rank: int, targets: Sequence[str] = LORA_TARGETS[:7]) -> Params:
     """The adapters' pytree with a float32 `Weight` at every leaf.
 
     Args:
       config: the decoder.
       rank: r.
-      targets: names out of `TARGETS`.
+      targets: names out of `LORA_TARGETS`.
 
     Raises:
       ValueError: for an unknown target, an empty set, the head of a model that ties it, or a rank below 1.
     """
-    unknown = sorted(set(targets) - set(TARGETS))
+    unknown = sorted(set(targets) - set(LORA_TARGETS))
     if unknown or not targets:
-        raise ValueError(f"lora targets={tuple(targets)!r}: choose some of {TARGETS}")
+        raise ValueError(f"lora targets={tuple(targets)!r}: choose some of {LORA_TARGETS}")
     if "head" in targets and config.tied_head:
         raise ValueError(
             "lora targets include 'head', but this model ties its head to the embedding; leave it out"
@@ -54,7 +52,7 @@ def abstract_adapters(config: DecoderConfig, rank: int, targets: Sequence[str] =
 
 
 def init(
-    key: jax.Array, config: DecoderConfig, rank: int, targets: Sequence[str] = TARGETS[:7]
+    key: jax.Array, config: DecoderConfig, rank: int, targets: Sequence[str] = LORA_TARGETS[:7]
 ) -> dict[str, Any]:
     """Fresh adapters that change nothing: A uniform within 1 / sqrt(fan in), B zero. Consumes `key`."""
     declared = abstract_adapters(config, rank, targets)

@@ -20,9 +20,10 @@ from espl_jax.models.config import DecoderConfig
 from espl_jax.models.transformer import Params, abstract
 from espl_jax.parallel import sharding
 from espl_jax.parallel.memory import bytes_per_device
+from espl_jax.run.check_groups import trains
 from espl_jax.run.config import Config
 from espl_jax.run.parts import objective_of
-from espl_jax.run.weights import abstract_trainable, declared_trainable, trains
+from espl_jax.run.weights import abstract_trainable, declared_trainable
 from espl_jax.run.workloads import Lengths, Workload, lanes_of
 from espl_jax.sampling import decode
 from espl_jax.sampling.buckets import bucket

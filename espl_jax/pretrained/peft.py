@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
+from espl_jax.choices import LORA_TARGETS
 from espl_jax.models import lora
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.transformer import Params, Weight
@@ -219,9 +220,9 @@ def _rank(adapters: Params) -> int:
 
 
 def _targets(paths: Sequence[str]) -> tuple[str, ...]:
-    """Names out of `lora.TARGETS` that the paths of adapters lead through."""
+    """Names out of `LORA_TARGETS` that the paths of adapters lead through."""
     parents = {path.split("/")[-2] for path in paths}
-    return tuple(target for target in lora.TARGETS if target in parents)
+    return tuple(target for target in LORA_TARGETS if target in parents)
 
 
 def _names(path: str, weight: Weight, config: DecoderConfig) -> list[str]:
@@ -235,7 +236,7 @@ def _names(path: str, weight: Weight, config: DecoderConfig) -> list[str]:
 def _read(path: Path, config: DecoderConfig, rank: int, mesh: Mesh | None) -> Params:
     # Of an adapted head PEFT writes the base's weight too, as it was.
     stored = {name: tensor for name, tensor in read_header(path).items() if ".base_layer." not in name}
-    every = lora.TARGETS[:7] if config.tied_head else lora.TARGETS
+    every = LORA_TARGETS[:7] if config.tied_head else LORA_TARGETS
     names = {
         leaf: _names(leaf, weight, config)
         for leaf, weight in by_path(lora.abstract_adapters(config, rank, every)).items()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-BASELINES = ("per_prompt", "marginalized")
-NORMALIZATIONS = ("none", "std", "batch_std")
+from espl_jax.choices import BASELINES, NORMALIZATIONS
+
 EPSILON = 1e-6
 """Added to a standard deviation before dividing by it."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-ESTIMATORS = ("k1", "k2", "k3")
+from espl_jax.choices import KL_ESTIMATORS
 
 
 def kl_estimate(
@@ -41,7 +41,7 @@ def kl_estimate(
       logprobs: float32 [...], of the tokens drawn, under the policy.
       reference_logprobs: float32 [...], of the same tokens under the reference; no gradient flows through
         them. Outside of a mask replace all logprobs by finite numbers beforehand.
-      estimator: one of `ESTIMATORS`.
+      estimator: one of `KL_ESTIMATORS`.
       sampler_logprobs: float32 [...], of the same tokens under what drew them; None if the policy did.
 
     Returns:
@@ -50,8 +50,8 @@ def kl_estimate(
     Raises:
       ValueError: for an unknown estimator.
     """
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator={estimator!r} is unknown; choose one of {ESTIMATORS}")
+    if estimator not in KL_ESTIMATORS:
+        raise ValueError(f"estimator={estimator!r} is unknown; choose one of {KL_ESTIMATORS}")
     difference = jax.lax.stop_gradient(reference_logprobs) - logprobs
     if estimator == "k1":
         estimate = -difference

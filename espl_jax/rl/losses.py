@@ -26,12 +26,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-KINDS = ("importance_sampling", "sequence_importance_sampling", "ppo", "cispo", "gspo")
-SEQUENCE_KINDS = ("sequence_importance_sampling", "gspo")
-"""Kinds with one term a rollout, not one a token."""
-CLIPS = {"ppo": (0.2, 0.2), "cispo": (1.0, 3.0), "gspo": (3e-4, 4e-4)}
-"""The kinds that clip, each with its own `clip_low` and `clip_high`; of CISPO the range 0 to 4."""
-AGGREGATIONS = ("seq_mean_token_sum", "token_mean", "constant_length")
+from espl_jax.choices import AGGREGATIONS, CLIP_RANGES, LOSSES, SEQUENCE_LOSSES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +34,7 @@ class Loss:
     """Which loss an update takes. Hashable, to be a static argument under jit.
 
     Attributes:
-      kind: one of `KINDS`.
+      kind: one of `LOSSES`.
       clip_low, clip_high: the ratio is kept within [1 - clip_low, 1 + clip_high]; None for the kind's own.
       aggregation: one of `AGGREGATIONS`; see `denominator`. A sequence kind takes `seq_mean_token_sum`.
       sampler_weight_cap: largest weight for the disagreement of sampler and trainer; 0 for no weights.
@@ -60,7 +55,7 @@ class Loss:
         ratio_bounds(self.kind, self.clip_low, self.clip_high)
         if self.aggregation not in AGGREGATIONS:
             raise ValueError(f"aggregation={self.aggregation!r} is unknown; choose one of {AGGREGATIONS}")
-        if self.kind in SEQUENCE_KINDS and self.aggregation != "seq_mean_token_sum":
+        if self.kind in SEQUENCE_LOSSES and self.aggregation != "seq_mean_token_sum":
             raise ValueError(
                 f"aggregation={self.aggregation!r}: kind={self.kind!r} has one term a rollout, none a token; "
                 "give seq_mean_token_sum"
@@ -85,21 +80,23 @@ def ratio_bounds(kind: str, clip_low: float | None, clip_high: float | None) -> 
     """The least and the largest ratio of a kind, or None if it does not clip.
 
     Args:
-      kind: one of `KINDS`.
-      clip_low, clip_high: how far below and above one; None for the kind's own of `CLIPS`.
+      kind: one of `LOSSES`.
+      clip_low, clip_high: how far below and above one; None for the kind's own of `CLIP_RANGES`.
 
     Raises:
       ValueError: for an unknown kind, a bound of a kind that does not clip, a `clip_low` that is not within
         0 and 1, or a `clip_high` below 0.
     """
-    if kind not in KINDS:
-        raise ValueError(f"loss kind={kind!r} is unknown; choose one of {KINDS}")
-    if kind not in CLIPS:
+    if kind not in LOSSES:
+        raise ValueError(f"loss kind={kind!r} is unknown; choose one of {LOSSES}")
+    if kind not in CLIP_RANGES:
         for name, value in (("clip_low", clip_low), ("clip_high", clip_high)):
             if value is not None:
                 raise ValueError(f"{name}={value}: kind={kind!r} does not clip; give None")
         return None
-    low, high = (own if x is None else x for own, x in zip(CLIPS[kind], (clip_low, clip_high), strict=True))
+    low, high = (
+        own if x is None else x for own, x in zip(CLIP_RANGES[kind], (clip_low, clip_high), strict=True)
+    )
     if not 0 <= low <= 1:
         raise ValueError(f"clip_low={low}: ratios are kept above 1 - clip_low; give one from 0 to 1")
     if not high >= 0:
@@ -138,7 +135,7 @@ def policy_gradient_loss(
       advantages: float32 [R].
       mask: bool [R, T], True for tokens that the policy drew. Elsewhere the inputs may hold anything, NaN
         included.
-      kind: one of `KINDS`.
+      kind: one of `LOSSES`.
       old_logprobs: float32 [R, T], as `logprobs`, under the params before the batch's first update; in the
         first update that is `logprobs` itself.
       clip_low, clip_high: the ratio is kept within [1 - clip_low, 1 + clip_high]; None for the kind's own.
@@ -171,12 +168,12 @@ def policy_gradient_loss(
     old = sampler if old_logprobs is None else jax.lax.stop_gradient(safe(old_logprobs))
     drawn = mask.any(axis=1, keepdims=True)
     token_advantages = jnp.where(drawn, advantages[:, None], 0.0)  # [R, 1]
-    has_term = drawn if kind in SEQUENCE_KINDS else mask
+    has_term = drawn if kind in SEQUENCE_LOSSES else mask
 
     def log_ratio(new: jax.Array, before: jax.Array) -> jax.Array:
         """Of each term: [R, T], or [R, 1] in a sequence kind."""
         difference = new - before
-        if kind not in SEQUENCE_KINDS:
+        if kind not in SEQUENCE_LOSSES:
             return difference
         total = difference.sum(axis=1, keepdims=True)
         return total / jnp.maximum(mask.sum(axis=1, keepdims=True), 1) if kind == "gspo" else total

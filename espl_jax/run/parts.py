@@ -23,10 +23,11 @@ from espl_jax.rl.losses import Loss
 from espl_jax.rl.objective import Objective
 from espl_jax.rollouts.encode import longest_conversation, longest_problem
 from espl_jax.run import inputs
+from espl_jax.run.check_groups import trains
 from espl_jax.run.config import Config
 from espl_jax.run.context import context_of, fitting, least_budget
 from espl_jax.run.tasks import environment_of, load_splits
-from espl_jax.run.weights import abstract_trainable, declared_trainable, load_reference, trains
+from espl_jax.run.weights import abstract_trainable, declared_trainable, load_reference
 from espl_jax.run.workloads import Lengths, Workload, workloads
 from espl_jax.sampling.layout import for_sampling
 from espl_jax.sampling.settings import Capacity, Sampling

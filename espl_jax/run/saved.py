@@ -20,8 +20,9 @@ from espl_jax.models.config import NUMERICS
 from espl_jax.models.transformer import Params
 from espl_jax.pretrained.load import Pretrained
 from espl_jax.run import inputs
+from espl_jax.run.check_groups import trains
 from espl_jax.run.config import Config
-from espl_jax.run.weights import abstract_trainable, load_reference, trains
+from espl_jax.run.weights import abstract_trainable, load_reference
 from espl_jax.storage import folders
 from espl_jax.storage.workdir import read_checkpoint
 from espl_jax.training.state import TrainState

@@ -16,6 +16,7 @@ from espl_jax.models.transformer import abstract
 from espl_jax.parallel import processes, sharding
 from espl_jax.pretrained.load import Pretrained, load_pretrained, read_config
 from espl_jax.pretrained.numerics import AUTO, CHOSEN, resolve
+from espl_jax.run.check_groups import trains
 from espl_jax.run.config import Config
 from espl_jax.storage import folders
 
@@ -67,11 +68,6 @@ def load_reference(config: Config, mesh: jax.sharding.Mesh | None, **changes: An
     return dataclasses.replace(
         model, params=merged, config=model.config.replace(lora_scale=config.lora.scale)
     )
-
-
-def trains(config: Config) -> bool:
-    """Whether the mode changes weights."""
-    return config.mode in ("espl", "rl")
 
 
 def declared_trainable(config: Config, decoder: DecoderConfig) -> Any:

@@ -7,8 +7,8 @@ import functools
 import jax
 import optax
 
-KINDS = ("adam", "adamw", "adafactor")
-SCHEDULES = ("constant", "linear", "cosine")
+from espl_jax.choices import OPTIMIZERS, SCHEDULES
+
 DECAYED = ("weight", "lora_a", "lora_b")
 """Names of the leaves that weight decay shrinks: what products use, not norm scales and biases."""
 MIN_FACTORED = 128
@@ -60,8 +60,8 @@ def make_optimizer(
       ValueError: for an unknown kind or schedule, a weight decay of another kind than `adamw`, or a schedule
         with no updates between warm-up and end.
     """
-    if kind not in KINDS:
-        raise ValueError(f"optimizer kind={kind!r} is unknown; choose one of {KINDS}")
+    if kind not in OPTIMIZERS:
+        raise ValueError(f"optimizer kind={kind!r} is unknown; choose one of {OPTIMIZERS}")
     if weight_decay and kind != "adamw":
         raise ValueError(f"weight_decay={weight_decay}: {kind} has none; give kind='adamw', or 0")
     rate = _rate(learning_rate, schedule, warmup_steps, decay_steps, final_rate)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from espl_jax.choices import REMATS
 from espl_jax.models import transformer
 from espl_jax.models.attention import KVCache
-from espl_jax.models.config import REMATS
 from espl_jax.models.transformer import forward
 from espl_jax.rl.logprobs import target_logprobs
 from tests.support import families, ragged_tree, tiny

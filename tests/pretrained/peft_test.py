@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
-from espl_jax.models import lora
+from espl_jax.choices import LORA_TARGETS
 from espl_jax.pretrained.load import load_pretrained
 from espl_jax.pretrained.peft import base_of, load_adapter, save_adapter
 from espl_jax.text.chat import render
@@ -24,7 +24,7 @@ def assert_same(ours, others):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("targets", [("query",), ("gate", "out"), lora.TARGETS[:7]])
+@pytest.mark.parametrize("targets", [("query",), ("gate", "out"), LORA_TARGETS[:7]])
 def test_some_targets(targets, tmp_path):
     adapters = tiny.adapters(CONFIG, targets=targets)
     save_adapter(tmp_path / "out", adapters, CONFIG, fakes.tokenizer(), base="a/b")

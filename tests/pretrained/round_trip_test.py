@@ -7,6 +7,7 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
+from espl_jax.choices import LORA_TARGETS
 from espl_jax.models import lora
 from espl_jax.pretrained.load import load_pretrained
 from espl_jax.pretrained.peft import load_adapter, save_adapter
@@ -40,7 +41,7 @@ def test_logits(family, request, tmp_path):
     config = families.our_config(families.draw_hf_config(family, seed), lora_scale=0.7, remat="none")
     config = config.replace(vocab_size=fakes.CONFIG.vocab_size)
     params = tiny.params(config)
-    adapters = tiny.adapters(config, targets=lora.TARGETS[: 7 if config.tied_head else 8])
+    adapters = tiny.adapters(config, targets=LORA_TARGETS[: 7 if config.tied_head else 8])
     policy = lora.attach(params, adapters)
     merged, base, adapter, again = (tmp_path / name for name in ("merged", "base", "adapter", "again"))
     save_pretrained(merged, policy, config, fakes.tokenizer())

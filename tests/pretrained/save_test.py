@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from espl_jax.choices import LORA_TARGETS
 from espl_jax.models import lora
 from espl_jax.pretrained import save
 from espl_jax.pretrained.hf_config import from_hf_config
@@ -30,7 +31,7 @@ CONFIG = fakes.CONFIG.replace(lora_scale=0.5)
 TOKENS = np.random.default_rng(0).integers(0, 97, (2, 24)).astype(np.int32)
 
 
-def adapted(config, targets=lora.TARGETS[:7]):
+def adapted(config, targets=LORA_TARGETS[:7]):
     return lora.attach(tiny.params(config), tiny.adapters(config, targets=targets))
 
 

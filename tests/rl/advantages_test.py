@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from espl_jax.rl.advantages import NORMALIZATIONS, advantages
+from espl_jax.choices import NORMALIZATIONS
+from espl_jax.rl.advantages import advantages
 
 # Two prompts, two problems, three rollouts.
 REWARDS = np.array([[[1, 0, 0], [1, 1, 1]], [[1, 1, 0], [0, 0, 0]]], np.float32)

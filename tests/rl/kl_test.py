@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from espl_jax.rl.kl import ESTIMATORS, kl_estimate
+from espl_jax.choices import KL_ESTIMATORS
+from espl_jax.rl.kl import kl_estimate
 
 # d = log 2 at the first token, -log 2 at the second, 0 at the third.
 LOGPROBS, REFERENCE = (jnp.log(jnp.array(p)) for p in ([0.25, 0.5, 0.1], [0.5, 0.25, 0.1]))
@@ -16,7 +17,7 @@ BY_HAND = {  # values, and gradients with respect to the logprobs
 }
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
 def test_by_hand(estimator):
     values, grads = BY_HAND[estimator]
     np.testing.assert_allclose(kl_estimate(LOGPROBS, REFERENCE, estimator), values, atol=1e-6)
@@ -63,7 +64,7 @@ def test_means_over_what_the_policy_draws(seed):
     np.testing.assert_allclose(expectations("k3", scores, reference)[1], reverse, **close)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
 def test_means_over_what_another_policy_draws_are_the_same(estimator):
     scores, reference, sampler = jnp.asarray(np.random.default_rng(3).normal(size=(3, 11)), jnp.float32)
     expected = expectations(estimator, scores, reference)

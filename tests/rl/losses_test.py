@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from espl_jax.rl import losses
-from espl_jax.rl.losses import KINDS, SEQUENCE_KINDS, Loss, denominator, policy_gradient_loss
+from espl_jax.choices import AGGREGATIONS, LOSSES, SEQUENCE_LOSSES
+from espl_jax.rl.losses import Loss, denominator, policy_gradient_loss
 
 # By hand: ratios 2 and 1 with advantage 2, 1/2 with advantage -1, and a rollout without tokens.
 LOGPROBS = jnp.log(jnp.array([[0.5, 0.4, 0.9], [0.2, 0.3, 0.9], [0.9, 0.9, 0.9]]))
@@ -143,7 +143,7 @@ def test_sampler_weights_by_hand():
     check("gspo", -(2 * 2 / ROOT), [-ROOT, -ROOT], 4, ROOT)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_ratios_are_to_the_old_policy_where_it_is_given(kind):
     logprobs, sampler, advantages, mask, old = random_batch(0)
     ours = policy_gradient_loss(logprobs, sampler, advantages, mask, kind, old_logprobs=old)
@@ -154,7 +154,7 @@ def test_ratios_are_to_the_old_policy_where_it_is_given(kind):
     assert to_old[2]["log_ratio_abs"] != ours[2]["log_ratio_abs"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_on_policy_all_kinds_follow_the_policy_gradient(kind):
     logprobs, _, advantages, mask, _ = random_batch(3)
     lengths = np.maximum(np.asarray(mask).sum(axis=1, keepdims=True), 1) if kind == "gspo" else 1
@@ -177,7 +177,7 @@ def test_in_the_first_update_the_old_logprobs_are_the_logprobs_themselves(kind, 
     np.testing.assert_allclose(jax.grad(loss)(logprobs), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 def test_nothing_outside_the_mask_is_seen(poison, kind):
     options = {"kind": kind, "sampler_weight_cap": 2.0}
@@ -213,7 +213,7 @@ def test_a_ratio_beyond_float32_is_clipped_like_any_other(kind):
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_microbatches_add_up(kind):
     logprobs, sampler, advantages, mask, old = random_batch(1)
 
@@ -249,7 +249,7 @@ def test_denominators():
     assert denominator(Loss(aggregation="constant_length", constant_length=10), 6.0, 40.0) == 60
     assert denominator(Loss(aggregation="token_mean"), 6.0, 0.0) == 1
     traced = jax.jit(denominator, static_argnames="loss")
-    for aggregation in losses.AGGREGATIONS:
+    for aggregation in AGGREGATIONS:
         loss = Loss(aggregation=aggregation, constant_length=10)
         for tokens in (0.0, 40.0):
             assert traced(loss, 6.0, tokens) == denominator(loss, 6.0, tokens)
@@ -272,7 +272,7 @@ def test_denominators():
     ]
     + [
         ({"kind": kind, "aggregation": "token_mean"}, f"'token_mean': kind='{kind}' has one term a rollout")
-        for kind in SEQUENCE_KINDS
+        for kind in SEQUENCE_LOSSES
     ],
     ids=str,
 )
@@ -282,9 +282,9 @@ def test_a_loss_that_makes_no_sense_is_refused(fields, message):
 
 
 def test_only_plain_importance_sampling_compares_with_the_sampler():
-    plain = [kind for kind in KINDS if not Loss(kind).needs_old_logprobs]
+    plain = [kind for kind in LOSSES if not Loss(kind).needs_old_logprobs]
     assert plain == ["importance_sampling"]
-    assert all(Loss(kind, sampler_weight_cap=2.0).needs_old_logprobs for kind in KINDS)
+    assert all(Loss(kind, sampler_weight_cap=2.0).needs_old_logprobs for kind in LOSSES)
 
 
 def test_a_loss_is_a_static_argument():

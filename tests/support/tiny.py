@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from espl_jax.choices import LORA_TARGETS
 from espl_jax.models import lora, transformer
 from espl_jax.models.config import DecoderConfig, Rope
 from espl_jax.rl.logprobs import token_logprobs
@@ -53,7 +54,7 @@ def params(config=CONFIG, seed=0):
     return jax.tree.map(draw, transformer.abstract(config))
 
 
-def adapters(config=CONFIG, rank=3, seed=1, targets=lora.TARGETS[:7]):
+def adapters(config=CONFIG, rank=3, seed=1, targets=LORA_TARGETS[:7]):
     """Adapters of which neither A nor B is zero."""
     rng = np.random.default_rng(seed)
     declared = lora.abstract_adapters(config, rank, targets)

@@ -4,8 +4,9 @@ import numpy as np
 import optax
 import pytest
 
+from espl_jax.choices import OPTIMIZERS
 from espl_jax.models import lora, transformer
-from espl_jax.training.optimizer import KINDS, make_optimizer
+from espl_jax.training.optimizer import make_optimizer
 from tests.support import tiny
 
 PARAMS = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([0.5])}
@@ -146,7 +147,7 @@ def test_adafactor_keeps_little():
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_state_can_be_mapped_over_the_params(kind):
     """As for shardings: every leaf is either a counter or has the weight that it belongs to beside it."""
     optimizer = make_optimizer(1e-3, kind=kind, schedule="linear", decay_steps=9, warmup_steps=1)
