@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -51,16 +52,13 @@ def read_hub(
 
 def _load(repository: str, split: str, config: str | None, revision: str | None) -> Any:
     import datasets
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
+    from datasets.exceptions import DatasetGenerationError
     from huggingface_hub.utils import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
         datasets.disable_progress_bars()
-    source = f"hub:{repository}"
-    where = f"{datasets.config.HF_ENDPOINT}/datasets/{repository}"
-    # With this prefix a folder here that is called like the data set is not taken for it.
+    # With this prefix, a local folder with the name of the data set is not taken for it.
     load = functools.partial(
         datasets.load_dataset, f"hf://datasets/{repository}", config, split=split, revision=revision
     )
@@ -72,61 +70,124 @@ def _load(repository: str, split: str, config: str | None, revision: str | None)
             if "BatchSize must be greater than 0" not in str(error.__cause__):
                 raise
             return load(batch_size=1000)
-    except DatasetNotFoundError as error:
-        said = str(error)
-        if "gated" in said:
-            raise PermissionError(
-                f"{source} is gated: accept its terms at {where}, then log in with `hf auth login` or set "
-                "HF_TOKEN"
-            ) from error
-        if said.startswith("Revision"):
-            raise FileNotFoundError(
-                f"{source} has no revision {revision!r}: give a branch, tag or commit listed at {where}"
-            ) from error
-        raise FileNotFoundError(
-            f"there is no data set {repository} at {where}, or it is private: correct the name, or log in "
-            "with `hf auth login` or set HF_TOKEN"
-        ) from error
-    except HfHubHTTPError as error:
-        if getattr(error.response, "status_code", None) in (401, 403):
-            raise PermissionError(
-                f"{where} refuses the access token ({_line(error)}): log in with `hf auth login`, or correct "
-                "HF_TOKEN"
-            ) from error
-        raise _unreachable(source, where, datasets.config.HF_DATASETS_CACHE, error) from error
-    except (ConnectionError, LocalEntryNotFoundError, HTTPError) as error:
-        raise _unreachable(source, where, datasets.config.HF_DATASETS_CACHE, error) from error
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{source} has no data that can be read ({_line(error)}): choose another data set, or give a "
-            "local .jsonl or .parquet file"
-        ) from error
-    except DatasetGenerationError as error:
-        raise ValueError(
-            f"{source}: its data cannot be read ({_line(error.__cause__ or error)}); choose another data "
-            "set, or another version by the option revision=NAME"
-        ) from error
-    except RuntimeError as error:
-        if "scripts are no longer supported" not in str(error):
+    except Exception as error:
+        case = next((case for case in _cases() if case.fits(error)), None)
+        if case is None:
             raise
-        raise ValueError(
-            f"{source} is made by a program of its own, which is not run ({_line(error)}); try the option "
-            "revision=refs/convert/parquet"
-        ) from error
-    except ValueError as error:
-        if "corresponds to no data" in str(error):
-            raise ValueError(
-                f"{source}: the split {split!r} is empty; choose another one by the option split=NAME"
-            ) from error
-        raise ValueError(
-            f"{source}: {_line(error)}; choose by the options split=NAME and config=NAME"
-        ) from error
+        said = {
+            "source": f"hub:{repository}",
+            "repository": repository,
+            "where": f"{datasets.config.HF_ENDPOINT}/datasets/{repository}",
+            "cache": datasets.config.HF_DATASETS_CACHE,
+            "split": split,
+            "revision": revision,
+            "error": _line(error),
+            "cause": _line(error.__cause__ or error),
+        }
+        raise case.raised(case.message.format(**said)) from error
 
 
-def _unreachable(source: str, where: str, cache: Any, error: Exception) -> ConnectionError:
-    return ConnectionError(
-        f"{source} is not in the cache {cache}, and {where} cannot be reached ({_line(error)}): connect, "
-        "unset HF_HUB_OFFLINE if it is set, or give a local .jsonl or .parquet file"
+@dataclasses.dataclass(frozen=True)
+class _Case:
+    """An error of the libraries, and what is raised in its place.
+
+    Attributes:
+      errors: types of the error.
+      pattern: regular expression of its text.
+      raised: type of what is raised.
+      message: its text, with the names that `_load` fills in.
+      statuses: HTTP statuses of the error's response, if it must have one of them.
+    """
+
+    errors: tuple[type[Exception], ...]
+    pattern: str
+    raised: type[Exception]
+    message: str
+    statuses: tuple[int, ...] = ()
+
+    def fits(self, error: Exception) -> bool:
+        """Returns whether an error is of this case."""
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        return (
+            isinstance(error, self.errors)
+            and re.search(self.pattern, str(error)) is not None
+            and (not self.statuses or status in self.statuses)
+        )
+
+
+def _cases() -> tuple[_Case, ...]:
+    """Returns the errors that are explained; the first that fits counts."""
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
+
+    return (
+        _Case(
+            (DatasetNotFoundError,),
+            "gated",
+            PermissionError,
+            "{source} is gated: accept its terms at {where}, then log in with `hf auth login` or set "
+            "HF_TOKEN",
+        ),
+        _Case(
+            (DatasetNotFoundError,),
+            "^Revision",
+            FileNotFoundError,
+            "{source} has no revision {revision!r}: give a branch, tag or commit listed at {where}",
+        ),
+        _Case(
+            (DatasetNotFoundError,),
+            "",
+            FileNotFoundError,
+            "there is no data set {repository} at {where}, or it is private: correct the name, or log in "
+            "with `hf auth login` or set HF_TOKEN",
+        ),
+        _Case(
+            (HfHubHTTPError,),
+            "",
+            PermissionError,
+            "{where} refuses the access token ({error}): log in with `hf auth login`, or correct HF_TOKEN",
+            statuses=(401, 403),
+        ),
+        _Case(
+            (HfHubHTTPError, ConnectionError, LocalEntryNotFoundError, HTTPError),
+            "",
+            ConnectionError,
+            "{source} is not in the cache {cache}, and {where} cannot be reached ({error}): connect, unset "
+            "HF_HUB_OFFLINE if it is set, or give a local .jsonl or .parquet file",
+        ),
+        _Case(
+            (FileNotFoundError,),
+            "",
+            FileNotFoundError,
+            "{source} has no data that can be read ({error}): choose another data set, or give a local "
+            ".jsonl or .parquet file",
+        ),
+        _Case(
+            (DatasetGenerationError,),
+            "",
+            ValueError,
+            "{source}: its data cannot be read ({cause}); choose another data set, or another version with "
+            "the option revision=NAME",
+        ),
+        _Case(
+            (RuntimeError,),
+            "scripts are no longer supported",
+            ValueError,
+            "{source} is generated by a script, which is not run ({error}); try the option "
+            "revision=refs/convert/parquet",
+        ),
+        _Case(
+            (ValueError,),
+            "corresponds to no data",
+            ValueError,
+            "{source}: the split {split!r} is empty; choose another one with the option split=NAME",
+        ),
+        _Case(
+            (ValueError,),
+            "",
+            ValueError,
+            "{source}: {error}; choose with the options split=NAME and config=NAME",
+        ),
     )
 
 

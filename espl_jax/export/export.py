@@ -62,18 +62,9 @@ def export(
     say(f"Reading {workdir}")
     run = read_run(workdir)
     chosen = run.prompt(prompt)
-    if format == "adapter" and run.adapters is None:
-        why = "trains all weights (lora.rank=0)" if trains(run.config) else "changes prompts alone"
-        raise ValueError(
-            f"format='adapter': a run of mode={run.config.mode} that {why} has no adapters; use format=merged"
-        )
-    source = run.config.model.source
-    if format == "adapter" and not base and (Path(source).expanduser() / "adapter_config.json").is_file():
-        raise ValueError(
-            f"format='adapter': the run began with {source}, itself an adapter, merged into its base; export "
-            "merged weights, or give as base the folder or hub name of those merged weights"
-        )
-    base = base or hub_name(source)
+    if format == "adapter":
+        _check_adapters(run, base)
+    base = base or hub_name(run.config.model.source)
     say(f"Iteration {run.iteration} of {run.config.num_iterations}, prompt {chosen.id}; writing {out}")
     tools = _tools(run, say)
     template = template_file(run.model.tokenizer, with_tools=bool(tools))
@@ -103,18 +94,6 @@ def export(
             template_arguments=arguments,
         )
     else:
-        sampling = run.config.sampling
-        drawn = {"do_sample": True} | {
-            name: sampling.get(name, 0.0) for name in ("temperature", "top_p", "top_k", "min_p")
-        }
-        # Of the makers' settings the ids alone: the run drew without their penalties. Its stop strings are in
-        # the model card: servers refuse them here.
-        ids = {name: i for name, i in model.generation.items() if name.endswith("_token_id")}
-        generation = {
-            **ids,
-            "eos_token_id": list(model.stop_ids),
-            **(drawn if sampling.temperature else {"do_sample": False}),
-        }
         save_pretrained(
             out,
             model.params,
@@ -122,7 +101,7 @@ def export(
             model.tokenizer,
             chosen,
             dtype=dtype,
-            generation=generation,
+            generation=_generation(run),
             model_card=card,
             template_arguments=arguments,
         )
@@ -132,6 +111,37 @@ def export(
         say(f"Serve it:  {serve_adapter(base, os.fspath(out), run.config.lora.rank, template)}")
     else:
         say(f"Serve it:  transformers serve {out}   or   vllm serve {out}")
+
+
+def _check_adapters(run: SavedRun, base: str) -> None:
+    """Raises ValueError unless the run has adapters for a base that others can load."""
+    if run.adapters is None:
+        why = "trains all weights (lora.rank=0)" if trains(run.config) else "changes prompts alone"
+        raise ValueError(
+            f"format='adapter': a run of mode={run.config.mode} that {why} has no adapters; use format=merged"
+        )
+    source = run.config.model.source
+    if not base and (Path(source).expanduser() / "adapter_config.json").is_file():
+        raise ValueError(
+            f"format='adapter': the run began with {source}, itself an adapter, merged into its base; export "
+            "merged weights, or give as base the folder or hub name of those merged weights"
+        )
+
+
+def _generation(run: SavedRun) -> dict[str, Any]:
+    """Returns the generation config: how the run drew.
+
+    Of its makers' settings only the ids stay, since the run drew without their penalties. Its stop strings
+    are in the model card: servers refuse them here.
+    """
+    sampling = run.config.sampling
+    names = ("temperature", "top_p", "top_k", "min_p")
+    drawn = {"do_sample": True} | {name: sampling.get(name, 0.0) for name in names}
+    return {
+        **{name: i for name, i in run.model.generation.items() if name.endswith("_token_id")},
+        "eos_token_id": list(run.model.stop_ids),
+        **(drawn if sampling.temperature else {"do_sample": False}),
+    }
 
 
 def _tools(run: SavedRun, say: Callable[[str], None]) -> tuple[Schema, ...]:

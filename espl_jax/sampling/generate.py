@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -213,19 +214,41 @@ def sample_tree(
         np.asarray(keys).reshape(-1, 2),
         limits.reshape(-1),
         stages,
-        max_new_tokens=most,
-        temperature=sampling.temperature,
-        truncation=sampling.truncation,
-        stop_ids=stop_ids,
+        dataclasses.replace(sampling, max_new_tokens=most, stop_ids=stop_ids),
         constraint=constraint,
         mesh=mesh,
     )
+    truncated = _run(scheduler, limits.shape, config, find_end, respond, finished)
+    arrays = scheduler.tokens, scheduler.position, scheduler.logprobs, scheduler.untruncated_logprobs
+    arrays = *arrays, truncated, scheduler.cutoffs, scheduler.drawn
+    return Samples(*(x.reshape(*limits.shape, *x.shape[1:]) for x in arrays), scheduler.row_steps)
+
+
+def _run(
+    scheduler: Scheduler,
+    shape: tuple[int, ...],
+    config: DecoderConfig,
+    find_end: FindEnd | None,
+    respond: Respond | None,
+    finished: Finished | None,
+) -> np.ndarray:
+    """Runs all rows to their ends: chunks, and what is said between turns.
+
+    Args:
+      scheduler: of the rows, none of them admitted.
+      shape: (M, B, N).
+      config: the decoder.
+      find_end, respond, finished: as for `sample_tree`.
+
+    Returns:
+      bool [M * B * N], which rows a limit ended.
+    """
     truncated = scheduler.limit > 0
     turn_start = np.zeros_like(scheduler.limit)
     answers = Answers(respond)
 
     def so_far(row: int) -> tuple[Place, np.ndarray]:
-        place = tuple(int(i) for i in np.unravel_index(row, limits.shape))
+        place = tuple(int(i) for i in np.unravel_index(row, shape))
         return place, scheduler.tokens[row, : scheduler.position[row]].copy()
 
     while not scheduler.done or answers.waiting:
@@ -259,9 +282,7 @@ def sample_tree(
         scheduler.append(appended)
         for row in appended:
             turn_start[row] = scheduler.position[row]
-    arrays = scheduler.tokens, scheduler.position, scheduler.logprobs, scheduler.untruncated_logprobs
-    arrays = *arrays, truncated, scheduler.cutoffs, scheduler.drawn
-    return Samples(*(x.reshape(*limits.shape, *x.shape[1:]) for x in arrays), scheduler.row_steps)
+    return truncated
 
 
 def row_limits(

@@ -22,9 +22,9 @@ from espl_jax.sampling import decode
 from espl_jax.sampling.buckets import pad_right
 from espl_jax.sampling.constraint import Constraint
 from espl_jax.sampling.problem_blocks import ProblemBlocks
+from espl_jax.sampling.settings import Sampling
 from espl_jax.sampling.sizes import EXTENDED_TOKENS, SMALLEST, Sizes
 from espl_jax.sampling.slots import SlotTable
-from espl_jax.sampling.truncation import Truncation
 
 
 class Scheduler:
@@ -49,19 +49,27 @@ class Scheduler:
         keys: np.ndarray,
         limits: np.ndarray,
         stages: Sequence[Sizes],
+        sampling: Sampling,
         *,
-        max_new_tokens: int,
-        temperature: float,
-        truncation: Truncation,
-        stop_ids: Sequence[int],
         constraint: Constraint | None,
         mesh: Mesh | None,
     ):
-        """Prefills the system prompts and reserves the slots. keys uint32 [rows, 2], limits int32 [rows]."""
+        """Prefills the system prompts and reserves the slots.
+
+        Args:
+          params, config, system_tokens, problem_tokens: as for `sample_tree`; params laid out for sampling.
+          keys: uint32 [rows, 2].
+          limits: int32 [rows], most new tokens of each.
+          stages: what is reserved, one after another.
+          sampling: `max_new_tokens` is the largest of the limits, T.
+          constraint: decides what each token may be.
+          mesh: of devices.
+        """
+        max_new_tokens = sampling.max_new_tokens
         self.params, self.config, self.mesh = params, config, mesh
-        self.temperature, self.truncation = temperature, truncation
+        self.temperature, self.truncation = sampling.temperature, sampling.truncation
         self.constraint = constraint
-        self.stop_ids = jnp.asarray(sorted(stop_ids) or [-1], jnp.int32)
+        self.stop_ids = jnp.asarray(sorted(sampling.stop_ids or ()) or [-1], jnp.int32)
         self.blocks = ProblemBlocks(problem_tokens, stages[0].problem_widths, mesh)
         self.prompts = prompts = [tokens for lane in problem_tokens for tokens in lane]
         count = len(limits)

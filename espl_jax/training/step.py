@@ -73,8 +73,7 @@ def gradients(
             f"microbatch_rows={size} does not divide the {rows} rollouts of a shard; pad the batch to a "
             "multiple, as train_batches does"
         )
-    loss, temperature, kl_coef = objective.loss, objective.temperature, objective.kl_coef
-    divisor = denominator(loss, batch.num_rollouts, batch.num_tokens)
+    kl_coef = objective.kl_coef
     if kl_coef and objective.kl_estimator != "exact" and batch.cutoffs is not None:
         raise ValueError(
             f"kl_estimator={objective.kl_estimator!r} requires untruncated sampling: disable top_p, top_k "
@@ -86,50 +85,83 @@ def gradients(
 
     policy_arrays, pull_back, places = jax.vjp(shared, trainable, has_aux=True)
     reference_arrays = shared_levels(reference, batch, config)[0] if kl_coef else None
-
-    def microbatch_loss(trainable: Params, arrays: Arrays, micro: dict[str, jax.Array]):
-        params, mask, cutoffs = whole_params(trainable, frozen), micro["mask"], micro.get("cutoffs")
-        hidden = hidden_states(params, arrays, places, batch, micro, config)
-        stats = target_logprobs(params, config, hidden, micro["targets"], temperature, cutoffs)
-        old = micro.get("old_logprobs")
-        if old is None and loss.needs_old_logprobs:
-            old = stats.logprobs
-        total, _, metrics = policy_gradient_loss(
-            stats.logprobs,
-            micro["sampler_logprobs"],
-            micro["advantages"],
-            mask,
-            loss.kind,
-            old_logprobs=old,
-            clip_low=loss.clip_low,
-            clip_high=loss.clip_high,
-            sampler_weight_cap=loss.sampler_weight_cap,
-        )
-        metrics["entropy"] = jnp.where(mask, stats.entropy, 0.0).sum()
-        if cutoffs is not None:
-            metrics["cut_disagreements"] = (stats.cut & mask).sum().astype(jnp.float32)
-        if kl_coef:
-            other = hidden_states(reference, reference_arrays, places, batch, micro, config)
-            other = jax.lax.stop_gradient(other)
-            if objective.kl_estimator == "exact":
-                kl = token_kl(params, hidden, reference, other, config, temperature)
-            else:
-                theirs = target_logprobs(reference, config, other, micro["targets"], temperature).logprobs
-                three = stats.logprobs, theirs, micro["sampler_logprobs"]
-                ours, theirs, sampler = (jnp.where(mask, x, 0.0) for x in three)
-                kl = kl_estimate(ours, theirs, objective.kl_estimator, sampler)
-            metrics["kl"] = jnp.where(mask, kl, 0.0).sum()
-            total = total + kl_coef * metrics["kl"]
-        return total / divisor, jax.lax.stop_gradient(metrics | {"loss": total / divisor})
+    loss = functools.partial(
+        _microbatch_loss,
+        frozen=frozen,
+        reference=reference,
+        reference_arrays=reference_arrays,
+        places=places,
+        batch=batch,
+        config=config,
+        objective=objective,
+    )
 
     def of_microbatch(micro: dict[str, jax.Array]):
-        return jax.grad(microbatch_loss, argnums=(0, 1), has_aux=True)(trainable, policy_arrays, micro)
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(trainable, policy_arrays, micro)
 
     (grads, cotangents), metrics = sum_over_microbatches(of_microbatch, batch, size)
     (through_shared,) = pull_back(cotangents)
     tokens = jnp.maximum(metrics.pop("tokens"), 1.0)
     metrics = {name: x if name == "loss" else x / tokens for name, x in metrics.items()}
     return jax.tree.map(jnp.add, grads, through_shared), metrics
+
+
+def _microbatch_loss(
+    trainable: Params,
+    arrays: Arrays,
+    micro: dict[str, jax.Array],
+    *,
+    frozen: Params | None,
+    reference: Params | None,
+    reference_arrays: Arrays | None,
+    places: Places,
+    batch: TrainBatch,
+    config: DecoderConfig,
+    objective: Objective,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns a microbatch's share of the objective, and its metrics as sums over tokens.
+
+    Args:
+      trainable, frozen, reference, batch, config, objective: as for `gradients`.
+      arrays, reference_arrays: the shared levels of the policy, and of the reference policy.
+      micro: arrays of the microbatch's rollouts.
+      places: of the shared levels.
+    """
+    loss, temperature = objective.loss, objective.temperature
+    divisor = denominator(loss, batch.num_rollouts, batch.num_tokens)
+    params, mask, cutoffs = whole_params(trainable, frozen), micro["mask"], micro.get("cutoffs")
+    hidden = hidden_states(params, arrays, places, batch, micro, config)
+    stats = target_logprobs(params, config, hidden, micro["targets"], temperature, cutoffs)
+    old = micro.get("old_logprobs")
+    if old is None and loss.needs_old_logprobs:
+        old = stats.logprobs
+    total, _, metrics = policy_gradient_loss(
+        stats.logprobs,
+        micro["sampler_logprobs"],
+        micro["advantages"],
+        mask,
+        loss.kind,
+        old_logprobs=old,
+        clip_low=loss.clip_low,
+        clip_high=loss.clip_high,
+        sampler_weight_cap=loss.sampler_weight_cap,
+    )
+    metrics["entropy"] = jnp.where(mask, stats.entropy, 0.0).sum()
+    if cutoffs is not None:
+        metrics["cut_disagreements"] = (stats.cut & mask).sum().astype(jnp.float32)
+    if objective.kl_coef:
+        other = hidden_states(reference, reference_arrays, places, batch, micro, config)
+        other = jax.lax.stop_gradient(other)
+        if objective.kl_estimator == "exact":
+            kl = token_kl(params, hidden, reference, other, config, temperature)
+        else:
+            theirs = target_logprobs(reference, config, other, micro["targets"], temperature).logprobs
+            three = stats.logprobs, theirs, micro["sampler_logprobs"]
+            ours, theirs, sampler = (jnp.where(mask, x, 0.0) for x in three)
+            kl = kl_estimate(ours, theirs, objective.kl_estimator, sampler)
+        metrics["kl"] = jnp.where(mask, kl, 0.0).sum()
+        total = total + objective.kl_coef * metrics["kl"]
+    return total / divisor, jax.lax.stop_gradient(metrics | {"loss": total / divisor})
 
 
 @functools.partial(jax.jit, static_argnames=("config", "microbatch_rows"))

@@ -94,7 +94,10 @@ def test_all_tokens_can_be_drawn_by_the_settings_that_say_so():
         ({"group_size": 1, "num_prompts": 1, "mode": "rl"}, "group_size=1: a group of one"),
         ({"optimizer.learning_rate": 0.0}, "optimizer.learning_rate=0.0: give a positive one"),
         ({"lora.targets": ("query", "nose")}, "lora.targets=('query', 'nose'): ['nose'] cannot be adapted"),
-        ({"evolution.crossover_prob": 1.5}, "evolution.crossover_prob=1.5: give a probability between 0 and 1"),
+        (
+            {"evolution.crossover_prob": 1.5},
+            "evolution.crossover_prob=1.5: give a probability between 0 and 1",
+        ),
         ({"selection.temperature": 0.0}, "selection.temperature=0.0: give a positive one, or None"),
         (
             {"environment.answer_format": "expression"},
@@ -112,7 +115,10 @@ def test_all_tokens_can_be_drawn_by_the_settings_that_say_so():
             {"evolution.form": "prose", "population.principles": ("Count twice.",)},
             r"population.principles=('Count twice.',): evolution.form=prose edits the text alone",
         ),
-        ({"num_prompts": 1}, "deployment.rule='ratings': with one prompt in each iteration, none is ever rated"),
+        (
+            {"num_prompts": 1},
+            "deployment.rule='ratings': with one prompt in each iteration, none is ever rated",
+        ),
         ({"selection.window": 1, "mode": "evolution"}, "deployment.rule='ratings': with one prompt"),
         ({"reflection.max_new_tokens": 100}, "reflection.max_new_tokens=100: a reply may take"),
         (
