@@ -34,8 +34,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from espl_jax.plan import tpu_compiler  # isort: skip; before jax is imported
-
 import jax
 import jax.numpy as jnp
 from absl import app, flags
@@ -45,6 +43,7 @@ from espl_jax.choices import REMATS
 from espl_jax.console.tables import table
 from espl_jax.parallel import sharding
 from espl_jax.parallel.memory import bytes_per_device
+from espl_jax.plan import tpu_compiler
 from espl_jax.plan.hlo.traffic import breakdown, traffic
 from espl_jax.pretrained.hf_config import from_hf_config
 from espl_jax.sampling import decode

@@ -7,22 +7,20 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from espl_jax.run.config import Config
-
-from espl_jax.plan import tpu_compiler  # isort: skip; before jax is imported
 import jax
 import jax.numpy as jnp
 
 from espl_jax.evolution.templates import load_template, template_names
 from espl_jax.models.config import DecoderConfig
 from espl_jax.parallel import sharding
-from espl_jax.plan import programs
+from espl_jax.plan import programs, tpu_compiler
 from espl_jax.plan.chips import Chip, find_chip
 from espl_jax.plan.hlo.traffic import traffic
 from espl_jax.plan.programs import Program
 from espl_jax.plan.tpu_compiler import Compiled
 from espl_jax.pretrained import load
 from espl_jax.pretrained.numerics import resolve
+from espl_jax.run.config import Config
 from espl_jax.run.parts import make_optimizer_of
 from espl_jax.run.tasks import has_turns
 from espl_jax.run.weights import numerics

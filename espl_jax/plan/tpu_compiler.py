@@ -20,14 +20,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-# Before jax is imported: libtpu compiles here, beside other processes that do, and looks for no TPU.
-os.environ |= {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
-
 import jax
 from jax.experimental import topologies
 
@@ -55,12 +47,27 @@ class Compiled:
     seconds: float = 0.0
 
 
+def compile_only() -> None:
+    """Lets libtpu compile in this process and those it starts, beside other processes, without a TPU.
+
+    `devices` and `compile_each` call it before they load libtpu.
+    """
+    os.environ |= {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
+    jax.config.update("jax_platforms", "cpu")
+
+
 def devices(topology: str) -> list[jax.Device]:
     """The devices of a slice, to compile for.
 
     Raises:
       ValueError: for a topology that libtpu does not know.
     """
+    compile_only()
     # As runs see them: the two cores of a v4 are one device.
     options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     try:
@@ -88,6 +95,7 @@ def compile_each(
     Raises:
       RuntimeError: if a process ends without a word.
     """
+    compile_only()
     # Forks of a process that has imported jax and started nothing of it.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(list(preload))

@@ -190,7 +190,7 @@ class TestCommand:
             "--problem_tokens=64",
             *(f"--config.{change}" for change in (f"model.source={folder}", *small, *changes)),
             JAX_ENABLE_COMPILATION_CACHE="0",
-            XLA_FLAGS=xla_flags(1),
+            XLA_FLAGS=xla_flags(1, libtpu=True),
         )
 
     def test_a_run_that_fits(self, tmp_path):

@@ -1,11 +1,11 @@
 """A script: compiles two small programs for a TPU topology and prints their HLO with a line between."""
 
-from espl_jax.plan import tpu_compiler  # isort: skip; before jax is imported
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from espl_jax.plan import tpu_compiler
 
 LAYERS, ROWS, WIDTH, CACHED = 12, 64, 2048, 65536
 
