@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -49,9 +50,13 @@ def kl_estimate(
 
     Raises:
       ValueError: for an unknown estimator.
+      AssertionError: for shapes that differ.
     """
     if estimator not in KL_ESTIMATORS:
         raise ValueError(f"estimator={estimator!r} is unknown; choose one of {KL_ESTIMATORS}")
+    chex.assert_equal_shape([logprobs, reference_logprobs])
+    if sampler_logprobs is not None:
+        chex.assert_equal_shape([logprobs, sampler_logprobs])
     difference = jax.lax.stop_gradient(reference_logprobs) - logprobs
     if estimator == "k1":
         estimate = -difference

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -57,6 +58,9 @@ def target_logprobs(
       temperature: divides the logits.
       cutoffs: float32 [...], the sampler's cut-off logprobs, -inf where it cut nothing; None for no cut-offs.
     """
+    chex.assert_shape(targets, hidden.shape[:-1])
+    if cutoffs is not None:
+        chex.assert_equal_shape([targets, cutoffs])
     flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     bounds = None if cutoffs is None else cutoffs.reshape(-1)
     stats = _stats(flat, dict(head(params)), wanted, bounds, jnp.float32(temperature), config)

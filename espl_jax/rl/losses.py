@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -152,8 +153,14 @@ def policy_gradient_loss(
 
     Raises:
       ValueError: as `ratio_bounds`, or for weights without `old_logprobs`.
+      AssertionError: for other shapes or a mask that is not bool.
     """
     bounds = ratio_bounds(kind, clip_low, clip_high)
+    given = [logprobs, sampler_logprobs, mask, *([] if old_logprobs is None else [old_logprobs])]
+    chex.assert_rank(given, 2)
+    chex.assert_equal_shape(given)
+    chex.assert_shape(advantages, logprobs.shape[:1])
+    chex.assert_type(mask, bool)
     if sampler_weight_cap and old_logprobs is None:
         raise ValueError(
             f"sampler_weight_cap={sampler_weight_cap}: weights compare the old policy with the sampler; give "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -69,6 +70,8 @@ def only_allowed(logits: jax.Array, allowed: jax.Array) -> jax.Array:
       logits: float32 [R, V].
       allowed: uint32 [R, ceil(V / 32)]; token v is bit v % 32 of word v // 32.
     """
+    chex.assert_rank(logits, 2)
+    chex.assert_shape(allowed, (len(logits), -(-logits.shape[1] // 32)))
     bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
     return jnp.where(bits.reshape(len(allowed), -1)[:, : logits.shape[1]] > 0, logits, -jnp.inf)
 
@@ -93,6 +96,8 @@ def draw(
       temperature: above zero.
       truncation: which tokens may be drawn.
     """
+    chex.assert_rank(logits, 2)
+    chex.assert_shape(uniform, logits.shape[:1])
     blocks = in_blocks(logits)
     largest = blocks.max(axis=-1).max(axis=-1)[:, None, None]
     least = cutoff(logits, temperature, truncation)[:, None, None]
@@ -140,6 +145,7 @@ def _first_past(target: jax.Array, weights: jax.Array, sums: jax.Array) -> jax.A
 
 def greedy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The most likely token and its logprob under softmax(logits): [R, V] -> int32 [R], float32 [R]."""
+    chex.assert_rank(logits, 2)
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     return token, jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]

@@ -1,6 +1,8 @@
 import dataclasses
+import functools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -291,3 +293,30 @@ def test_a_loss_is_a_static_argument():
     assert hash(Loss(kind="ppo", clip_low=0.1)) == hash(dataclasses.replace(Loss(kind="ppo"), clip_low=0.1))
     with pytest.raises(dataclasses.FrozenInstanceError):
         Loss().kind = "ppo"
+
+
+class TestShapes(chex.TestCase):
+    """What is checked at the edge, with and without jit."""
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_hand_values(self):
+        loss = self.variant(functools.partial(policy_gradient_loss, kind="ppo"))
+        logprobs = jnp.log(jnp.array([[0.5, 0.9], [0.2, 0.2]]))
+        old = jnp.log(jnp.array([[0.4, 0.3], [0.2, 0.4]]))
+        mask = jnp.array([[True, True], [True, False]])
+        total, count, metrics = loss(logprobs, old, jnp.array([1.0, -1.0]), mask, old_logprobs=old)
+        # Ratios 1.25 and 3, both clipped to 1.2 under a positive advantage; 1 under a negative one.
+        chex.assert_trees_all_close((total, count, metrics["clip_fraction"]), (-1.4, 2.0, 2.0), rtol=1e-6)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_other_shapes_are_refused(self):
+        loss = self.variant(policy_gradient_loss)
+        x, mask, advantages = jnp.zeros((2, 3)), jnp.ones((2, 3), bool), jnp.ones(2)
+        for wrong in (
+            (x[:1], x, advantages, mask),
+            (x, x[0], advantages, mask),
+            (x, x, advantages[:, None], mask),
+            (x, x, advantages, mask.astype(jnp.int32)),
+        ):
+            with pytest.raises(AssertionError):
+                loss(*wrong)
