@@ -59,7 +59,7 @@ def empty_split(name, rows):
     _, _, test, split = USED[name]
     last = split[1] if isinstance(split, tuple) else split
     changed = pa.Table.from_pylist(rows[test][split]).slice(0, 0)
-    return "test", changed, (f": the split '{last}' is empty; choose another one by the option split=NAME",)
+    return "test", changed, (f": the split '{last}' is empty; choose another one with the option split=NAME",)
 
 
 def overlapping_splits(name, rows):
