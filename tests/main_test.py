@@ -1,6 +1,10 @@
 """The command line: what cannot run is refused in a sentence, before anything is loaded."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -108,6 +112,32 @@ class TestConfigFiles:
         )
         assert read_config_file(str(path)).n == "1"
         assert read_config_file(f"{path}:a:b").n == "a:b"
+
+
+def test_configurations_of_an_installed_package(tmp_path):
+    """A wheel has them as espl_jax.configs; a file of the user's imports configs.common all the same."""
+    package, elsewhere = tmp_path / "site" / "espl_jax", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for source, target in ((ROOT / "espl_jax", package), (ROOT / "configs", package / "configs")):
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    own = "from configs import common\n\n\ndef get_config():\n    return common.get_config()\n"
+    (elsewhere / "own.py").write_text(own)
+    code = (
+        "from espl_jax.console.command_line import read_config_file as read\n"
+        "print(read('configs/gsm8k.py').data.train, read('own.py').mode)\n"
+        "try: read('configs/none.py')\n"
+        "except ValueError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=elsewhere,
+        env=os.environ | {"PYTHONPATH": str(package.parent)},
+        capture_output=True,
+        text=True,
+    )
+    first, second = done.stdout.splitlines()
+    assert first.startswith("hub:") and first.endswith(" espl"), done.stderr
+    assert second.startswith("there is no such file; ") and "hmmt.py" in second
 
 
 def test_what_only_loading_finds_out_is_said_without_a_traceback(tmp_path):
