@@ -135,12 +135,15 @@ class Grade:
       success: whether it counts for pass@k and accuracy.
       answer: the answer as the grader read it, or None where it found none.
       metrics: other numbers about the reply, for reports; 0 where a name is missing.
+      feedback: what the environment knows about the reply in words, for reflection ("There is no answer in a
+        box."); empty where it has nothing to say. It must never name the gold answer.
     """
 
     reward: float
     success: bool
     answer: str | None = None
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    feedback: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +174,8 @@ class Rollouts:
       rewards: float32 [M, B, N].
       success: bool [M, B, N].
       metrics: name -> float32 [M, B, N], other numbers of the grader's.
+      feedback: what the environment said about each rollout, [M][B][N]; empty texts where it said nothing,
+        and no lists at all where no environment was asked.
     """
 
     prompts: tuple[SystemPrompt, ...]
@@ -190,6 +195,7 @@ class Rollouts:
     rewards: np.ndarray
     success: np.ndarray
     metrics: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    feedback: tuple[tuple[tuple[str, ...], ...], ...] = ()
 
     def slots(self) -> dict[str, list[int]]:
         """Slots of each distinct prompt: id -> indices on the M axis, in order of selection."""

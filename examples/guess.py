@@ -37,4 +37,7 @@ class Guess:
         guess, guesses = guess_in(transcript[-1]), transcript[::2]
         found = guess == int(problem.answer)
         reward = 1 - (len(guesses) - 1) / self.turns if found else 0.0
-        return Grade(reward, success=found, answer=str(guess), metrics={"guesses": len(guesses)})
+        said = "" if found else f"{len(guesses)} guesses did not find the number; the last was {guess}."
+        return Grade(
+            reward, success=found, answer=str(guess), metrics={"guesses": len(guesses)}, feedback=said
+        )

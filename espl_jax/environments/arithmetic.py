@@ -61,12 +61,18 @@ class Arithmetic:
             if gold is None:
                 raise ValueError(f"problem {problem.id}: answer={answer!r} holds no number; correct the data")
             golds.append(Decimal(gold))
-        if self.answer_format == "boxed":
-            # LaTeX writes a thousands separator as {,} to avoid the space after a comma.
-            reply = (boxed.last_boxed(reply) or "").replace("{,}", ",")
-        number = last_number(reply)
-        success = number is not None and Decimal(number) in golds
-        return Grade(reward=float(success), success=success, answer=number)
+        is_boxed = self.answer_format == "boxed"
+        text = boxed.last_boxed(reply) if is_boxed else reply
+        if text is None:
+            return Grade(0.0, False, feedback=boxed.NO_BOX)
+        # LaTeX writes a thousands separator as {,} to avoid the space after a comma.
+        number = last_number(text.replace("{,}", ",") if is_boxed else text)
+        if number is None:
+            where = "box" if is_boxed else "reply"
+            return Grade(0.0, False, feedback=f"There is no number in the {where}. The answer is one number.")
+        success = Decimal(number) in golds
+        feedback = "" if success else f"The answer that was read, {number}, is wrong."
+        return Grade(float(success), success, number, feedback=feedback)
 
 
 def last_number(text: str) -> str | None:

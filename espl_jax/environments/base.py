@@ -194,8 +194,10 @@ def checked_grades(
     for problem, grade in zip(problems, grades, strict=True):
         if wrong := _wrong_in(grade):
             raise ValueError(f"{name} returned {wrong} for problem {problem.id!r}")
-        for text in (grade.answer or "", *grade.metrics):
-            json_values.check_characters(text, f"{name}: the answer or a metric for problem {problem.id!r}")
+        for text in (grade.answer or "", grade.feedback, *grade.metrics):
+            json_values.check_characters(
+                text, f"{name}: the answer, the feedback or a metric for problem {problem.id!r}"
+            )
     return list(grades)
 
 
@@ -209,6 +211,8 @@ def _wrong_in(grade: Any) -> str:
         return f"the success {reprlib.repr(grade.success)}, which must be True or False,"
     if not isinstance(grade.answer, str | None):
         return f"the answer {reprlib.repr(grade.answer)}, which must be text or None,"
+    if not isinstance(grade.feedback, str):
+        return f"the feedback {reprlib.repr(grade.feedback)}, which must be text,"
     if not isinstance(grade.metrics, Mapping):
         return f"the metrics {reprlib.repr(grade.metrics)}, which must be a dict from names to numbers,"
     for name, value in grade.metrics.items():

@@ -7,6 +7,9 @@ import re
 INSTRUCTION = r"Put the final answer in \boxed{}."
 """What a task that reads boxes asks for."""
 
+NO_BOX = r"There is no answer in a box. The answer has to be written as \boxed{...}."
+"""Feedback on a reply without an answer in a box."""
+
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")

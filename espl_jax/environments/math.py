@@ -20,6 +20,8 @@ LONGEST_ANSWER = 2_000
 LONGEST_REPLY = 20_000
 """Characters at the end of a reply in which `expression` looks for the answer."""
 
+_WRONG = "The answer that was read, {}, is wrong."
+
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 
 
@@ -89,7 +91,10 @@ class Math:
           RuntimeError: if no process for grading can be started.
         """
         begun = [self._begin(problem, reply) for problem, reply in zip(problems, replies, strict=True)]
-        return [max(map(self._finished, golds), key=lambda grade: grade.reward) for golds in begun]
+        return [
+            max((self._finished(problem, each) for each in golds), key=lambda grade: grade.reward)
+            for problem, golds in zip(problems, begun, strict=True)
+        ]
 
     def close(self) -> None:
         """Ends the processes; they start again if another answer is graded."""
@@ -106,19 +111,33 @@ class Math:
             return None, self._verdicts.submit("expression", gold, reply)
         text = boxed.last_boxed(reply)
         if text is None:
-            return Grade(0.0, False)
+            return Grade(0.0, False, feedback=boxed.NO_BOX)
         if text == gold:
             return Grade(1.0, True, text)
         shown = text[:LONGEST_ANSWER]
-        both_integers = _INTEGER.fullmatch(text) and _INTEGER.fullmatch(gold)
-        if len(text) > LONGEST_ANSWER or both_integers:
-            return Grade(0.0, False, shown)
+        if len(text) > LONGEST_ANSWER:
+            too_long = f"The box holds {len(text)} characters; it has to hold the final answer alone."
+            return Grade(0.0, False, shown, feedback=too_long)
+        if _INTEGER.fullmatch(text) and _INTEGER.fullmatch(gold):
+            return Grade(0.0, False, shown, feedback=_WRONG.format(text))
         return text, self._verdicts.submit("boxed", gold, text)
 
-    def _finished(self, begun: Grade | tuple[str | None, Future[Verdict]]) -> Grade:
+    def _finished(self, problem: Problem, begun: Grade | tuple[str | None, Future[Verdict]]) -> Grade:
         if isinstance(begun, Grade):
             return begun
         text, verdict = begun[0], begun[1].result()
         if self.answer_format == "expression" and verdict.answer is not None:
             text = verdict.answer[:LONGEST_ANSWER]
-        return Grade(float(verdict.success), verdict.success, text)
+        feedback = "" if verdict.success else self._why_wrong(problem, text, verdict)
+        return Grade(float(verdict.success), verdict.success, text, feedback=feedback)
+
+    def _why_wrong(self, problem: Problem, text: str | None, verdict: Verdict) -> str:
+        if verdict.outcome == "timeout":
+            return f"The answer could not be evaluated within {self.timeout:g} seconds; simplify it."
+        if verdict.outcome != "graded":
+            return "The answer could not be evaluated; write it as one plain expression."
+        if text is None or verdict.answer is None:
+            return "No mathematical expression could be read as the answer."
+        wrong = _WRONG.format(text)
+        is_integer = _INTEGER.fullmatch(problem.answer.strip())
+        return f"{wrong} It has to be an integer." if is_integer and not _INTEGER.fullmatch(text) else wrong

@@ -13,7 +13,7 @@ import dataclasses
 import re
 import string
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from espl_jax.environments.retrievers.load import RetrievalError, Retriever
@@ -184,12 +184,37 @@ class Search:
             "failed_searches": float(errors["failed"]),
         }
         turns = sum(message["role"] == "assistant" for message in transcript)
+        success = bool(parts["exact_match"])
         return Grade(
             reward=sum(weight * parts[name] for name, weight in self.rewards.items()),
-            success=bool(parts["exact_match"]),
+            success=success,
             answer=answer,
             metrics={**parts, "searches": float(len(results)), "turns": float(turns)},
+            feedback=" ".join(self._feedback(answer, success, transcript, turns)),
         )
+
+    def _feedback(
+        self, answer: str | None, success: bool, transcript: Conversation, turns: int
+    ) -> Iterator[str]:
+        """Yields what was wrong with a conversation, sentence by sentence."""
+        results = [message for message in transcript if message["role"] == "tool"]
+        malformed = [message["content"] for message in results if message.get("error") == "malformed"]
+        if malformed:
+            first = malformed[0].removeprefix("Error: ").partition("\n")[0].rstrip(".")
+            yield f"{len(malformed)} of {len(results)} calls could not be read: {first}."
+        for error, what in (("failed", "failed"), ("nothing", "found nothing")):
+            if count := sum(message.get("error") == error for message in results):
+                yield f"{count} of {len(results)} searches {what}."
+        if success:
+            return
+        if not results:
+            yield "Nothing was searched."
+        if answer is not None:
+            yield f"The answer that was read, {answer!r}, is wrong."
+        elif transcript[-1].get("tool_calls"):
+            yield f"The last of {turns} turns called a tool and gave no answer."
+        else:
+            yield "The last turn has no line that begins with `Answer:`."
 
 
 def final_answer(text: str) -> str | None:

@@ -134,7 +134,20 @@ def collect_rollouts(
             name: np.array([grade.metrics.get(name, 0.0) for grade in grades], np.float32).reshape(shape)
             for name in dict.fromkeys(name for grade in grades for name in grade.metrics)
         },
+        feedback=_nested(
+            [
+                _feedback(grade, bool(samples.truncated[place]), int(samples.lengths[place]))
+                for place, grade in zip(np.ndindex(*shape), grades, strict=True)
+            ],
+            shape,
+        ),
     )
+
+
+def _feedback(grade: Grade, truncated: bool, length: int) -> str:
+    """Returns what the environment said, and for a failed rollout that a limit ended it."""
+    cut_off = f"The reply was cut off by the token limit, after {length} tokens."
+    return " ".join(filter(None, (grade.feedback, cut_off if truncated and not grade.success else "")))
 
 
 def _nested(values: Sequence[Any], shape: tuple[int, int, int]) -> tuple[tuple[tuple[Any, ...], ...], ...]:

@@ -8,11 +8,18 @@ import numpy as np
 
 
 class Constraint(Protocol):
-    """Rows that are kept to something, each by its number in [M * B * N].
+    """Decides which tokens rows may draw, each row by its number in [M * B * N].
 
-    Before every token of a row the sampler asks what it may be, and afterwards says what was drawn. It never
-    asks about a row that may draw nothing at all (a limit of 0).
+    While a row is active, the sampler asks before each of its tokens what it may be, and afterwards says what
+    was drawn. Other rows draw freely. It never asks for the tokens of a row with a limit of 0.
     """
+
+    def active(self, rows: np.ndarray) -> np.ndarray:
+        """Returns which of these rows are constrained now. int [R] -> bool [R]."""
+        ...
+
+    def answered(self, rows: np.ndarray) -> None:
+        """Takes note that `respond` appended tokens to these rows: they begin another turn. int [R]."""
 
     def allowed(self, rows: np.ndarray) -> np.ndarray:
         """Which tokens each of these rows may draw next, at least one.

@@ -160,20 +160,18 @@ def sample_tree(
         answer does not fit into the row's limit, the row ends truncated. Results are the same bits whenever
         futures are done within `answers.GRACE`; later ones change which rows share a chunk, and so rounding.
       finished: told of each row that is done, while others go on.
-      constraint: decides on the host, before every token, what it may be; see `Constraint`. Chunks then have
-        one step, and logprobs are those among the allowed tokens.
+      constraint: decides on the host, before every token of a row, what it may be; see `Constraint`. While
+        any row is constrained, chunks have one step; logprobs are those among the allowed tokens.
 
     Returns:
       Samples, leading axes [M, B, N], T = the largest of max_new_tokens.
 
     Raises:
       ValueError: if an argument is out of range, an id is not in the vocabulary, a prompt leaves no room in
-        the context, or `find_end` or `respond` comes with a constraint.
+        the context, or `find_end` comes with a constraint.
     """
-    if constraint is not None and (find_end is not None or respond is not None):
-        raise ValueError(
-            "constraint: rows under one end by their stop tokens alone; leave out find_end, respond"
-        )
+    if constraint is not None and find_end is not None:
+        raise ValueError("constraint: constrained rows end by their stop tokens alone; leave out find_end")
     context = config.max_positions if sampling.context_limit is None else sampling.context_limit
     if context > config.max_positions:
         raise ValueError(f"context_limit={context}: the model was made for {config.max_positions} tokens")
@@ -199,7 +197,7 @@ def sample_tree(
         longest_problem=max(capacity.longest_problem, longest),
         max_new_tokens=most,
         context_limit=sampling.context_limit,
-        chunk=capacity.chunk if constraint is None else 1,
+        chunk=1 if constraint is not None and respond is None else capacity.chunk,
         turns=respond is not None,
         coarse=capacity.coarse or constraint is not None,
         max_rows=capacity.max_rows,
@@ -218,7 +216,7 @@ def sample_tree(
         constraint=constraint,
         mesh=mesh,
     )
-    truncated = _run(scheduler, limits.shape, config, find_end, respond, finished)
+    truncated = _run(scheduler, limits.shape, sampling.max_first_turn, find_end, respond, finished)
     arrays = scheduler.tokens, scheduler.position, scheduler.logprobs, scheduler.untruncated_logprobs
     arrays = *arrays, truncated, scheduler.cutoffs, scheduler.drawn
     return Samples(*(x.reshape(*limits.shape, *x.shape[1:]) for x in arrays), scheduler.row_steps)
@@ -227,7 +225,7 @@ def sample_tree(
 def _run(
     scheduler: Scheduler,
     shape: tuple[int, ...],
-    config: DecoderConfig,
+    max_first_turn: int | None,
     find_end: FindEnd | None,
     respond: Respond | None,
     finished: Finished | None,
@@ -237,14 +235,16 @@ def _run(
     Args:
       scheduler: of the rows, none of them admitted.
       shape: (M, B, N).
-      config: the decoder.
+      max_first_turn: see `Sampling`.
       find_end, respond, finished: as for `sample_tree`.
 
     Returns:
       bool [M * B * N], which rows a limit ended.
     """
     truncated = scheduler.limit > 0
-    turn_start = np.zeros_like(scheduler.limit)
+    limit, turn_start = scheduler.limit, np.zeros_like(scheduler.limit)
+    if max_first_turn is not None:
+        scheduler.limit = np.minimum(limit, max_first_turn)
     answers = Answers(respond)
 
     def so_far(row: int) -> tuple[Place, np.ndarray]:
@@ -270,7 +270,7 @@ def _run(
         appended = answers.gather(ended, wait=not decoding)
         scheduler.running[list(answers.waiting)] = False
         for row, answer in list(appended.items()):
-            if not answer or scheduler.position[row] + len(answer) >= scheduler.limit[row]:
+            if not answer or scheduler.position[row] + len(answer) >= limit[row]:
                 truncated[row] = bool(appended.pop(row))
                 done.append(row)
         for row in done:
@@ -278,10 +278,12 @@ def _run(
             if finished is not None:
                 finished(*so_far(row))
         for answer in appended.values():
-            check_ids("respond", answer, config)
+            check_ids("respond", answer, scheduler.config)
         scheduler.append(appended)
-        for row in appended:
-            turn_start[row] = scheduler.position[row]
+        rows = np.array(list(appended), int)
+        turn_start[rows], scheduler.limit[rows] = scheduler.position[rows], limit[rows]
+        if scheduler.constraint is not None and len(rows):
+            scheduler.constraint.answered(rows)
     return truncated
 
 

@@ -162,6 +162,7 @@ class Scheduler:
             self.slots = decode.move(self.slots, moves[..., 0], moves[..., 1], counts, mesh=self.mesh)
         numbers = self.table.first(width)
         live = (numbers >= 0) & self.running[numbers]
+        constrained = self._constrained(numbers, live)
         self.slots, drawn = decode.decode_chunk(
             self.params,
             self.config,
@@ -170,9 +171,9 @@ class Scheduler:
             self._rows(numbers, live),
             self.stop_ids,
             jnp.float32(self.temperature or 1.0),
-            self._allowed(numbers, live),
+            self._allowed(numbers, constrained),
             columns=self._columns(numbers[live]),
-            steps=self.sizes.steps,
+            steps=1 if constrained.any() else self.sizes.steps,
             greedy=self.temperature == 0,
             truncation=self.truncation,
             aligned=self._aligned(numbers, live),
@@ -194,8 +195,8 @@ class Scheduler:
             self.drawn[row, where] = True
             self._move(row, count)
             ran.append((row, count, bool(drawn.stopped[i])))
-        if self.constraint is not None:
-            self.constraint.accept(numbers[live], drawn.tokens[live, 0])
+        if self.constraint is not None and constrained.any():
+            self.constraint.accept(numbers[constrained], drawn.tokens[constrained, 0])
         return ran
 
     def take_back(self, row: int, count: int) -> None:
@@ -304,12 +305,19 @@ class Scheduler:
         values = (np.where(ok, x[numbers], 0).astype(np.int32) for ok, x in zip(there, state, strict=True))
         return sharding.place_rows(decode.Rows(*values, self.keys[numbers]), self.mesh)
 
-    def _allowed(self, numbers: np.ndarray, live: np.ndarray) -> np.ndarray | jax.Array | None:
-        """What the rows of a chunk may draw, as `decode_chunk` takes it; everything where nothing runs."""
-        if self.constraint is None:
+    def _constrained(self, numbers: np.ndarray, live: np.ndarray) -> np.ndarray:
+        """Which rows of a chunk the constraint decides about: bool, in the shape of `numbers`."""
+        constrained = np.zeros_like(live)
+        if self.constraint is not None:
+            constrained[live] = self.constraint.active(numbers[live])
+        return constrained
+
+    def _allowed(self, numbers: np.ndarray, constrained: np.ndarray) -> np.ndarray | jax.Array | None:
+        """What the rows of a chunk may draw, as `decode_chunk` takes it: everything unless constrained."""
+        if self.constraint is None or not constrained.any():
             return None
         allowed = np.full((len(numbers), -(-self.config.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
-        allowed[live] = self.constraint.allowed(numbers[live])
+        allowed[constrained] = self.constraint.allowed(numbers[constrained])
         return sharding.place_rows(allowed, self.mesh)
 
     def _columns(self, numbers: np.ndarray) -> int:

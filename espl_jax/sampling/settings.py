@@ -23,6 +23,8 @@ class Sampling:
       stop_ids: ids of tokens that end a turn. None for those of the model, where there is one that knows
         them, and else for none.
       context_limit: most tokens of a row with its prompt; None for what the model was made for.
+      max_first_turn: most tokens of a row before anything is appended to it; a row that gets there ends,
+        truncated. None for no such limit.
     """
 
     max_new_tokens: int | np.ndarray
@@ -30,6 +32,7 @@ class Sampling:
     truncation: Truncation = UNTRUNCATED
     stop_ids: tuple[int, ...] | None = None
     context_limit: int | None = None
+    max_first_turn: int | None = None
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -51,7 +54,7 @@ class Capacity:
         is laid out for sampling.
       longest_problem: tokens of the longest problem that this call and later ones may bring; such calls share
         their programs.
-      chunk: decode steps between two looks at which rows are done; 1 under a constraint.
+      chunk: decode steps between two looks at which rows are done; 1 while a row is constrained.
       coarse: compile fewer programs, see `Sizes`; always so under a constraint.
       mesh: rows are sharded over its data axes; None for one device.
     """

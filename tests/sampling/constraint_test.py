@@ -38,6 +38,9 @@ class RandomThirds:
         allowed[[*self.always, 40]] = True
         return allowed
 
+    def active(self, rows):
+        return np.ones(len(rows), bool)
+
     def allowed(self, rows):
         names = [self.names[row] for row in rows]
         self.asked.append(names)
@@ -77,7 +80,7 @@ def company():
 def scores(place, tokens):
     """Uncached logits [T, V] where each of a row's new tokens was drawn."""
     prompt = SYSTEMS[place[0]] + PROBLEMS[place[0]][place[1]]
-    whole = np.array([*prompt, *tokens, *[0] * (NEW + 8 - len(prompt) - len(tokens))])
+    whole = np.array([*prompt, *tokens, *[0] * (48 - len(prompt) - len(tokens))])
     return np.asarray(tiny.logits(tiny.params(), tiny.CONFIG, whole[None])[0])[len(prompt) - 1 :][
         : len(tokens)
     ]
@@ -200,7 +203,80 @@ class TestRows:
         )
         np.testing.assert_array_equal(alone.tokens[0, 0, 0], company[1].tokens[1, 0, 2])
 
-    @pytest.mark.parametrize("settings", [{"respond": lambda *_: None}, {"find_end": lambda *_: None}])
-    def test_what_takes_tokens_back_or_adds_some_is_refused(self, settings):
-        with pytest.raises(ValueError, match="constraint: rows under one end by their stop tokens alone"):
-            sample(in_order(), **settings)
+    def test_ends_by_text_are_refused(self):
+        with pytest.raises(ValueError, match="constraint: constrained rows end by their stop tokens alone"):
+            sample(in_order(), find_end=lambda *_: None)
+
+
+class AfterAnAnswer(RandomThirds):
+    """Constrains a row once tokens have been appended to it."""
+
+    def __init__(self, names, **options):
+        super().__init__(names, **options)
+        self.begun = np.zeros(len(names), bool)
+
+    def active(self, rows):
+        return self.begun[rows]
+
+    def answered(self, rows):
+        assert not self.begun[rows].any()
+        self.begun[rows] = True
+
+
+class TestAFreeTurnBeforeAConstrainedOne:
+    """Rows reason freely, are told something, and then draw under the constraint, in one sequence."""
+
+    TOLD, FIRST = [7, 8, 9], 12
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def drawn():
+        cls = TestAFreeTurnBeforeAConstrainedOne
+        ended = {}
+
+        def respond(place, tokens):
+            if place in ended:
+                return None
+            ended[place] = len(tokens)
+            return cls.TOLD
+
+        constraint = AfterAnAnswer(list(range(np.prod(SHAPE))), always=STOPS)
+        samples = sample(
+            constraint,
+            respond=respond,
+            max_first_turn=cls.FIRST,
+            max_new_tokens=40,
+            stop_ids=(*STOPS, *range(40, 50)),
+        )
+        return constraint, samples, ended
+
+    def test_the_first_turn_is_the_one_without_a_constraint(self, drawn):
+        _, samples, ended = drawn
+        free = sample(None, max_new_tokens=self.FIRST, stop_ids=(*STOPS, *range(40, 50)))
+        assert 0 < len(ended) < np.prod(SHAPE)  # some rows end by themselves, others at the limit
+        for place in np.ndindex(*SHAPE):
+            length = free.lengths[place]
+            np.testing.assert_array_equal(samples.tokens[place][:length], free.tokens[place][:length])
+            np.testing.assert_allclose(
+                samples.logprobs[place][:length], free.logprobs[place][:length], atol=1e-5
+            )
+            assert (place in ended) == (not free.truncated[place])
+            if place not in ended:
+                assert samples.truncated[place] and samples.lengths[place] == self.FIRST
+
+    def test_the_second_turn_follows_in_the_same_sequence(self, drawn):
+        constraint, samples, ended = drawn
+        for place, end in ended.items():
+            row, length = int(np.ravel_multi_index(place, SHAPE)), samples.lengths[place]
+            begin = end + len(self.TOLD)
+            assert samples.tokens[place][end:begin].tolist() == self.TOLD
+            assert not samples.drawn[place][end:begin].any() and not samples.logprobs[place][end:begin].any()
+            tokens = samples.tokens[place][:length]
+            assert constraint.drawn[row] == tokens[begin:].tolist() and length > begin
+            whole = scores(place, tokens)
+            free = np.asarray(jax.nn.log_softmax(whole[:end], -1))[np.arange(end), tokens[:end]]
+            np.testing.assert_allclose(samples.logprobs[place][:end], free, atol=1e-4)
+            masks = np.array([constraint.at(row, t) for t in range(length - begin)])
+            kept = np.asarray(jax.nn.log_softmax(np.where(masks, whole[begin:], -np.inf), -1))
+            expected = kept[np.arange(length - begin), tokens[begin:]]
+            np.testing.assert_allclose(samples.logprobs[place][begin:length], expected, atol=1e-4)
