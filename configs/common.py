@@ -103,17 +103,20 @@ def get_config() -> ConfigDict:
     c.ratings.drift_sigma = 0.0  # what every uncertainty grows by when the weights have moved
 
     c.evolution = ConfigDict()
-    c.evolution.form = "principles"  # what is edited: principles (a list) or prose (search and replace)
+    c.evolution.form = "principles"  # what is edited: principles (a list) or prose (its sentences)
+    c.evolution.output = "edits"  # what mutations propose: edits, or rewrite (the whole prompt, in one stage)
     c.evolution.mutation_sigma = 1.0  # what a mutated child's uncertainty grows by
     c.evolution.crossover_sigma = 1.0  # likewise for crossover
     c.evolution.crossover_prob = 0.2  # chance of a crossover in an iteration
     c.evolution.max_edits = 2  # K_ops, edits that one critique may propose
-    c.evolution.max_words = 32  # of one principle; asked for, asked for again, then cut at a sentence
+    c.evolution.max_words = 32  # of one principle; asked for, asked for again, then refused
     c.evolution.word_retries = 1  # times that a reply with too long a principle is asked for again
     c.evolution.max_principles = 32  # of one prompt; edits that would make more are refused
     c.evolution.max_prompt_tokens = 4096  # of one prompt; likewise, or what the context leaves
     c.evolution.copied_tokens = 12  # edits with such a run of a training problem are refused; 0 allows all
     c.evolution.copied_answers = True  # refuse edits that hold an answer of the iteration's problems
+    c.evolution.copied_templates = True  # refuse edits that echo the reflector's own instructions
+    c.evolution.copied_members = True  # refuse mutations that repeat another member's principle
     c.evolution.allow_duplicates = False  # let children enter that equal a living member
 
     c.deployment = ConfigDict()
@@ -124,11 +127,28 @@ def get_config() -> ConfigDict:
     c.reflection = ConfigDict()
     c.reflection.reflector = "local"  # local (on device), openai (any compatible server) or replay (a record)
     c.reflection.policy = "reference"  # local: reference (initial weights) or current (before the update)
-    c.reflection.constrained = True  # keep edits to their JSON schema: while decoding, or by the server
+    c.reflection.source = ""  # local: another model as the reflector, as model.source; empty for the policy
+    c.reflection.chat_template_kwargs = "{}"  # JSON, passed to that model's chat template
+    c.reflection.problems = (
+        "mixed_or_failed"  # reflected on: mixed, failed, mixed_or_failed (see docs) or all
+    )
+    c.reflection.max_problems = 0  # problems of one mutation, drawn at random; 0 for all
+    c.reflection.max_attempts = (
+        0  # attempts shown per problem, drawn at random, half of them right; 0 for all
+    )
+    c.reflection.show = ("summary", "verdict", "gold", "feedback")  # of an attempt; also: trajectory
+    c.reflection.verbatim_chars = 2000  # attempts shorter than this are shown as they are, not summarized
+    c.reflection.rejected_edits = 8  # recently rejected edits shown to the reflector
+    c.reflection.stages = 3  # 3 (summaries, critiques, revision) or 1 (one call for all problems)
+    c.reflection.reasoning = "none"  # before edits: none, brief (free text), or model (its thinking block)
+    c.reflection.reasoning_tokens = 512  # of reasoning before one reply; longer reasoning gives no edit
+    c.reflection.format = "auto"  # how edits are written: lines, json, or auto (json for openai)
+    c.reflection.templates = ""  # folder of templates that replace built-in ones of the same name
+    c.reflection.constrained = True  # keep edits to their grammar: while decoding, or by the server
     c.reflection.temperature = 0.7  # of summaries, critiques and revisions
     c.reflection.max_new_tokens = 2048  # of one reply
     c.reflection.max_input_tokens = 32_768  # local: longer conversations are cut in the middle
-    c.reflection.opening = False  # local: write the beginning of replies for the model, a help to small ones
+    c.reflection.opening = False  # local: write the beginning of free replies for the model
     c.reflection.base_url = "https://api.openai.com/v1"  # of the server
     c.reflection.model = ""  # what the server calls its model
     c.reflection.api_key_variable = "OPENAI_API_KEY"  # environment variable with the key; may be unset

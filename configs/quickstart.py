@@ -30,8 +30,7 @@ def get_config():
     c.evolution.max_edits, c.evolution.max_words, c.evolution.word_retries = 1, 12, 0
     c.evolution.max_principles = 2
     c.reflection.temperature = 0.7
-    c.reflection.max_new_tokens = 144
-    c.reflection.opening = True
+    c.reflection.max_new_tokens = 64
     c.loss.microbatch_rows = 16
     c.optimizer.learning_rate = 1.5e-3
     c.evaluation.every = 0

@@ -22,6 +22,13 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 OPTIMIZERS = ("adam", "adamw", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine")
 REFLECTORS = ("local", "openai", "replay")
+REFLECTED_PROBLEMS = ("mixed_or_failed", "mixed", "failed", "all")
+SHOWN = ("summary", "trajectory", "verdict", "gold", "feedback")
+"""What a reflector can be shown of an attempt."""
+
+REASONINGS = ("none", "brief", "model")
+EDIT_FORMATS = ("lines", "json")
+OUTPUTS = ("edits", "rewrite")
 
 ENVIRONMENTS = {"math": ("boxed", "expression"), "arithmetic": ("boxed", "last_number"), "search": ()}
 """The environments, and the answer formats of each where there is a choice."""

@@ -38,6 +38,9 @@ from espl_jax.storage.workdir import WorkDir
 from espl_jax.training.state import TrainState
 from espl_jax.types import Problem, Reflect, Rollouts, SystemPrompt, counts_of
 
+REMEMBERED = 64
+"""Refused edits that a run keeps, of which the reflector is shown the newest."""
+
 
 def train(config: Config, workdir: str | Path, console: Console | None = None) -> dict[str, Any]:
     """Runs the whole loop and then the test, or goes on where a killed process stopped.
@@ -141,7 +144,17 @@ def iterate(job: Job, run: Run, make_reflect: MakeReflect) -> Run:
             record |= {"validation": dataclasses.asdict(validation), "held_out": validation.accuracy}
     job.progress.report(iteration, record)
     not_finite = learned.get("not_finite_in_row", run.not_finite_in_row)
-    return Run(iteration, run.root, train_state, population, cursor, skipped, not_finite, run.inputs)
+    refused = [*run.rejected, *(edit for each in offspring.values() for edit in each.rejected)]
+    return dataclasses.replace(
+        run,
+        iteration=iteration,
+        train_state=train_state,
+        population=population,
+        cursor=cursor,
+        skipped=skipped,
+        not_finite_in_row=not_finite,
+        rejected=tuple(dict.fromkeys(refused))[-REMEMBERED:],
+    )
 
 
 class Beginning(NamedTuple):
@@ -207,7 +220,7 @@ def learn(
     """Both branches: the weights' update, and what evolution makes of the prompts."""
 
     def generation() -> dict[str, Offspring]:
-        return evolve(population, rollouts, reflect, rng, job.parts.evolution)
+        return evolve(population, rollouts, reflect, rng, job.parts.evolution, run.rejected)
 
     def step() -> Updated:
         return update(job, run.train_state, rollouts, run.iteration + 1, run.not_finite_in_row)

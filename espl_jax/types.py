@@ -22,21 +22,55 @@ Conversation = list[Message]
 Schema = dict[str, Any]
 """A JSON schema as plain values."""
 
+Grammar = Schema | str
+"""What a reply is kept to: a JSON schema, or a grammar in llguidance's Lark."""
+
 Reflect = Callable[[Sequence[Conversation]], list[str | None]]
 """Conversations in, one reply each out, in order; None where no reply was to be had (a server that fails).
 
 A reply includes the opening, if one was given. The same conversation asked again gets another reply. A
-reflector may also be a `KeepsSchemas` or a `CountsRequests`.
+reflector may also be an `Answerer` or a `CountsRequests`.
 """
 
 
-class KeepsSchemas(Protocol):
-    """A reflector that can keep its replies to JSON schemas."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question to a reflector.
 
-    def constrained(
-        self, conversations: Sequence[Conversation], schemas: Sequence[Schema]
-    ) -> list[str | None]:
-        """One reply each, in order, kept to the schema of its conversation as far as the reflector can."""
+    Attributes:
+      conversation: what is asked. Without reasoning its last message may be an opening.
+      grammar: what the reply is kept to; None for free text.
+      reasoning: `none`; `brief`, free text in a turn of its own, after which `request` is asked; or `model`,
+        the model's own thinking block.
+      request: the user turn that asks for the reply after brief reasoning.
+    """
+
+    conversation: Conversation
+    grammar: Grammar | None = None
+    reasoning: str = "none"
+    request: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reply:
+    """The answer to a `Question`.
+
+    Attributes:
+      text: the reply, without its reasoning; empty where the reasoning was cut off.
+      reasoning: what the reflector wrote before, as far as it shows it.
+      ended: whether reasoning and reply ended by themselves, and not by a limit.
+    """
+
+    text: str
+    reasoning: str = ""
+    ended: bool = True
+
+
+class Answerer(Protocol):
+    """A reflector that can reason first, keep a grammar, and say whether a reply was cut off."""
+
+    def ask(self, questions: Sequence[Question]) -> list[Reply | None]:
+        """One reply each, in order; None where none was to be had."""
         ...
 
 
@@ -50,9 +84,9 @@ class CountsRequests(Protocol):
     counts: dict[str, float]
 
 
-def keeps_schemas(reflect: Any) -> TypeGuard[KeepsSchemas]:
-    """Whether a reflector has a method `constrained`."""
-    return callable(getattr(reflect, "constrained", None))
+def is_answerer(reflect: Any) -> TypeGuard[Answerer]:
+    """Whether a reflector has a method `ask`."""
+    return callable(getattr(reflect, "ask", None))
 
 
 def counts_of(reflect: Any) -> dict[str, float]:
@@ -196,6 +230,10 @@ class Rollouts:
     success: np.ndarray
     metrics: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     feedback: tuple[tuple[tuple[str, ...], ...], ...] = ()
+
+    def feedback_on(self, i: int, b: int, j: int) -> str:
+        """What the environment said about one rollout."""
+        return self.feedback[i][b][j] if self.feedback else ""
 
     def slots(self) -> dict[str, list[int]]:
         """Slots of each distinct prompt: id -> indices on the M axis, in order of selection."""

@@ -340,7 +340,7 @@ def test_a_step_without_mixed_groups_is_skipped_and_counted(tmp_path, monkeypatc
     first, second = lines(tmp_path, "metrics")
     assert (first["skipped_updates"], second["skipped_updates"]) == (1, 2)
     assert first["mixed_groups"] == 0 and "grad_norm" not in first
-    assert first["no_child"] == {"mutation": "no_mixed_problem"}
+    assert first["no_child"] == {"mutation": "no_problems"}
     assert arrays(tmp_path)[".step"] == 0
     assert lines(tmp_path, "reflections") == []
 

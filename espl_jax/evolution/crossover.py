@@ -8,9 +8,9 @@ import numpy as np
 
 from espl_jax.evolution.editors import EDITORS, show_principles
 from espl_jax.evolution.edits import numbered
-from espl_jax.evolution.guards import Guards
 from espl_jax.evolution.ratings import crossover_rating, exceeds, ranking
 from espl_jax.evolution.reflection import Offspring, Record, Unanswered
+from espl_jax.evolution.settings import Evolution
 from espl_jax.types import Problem, Reflect, Rollouts, SystemPrompt
 
 
@@ -37,13 +37,7 @@ def crossover(
     parents: Sequence[SystemPrompt],
     rollouts: Rollouts,
     reflect: Reflect,
-    *,
-    form: str = "principles",
-    guards: Guards | None = None,
-    tie_margin: float = 0.01,
-    crossover_sigma: float = 1.0,
-    opening: bool = True,
-    constrained: bool = True,
+    settings: Evolution = Evolution(),
 ) -> Offspring:
     """A child of the best prompt that takes up what helped the other prompts on the problems they won.
 
@@ -56,12 +50,8 @@ def crossover(
         iteration's game; `[population.get(prompt.id) for prompt in rollouts.distinct()]`.
       rollouts: the iteration's.
       reflect: conversations in, replies out.
-      form: `principles` edits the list, `prose` the text by search and replace.
-      guards: what is accepted; `Guards()` by default.
-      tie_margin: mean rewards this close tie for the first place, and win no problem.
-      crossover_sigma: Delta sigma, what the child's uncertainty grows by.
-      opening: write the beginning of the reply for the model.
-      constrained: have edits kept to their schema where the reflector can, see `KeepsSchemas`.
+      settings: how prompts change; mean rewards within `tie_margin` tie for the first place, and win no
+        problem.
 
     Returns:
       The child, with the score matrix and the problems won as its evidence, or None with one of the reasons
@@ -75,7 +65,7 @@ def crossover(
     ids = [parent.id for parent in parents]
     if ids != list(rollouts.slots()):
         raise ValueError(f"parents={ids}: must be the prompts that ran, in order, {list(rollouts.slots())}")
-    record = Record(reflect, guards or Guards(), opening, constrained)
+    record, form, tie_margin = Record(reflect, settings), settings.form, settings.tie_margin
     if len(parents) < 2:
         return record.offspring(None, "one_prompt")
     scores = rollouts.score_matrix()
@@ -98,7 +88,7 @@ def crossover(
         return record.offspring(None, "no_edits")
     if draft.prompt == best:
         return record.offspring(None, "unchanged")
-    mu, sigma = crossover_rating([best, *others], crossover_sigma)
+    mu, sigma = crossover_rating([best, *others], settings.crossover_sigma)
     child = SystemPrompt(
         text=draft.prompt.text,
         principles=draft.prompt.principles,

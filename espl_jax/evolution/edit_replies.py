@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 from espl_jax.evolution import edit_fields
+from espl_jax.evolution.edit_text import clean, ids_in, printable
 from espl_jax.evolution.edits import Add, Drop, Edit, Merge, Modify, Remove, Replace, excerpt
 from espl_jax.evolution.json_replies import begins_with_json, has_empty_list, json_lists
 from espl_jax.evolution.prose import marked_blocks
@@ -33,7 +32,7 @@ def parse_edits(text: str) -> tuple[tuple[Edit, ...], tuple[Drop, ...]]:
     if not lists and left_out:
         return (), tuple(left_out)
     if not lists:
-        return (), () if has_empty_list(text) else (("no_json", excerpt(text)),)
+        return (), () if has_empty_list(text) else (("no_edit", excerpt(text)),)
     if not begins_with_json(text):
         lists.reverse()
     chosen = next((read for read in lists if any(not isinstance(item, tuple) for item in read)), lists[0])
@@ -60,7 +59,7 @@ def _as_edit(value: dict[str, Any], is_cut: bool) -> Edit | str:
     fields = {str(key).strip().lower(): item for key, item in value.items()}
     principle = clean(_first(fields, edit_fields.PRINCIPLE))
     evidence = clean(_first(fields, edit_fields.EVIDENCE))
-    ids = _read_ids(_first(fields, edit_fields.IDS))
+    ids = ids_in(_first(fields, edit_fields.IDS))
     operation = _first(fields, edit_fields.OPERATION)
     if operation is None and principle and "search" not in fields and not is_cut:
         operation = ("add", "modify", "merge")[min(len(ids), 2)]
@@ -86,36 +85,10 @@ def _block(search: Any, replace: Any, evidence: str = "") -> Replace | str:
     """A block of prose, or the reason why it is none. Its texts are kept as they are written."""
     if not (isinstance(search, str) and isinstance(replace, str)):
         return "not_an_edit"
-    search, replace = (_printable(text, keep="\n\t") for text in (search, replace))
+    search, replace = (printable(text, keep="\n\t") for text in (search, replace))
     if not (search or any(character.isalpha() for character in replace)):
         return "no_principle"
     return Replace(search, replace, evidence)
-
-
-def _read_ids(value: Any) -> tuple[str, ...]:
-    """Ids from "G0", "[g0]", 0, "G0, G1" or a list of such; a bare number means a principle of the prompt."""
-    items = value if isinstance(value, list) else [value]
-    named = " ".join(
-        str(item) for item in items if isinstance(item, str | int) and not isinstance(item, bool)
-    )
-    found = re.findall(r"\b([GCgc]?)(\d{1,6})\b", named)
-    return tuple(dict.fromkeys(f"{letter.upper() or 'G'}{int(number)}" for letter, number in found))
-
-
-def clean(value: Any) -> str:
-    """One line of text without control characters, lone surrogates or a leading number such as "G0."."""
-    if not isinstance(value, str):
-        value = " ".join(item for item in value if isinstance(item, str)) if isinstance(value, list) else ""
-    line = " ".join(_printable(value).split())
-    return re.sub(r"^\[?[GC]\d+\]?[.:)]\s*", "", line)
-
-
-def _printable(text: str, keep: str = "") -> str:
-    """The text with spaces for control characters and lone surrogates."""
-    return "".join(
-        " " if character not in keep and unicodedata.category(character) in ("Cc", "Cs") else character
-        for character in text
-    )
 
 
 def _first(fields: dict[str, Any], names: Sequence[str]) -> Any:

@@ -1,4 +1,4 @@
-"""How a prompt is edited: a list of principles by operations on its entries, prose by search and replace."""
+"""How a prompt is edited: a list of principles by operations on its entries, prose by its passages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from espl_jax.evolution import formats
 from espl_jax.evolution.edits import (
     Add,
     Edit,
@@ -13,6 +14,7 @@ from espl_jax.evolution.edits import (
     Modify,
     Remove,
     Replace,
+    Rewrite,
     apply_edits,
     describe,
     drop_conflicts,
@@ -24,13 +26,14 @@ from espl_jax.evolution.edits import (
     why_not_replaced,
 )
 from espl_jax.evolution.guards import drop_excess, drop_too_large
-from espl_jax.evolution.prose import passages
+from espl_jax.evolution.line_edits import items_grammar, parse_items
+from espl_jax.evolution.prose import last_fenced, passages
 from espl_jax.evolution.reflection import Record
-from espl_jax.evolution.schemas import blocks_schema, edits_schema
+from espl_jax.evolution.schemas import blocks_schema
 from espl_jax.types import Problem, Schema, SystemPrompt
 
-CHARS_PER_WORD = 8
-"""How long a principle may be in a reply kept to a schema: so many characters for each of its words."""
+MOST_ITEMS = 64
+"""Principles that a rewrite may list where `max_principles` sets no limit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +54,25 @@ class Draft:
 class Editor(Protocol):
     """Edits one parent with the help of a reflector, through `Record`, which asks and counts."""
 
-    def show(self) -> str:
-        """The parent as reflection sees it, with what edits refer to."""
-
     def criticize(self, values: Sequence[Mapping[str, Any]]) -> tuple[Edit, ...]:
-        """Edits that critiques propose, one for each set of values (a problem, its attempts)."""
+        """Edits that critiques propose, one critique for each set of values (a problem, its attempts)."""
+        ...
 
     def revise(self, proposed: Sequence[Edit]) -> Draft:
         """What one revision of all that was proposed makes of the parent."""
+        ...
+
+    def reflect(self, problems: str) -> tuple[Draft, bool]:
+        """What one call for all problems makes of the parent, and whether it proposed a usable edit."""
+        ...
+
+    def rewrite(self, problems: str) -> tuple[Draft, bool]:
+        """What a rewrite of the whole prompt makes of the parent, and whether there was a usable one."""
+        ...
 
     def cross(self, values: Mapping[str, Any]) -> tuple[Draft, bool]:
-        """What a crossover makes of the parent, and whether it proposed an edit that can be used."""
+        """What a crossover makes of the parent, and whether it proposed a usable edit."""
+        ...
 
 
 class PrincipleEditor:
@@ -71,44 +82,43 @@ class PrincipleEditor:
         self.parent, self.record, self.problems = parent, record, problems
         self.entries = numbered(parent.principles)
 
-    def show(self) -> str:
-        """One line for each principle with its id."""
-        return show_principles(self.entries)
-
     def criticize(self, values: Sequence[Mapping[str, Any]]) -> tuple[Edit, ...]:
         """Adds and modifies; at most `max_edits` for each critique."""
-        limits = {"max_edits": self.record.guards.max_edits, "max_words": self.record.guards.max_words}
-        replies = self.record.edits(
+        guards = self.record.guards
+        shown = {"principles": show_principles(self.entries), "max_edits": guards.max_edits}
+        replies = self._ask(
             "critique",
             "critique",
-            [{**each, "principles": self.show(), **limits} for each in values],
-            self._schema(("add", "modify"), self.entries, self.record.guards.max_edits, min_edits=1),
-            (Add, Modify),
+            [{**each, **shown} for each in values],
+            ("add", "modify"),
+            self.entries,
+            guards.max_edits,
+            min_edits=1,
         )
         proposed: list[Edit] = []
         for edits, _ in replies:
             known = self.record.kept(drop_unknown(edits, self.entries))
-            proposed.extend(self.record.kept(drop_excess(known, self.record.guards.max_edits)))
+            proposed.extend(self.record.kept(drop_excess(known, guards.max_edits)))
         return self.record.presentable(proposed, self.problems, self.entries)
 
     def revise(self, proposed: Sequence[Edit]) -> Draft:
         """The adds stand as candidates C0, C1, ..., the modifies as suggestions.
 
-        Candidates that the revision does not mention become principles. Where the revision holds no edit that
-        can be used, the suggestions are applied as they are.
+        Candidates that the revision does not mention become principles. Where the revision holds no usable
+        edit, the suggestions are applied as they are.
         """
         adds = [edit for edit in proposed if isinstance(edit, Add)]
         suggestions = [edit for edit in proposed if isinstance(edit, Modify)]
         candidates = numbered([edit.principle for edit in adds], "C")
         entries = self.entries | candidates
         values = {
-            "principles": self.show(),
+            "principles": show_principles(self.entries),
             "candidates": show_principles(candidates),
             "suggestions": "\n".join(f"- {edit.id}: {edit.principle}" for edit in suggestions) or "(none)",
-            "max_words": self.record.guards.max_words,
         }
-        schema = self._schema(("modify", "merge"), entries, len(entries))
-        ((edits, nothing),) = self.record.edits("revision", "revision", [values], schema, (Modify, Merge))
+        ((edits, nothing),) = self._ask(
+            "revision", "revision", [values], ("modify", "merge"), entries, len(entries)
+        )
         edits = self.record.kept(drop_unknown(edits, entries))
         edits = self.record.kept(drop_conflicts(self.record.presentable(edits, self.problems, entries)))
         usable = bool(edits) or nothing
@@ -121,14 +131,94 @@ class PrincipleEditor:
         }
         return self._draft(edits, dict(zip(candidates, adds, strict=True)), evidence)
 
+    def reflect(self, problems: str) -> tuple[Draft, bool]:
+        """All four operations, at most `max_edits` of them."""
+        most = self.record.guards.max_edits
+        values = {"principles": show_principles(self.entries), "problems": problems, "max_edits": most}
+        operations = ("add", "modify", "merge", "remove")
+        ((edits, _),) = self._ask(
+            "reflection", "reflection", [values], operations, self.entries, most, min_edits=1
+        )
+        edits = self.record.kept(drop_excess(self.record.kept(drop_unknown(edits, self.entries)), most))
+        return self._with(edits)
+
+    def rewrite(self, problems: str) -> tuple[Draft, bool]:
+        """A whole list of principles, each checked as an added one would be."""
+        guards = self.record.guards
+        most = guards.max_principles or MOST_ITEMS
+        values = {
+            "principles": show_principles(self.entries),
+            "problems": problems,
+            "max_principles": most,
+            "max_words": guards.max_words,
+        }
+        text = self.record.text("rewrite", "rewrite", values, items_grammar(most))
+        old = {*self.parent.principles}
+        listed = [Add(item) for item in dict.fromkeys(parse_items(text))]
+        if not listed:
+            self.record.count("no_edit")
+        new = self.record.presentable([add for add in listed if add.principle not in old], self.problems, {})
+        kept = [add for add in listed if add.principle in old or add in new]
+
+        def apply(some: Sequence[Edit]) -> SystemPrompt:
+            return dataclasses.replace(self.parent, principles=tuple(add.principle for add in some))
+
+        kept = self.record.kept(drop_too_large(kept, apply, guards))
+        edit = Rewrite(self.parent.text, tuple(add.principle for add in kept))
+        return Draft(apply(kept), (edit_to_json(edit),), {}), bool(kept)
+
     def cross(self, values: Mapping[str, Any]) -> tuple[Draft, bool]:
         """Adds, modifies and removes, each with its evidence."""
-        schema = self._schema(("add", "modify", "remove"), self.entries, len(self.entries) + 2, evidence=True)
-        values = {**values, "max_words": self.record.guards.max_words}
-        replies = self.record.edits("crossover", "crossover", [values], schema, (Add, Modify, Remove))
-        edits = self.record.kept(drop_unknown(replies[0][0], self.entries))
+        ((edits, _),) = self._ask(
+            "crossover",
+            "crossover",
+            [values],
+            ("add", "modify", "remove"),
+            self.entries,
+            len(self.entries) + 2,
+            evidence=True,
+        )
+        return self._with(self.record.kept(drop_unknown(edits, self.entries)))
+
+    def _with(self, edits: Sequence[Edit]) -> tuple[Draft, bool]:
         edits = self.record.kept(drop_conflicts(self.record.presentable(edits, self.problems, self.entries)))
         return self._draft(edits, {}, {}), bool(edits)
+
+    def _ask(
+        self,
+        stage: str,
+        template: str,
+        values: Sequence[Mapping[str, Any]],
+        operations: Sequence[str],
+        entries: Mapping[str, str],
+        max_edits: int,
+        min_edits: int = 0,
+        evidence: bool = False,
+    ) -> list[tuple[tuple[Edit, ...], bool]]:
+        record, ids = self.record, tuple(entries)
+        form = formats.instructions(
+            record.settings.format, operations, ids, nothing=not min_edits, evidence=evidence
+        )
+        shared = {"format": form, "max_words": record.guards.max_words}
+        kinds = {"add": Add, "modify": Modify, "merge": Merge, "remove": Remove}
+        grammar = None
+        if record.constrained:
+            grammar = formats.grammar(
+                record.settings.format,
+                operations,
+                ids,
+                max_edits=max_edits,
+                min_edits=min_edits,
+                evidence=evidence,
+            )
+        return record.edits(
+            stage,
+            template,
+            [{**each, **shared} for each in values],
+            grammar,
+            tuple(kinds[name] for name in operations),
+            formats.opening(record.settings.format, operations),
+        )
 
     def _draft(self, edits: Sequence[Edit], candidates: Mapping[str, Add], evidence: dict[str, Any]) -> Draft:
         """The prompt after all edits that its limits allow, and the candidates that these leave."""
@@ -152,51 +242,40 @@ class PrincipleEditor:
         added = [{**edit_to_json(add), "id": name} for name, add in used(kept).items()]
         return Draft(apply(kept), (*added, *map(edit_to_json, others(kept))), evidence)
 
-    def _schema(
-        self, operations: Sequence[str], ids: Mapping[str, str], max_edits: int, **options: Any
-    ) -> Schema | None:
-        guards = self.record.guards
-        if not self.record.constrained:
-            return None
-        return edits_schema(
-            operations,
-            tuple(ids),
-            max_reply_tokens=guards.max_reply_tokens,
-            max_edits=max_edits,
-            max_chars=CHARS_PER_WORD * guards.max_words,
-            **options,
-        )
-
 
 class ProseEditor:
-    """Edits the text by blocks, each applied exactly or dropped; principles stay."""
+    """Edits the text by passages, each edit applied exactly or dropped; principles stay.
+
+    In JSON an edit names the passage that it replaces; in lines, passages are shown with numbers S0, S1, ...
+    """
 
     def __init__(self, parent: SystemPrompt, record: Record, problems: Sequence[Problem]):
         self.parent, self.record, self.problems = parent, record, problems
+        self.in_lines = record.settings.format == "lines"
+        self.entries = numbered(sentences(parent.text), "S")
 
     def show(self) -> str:
-        """The text as it is."""
+        """The text itself, or its passages with numbers."""
+        if self.in_lines:
+            return "\n".join(f"{name}. {passage}" for name, passage in self.entries.items()) or "(empty)"
         return self.parent.text or "(empty)"
 
     def criticize(self, values: Sequence[Mapping[str, Any]]) -> tuple[Edit, ...]:
-        """Blocks; at most `max_edits` for each critique."""
+        """Blocks that can be applied to the text; at most `max_edits` for each critique."""
         most = self.record.guards.max_edits
-        values = [{**each, "instructions": self.show(), "max_edits": most} for each in values]
-        schema = self._schema(most, min_edits=1)
-        replies = self.record.edits("critique", "critique_prose", values, schema, (Replace,))
+        shown = {"instructions": self.show(), "max_edits": most}
+        replies = self._ask("critique", "critique_prose", [{**each, **shown} for each in values], most, 1)
         proposed: list[Edit] = []
         for edits, _ in replies:
-            proposed.extend(self.record.kept(drop_excess(self._that_apply(edits), most)))
-        return self.record.presentable(list(dict.fromkeys(proposed)), self.problems, {})
+            known = self._that_apply(edits)
+            proposed.extend(self.record.kept(drop_excess(known, most)))
+        return self.record.presentable(proposed, self.problems, {})
 
     def revise(self, proposed: Sequence[Edit]) -> Draft:
-        """The blocks proposed are suggestions; where the revision holds no block that can be used, they are
-        applied one after another as far as they apply.
-        """
-        suggestions = "\n\n".join(_show_block(edit) for edit in proposed)
+        """Blocks that take up what was proposed; without a usable one, what was proposed is applied."""
+        suggestions = "\n\n".join(_show_block(edit) for edit in proposed if isinstance(edit, Replace))
         values = {"instructions": self.show(), "suggestions": suggestions}
-        schema = self._schema(max(len(proposed), 1))
-        ((edits, nothing),) = self.record.edits("revision", "revision_prose", [values], schema, (Replace,))
+        ((edits, nothing),) = self._ask("revision", "revision_prose", [values], max(len(proposed), 1))
         edits = self.record.presentable(self._that_apply(edits), self.problems, {})
         usable = bool(edits) or nothing
         if not usable:
@@ -208,13 +287,94 @@ class ProseEditor:
         }
         return self._draft(edits, evidence)
 
+    def reflect(self, problems: str) -> tuple[Draft, bool]:
+        """At most `max_edits` blocks."""
+        most = self.record.guards.max_edits
+        values = {"instructions": self.show(), "problems": problems, "max_edits": most}
+        ((edits, _),) = self._ask("reflection", "reflection_prose", [values], most, 1)
+        kept = self.record.kept(drop_excess(self._that_apply(edits), most))
+        edits = self.record.presentable(kept, self.problems, {})
+        return self._draft(edits, {}), bool(edits)
+
+    def rewrite(self, problems: str) -> tuple[Draft, bool]:
+        """A whole text: the last closed fence of the reply, or all of it where there is no fence."""
+        values = {"instructions": self.parent.text or "(empty)", "problems": problems}
+        text = last_fenced(self.record.text("rewrite", "rewrite_prose", values)) or ""
+        if not text:
+            self.record.count("no_edit")
+        kept = self.record.presentable([Replace("", text)] if text else [], self.problems, {})
+        draft = dataclasses.replace(self.parent, text=text) if kept else self.parent
+        if reason := self.record.guards.why_too_large(draft, self.parent):
+            self.record.kept(((), [(reason, describe(kept[0]))]))
+            draft, kept = self.parent, ()
+        edit = Rewrite(draft.text, draft.principles)
+        return Draft(draft, (edit_to_json(edit),), {}), bool(kept)
+
     def cross(self, values: Mapping[str, Any]) -> tuple[Draft, bool]:
         """Blocks, each with its evidence."""
         most = self.record.guards.max_edits + 2
-        schema = self._schema(most, evidence=True)
-        ((edits, _),) = self.record.edits("crossover", "crossover_prose", [values], schema, (Replace,))
+        ((edits, _),) = self._ask("crossover", "crossover_prose", [values], most, evidence=True)
         edits = self.record.presentable(self._that_apply(edits), self.problems, {})
         return self._draft(edits, {}), bool(edits)
+
+    def _ask(
+        self,
+        stage: str,
+        template: str,
+        values: Sequence[Mapping[str, Any]],
+        max_edits: int,
+        min_edits: int = 0,
+        evidence: bool = False,
+    ) -> list[tuple[tuple[Edit, ...], bool]]:
+        record, operations, ids = self.record, ("add", "modify", "remove"), tuple(self.entries)
+        if not self.in_lines:
+            schema: Schema | None = None
+            if record.constrained:
+                schema = blocks_schema(
+                    passages(self.parent.text), max_edits=max_edits, min_edits=min_edits, evidence=evidence
+                )
+            shared = {"format": BLOCKS}
+            return record.edits(
+                stage,
+                template,
+                [{**each, **shared} for each in values],
+                schema,
+                (Replace,),
+                '```json\n{"edits": [{"search": "',
+            )
+        form = formats.instructions(
+            "lines", operations, ids, what="sentence", nothing=not min_edits, evidence=evidence
+        )
+        grammar = None
+        if record.constrained:
+            grammar = formats.grammar(
+                "lines", operations, ids, max_edits=max_edits, min_edits=min_edits, evidence=evidence
+            )
+        replies = record.edits(
+            stage,
+            template,
+            [{**each, "format": form} for each in values],
+            grammar,
+            (Add, Modify, Remove, Replace),
+            formats.opening("lines", operations),
+        )
+        return [(self._as_blocks(edits), nothing) for edits, nothing in replies]
+
+    def _as_blocks(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
+        """Edits of numbered passages as replacements of their texts."""
+        blocks: list[Edit] = []
+        known = self.record.kept(drop_unknown(edits, self.entries))
+        for edit in self.record.kept(drop_conflicts(known)):
+            match edit:
+                case Add(principle, evidence):
+                    blocks.append(Replace("", principle, evidence))
+                case Modify(name, principle, evidence):
+                    blocks.append(Replace(self.entries[name], principle, evidence))
+                case Remove(name, evidence):
+                    blocks.append(Replace(self.entries[name], "", evidence))
+                case _:
+                    blocks.append(edit)
+        return tuple(blocks)
 
     def _that_apply(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
         reasons = [(edit, why_not_replaced(self.parent.text, edit)) for edit in edits]
@@ -223,7 +383,6 @@ class ProseEditor:
 
     def _draft(self, edits: Sequence[Edit], evidence: dict[str, Any]) -> Draft:
         """The text after all blocks that still apply after those before them, and that its limits allow."""
-
         prompt, kept, drops = self.parent, [], []
         for edit in edits:
             after = apply_edits(prompt, [edit])
@@ -239,23 +398,24 @@ class ProseEditor:
         self.record.kept((kept, drops))
         return Draft(prompt, tuple(map(edit_to_json, kept)), evidence)
 
-    def _schema(self, max_edits: int, **options: Any) -> Schema | None:
-        guards = self.record.guards
-        if not self.record.constrained:
-            return None
-        return blocks_schema(
-            passages(self.parent.text),
-            max_reply_tokens=guards.max_reply_tokens,
-            max_edits=max_edits,
-            max_chars=CHARS_PER_WORD * guards.max_words,
-            **options,
-        )
-
 
 EDITORS: dict[str, type[PrincipleEditor] | type[ProseEditor]] = {
     "principles": PrincipleEditor,
     "prose": ProseEditor,
 }
+
+BLOCKS = (
+    'Write one JSON object {"edits": [...]} and nothing else. Each edit is {"search": "...", "replace": '
+    '"..."}: the "search" text stands in the instructions exactly once and is copied letter for letter, the '
+    '"replace" text takes its place; an empty "search" appends the text.'
+)
+"""What tells a reflector how to write edits of prose in JSON."""
+
+
+def sentences(text: str) -> list[str]:
+    """The passages of prose that lines can name: sentences that occur once."""
+    listed = passages(text)
+    return [piece for piece in listed if not any(other != piece and other in piece for other in listed)]
 
 
 def show_principles(entries: Mapping[str, str]) -> str:

@@ -27,8 +27,8 @@ from typing import Any
 from espl_jax.types import SystemPrompt
 
 REASONS = {
-    "no_json": "the reply holds no edit at all",
-    "truncated": "the reply ends inside the edit",
+    "no_edit": "the reply holds no edit at all",
+    "truncated": "the edit, or the whole reply, was cut off",
     "broken_json": "the edit cannot be read as JSON, even after repair",
     "unclear_end": "broken JSON in which a text may end at more than one quote",
     "not_an_edit": "a JSON object that is no add, modify, merge, remove or block of prose",
@@ -40,8 +40,11 @@ REASONS = {
     "ambiguous": "the text to be replaced is in the prompt more than once",
     "no_change": "a block whose two texts are the same",
     "repeat": "the principle is in the list already",
+    "too_long": "the principle has too many words",
     "copies_problem": "the edit repeats the text of a problem",
     "copies_answer": "the edit gives the answer to a problem",
+    "copies_template": "the edit echoes what the reflector was told",
+    "copies_member": "another prompt has the principle already",
     "too_many": "more edits than one reply may propose",
     "not_allowed": "an operation that this stage does not offer",
     "no_room": "the prompt would have too many principles",
@@ -95,13 +98,23 @@ class Replace:
     evidence: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Rewrite:
+    """Another prompt in the place of the whole one."""
+
+    text: str
+    principles: tuple[str, ...]
+
+
 Edit = Add | Modify | Merge | Remove | Replace
+"""What a reflector can propose; a `Rewrite` is recorded of a child and not proposed in parts."""
 
 
-def edit_to_json(edit: Edit) -> dict[str, Any]:
+def edit_to_json(edit: Edit | Rewrite) -> dict[str, Any]:
     """The edit as plain JSON values, in the form that replies have, with its `op` always."""
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(edit).items()}
-    kept = {name: value for name, value in fields.items() if value or name in ("search", "replace")}
+    always = ("search", "replace", "text", "principles")
+    kept = {name: value for name, value in fields.items() if value or name in always}
     return {"op": type(edit).__name__.lower(), **kept}
 
 
@@ -127,8 +140,19 @@ def partition(
 
 
 def describe(edit: Edit) -> str:
-    """A short line for drops and logs."""
-    return excerpt(str(edit_to_json(edit)))
+    """A short line for drops and logs, in the words of `line_edits`."""
+    match edit:
+        case Add(principle):
+            line = f"ADD: {principle}"
+        case Modify(name, principle):
+            line = f"CHANGE {name}: {principle}"
+        case Merge(names, principle):
+            line = f"MERGE {' '.join(names)}: {principle}"
+        case Remove(name):
+            line = f"REMOVE {name}"
+        case Replace(search, replace):
+            line = f"REPLACE {search!r}: {replace}" if search else f"ADD: {replace}"
+    return excerpt(line)
 
 
 def drop_unknown(edits: Sequence[Edit], known: Collection[str]) -> tuple[tuple[Edit, ...], tuple[Drop, ...]]:
@@ -207,6 +231,9 @@ def replay_edits(system_prompt: SystemPrompt, record: Sequence[Mapping[str, Any]
     Raises:
       ValueError: the record holds something else than edits.
     """
+    if len(record) == 1 and record[0].get("op") == "rewrite":
+        whole = record[0]
+        return dataclasses.replace(system_prompt, text=whole["text"], principles=tuple(whole["principles"]))
     added = [item for item in record if item.get("op") == "add" and "id" in item]
     candidates = {item["id"]: item["principle"] for item in added}
     edits = [edit_from_json(item) for item in record if item not in added]

@@ -14,6 +14,9 @@ from espl_jax.types import Problem, SystemPrompt
 LONGEST_WORD = 12
 """Characters, its space included, that a word has at most on average."""
 
+ECHOED_WORDS = 8
+"""A run of this many words of a template is an echo of it, and so is a whole principle of three or more."""
+
 SHARED_BY = 3
 """A run of tokens in more problems than so many tells none of them apart."""
 
@@ -31,8 +34,7 @@ class Guards:
 
     Attributes:
       max_edits: K_ops, edits of one critique; `too_many`.
-      max_words: of one principle. It is asked for, then asked for again (`retried`), then the principle is
-        cut at a sentence (`shortened`).
+      max_words: of one principle. A longer one is asked for again (`retried`), then refused (`too_long`).
       word_retries: how often a reply with too long a principle is asked for again.
       max_principles: of one prompt; an edit that would make more is refused (`no_room`). None: no limit.
       max_prompt_tokens: of one prompt; an edit that would make more is refused (`over_budget`), but one that
@@ -40,7 +42,8 @@ class Guards:
       copied_tokens: an edit with a run of so many tokens of a problem is refused, and one with the whole of a
         shorter problem (`copies_problem`); 0: not looked at.
       copied_answers: refuse edits that hold the answer to a problem of the iteration (`copies_answer`).
-      max_reply_tokens: of one reply of the reflector; edits in replies kept to a schema are shorter.
+      copied_templates: refuse edits that echo what the reflector was told (`copies_template`).
+      copied_members: refuse mutations that repeat a principle of another member (`copies_member`).
       tokenize: text in, tokens out; words by default.
       problems: those that no edit may copy, beside the iteration's: the training problems.
     """
@@ -52,7 +55,8 @@ class Guards:
     max_prompt_tokens: int | None = None
     copied_tokens: int = 12
     copied_answers: bool = True
-    max_reply_tokens: int = 2048
+    copied_templates: bool = True
+    copied_members: bool = True
     tokenize: Callable[[str], Sequence[Hashable]] = str.split
     problems: Sequence[Problem] = ()
 
@@ -135,7 +139,7 @@ def drop_copies(edits: Sequence[Edit], problems: Sequence[Problem], guards: Guar
         answers = set(map(plain_answer, right)) - {()}
 
     def why(edit: Edit) -> str:
-        text = _said(edit)
+        text = said_by(edit)
         said = {*words(text)}
         if guards.copies(text, problems) or any(each <= said for each in numbers):
             return "copies_problem"
@@ -145,6 +149,42 @@ def drop_copies(edits: Sequence[Edit], problems: Sequence[Problem], guards: Guar
     return (
         tuple(edit for edit, reason in zip(edits, reasons, strict=True) if not reason),
         tuple((reason, describe(edit)) for edit, reason in zip(edits, reasons, strict=True) if reason),
+    )
+
+
+def drop_too_long(edits: Sequence[Edit], guards: Guards) -> Checked:
+    """Keeps the edits whose principle has at most `max_words` words."""
+    return partition(edits, "too_long", lambda edit: not guards.too_long(edit))
+
+
+def drop_echoes(edits: Sequence[Edit], told: Sequence[str], guards: Guards) -> Checked:
+    """Keeps the edits that do not echo what the reflector was told.
+
+    Args:
+      edits: to be checked.
+      told: texts of the templates.
+      guards: whether they are checked.
+    """
+    if not guards.copied_templates:
+        return tuple(edits), ()
+    texts = [" ".join(words(text)) for text in told]
+
+    def is_own(edit: Edit) -> bool:
+        said = words(said_by(edit))
+        size = min(ECHOED_WORDS, len(said))
+        runs = [" ".join(said[i : i + size]) for i in range(len(said) - size + 1)] if size > 2 else []
+        return not any(f" {run} " in f" {text} " for run in runs for text in texts)
+
+    return partition(edits, "copies_template", is_own)
+
+
+def drop_members(edits: Sequence[Edit], others: Sequence[SystemPrompt], guards: Guards) -> Checked:
+    """Keeps the edits whose principle no other member has. Case and punctuation make no difference."""
+    had = {words(principle) for other in others for principle in other.principles}
+    return partition(
+        edits,
+        "copies_member",
+        lambda edit: not guards.copied_members or words(said_by(edit)) not in had - {()},
     )
 
 
@@ -196,28 +236,6 @@ def _tokens(text: str, tokenize: Callable[[str], Sequence[Hashable]]) -> tuple[H
     return tuple(tokenize(" " + " ".join(words(text))))
 
 
-def shorten(principle: str, max_words: int) -> str:
-    """At most `max_words` words: cut after the last sentence that fits, else at the limit."""
-    found = principle[: LONGEST_WORD * max_words].split()
-    if len(found) <= max_words and len(principle) <= LONGEST_WORD * max_words:
-        return principle
-    for length in range(min(max_words, len(found)), 3, -1):
-        if found[length - 1][-1] in ".!?。":
-            return " ".join(found[:length])
-    return " ".join(found[:max_words]).rstrip(",;:")
-
-
-def shorten_edits(edits: Sequence[Edit], guards: Guards) -> tuple[tuple[Edit, ...], int]:
-    """The edits with their principles cut by `shorten`, and how many were cut."""
-    cut = sum(map(guards.too_long, edits))
-    return tuple(
-        dataclasses.replace(edit, principle=shorten(edit.principle, guards.max_words))
-        if guards.too_long(edit)
-        else edit
-        for edit in edits
-    ), cut
-
-
 def plain_answer(text: str) -> tuple[str, ...]:
     """The words and numbers of an answer, or of a text that may hold it, without LaTeX's commands."""
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
@@ -229,7 +247,7 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(re.findall(r"\w+", text.lower()))
 
 
-def _said(edit: Edit) -> str:
+def said_by(edit: Edit) -> str:
     """What an edit brings into the prompt."""
     return edit.replace if isinstance(edit, Replace) else getattr(edit, "principle", "")
 

@@ -103,7 +103,15 @@ def _show_edits(edits: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _show_edit(edit: Mapping[str, Any]) -> list[str]:
     operation = edit["op"]
-    if operation == "replace":
+    if operation == "rewrite":
+        said = [
+            "rewrite",
+            *(
+                f"    {line}"
+                for line in SystemPrompt(edit["text"], tuple(edit["principles"])).render().splitlines()
+            ),
+        ]
+    elif operation == "replace":
         what = f"replace {edit['search']!r} by" if edit["search"] else "append"
         said = [f"{what} {edit['replace']!r}"]
     elif operation == "remove":

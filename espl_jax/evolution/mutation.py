@@ -1,4 +1,4 @@
-"""Mutation: the best prompt learns from its own rollouts in three stages (Zhang et al. 2026, section 3)."""
+"""Mutation: the best prompt learns from its own rollouts (Zhang et al. 2026, section 3)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from espl_jax.evolution.edit_replies import clean
-from espl_jax.evolution.editors import EDITORS
-from espl_jax.evolution.guards import Guards
+from espl_jax.evolution.attempts import (
+    Attempt,
+    choose_attempts,
+    is_summarized,
+    problem_values,
+    summary_values,
+)
+from espl_jax.evolution.editors import EDITORS, Draft
 from espl_jax.evolution.ratings import mutation_rating
-from espl_jax.evolution.reflection import Offspring, Record, Unanswered, verdict
+from espl_jax.evolution.reflection import Offspring, Record, Rejected, Unanswered, shown_rejected
+from espl_jax.evolution.settings import Evolution
 from espl_jax.types import Reflect, Rollouts, SystemPrompt
 
 
@@ -18,32 +24,31 @@ def mutate(
     parent: SystemPrompt,
     rollouts: Rollouts,
     reflect: Reflect,
+    settings: Evolution = Evolution(),
     *,
-    form: str = "principles",
-    guards: Guards | None = None,
-    mutation_sigma: float = 1.0,
-    opening: bool = True,
-    constrained: bool = True,
+    rng: np.random.Generator | None = None,
+    members: Sequence[SystemPrompt] = (),
+    rejected: Sequence[Rejected] = (),
 ) -> Offspring:
-    """A child of the iteration's best prompt.
+    """Returns a child of the iteration's best prompt.
 
-    Three stages, each one batched call of `reflect`: (a) a summary of every rollout on the problems whose
-    rewards are mixed (largest > smallest, copies of the prompt pooled); (b) for each such problem a critique
-    that proposes edits; (c) one revision of all that was proposed, see `PrincipleEditor` and `ProseEditor`.
+    The paper's three stages, each one batched call of `reflect`: (a) a summary of every long attempt at the
+    problems that are reflected on (copies of the prompt pooled); (b) for each such problem a critique that
+    proposes edits; (c) one revision of all that was proposed, see `PrincipleEditor` and `ProseEditor`. With
+    `stages=1`, summaries are followed by a single call for all problems.
 
     Args:
       parent: rank 1 of this iteration, with its rating *after* the iteration's game.
       rollouts: the iteration's; the parent must be among its prompts.
       reflect: conversations in, replies out.
-      form: `principles` edits the list, `prose` the text by search and replace.
-      guards: what is accepted; `Guards()` by default.
-      mutation_sigma: Delta sigma, what the child's uncertainty grows by.
-      opening: write the beginning of every reply for the model.
-      constrained: have edits kept to their schema where the reflector can, see `KeepsSchemas`.
+      settings: how prompts change.
+      rng: draws problems and attempts where there are too many; seeded with 0 by default.
+      members: the living members, whose principles are not repeated.
+      rejected: edits that were refused before, the newest last.
 
     Returns:
-      The child, or None with one of the reasons `no_mixed_problem`, `no_edits`, `unchanged`, `no_replies`
-      (the reflector answered no conversation of a stage). Without a mixed problem `reflect` is not called.
+      The child, or None with one of the reasons `no_problems` (nothing to reflect on; `reflect` is not
+      called), `no_edits`, `unchanged`, `no_replies` (the reflector answered no conversation of a stage).
 
     Raises:
       ValueError: the parent has no rollouts, or `reflect` gave a wrong number of replies.
@@ -51,32 +56,22 @@ def mutate(
     slots = rollouts.slots().get(parent.id)
     if slots is None:
         raise ValueError(f"parent {parent.id!r} has no rollouts: only {list(rollouts.slots())} have any")
-    record = Record(reflect, guards or Guards(), opening, constrained)
-    rewards = rollouts.rewards[slots]
-    mixed = [int(b) for b in np.flatnonzero(rewards.max(axis=(0, 2)) > rewards.min(axis=(0, 2)))]
-    if not mixed:
-        return record.offspring(None, "no_mixed_problem")
-    editor = EDITORS[form](parent, record, rollouts.problems)
+    asked = settings.reflection
+    others = [member for member in members if member.id != parent.id]
+    record = Record(reflect, settings, others, shown_rejected(rejected, asked.rejected_edits))
+    chosen = choose_attempts(rollouts, slots, asked, rng or np.random.default_rng(0))
+    if not chosen:
+        return record.offspring(None, "no_problems")
     try:
-        attempts = _summarize(rollouts, slots, mixed, record)
-        proposed = editor.criticize(
-            [
-                {
-                    "problem": rollouts.problems[b].text,
-                    "answer": rollouts.problems[b].answer,
-                    "attempts": "\n".join(lines),
-                }
-                for b, lines in zip(mixed, attempts, strict=True)
-            ]
-        )
-        if not proposed:
-            return record.offspring(None, "no_edits")
-        draft = editor.revise(proposed)
+        draft = _drafted(parent, rollouts, chosen, settings, record)
     except Unanswered:
         return record.offspring(None, "no_replies")
+    if draft is None:
+        return record.offspring(None, "no_edits")
     if draft.prompt == parent:
         return record.offspring(None, "unchanged")
-    mu, sigma = mutation_rating(parent, mutation_sigma)
+    mu, sigma = mutation_rating(parent, settings.mutation_sigma)
+    reflected = [rollouts.problems[attempts[0].problem].id for attempts in chosen]
     child = SystemPrompt(
         text=draft.prompt.text,
         principles=draft.prompt.principles,
@@ -85,30 +80,33 @@ def mutate(
         parents=(parent.id,),
         operator="mutation",
         edits=draft.edits,
-        evidence={"problems": [rollouts.problems[b].id for b in mixed], **draft.evidence},
+        evidence={"problems": reflected, **draft.evidence},
     )
     return record.offspring(child)
 
 
-def _summarize(
-    rollouts: Rollouts, slots: Sequence[int], mixed: Sequence[int], record: Record
-) -> list[list[str]]:
-    """Stage (a): for each mixed problem one line for each of its rollouts, verdict and summary."""
-    places = [(i, b, j) for b in mixed for i in slots for j in range(rollouts.rewards.shape[2])]
-    replies = record.summaries(
-        [
-            {
-                "problem": rollouts.problems[b].text,
-                "answer": rollouts.problems[b].answer,
-                "attempt": rollouts.replies[i][b][j] or "(nothing)",
-                "taken": rollouts.answers[i][b][j] or "(none found)",
-                "verdict": verdict(rollouts, i, b, j),
-            }
-            for i, b, j in places
-        ]
+def _drafted(
+    parent: SystemPrompt,
+    rollouts: Rollouts,
+    chosen: Sequence[Sequence[Attempt]],
+    settings: Evolution,
+    record: Record,
+) -> Draft | None:
+    """What reflection makes of the parent; None where nothing usable was proposed. Raises `Unanswered`."""
+    asked = settings.reflection
+    long = [each for attempts in chosen for each in attempts if is_summarized(rollouts, each, asked)]
+    summaries: dict[Attempt, str | None] = {}
+    if long:
+        replies = record.summaries([summary_values(rollouts, attempt, asked) for attempt in long])
+        summaries = dict(zip(long, replies, strict=True))
+    values = [problem_values(rollouts, attempts, summaries, asked) for attempts in chosen]
+    editor = EDITORS[settings.form](parent, record, rollouts.problems)
+    if asked.stages == 3:
+        proposed = editor.criticize(values)
+        return editor.revise(proposed) if proposed else None
+    problems = "\n\n".join(
+        f"Task {number}: {each['problem']}\nCorrect answer: {each['answer']}\nAttempts:\n{each['attempts']}"
+        for number, each in enumerate(values, start=1)
     )
-    lines: dict[int, list[str]] = {b: [] for b in mixed}
-    for (i, b, j), reply in zip(places, replies, strict=True):
-        summary = clean(reply).removeprefix("Summary:").strip() or "(no summary)"
-        lines[b].append(f"- {verdict(rollouts, i, b, j)}: {summary}")
-    return [lines[b] for b in mixed]
+    draft, usable = editor.rewrite(problems) if asked.output == "rewrite" else editor.reflect(problems)
+    return draft if usable else None

@@ -38,6 +38,14 @@ def marked_blocks(text: str) -> tuple[list[tuple[str, str]], list[Drop]]:
     return blocks[:_MAX_BLOCKS], drops
 
 
+def last_fenced(text: str) -> str | None:
+    """The last fenced block of a reply, or all of it where nothing is fenced; None for a fence left open."""
+    parts = re.split(r"^[ \t]*```[^\n]*$", text[-_MAX_CHARS:], flags=re.MULTILINE)
+    if len(parts) % 2 == 0:
+        return None
+    return (parts[-2] if len(parts) > 1 else text).strip()
+
+
 def passages(text: str, most: int = 64) -> list[str]:
     """Lines of the prose and, within lines, sentences, that occur in it once: what a block may search for."""
     found = dict.fromkeys(piece for piece in _pieces(text) if piece and text.count(piece) == 1)

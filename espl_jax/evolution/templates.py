@@ -1,4 +1,4 @@
-"""Prompt templates of reflection: text files with a system turn, a user turn and an opening of the reply."""
+"""Prompt templates of reflection: text files with a system turn, a user turn and what asks for the reply."""
 
 from __future__ import annotations
 
@@ -7,56 +7,170 @@ import functools
 import importlib.resources
 import re
 import string
+from pathlib import Path
 
 from espl_jax.types import Conversation
 
+PLACEHOLDERS: dict[str, tuple[set[str], set[str]]] = {
+    "summary": ({"problem", "attempt"}, {"answer", "taken", "verdict", "feedback"}),
+    "critique": (
+        {"problem", "principles", "attempts"},
+        {"answer", "rejected", "format", "max_edits", "max_words"},
+    ),
+    "critique_prose": (
+        {"problem", "instructions", "attempts"},
+        {"answer", "rejected", "format", "max_edits"},
+    ),
+    "revision": ({"principles", "candidates", "suggestions"}, {"format", "max_words"}),
+    "revision_prose": ({"instructions", "suggestions"}, {"format"}),
+    "crossover": ({"sets"}, {"format", "max_words"}),
+    "crossover_prose": ({"sets"}, {"format"}),
+    "reflection": ({"principles", "problems"}, {"rejected", "format", "max_edits", "max_words"}),
+    "reflection_prose": ({"instructions", "problems"}, {"rejected", "format", "max_edits"}),
+    "rewrite": ({"principles", "problems"}, {"rejected", "max_principles", "max_words"}),
+    "rewrite_prose": ({"instructions", "problems"}, {"rejected"}),
+}
+"""Template -> (placeholders that it must have, placeholders that it may have)."""
+
+SECTIONS = ("system", "user", "reason", "request", "opening")
+
 _HEADER = re.compile(r"^=== (\w+) ===\n", re.MULTILINE)
+_PACKAGED = importlib.resources.files("espl_jax.evolution") / "templates"
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptTemplate:
     """One stage of reflection.
 
-    Instructions and the worked example are in the system turn and the data in the user turn, so that all
-    conversations of a stage share their prefix. Placeholders are written `$name`; what replaces them is
-    never read again, so dollars and braces in the data are safe.
+    Instructions are in the system turn and the data in the user turn, so that all conversations of a stage
+    share their prefix. Placeholders are written `$name`; what replaces them is never read again, so dollars
+    and braces in the data are safe.
 
     Attributes:
+      name: of the template.
       system: instructions; its placeholders are limits, the same for all conversations of a stage.
       user: the data.
-      opening: how the reply begins, written for models that would not begin so by themselves.
+      reason: asks for brief reasoning, at the end of the user turn; empty where the template has none.
+      request: asks for the reply: at the end of the user turn, or after brief reasoning in a turn of its own.
+      opening: how a free reply begins; empty for the beginning of the format.
     """
 
+    name: str
     system: str
     user: str
-    opening: str
+    reason: str = ""
+    request: str = ""
+    opening: str = ""
 
-    def conversation(self, *, opening: bool, **values: object) -> Conversation:
-        """The filled conversation; with `opening` its last message begins the model's reply.
+    def conversation(self, *, reason: bool = False, **values: object) -> Conversation:
+        """Returns the filled conversation, which asks for brief reasoning or for the reply.
 
-        Raises KeyError if a placeholder has no value.
+        Raises:
+          KeyError: a placeholder has no value.
         """
-        messages = [
-            {"role": "system", "content": string.Template(self.system).substitute(values)},
-            {"role": "user", "content": string.Template(self.user).substitute(values)},
+        turn = "\n\n".join(filter(None, (self.user, self.reason if reason else self.request)))
+        return [
+            {"role": "system", "content": _filled(self.system, values)},
+            {"role": "user", "content": _filled(turn, values)},
         ]
-        if opening:
-            messages.append({"role": "assistant", "content": self.opening})
-        return messages
+
+    def filled_request(self, **values: object) -> str:
+        """Returns the turn that asks for the reply after brief reasoning."""
+        return _filled(self.request, values)
+
+    @property
+    def words(self) -> str:
+        """All the text that the reflector sees of the template, without placeholders."""
+        return re.sub(r"\$\{?\w+\}?", " ", "\n".join((self.system, self.user, self.reason, self.request)))
 
 
-_FOLDER = importlib.resources.files("espl_jax.evolution") / "templates"
+@dataclasses.dataclass(frozen=True)
+class Templates:
+    """The templates of a run.
+
+    Attributes:
+      folder: files that replace built-in ones of the same name; empty for none.
+    """
+
+    folder: str = ""
+
+    def load(self, name: str) -> PromptTemplate:
+        """Returns a template of `PLACEHOLDERS`. Raises ValueError, naming the file, if it is not usable."""
+        return _load(name, self.folder)
+
+    def check(self, reasoning: str) -> None:
+        """Checks all templates of the folder.
+
+        Args:
+          reasoning: as `Reflection.reasoning`.
+
+        Raises:
+          ValueError: naming the file and what is wrong with it.
+        """
+        field = f"reflection.templates={self.folder!r}"
+        if not self.folder:
+            return
+        folder = Path(self.folder).expanduser()
+        if not folder.is_dir():
+            raise ValueError(f"{field}: there is no such folder; correct the path")
+        files = sorted(file.stem for file in folder.glob("*.txt"))
+        if unknown := [name for name in files if name not in PLACEHOLDERS]:
+            raise ValueError(
+                f"{field}: {unknown[0]}.txt is no template; rename it to one of {', '.join(PLACEHOLDERS)}"
+            )
+        if not files:
+            raise ValueError(f"{field}: there is no .txt file in it; add one of {', '.join(PLACEHOLDERS)}")
+        for name in files:
+            template = self.load(name)
+            if reasoning == "brief" and name != "summary" and not (template.reason and template.request):
+                raise ValueError(
+                    f"{folder / name}.txt: reflection.reasoning=brief needs the sections `=== reason ===` "
+                    "and `=== request ===`; add them, or set reflection.reasoning=none"
+                )
+
+
+BUILT_IN = Templates()
+"""The templates of the package."""
 
 
 def template_names() -> list[str]:
-    """Names of all templates."""
-    return sorted(file.name.removesuffix(".txt") for file in _FOLDER.iterdir() if file.name.endswith(".txt"))
+    """Returns the names of all templates."""
+    return sorted(PLACEHOLDERS)
 
 
 @functools.cache
-def load_template(name: str) -> PromptTemplate:
-    """The template `templates/<name>.txt`; its sections begin `=== system ===`, `=== user ===` and so on."""
-    text = (_FOLDER / f"{name}.txt").read_text(encoding="utf-8")
+def _load(name: str, folder: str) -> PromptTemplate:
+    own = Path(folder).expanduser() / f"{name}.txt" if folder else None
+    if own is not None and own.is_file():
+        return _read(name, own.read_text(encoding="utf-8"), str(own))
+    return _read(name, (_PACKAGED / f"{name}.txt").read_text(encoding="utf-8"), f"{name}.txt")
+
+
+def _read(name: str, text: str, where: str) -> PromptTemplate:
     _, *parts = _HEADER.split(text)
     sections = {title: body.strip() for title, body in zip(parts[::2], parts[1::2], strict=True)}
-    return PromptTemplate(**sections)
+    if unknown := set(sections) - set(SECTIONS):
+        raise ValueError(f"{where}: the section {sorted(unknown)[0]!r} is unknown; use {', '.join(SECTIONS)}")
+    if missing := {"system", "user"} - set(sections):
+        raise ValueError(f"{where}: the section `=== {sorted(missing)[0]} ===` is missing; add it")
+    used: set[str] = set()
+    for title, body in sections.items():
+        template = string.Template(body)
+        if not template.is_valid():
+            raise ValueError(
+                f"{where}, section {title}: a `$` begins no placeholder; write `$$` for a dollar"
+            )
+        used.update(template.get_identifiers())
+    required, optional = PLACEHOLDERS[name]
+    if unknown := used - required - optional:
+        raise ValueError(
+            f"{where}: the placeholder ${sorted(unknown)[0]} is unknown; use "
+            f"{', '.join(f'${each}' for each in sorted(required | optional))}"
+        )
+    if missing := required - used:
+        raise ValueError(f"{where}: the placeholder ${sorted(missing)[0]} is missing; add it")
+    return PromptTemplate(name, **sections)
+
+
+def _filled(text: str, values: dict[str, object]) -> str:
+    return string.Template(text).substitute(values)

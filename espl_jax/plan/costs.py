@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from espl_jax.evolution.templates import load_template, template_names
+from espl_jax.evolution.templates import Templates, template_names
 from espl_jax.models.config import DecoderConfig
 from espl_jax.parallel import sharding
 from espl_jax.plan import programs, tpu_compiler
@@ -185,7 +185,8 @@ def _run(
     held = programs.held(config, decoder, optimizer, mesh)
     sizes, axes = held.sizes(), dict(mesh.shape)
     splits = ("validation", "test") if config.data.test else ("validation",)
-    longest = max(len(load_template(name).system) for name in template_names())
+    templates = Templates(config.reflection.templates)
+    longest = max(len(templates.load(name).system) for name in template_names())
     every = workloads(
         config,
         decoder,

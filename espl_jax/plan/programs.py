@@ -237,9 +237,11 @@ def sampling_programs(
         runs=-(-sampling.problems // size),
     )
 
-    def chunk(name: str, sizes: Sizes, rows: int, columns: int, aligned: bool, runs: float) -> Program:
+    def chunk(
+        name: str, sizes: Sizes, rows: int, columns: int, aligned: bool, runs: float, constrained: bool
+    ) -> Program:
         allowed = ()
-        if sampling.constrained:
+        if constrained:
             words = numbers(rows, -(-decoder.vocab_size // 32), dtype=jnp.uint32)
             allowed = (sharding.place_rows(words, mesh),)
         return program(
@@ -256,33 +258,39 @@ def sampling_programs(
             *allowed,
             uses=uses,
             runs=runs,
-            loops={"jit(decode_chunk)/while": sizes.steps, "/while": HALVINGS},
+            loops={"jit(decode_chunk)/while": 1 if constrained else sizes.steps, "/while": HALVINGS},
             columns=columns,
-            steps=sizes.steps,
+            steps=1 if constrained else sizes.steps,
             greedy=sampling.greedy,
             truncation=sampling.truncation,
             aligned=aligned,
         )
 
     filled = lengths.problem - 1
+    most = stages[-1].longest
+    free_until = filled + sampling.reasoning if sampling.constrained else most
     for number, sizes in enumerate(stages, 1):
         of_stage = f" of stage {number}" if len(stages) > 1 else ""
-        starts = range(filled, sizes.longest, sizes.steps)
-        chunks = collections.Counter(sizes.columns_for(start) for start in starts)
-        filled += len(starts) * sizes.steps
-        runs = {columns: float(chunks[columns]) for columns in sizes.columns}
         # As chunks are where nothing has ended yet.
         aligned = lanes == 1 or (sizes.shards == 1 and sizes.slots == sampling.rows)
-        kind = "decode chunk" if counted else "constrained step" if sampling.constrained else "chunk"
-        for columns, count in (runs if every_bucket else _ends(runs)).items():
-            name = kind
-            if not every_bucket:
-                name += ", largest" if columns == sizes.columns[-1] else ", smallest"
-            count *= -(-sampling.rows // sizes.slots)
-            yield chunk(name + of_stage, sizes, sizes.slots, columns, aligned, count)
-        if aligned and lanes > 1 and len(sizes.widths) > 1:
-            name = f"{kind}, rows mixed{of_stage}"
-            yield chunk(name, sizes, sizes.widths[-2], sizes.columns[-1], False, 0)
+        kinds = {"decode chunk" if counted else "chunk": (False, min(free_until, sizes.longest))}
+        kinds["constrained step"] = (True, sizes.longest)
+        for kind, (constrained, until) in kinds.items():
+            starts = range(filled, until, 1 if constrained else sizes.steps)
+            if not starts:
+                continue
+            chunks = collections.Counter(sizes.columns_for(start) for start in starts)
+            filled += len(starts) * starts.step
+            runs = {columns: float(chunks[columns]) for columns in sizes.columns}
+            for columns, count in (runs if every_bucket else _ends(runs)).items():
+                name = kind
+                if not every_bucket:
+                    name += ", largest" if columns == sizes.columns[-1] else ", smallest"
+                count *= -(-sampling.rows // sizes.slots)
+                yield chunk(name + of_stage, sizes, sizes.slots, columns, aligned, count, constrained)
+            if aligned and lanes > 1 and len(sizes.widths) > 1:
+                name = f"{kind}, rows mixed{of_stage}"
+                yield chunk(name, sizes, sizes.widths[-2], sizes.columns[-1], False, 0, constrained)
         yield from _in_place(
             program, sampling, decoder, params, system, stages, number - 1, cache(*shape), mesh
         )

@@ -9,9 +9,10 @@ from typing import Any
 
 from absl import logging
 
+from espl_jax.evolution.reflection import in_two_steps
 from espl_jax.reflectors.journal import Journal, digest
 from espl_jax.reflectors.openai_server import FAILURES, FINAL, OpenAIServer
-from espl_jax.types import Conversation, Schema
+from espl_jax.types import Conversation, Grammar, Question, Reply, Schema
 
 PATIENCE = 3
 """So many conversations, or `concurrency` of them, fail for good in a row before a server is left alone."""
@@ -76,17 +77,34 @@ class OpenAIReflector:
           RuntimeError: an answer that every request would get: wrong key, model or address, no funds.
           OSError: the journal cannot be written.
         """
-        return self._reflect(conversations, [None] * len(conversations))
+        replies = self._reply_to(conversations, [None] * len(conversations))
+        return [reply and reply.text for reply in replies]
 
-    def constrained(
-        self, conversations: Sequence[Conversation], schemas: Sequence[Schema]
-    ) -> list[str | None]:
-        """As `__call__`, each reply kept to the JSON schema of its conversation if the server can do so."""
-        return self._reflect(conversations, schemas)
+    def ask(self, questions: Sequence[Question]) -> list[Reply | None]:
+        """One reply each, in order, as `__call__`; kept to its JSON schema if the server can do so.
 
-    def _reflect(
+        Brief reasoning is a request of its own before that for the reply. With `reasoning="model"` the server
+        is left to think as it does.
+        """
+        return in_two_steps(self._reply_to, questions)
+
+    def _reply_to(
+        self, conversations: Sequence[Conversation], grammars: Sequence[Grammar | None]
+    ) -> list[Reply | None]:
+        # Servers share no grammar but JSON schema; lines are read leniently.
+        schemas = [grammar if isinstance(grammar, dict) else None for grammar in grammars]
+        entries = self._entries(conversations, schemas)
+        return [
+            None
+            if entry["reply"] is None
+            else Reply(text=entry["reply"], ended=not entry.get("cut_off", False))
+            for entry in entries
+        ]
+
+    def _entries(
         self, conversations: Sequence[Conversation], schemas: Sequence[Schema | None]
-    ) -> list[str | None]:
+    ) -> list[dict[str, Any]]:
+        """The journal's entries of all conversations, in order."""
         requests = [self._request(*each) for each in zip(conversations, schemas, strict=True)]
         entries = {}
         if self._journal is not None:
@@ -101,7 +119,7 @@ class OpenAIReflector:
             entries |= dict(zip(missing, answered, strict=True))
         for entry in entries.values():
             self._count(entry)
-        return [entries[i]["reply"] for i in range(len(requests))]
+        return [entries[i] for i in range(len(requests))]
 
     def _request(self, conversation: Conversation, schema: Schema | None) -> dict[str, Any]:
         """All that decides a reply; its digest is the journal's key."""

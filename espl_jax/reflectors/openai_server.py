@@ -128,7 +128,8 @@ class OpenAIServer:
         """Asks one conversation until there is a reply or no hope of one.
 
         Returns:
-          Plain JSON values: `reply`, without thinking blocks, or None; `failure`, one of `FAILURES` or None;
+          Plain JSON values: `reply`, without thinking blocks, or None; `cut_off`, whether the limit of tokens
+          ended it; `failure`, one of `FAILURES` or None;
           `said`, what was heard instead of a reply; `retries`; `usage`, `prompt_tokens` and
           `completion_tokens` of all attempts, as far as the server told them.
 
@@ -141,7 +142,14 @@ class OpenAIServer:
             parts["response_format"] = {"type": "json_schema", "json_schema": form}
         refused = set(self._refused)
         usage = {"prompt_tokens": 0, "completion_tokens": 0}
-        outcome = {"reply": None, "failure": None, "said": None, "retries": 0, "usage": usage}
+        outcome = {
+            "reply": None,
+            "cut_off": False,
+            "failure": None,
+            "said": None,
+            "retries": 0,
+            "usage": usage,
+        }
         try:
             async for attempt in tenacity.AsyncRetrying(
                 stop=tenacity.stop_after_attempt(self.max_retries + 1),
@@ -152,7 +160,7 @@ class OpenAIServer:
                 outcome["retries"] = attempt.retry_state.attempt_number - 1
                 with attempt:
                     body = await self._attempt(client, conversation, parts, refused)
-                    outcome["reply"] = _read_reply(body, usage)
+                    outcome["reply"], outcome["cut_off"] = _read_reply(body, usage)
         except _Failure as failure:
             outcome |= {"failure": failure.reason, "said": self._quote(failure.said)}
         return outcome
@@ -248,10 +256,9 @@ def _retry_after(headers: Mapping[str, str]) -> float:
         return 0.0
 
 
-def _read_reply(body: bytes, usage: dict[str, int]) -> str:
-    """The text of an answer, without thinking blocks; adds its tokens to `usage`.
-
-    A reply that was cut by the limit of tokens is one, as far as it goes.
+def _read_reply(body: bytes, usage: dict[str, int]) -> tuple[str, bool]:
+    """The text of an answer, without thinking blocks, and whether the limit of tokens cut it off; adds its
+    tokens to `usage`.
 
     Raises:
       _Failure: for a body without a reply, or with one that the server did not finish or reports an error
@@ -287,14 +294,14 @@ def _read_reply(body: bytes, usage: dict[str, int]) -> str:
     # JSON can hold half a surrogate pair, which no file and no further request can.
     reply = strip_thinking(content.encode(errors="replace").decode()) if isinstance(content, str) else ""
     if reply.strip():
-        return reply
+        return reply, finish in _OUT_OF_TOKENS
     if isinstance(refusal, str) and refusal:
         raise _Failure("filtered", f"refusal: {refusal}")
     if finish in _OUT_OF_TOKENS:
         raise _Failure("length", "no tokens were left for a reply; raise reflection.max_new_tokens")
     if not isinstance(content, str) or finish not in _ENDED:
         raise _Failure("body", f"no reply in it: {said}")
-    return reply
+    return reply, False
 
 
 def _read_api_key(variable: str) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from espl_jax.evolution.reflection import after_reasoning
 from espl_jax.reflectors.journal import digest
 from espl_jax.storage import json_values
-from espl_jax.types import Conversation, Schema
+from espl_jax.types import Conversation, Question, Reply
 
 
 class Transcripts:
@@ -30,8 +32,8 @@ class Transcripts:
                 f"reflection.replay={path}: there is no such file; name a run's reflections.jsonl or "
                 "replies.jsonl"
             )
-        # Conversation -> iteration -> number of the asking -> reply.
-        self._replies: dict[str, dict[int | None, dict[int, str | None]]] = {}
+        # Conversation -> iteration -> number of the asking -> record.
+        self._replies: dict[str, dict[int | None, dict[int, dict[str, Any]]]] = {}
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
@@ -39,8 +41,8 @@ class Transcripts:
         if not self._replies:
             raise ValueError(f"reflection.replay={path}: the file is empty; name one with transcripts")
 
-    def replies(self, conversation: Conversation, iteration: int) -> list[str | None]:
-        """All recorded replies to a conversation, in order: the iteration's own, then those of others."""
+    def records(self, conversation: Conversation, iteration: int) -> list[dict[str, Any]]:
+        """All records of a conversation, in order: the iteration's own, then those of others."""
         by_iteration = self._replies.get(digest(conversation), {})
         others = [each for name, each in by_iteration.items() if name != iteration]
         return [
@@ -54,7 +56,7 @@ class Transcripts:
         replies = by_iteration.setdefault(record.get("iteration"), {})
         # A journal has replies in the order in which they arrived, and the number of each. Where it has a
         # number twice, the iteration was done again under other settings, and the last is what came of it.
-        replies[record.get("number", len(replies))] = record["reply"]
+        replies[record.get("number", len(replies))] = record
 
 
 class ReplayReflector:
@@ -82,24 +84,44 @@ class ReplayReflector:
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[str | None]:
         """One recorded reply for each conversation, or None."""
-        return [self._reply(conversation) for conversation in conversations]
+        records = [self._record(conversation) for conversation in conversations]
+        return [record and record["reply"] for record in records]
 
-    def constrained(
-        self, conversations: Sequence[Conversation], schemas: Sequence[Schema]
-    ) -> list[str | None]:
-        """As `__call__`: what was recorded does not change, whatever its schema."""
-        return self(conversations)
+    def ask(self, questions: Sequence[Question]) -> list[Reply | None]:
+        """One recorded reply each, or None; a grammar does not change what was recorded.
 
-    def _reply(self, conversation: Conversation) -> str | None:
-        recorded = self._transcripts.replies(conversation, self._iteration)
+        A run's `reflections.jsonl` holds brief reasoning and the reply in one record, a server's journal in
+        two, as the server was asked.
+        """
+        return [self._answer(question) for question in questions]
+
+    def _answer(self, question: Question) -> Reply | None:
+        record = self._record(question.conversation)
+        reply = _reply(record)
+        if record is None or reply is None or question.reasoning != "brief" or "reasoning" in record:
+            return reply
+        if not reply.ended:
+            return Reply(text="", reasoning=reply.text, ended=False)
+        second = _reply(self._record(after_reasoning(question, reply.text)))
+        return second and dataclasses.replace(second, reasoning=reply.text)
+
+    def _record(self, conversation: Conversation) -> dict[str, Any] | None:
+        recorded = self._transcripts.records(conversation, self._iteration)
         name = digest(conversation)
         number = self._seen[name]
         self._seen[name] += 1
-        reply = recorded[number] if number < len(recorded) else None
+        record = recorded[number] if number < len(recorded) else None
         self.counts["requests"] += 1
-        self.counts["failed"] += reply is None
-        self.counts["unrecorded"] += number >= len(recorded)
-        return reply
+        self.counts["failed"] += record is None or record["reply"] is None
+        self.counts["unrecorded"] += record is None
+        return record
+
+
+def _reply(record: dict[str, Any] | None) -> Reply | None:
+    if record is None or record["reply"] is None:
+        return None
+    ended = record.get("ended", True) and not record.get("cut_off", False)
+    return Reply(text=record["reply"], reasoning=record.get("reasoning", ""), ended=ended)
 
 
 def _transcript(line: bytes, where: str) -> dict[str, Any]:

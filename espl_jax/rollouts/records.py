@@ -22,7 +22,7 @@ def records(rollouts: Rollouts) -> list[dict[str, Any]]:
             "truncated": rollouts.truncated[m, b, n],
             "answer": rollouts.answers[m][b][n],
             "reply": rollouts.replies[m][b][n],
-            "feedback": rollouts.feedback[m][b][n],
+            "feedback": rollouts.feedback_on(m, b, n),
             "environment": {name: values[m, b, n] for name, values in rollouts.metrics.items()},
             "tokens": rollouts.tokens[m, b, n, : rollouts.lengths[m, b, n]],
             "logprob": rollouts.logprobs[m, b, n].sum(dtype=np.float64),

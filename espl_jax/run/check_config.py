@@ -7,12 +7,16 @@ from typing import Any
 from espl_jax.choices import (
     AGGREGATIONS,
     BASELINES,
+    EDIT_FORMATS,
     KL_ESTIMATORS,
     LOSSES,
     MATMUL_PRECISIONS,
     MODES,
     NORMALIZATIONS,
     OPTIMIZERS,
+    OUTPUTS,
+    REASONINGS,
+    REFLECTED_PROBLEMS,
     REFLECTORS,
     REMATS,
     SAMPLING_LAYOUTS,
@@ -40,9 +44,14 @@ _CHOICES = {
     "selection.strategy": tuple(STRATEGIES),
     "ratings.system": tuple(SYSTEMS),
     "evolution.form": tuple(EDITORS),
+    "evolution.output": OUTPUTS,
     "deployment.rule": RULES,
     "reflection.reflector": REFLECTORS,
     "reflection.policy": ("reference", "current"),
+    "reflection.problems": REFLECTED_PROBLEMS,
+    "reflection.stages": (3, 1),
+    "reflection.reasoning": REASONINGS,
+    "reflection.format": ("auto", *EDIT_FORMATS),
     "loss.kind": LOSSES,
     "loss.aggregation": AGGREGATIONS,
     "loss.baseline": BASELINES,
@@ -63,6 +72,9 @@ _AT_LEAST = {
     ),
     **dict.fromkeys(("evolution.max_prompt_tokens", "deployment.candidates", "reflection.concurrency"), 1),
     **dict.fromkeys(("evolution.word_retries", "evolution.copied_tokens", "deployment.min_tournaments"), 0),
+    **dict.fromkeys(("reflection.max_problems", "reflection.max_attempts", "reflection.verbatim_chars"), 0),
+    "reflection.rejected_edits": 0,
+    "reflection.reasoning_tokens": 1,
     **dict.fromkeys(("reflection.max_retries", "reflection.price_input", "reflection.price_output"), 0),
     "ratings.drift_sigma": 0,
     **dict.fromkeys(("evaluation.validation_samples", "evaluation.test_samples", "data.validation_count"), 1),
@@ -98,7 +110,7 @@ def check_config(config: Config, files: bool = True) -> None:
     given = _flat(config)
     for field, choices in _CHOICES.items():
         if given[field] not in choices:
-            raise ValueError(f"{field}={given[field]!r}: choose one of {', '.join(choices)}")
+            raise ValueError(f"{field}={given[field]!r}: choose one of {', '.join(map(str, choices))}")
     for field, least in _AT_LEAST.items():
         if not given[field] >= least:
             raise ValueError(f"{field}={given[field]!r}: give at least {least}")

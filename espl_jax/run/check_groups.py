@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NoReturn
 
-from espl_jax.choices import CLIP_RANGES, ENVIRONMENTS, LORA_TARGETS, SEQUENCE_LOSSES
+from espl_jax.choices import CLIP_RANGES, ENVIRONMENTS, LORA_TARGETS, SEQUENCE_LOSSES, SHOWN
 from espl_jax.data import specs
 from espl_jax.environments.retrievers.server import is_address
-from espl_jax.evolution.schemas import blocks_schema, edits_schema
+from espl_jax.evolution.templates import Templates
 from espl_jax.run.config import Config
 from espl_jax.storage import json_values
 
@@ -53,7 +53,7 @@ def check_groups(config: Config) -> None:
     _check_evolution(config)
     if config.mode != "rl":
         _check_reflection(config.reflection)
-        _check_reply_length(config)
+        _check_shown(config)
     _check_environment(config)
     _check_loss(config.loss)
     if trains(config):
@@ -314,18 +314,29 @@ def _check_reflection(r: Any) -> None:
             r.policy,
             "current weights reflect on device alone; give reflector=local, or policy=reference",
         )
+    if r.source and (r.reflector != "local" or r.policy == "current"):
+        _refuse(
+            "reflection.source",
+            r.source,
+            "another model reflects on device, with its own weights; give reflector=local and "
+            "policy=reference, or leave it empty",
+        )
+    _check_json_object("reflection.chat_template_kwargs", r.chat_template_kwargs)
+    Templates(r.templates).check(r.reasoning)
     if not r.timeout > 0:
         _refuse("reflection.timeout", r.timeout, "give seconds, more than 0")
 
 
-def _check_reply_length(config: Config) -> None:
-    """Whether the longest replies that schemas ask for have room. Raises ValueError."""
-    if not config.reflection.constrained or config.reflection.reflector == "replay":
-        return
-    room = {"max_reply_tokens": config.reflection.max_new_tokens, "max_edits": 1, "max_chars": 1}
-    if config.evolution.form == "prose":
-        blocks_schema((), evidence=True, **room)
-        return
-    names = [f"{letter}{number}" for letter in "GC" for number in (998, 999)]
-    edits_schema(("modify", "merge"), names, **room)
-    edits_schema(("add", "modify", "remove"), names, evidence=True, **room)
+def _check_shown(config: Config) -> None:
+    """Checks what the reflector is shown, and that rewrites come in one stage."""
+    r, shown = config.reflection, tuple(config.reflection.show)
+    if unknown := [part for part in shown if part not in SHOWN]:
+        _refuse("reflection.show", shown, f"{unknown[0]!r} is unknown; choose from {', '.join(SHOWN)}")
+    if {"summary", "trajectory"} <= {*shown}:
+        _refuse("reflection.show", shown, "an attempt is shown whole or as a summary; leave out one of them")
+    if not {"verdict", "feedback"} & {*shown}:
+        _refuse("reflection.show", shown, "nothing says what was wrong; add verdict or feedback")
+    if config.evolution.output == "rewrite" and r.stages != 1:
+        _refuse(
+            "evolution.output", config.evolution.output, "a rewrite takes one call; give reflection.stages=1"
+        )

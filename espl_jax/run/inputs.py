@@ -23,7 +23,10 @@ BLOCKS, BLOCK = 64, 2**16
 
 
 def fingerprints(
-    config: Config, splits: Mapping[str, ProblemSet], model_files: Mapping[str, Path]
+    config: Config,
+    splits: Mapping[str, ProblemSet],
+    model_files: Mapping[str, Path],
+    reflector_files: Mapping[str, Path] | None = None,
 ) -> Fingerprints:
     """Fingerprints everything that a run reads and that its configuration only names.
 
@@ -34,12 +37,18 @@ def fingerprints(
       config: the run's configuration.
       splits: all problems.
       model_files: those that the model was read from, by name.
+      reflector_files: likewise of the model of `reflection.source`.
     """
     found: Fingerprints = {}
     for split, problems in splits.items():
         source = "train" if split == "validation" and not config.data.validation else split
         found.setdefault(f"data.{source}", {})[f"problems of {split}"] = _problems_digest(problems)
     found["model.source"] = fingerprint_files(model_files)
+    if reflector_files:
+        found["reflection.source"] = fingerprint_files(reflector_files)
+    if config.reflection.templates:
+        folder = Path(config.reflection.templates).expanduser()
+        found["reflection.templates"] = fingerprint_files({file.name: file for file in folder.glob("*.txt")})
     for field, spec in {"name": config.environment.name, "reward": config.environment.reward}.items():
         if ":" in spec:
             found[f"environment.{field}"] = fingerprint_files(_sources(spec.partition(":")[0]))

@@ -12,9 +12,9 @@ import optax
 
 from espl_jax.data.problems import ProblemSet
 from espl_jax.environments.base import Dialogue, Environment, is_dialogue
-from espl_jax.evolution.evolve import Evolution
 from espl_jax.evolution.guards import Guards
-from espl_jax.evolution.templates import load_template, template_names
+from espl_jax.evolution.settings import Evolution, Reflection
+from espl_jax.evolution.templates import Templates, template_names
 from espl_jax.models.config import DecoderConfig
 from espl_jax.parallel import processes, sharding
 from espl_jax.parallel.memory import bytes_per_device
@@ -27,7 +27,7 @@ from espl_jax.run.check_groups import trains
 from espl_jax.run.config import Config
 from espl_jax.run.context import context_of, fitting, least_budget
 from espl_jax.run.tasks import environment_of, load_splits
-from espl_jax.run.weights import abstract_trainable, declared_trainable, load_reference
+from espl_jax.run.weights import abstract_trainable, declared_trainable, load_reference, load_reflector
 from espl_jax.run.workloads import Lengths, Workload, workloads
 from espl_jax.sampling.layout import for_sampling
 from espl_jax.sampling.settings import Capacity, Sampling
@@ -57,6 +57,7 @@ class Parts:
       sampling: how rollouts are drawn.
       capacity: what of the devices rollouts may take.
       evolution: how prompts change.
+      reflector: the model that reflects, where it is neither the reference nor the policy, else None.
       objective: what updates make smaller.
       inputs: fingerprints of what was read.
       left_out: ids of the problems that are too long for the context, by split.
@@ -75,6 +76,7 @@ class Parts:
     sampling: Sampling
     capacity: Capacity
     evolution: Evolution
+    reflector: Pretrained | None
     objective: Objective
     inputs: inputs.Fingerprints
     left_out: dict[str, tuple[str, ...]]
@@ -110,7 +112,10 @@ def assemble(config: Config) -> Parts:
     splits = processes.decide(lambda: load_splits(config))
     environment = environment_of(config)
     model = load_reference(config, mesh)
-    read = processes.decide(lambda: inputs.fingerprints(config, splits, model.files))
+    reflector = load_reflector(config, mesh)
+    read = processes.decide(
+        lambda: inputs.fingerprints(config, splits, model.files, reflector and reflector.files)
+    )
     splits, left_out = fitting(config, splits, model, environment)
     problems = [problem for split in splits.values() for problem in split.problems]
     chat, optimizer = chat_format(config), make_optimizer_of(config)
@@ -118,7 +123,8 @@ def assemble(config: Config) -> Parts:
     state = abstract_run_state(config, model.config, optimizer, mesh)
     capacity = Capacity(
         max_rows=config.sampling.max_rows or None,
-        held_bytes=held_while_sampling(model, state, declared, bool(config.lora.rank), mesh),
+        held_bytes=held_while_sampling(model, state, declared, bool(config.lora.rank), mesh)
+        + bytes_per_device(reflector and reflector.params),
         longest_problem=longest_problem(model.tokenizer, problems, environment, chat.template_arguments),
         mesh=mesh,
     )
@@ -138,6 +144,7 @@ def assemble(config: Config) -> Parts:
         evolution=evolution_of(
             config, guards(config, model, environment, splits, chat, capacity.longest_problem)
         ),
+        reflector=reflector,
         objective=objective_of(config),
         inputs=read,
         left_out=left_out,
@@ -169,12 +176,26 @@ def evolution_of(config: Config, guards: Guards) -> Evolution:
     return Evolution(
         form=config.evolution.form,
         guards=guards,
-        opening=config.reflection.opening,
-        constrained=config.reflection.constrained,
+        reflection=reflection_of(config),
         crossover_prob=0.0 if config.mode == "reflection" else config.evolution.crossover_prob,
         crossover_sigma=config.evolution.crossover_sigma,
         mutation_sigma=config.evolution.mutation_sigma,
         tie_margin=config.ratings.tie_margin,
+    )
+
+
+def reflection_of(config: Config) -> Reflection:
+    """What the reflector of a run is shown and asked."""
+    r = config.reflection
+    names = ("problems", "max_problems", "max_attempts", "verbatim_chars", "rejected_edits", "stages")
+    names += ("reasoning", "opening", "constrained")
+    by_reflector = "json" if r.reflector == "openai" else "lines"
+    return Reflection(
+        **{name: r[name] for name in names},
+        show=tuple(r.show),
+        output=config.evolution.output,
+        format=by_reflector if r.format == "auto" else r.format,
+        templates=Templates(r.templates),
     )
 
 
@@ -214,11 +235,11 @@ def guards(
     problems = [problem for split in splits.values() for problem in split.problems]
     longest = longest_conversation(model.tokenizer, problems, environment, chat.template_arguments)
     room = context - max(longest_problem + config.sampling.max_new_tokens, longest + 1)
-    names = ("max_edits", "max_words", "word_retries", "max_principles", "copied_tokens", "copied_answers")
+    names = ("max_edits", "max_words", "word_retries", "max_principles")
+    names += ("copied_tokens", "copied_answers", "copied_templates", "copied_members")
     return Guards(
         **{name: config.evolution[name] for name in names},
         max_prompt_tokens=max(min(config.evolution.max_prompt_tokens, room), least_budget(config, context)),
-        max_reply_tokens=config.reflection.max_new_tokens,
         tokenize=functools.partial(encode, model.tokenizer),
         problems=splits["train"].problems,
     )
@@ -234,9 +255,10 @@ def rollout_sizes(config: Config, parts: Parts) -> tuple[Sizes, ...]:
 def workloads_of(config: Config, parts: Parts, lengths: Lengths) -> list[Workload]:
     """All samplings of the run; its rollouts are as long as `lengths` say."""
     model, arguments = parts.reference, parts.chat.template_arguments
+    templates = parts.evolution.reflection.templates
 
     def instructions(name: str) -> int:
-        turns = (("system", load_template(name).system), ("user", "-"))
+        turns = (("system", templates.load(name).system), ("user", "-"))
         messages = [{"role": role, "content": content} for role, content in turns]
         return len(encode_conversation(model.tokenizer, messages, **arguments)[0])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -43,14 +44,16 @@ def open_reflectors(config: Config, parts: Parts, workdir: Path) -> Iterator[Mak
     """
     r = config.reflection
     if r.reflector == "local" or not parts.evolves:
+        arguments = json.loads(r.chat_template_kwargs) if parts.reflector else parts.chat.template_arguments
 
         def on_device(policy: Pretrained, iteration: int) -> Reflect:
             return local_reflector(
-                policy if r.policy == "current" else parts.reference,
+                parts.reflector or (policy if r.policy == "current" else parts.reference),
                 key=stream_key(config.seed, "reflection", iteration),
                 sampling=Sampling(max_new_tokens=r.max_new_tokens, temperature=r.temperature),
                 max_input_tokens=r.max_input_tokens,
-                template_arguments=parts.chat.template_arguments,
+                reasoning_tokens=r.reasoning_tokens,
+                template_arguments=arguments,
                 capacity=parts.capacity,
             )
 

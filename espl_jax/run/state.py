@@ -14,6 +14,7 @@ from absl import logging
 from espl_jax.data.order import Cursor
 from espl_jax.evolution import lineage
 from espl_jax.evolution.population import Population, from_json, prompt_from_json
+from espl_jax.evolution.reflection import Rejected
 from espl_jax.models import lora
 from espl_jax.parallel import processes
 from espl_jax.rollouts.keys import stream_key
@@ -54,6 +55,7 @@ class Run:
       skipped: updates left out because no group was mixed.
       not_finite_in_row: updates skipped since the last one taken, because their loss or gradient was not
         finite.
+      rejected: edits that evolution refused lately, the newest last.
       inputs: fingerprints of what the run has read.
     """
 
@@ -64,6 +66,7 @@ class Run:
     cursor: Cursor
     skipped: int = 0
     not_finite_in_row: int = 0
+    rejected: tuple[Rejected, ...] = ()
     inputs: Fingerprints = dataclasses.field(default_factory=dict)
 
 
@@ -76,6 +79,7 @@ def save(workdir: WorkDir, run: Run) -> None:
         "cursor": dataclasses.asdict(run.cursor),
         "skipped": run.skipped,
         "not_finite_in_row": run.not_finite_in_row,
+        "rejected": [list(each) for each in run.rejected],
         "inputs": run.inputs,
     }
     workdir.save(run.iteration, run.train_state, state)
@@ -121,6 +125,7 @@ def restore(workdir: WorkDir, config: Config, parts: Parts) -> Run:
         Cursor(**state["cursor"]),
         state["skipped"],
         state["not_finite_in_row"],
+        tuple(Rejected(*each) for each in state.get("rejected", ())),
         state["inputs"] | parts.inputs,
     )
 

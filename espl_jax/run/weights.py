@@ -70,6 +70,13 @@ def load_reference(config: Config, mesh: jax.sharding.Mesh | None, **changes: An
     )
 
 
+def load_reflector(config: Config, mesh: jax.sharding.Mesh | None) -> Pretrained | None:
+    """The model of `reflection.source`; None where the policy or the reference reflects."""
+    if not config.reflection.source or config.mode == "rl":
+        return None
+    return load_pretrained(config.reflection.source, mesh=mesh, **numerics(config))
+
+
 def declared_trainable(config: Config, decoder: DecoderConfig) -> Any:
     """Declarations of what is trained: adapters, or with rank 0 all weights."""
     if config.lora.rank:

@@ -37,7 +37,8 @@ class Workload:
       greedy: whether the most likely tokens are taken.
       truncation: what cannot be drawn.
       turns: whether tokens may be appended to rows.
-      constrained: whether a schema decides before every token what it may be.
+      constrained: whether a grammar decides before every token what it may be.
+      reasoning: most tokens that are drawn freely before the grammar does.
       context_limit, max_rows: as `choose_sizes` takes them.
     """
 
@@ -52,6 +53,7 @@ class Workload:
     truncation: Truncation = UNTRUNCATED
     turns: bool = False
     constrained: bool = False
+    reasoning: int = 0
     context_limit: int | None = None
     max_rows: int | None = None
 
@@ -71,7 +73,7 @@ class Workload:
             longest_problem=self.longest_problem,
             max_new_tokens=self.lengths.new,
             context_limit=self.context_limit,
-            chunk=1 if self.constrained else CHUNK,
+            chunk=1 if self.constrained and not self.reasoning else CHUNK,
             turns=self.turns,
             coarse=self.phase == "reflection",
             max_rows=self.max_rows,
@@ -118,7 +120,8 @@ def workloads(
     found = [
         Workload("rollouts", "rollouts", lanes, config.batch_size, group, lengths, greedy=greedy, **shared)
     ]
-    if evolves and config.reflection.reflector == "local":
+    # Another model than the policy has programs of its own.
+    if evolves and config.reflection.reflector == "local" and not config.reflection.source:
         found += _reflection(config, decoder, instructions, limits)
     prompts = {"validation": [], "test": [2 if evolves else 1]}
     if config.evaluation.every:
@@ -143,12 +146,14 @@ def _reflection(
     Shorter conversations come in shorter slots, and more of them where memory bounds their number.
     """
     r = config.reflection
-    most = min(r.max_input_tokens, decoder.max_positions - r.max_new_tokens)
+    reasoning = 0 if r.reasoning == "none" else r.reasoning_tokens
+    most = min(r.max_input_tokens, decoder.max_positions - r.max_new_tokens - reasoning)
     if most <= instructions:
         raise ValueError(
-            f"reflection.max_new_tokens={r.max_new_tokens}, .max_input_tokens={r.max_input_tokens}: of a "
-            f"context of {decoder.max_positions} they leave {most} tokens for a conversation whose "
-            f"instructions have {instructions}; lower the first, or raise the second"
+            f"reflection.max_new_tokens={r.max_new_tokens}, .reasoning_tokens={reasoning}, "
+            f".max_input_tokens={r.max_input_tokens}: of a context of {decoder.max_positions} they leave "
+            f"{most} tokens for a conversation whose instructions have {instructions}; lower the first two, "
+            "or raise the third"
         )
     lengths = Lengths(instructions, most - instructions, r.max_new_tokens)
     # Rounded up as the reflector does.
@@ -162,16 +167,19 @@ def _reflection(
             1,
             bucket(count, smallest=4),
             1,
-            lengths,
+            dataclasses.replace(lengths, new=r.max_new_tokens + tokens),
             longest,
             greedy=r.temperature == 0,
             constrained=constrained,
+            turns=tokens > 0,
+            reasoning=tokens,
             **limits,
         )
-        for name, count, constrained in (
-            ("summaries", summaries, False),
-            ("edits", config.batch_size, r.constrained),
+        for name, count, constrained, tokens in (
+            ("summaries", summaries, False, 0),
+            ("edits", config.batch_size, r.constrained, reasoning),
         )
+        if name == "edits" or "summary" in r.show
     ]
 
 

@@ -1,4 +1,4 @@
-"""Replies kept to a JSON schema while they are drawn: which tokens may come next, by llguidance."""
+"""Replies kept to a grammar while they are drawn: which tokens may come next, by llguidance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llguidance.hf import from_tokenizer
 from llguidance.numpy import fill_next_token_bitmask_par
 from transformers import PreTrainedTokenizerFast
 
-from espl_jax.types import Schema
+from espl_jax.types import Grammar
 
 JSON_OPTIONS = {
     "whitespace_flexible": False,
@@ -23,32 +23,34 @@ JSON_OPTIONS = {
 """How llguidance writes JSON, in its own terms: as `json.dumps(..., ensure_ascii=False)` does."""
 
 
-class SchemaRows:
-    """One reply a row, each kept to a JSON schema; a `sampling.constraint.Constraint`.
+class GrammarRows:
+    """One reply a row, each kept to a grammar; a `sampling.constraint.Constraint`.
 
-    A row may be asked about again and again; only what it accepts moves it on. When its JSON is complete, it
-    ends with a stop token, which it could not draw before.
+    A row may be asked about again and again; only what it accepts moves it on. A stop token can be drawn once
+    the reply is complete.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerFast,
-        schemas: Sequence[Schema],
+        grammars: Sequence[Grammar],
         *,
         stop_ids: Sequence[int],
         vocab_size: int,
+        after_answer: bool = False,
     ):
         """Begins all replies.
 
         Args:
           tokenizer: of the model; byte-level, or with byte fallback.
-          schemas: of the rows, by their number.
+          grammars: of the rows, by their number: JSON schemas, or text in llguidance's Lark.
           stop_ids: the tokens that end a reply, at least one that the model has.
           vocab_size: V, of the model's logits. The tokenizer may have fewer tokens or more; what it does not
             know is never allowed.
+          after_answer: rows draw freely until tokens are appended to them.
 
         Raises:
-          ValueError: llguidance cannot read the tokenizer or a schema, or there is no stop token.
+          ValueError: llguidance cannot read the tokenizer or a grammar, or there is no stop token.
         """
         self._words = -(-vocab_size // 32)
         self._all_words = -(-max(vocab_size, len(tokenizer)) // 32)
@@ -56,15 +58,30 @@ class SchemaRows:
         if not known:
             raise ValueError(f"stop_ids={tuple(stop_ids)}: give a token of the model that ends its replies")
         self._tokens = _tokens_of(tokenizer, max(vocab_size, len(tokenizer)), known)
-        begun = {text: self._begin(text) for text in {json.dumps(schema) for schema in schemas}}
-        self._rows = [begun[json.dumps(schema)].deep_copy() for schema in schemas]
+        begun = {}
+        for grammar in grammars:
+            if (written := json.dumps(grammar)) not in begun:
+                begun[written] = self._begin(grammar)
+        self._rows = [begun[json.dumps(grammar)].deep_copy() for grammar in grammars]
+        self._active = np.full(len(grammars), not after_answer)
 
-    def _begin(self, schema: str) -> llguidance.LLMatcher:
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
-        row = llguidance.LLMatcher(self._tokens, grammar)
+    def _begin(self, grammar: Grammar) -> llguidance.LLMatcher:
+        if isinstance(grammar, str):
+            read = llguidance.LLMatcher.grammar_from_lark(grammar)
+        else:
+            read = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(grammar), overrides=JSON_OPTIONS)
+        row = llguidance.LLMatcher(self._tokens, read)
         if row.is_error():
-            raise ValueError(f"llguidance refuses the schema {schema}: {row.get_error()}")
+            raise ValueError(f"llguidance refuses the grammar {grammar}: {row.get_error()}")
         return row
+
+    def active(self, rows: np.ndarray) -> np.ndarray:
+        """Whether these rows have begun. int [R] -> bool [R]."""
+        return self._active[rows]
+
+    def answered(self, rows: np.ndarray) -> None:
+        """Lets these rows begin. int [R]."""
+        self._active[rows] = True
 
     def allowed(self, rows: np.ndarray) -> np.ndarray:
         """Tokens that may come next. int [R] -> uint32 [R, ceil(V / 32)], token v is bit v % 32 of its word.

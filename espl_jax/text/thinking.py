@@ -31,3 +31,8 @@ def strip_thinking(text: str, opened: bool = False) -> str:
     thought, close, rest = text.rpartition(CLOSE)
     kept = _BLOCK.sub("", thought + close).rpartition(CLOSE)[2]
     return (kept + rest.partition(OPEN)[0]).strip()
+
+
+def strip_tags(text: str) -> str:
+    """What was thought, without the tags around it."""
+    return text.replace(OPEN, "").replace(CLOSE, "").strip()

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from espl_jax.evolution.crossover import crossover, problems_won
+from espl_jax.evolution.crossover import problems_won
 from espl_jax.evolution.edits import replay_edits
 from espl_jax.evolution.guards import Guards
 from espl_jax.types import Problem, Rollouts, SystemPrompt
+from tests.support.evolving import crossover
 
 A = SystemPrompt(text="Add.", principles=("Add the ones.", "Be brief."), id="p1", mu=30.0, sigma=2.0)
 B = SystemPrompt(text="Add.", principles=("Carry the ten.",), id="p2", mu=20.0, sigma=4.0)

@@ -137,8 +137,8 @@ def test_latex_and_escapes(written, meant):
 @pytest.mark.parametrize(
     ("text", "reasons"),
     [
-        ("", ["no_json"]),
-        ("I would change nothing.", ["no_json"]),
+        ("", ["no_edit"]),
+        ("I would change nothing.", ["no_edit"]),
         ("[]", []),
         ('{"edits": []}', []),
         ('[{"op": "add"}]', ["no_principle"]),

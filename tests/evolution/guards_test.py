@@ -1,18 +1,16 @@
 """What is accepted of edits: short, general, new, and within the limits of a prompt."""
 
-import hypothesis
-import hypothesis.strategies as st
-
 from espl_jax.evolution.edits import Add, Merge, Modify, Remove, Replace, apply_edits, drop_unknown
 from espl_jax.evolution.guards import (
     Guards,
     drop_copies,
+    drop_echoes,
     drop_excess,
+    drop_members,
     drop_not_allowed,
     drop_repeats,
     drop_too_large,
-    shorten,
-    shorten_edits,
+    drop_too_long,
 )
 from espl_jax.types import Problem, SystemPrompt
 
@@ -125,7 +123,7 @@ def test_principles_without_spaces_have_a_length_too():
     guards = Guards(max_words=2)
     long = "先读题。" * 10
     assert guards.too_long(Add(long)) and not guards.too_long(Add("先读题。"))
-    assert shorten(long, 2) == long[:24]
+    assert drop_too_long((Add(long), Remove("G0")), guards)[0] == (Remove("G0"),)
 
 
 def test_an_edit_that_makes_the_prompt_too_large_is_refused_alone():
@@ -146,18 +144,27 @@ def test_an_edit_that_makes_the_prompt_too_large_is_refused_alone():
     assert kept == (Modify("G1", "three"),) and [reason for reason, _ in drops] == ["over_budget"]
 
 
-def test_shorten():
-    assert shorten("one two three", 3) == "one two three"
-    assert shorten("One two three four. Five six seven eight", 6) == "One two three four."
-    assert shorten("One two three, four", 3) == "One two three"
-    assert shorten("1. Two three four five", 4) == "1. Two three four"
-    edits, cut = shorten_edits((Add("a b c"), Remove("G0"), Modify("G0", "a")), Guards(max_words=2))
-    assert edits == (Add("a b"), Remove("G0"), Modify("G0", "a"))
-    assert cut == 1
+def test_echoes_of_what_the_reflector_was_told_are_refused():
+    told = [
+        "Propose edits of the principles that would have turned wrong attempts into right ones.",
+        "ADD: [a new principle]",
+    ]
+    echo = Add("Edits: would have turned, wrong attempts into right ones. And more.")
+    for edit in (echo, Add("a new principle"), Modify("G0", "Wrong attempts, into right ones")):
+        assert drop_echoes((edit,), told, Guards())[1][0][0] == "copies_template"
+        assert drop_echoes((edit,), told, Guards(copied_templates=False))[0] == (edit,)
+    # A word or two in common, and fewer than eight in a row within something longer, are no echo.
+    fine = (
+        Add("New principle"),
+        Add("Turned wrong attempts into right ones by checking the sum again."),
+        Remove("G0"),
+    )
+    assert drop_echoes(fine, told, Guards())[0] == fine
 
 
-@hypothesis.given(st.text(), st.integers(1, 40))
-def test_shorten_keeps_the_limit_and_a_beginning(principle, max_words):
-    short = shorten(principle, max_words)
-    assert len(short.split()) <= max_words
-    assert " ".join(principle.split()).startswith(" ".join(short.split()))
+def test_what_another_member_says_is_refused():
+    others = [SystemPrompt(principles=("Carry the ten.",)), SystemPrompt("prose")]
+    edits = (Add("carry the TEN"), Add("Carry."), Remove("G0"))
+    kept, drops = drop_members(edits, others, Guards())
+    assert kept == edits[1:] and [reason for reason, _ in drops] == ["copies_member"]
+    assert drop_members(edits, others, Guards(copied_members=False))[0] == edits

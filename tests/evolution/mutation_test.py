@@ -7,8 +7,8 @@ import pytest
 
 from espl_jax.evolution.edits import replay_edits
 from espl_jax.evolution.guards import Guards
-from espl_jax.evolution.mutation import mutate
-from espl_jax.types import Problem, Rollouts, SystemPrompt
+from espl_jax.types import Problem, Reply, Rollouts, SystemPrompt
+from tests.support.evolving import mutate
 
 PARENT = SystemPrompt(text="Add.", principles=("Add the ones.", "Be brief."), id="p3", mu=31.0, sigma=4.0)
 OTHER = SystemPrompt(text="Other.", id="p4")
@@ -111,7 +111,7 @@ def test_without_opening_the_user_speaks_last():
 def test_no_mixed_problem_means_no_call():
     reflect = Scripted()
     offspring = mutate(PARENT, rollouts_of([PARENT, OTHER], [[[1, 1], [0, 0]], [[0, 1], [0, 1]]]), reflect)
-    assert (offspring.child, offspring.reason, reflect.calls) == (None, "no_mixed_problem", [])
+    assert (offspring.child, offspring.reason, reflect.calls) == (None, "no_problems", [])
 
 
 def test_copies_are_pooled():
@@ -147,7 +147,7 @@ def test_a_useless_revision_falls_back_on_the_critiques():
     reflect = Scripted("s", edits(add("Carry the ten."), suggestion, later), "I like them all!")
     offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1]]]), reflect, guards=Guards(max_edits=3))
     assert offspring.child.principles == ("Add the ones first.", "Be brief.", "Carry the ten.")
-    assert offspring.drops == {"no_json": 1, "revision_unusable": 1, "conflict": 1}
+    assert offspring.drops == {"no_edit": 1, "revision_unusable": 1, "conflict": 1}
     assert offspring.child.evidence["revision_unusable"] is True
 
 
@@ -184,7 +184,7 @@ def test_useless_critiques_make_no_child_and_no_revision():
     reflect = Scripted("s", ["nothing", edits({"op": "remove", "id": "G0"})])
     offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1], [0, 1]]]), reflect)
     assert (offspring.child, offspring.reason) == (None, "no_edits")
-    assert offspring.drops == {"no_json": 1, "not_allowed": 1}
+    assert offspring.drops == {"no_edit": 1, "not_allowed": 1}
     assert len(reflect.calls) == 2
 
 
@@ -194,8 +194,8 @@ def test_limits_on_edits_words_and_principles():
     reflect = Scripted("s", critique, critique, "[]")
     guards = Guards(max_edits=2, max_principles=3)
     offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1]]]), reflect, guards=guards)
-    assert offspring.child.principles == (*PARENT.principles, "Carry the ten over to the next column.")
-    assert offspring.drops == {"too_many": 1, "retried": 1, "shortened": 1, "no_room": 1}
+    assert offspring.child.principles == (*PARENT.principles, "Second new.")
+    assert offspring.drops == {"too_many": 1, "retried": 1, "too_long": 1}
     assert replay_edits(PARENT, offspring.child.edits).principles == offspring.child.principles
 
 
@@ -205,13 +205,13 @@ def test_a_reply_with_too_long_a_principle_is_asked_for_once_more():
     offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1]] * 3]), reflect)
     assert [len(call) for call in reflect.calls] == [6, 3, 2, 1]
     assert reflect.calls[2] == reflect.calls[1][1:]  # the same conversations again
-    # The second reply counts if it is of use, else the first is cut.
-    cut = " ".join(["word"] * 32)
-    assert offspring.child.principles == (*PARENT.principles, "Carry the ten.", "Be exact.", cut)
-    assert offspring.drops == {"retried": 2, "shortened": 1}
+    # The second reply counts if it is of use, else the first is refused: nothing is ever cut.
+    assert offspring.child.principles == (*PARENT.principles, "Carry the ten.", "Be exact.")
+    assert offspring.drops == {"retried": 2, "too_long": 1}
+    assert offspring.rejected[0].why == "the principle has too many words"
     never = Guards(word_retries=0)
     offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1]]]), Scripted("s", long, "[]"), guards=never)
-    assert offspring.drops == {"shortened": 1}
+    assert offspring.drops == {"too_long": 1} and offspring.reason == "no_edits"
 
 
 def test_the_budget_counts_candidates_that_a_merge_saves():
@@ -270,7 +270,7 @@ def test_blocks_that_no_longer_apply_are_dropped_one_by_one():
     reflect = Scripted("s", critiques, "I cannot decide.")
     offspring = mutate(PROSE, rollouts_of([PROSE], [[[0, 1]] * 2]), reflect, form="prose")
     assert offspring.child.text == "You add numbers. Think.\n\nEnd."
-    assert offspring.drops == {"no_json": 1, "revision_unusable": 1, "not_found": 1}
+    assert offspring.drops == {"no_edit": 1, "revision_unusable": 1, "not_found": 1}
     small = Guards(max_prompt_tokens=5)
     reflect = Scripted("s", critiques, "[]")
     offspring = mutate(PROSE, rollouts_of([PROSE], [[[0, 1]] * 2]), reflect, form="prose", guards=small)
@@ -295,7 +295,7 @@ def test_a_copy_that_two_blocks_make_together_is_refused():
 
 def test_an_empty_reply_is_counted():
     offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 1]]]), Scripted("s", ""))
-    assert (offspring.reason, offspring.drops) == ("no_edits", {"no_json": 1})
+    assert (offspring.reason, offspring.drops) == ("no_edits", {"no_edit": 1})
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -323,9 +323,9 @@ class Constrained(Scripted):
         super().__init__(*stages)
         self.schemas = []
 
-    def constrained(self, conversations, schemas):
-        self.schemas.extend(schemas)
-        return self(conversations)
+    def ask(self, questions):
+        self.schemas.extend(question.grammar for question in questions if question.grammar)
+        return [Reply(text=text) for text in self([question.conversation for question in questions])]
 
 
 def test_reflectors_that_keep_to_a_schema_get_one_and_no_opening():

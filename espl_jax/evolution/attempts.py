@@ -1,0 +1,131 @@
+"""What a mutation reflects on: which problems, which attempts at them, and how these are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from espl_jax.evolution.edit_text import clean
+from espl_jax.evolution.settings import Reflection
+from espl_jax.types import Rollouts
+
+NOT_SHOWN = "(not shown)"
+
+
+class Attempt(NamedTuple):
+    """The place of a rollout: slot, problem, sample."""
+
+    slot: int
+    problem: int
+    sample: int
+
+
+def choose_attempts(
+    rollouts: Rollouts, slots: Sequence[int], settings: Reflection, rng: np.random.Generator
+) -> list[list[Attempt]]:
+    """Returns the attempts to reflect on, one list for each problem, in the order of the batch.
+
+    Args:
+      rollouts: the iteration's.
+      slots: of the prompt that reflects; copies are pooled.
+      settings: `problems`, `max_problems` and `max_attempts`.
+      rng: draws where there are more of either.
+    """
+    rewards, success = rollouts.rewards[slots], rollouts.success[slots]
+    mixed = rewards.max(axis=(0, 2)) > rewards.min(axis=(0, 2))
+    failed = ~success.any(axis=(0, 2))
+    match settings.problems:
+        case "mixed":
+            wanted = mixed
+        case "failed":
+            wanted = failed
+        case "all":
+            wanted = np.ones_like(mixed)
+        case _:
+            wanted = mixed if mixed.any() else failed
+    problems = np.flatnonzero(wanted)
+    if settings.max_problems and len(problems) > settings.max_problems:
+        problems = np.sort(rng.choice(problems, settings.max_problems, replace=False))
+    chosen = []
+    for b in problems.tolist():
+        attempts = [Attempt(i, b, j) for i in slots for j in range(rollouts.rewards.shape[2])]
+        chosen.append(_drawn(attempts, rollouts, settings.max_attempts, rng))
+    return chosen
+
+
+def _drawn(attempts: list[Attempt], rollouts: Rollouts, most: int, rng: np.random.Generator) -> list[Attempt]:
+    """At most so many attempts, as many right as wrong ones if possible, one more wrong where it is odd."""
+    if not most or len(attempts) <= most:
+        return attempts
+    order = rng.permutation(len(attempts)).tolist()
+    right = [i for i in order if rollouts.success[attempts[i]]]
+    wrong = [i for i in order if not rollouts.success[attempts[i]]]
+    of_right = min(len(right), max(most // 2, most - len(wrong)))
+    return [attempts[i] for i in sorted(right[:of_right] + wrong[: most - of_right])]
+
+
+def verdict(rollouts: Rollouts, attempt: Attempt) -> str:
+    """`right` or `wrong`, with the reward where it says more than that."""
+    success, reward = bool(rollouts.success[attempt]), float(rollouts.rewards[attempt])
+    word = "right" if success else "wrong"
+    return word if reward == success else f"{word} (reward {reward:.3g})"
+
+
+def is_summarized(rollouts: Rollouts, attempt: Attempt, settings: Reflection) -> bool:
+    """Whether an attempt is summarized before it is shown."""
+    i, b, j = attempt
+    return "summary" in settings.show and len(rollouts.replies[i][b][j]) >= settings.verbatim_chars
+
+
+def summary_values(rollouts: Rollouts, attempt: Attempt, settings: Reflection) -> dict[str, str]:
+    """What the template `summary` is filled with."""
+    i, b, j = attempt
+    problem, shown = rollouts.problems[b], settings.show
+    return {
+        "problem": problem.text,
+        "answer": problem.answer if "gold" in shown else NOT_SHOWN,
+        "attempt": rollouts.replies[i][b][j] or "(nothing)",
+        "taken": rollouts.answers[i][b][j] or "(none found)",
+        "verdict": verdict(rollouts, attempt) if "verdict" in shown else NOT_SHOWN,
+        "feedback": (rollouts.feedback_on(*attempt) if "feedback" in shown else "") or "(none)",
+    }
+
+
+def problem_values(
+    rollouts: Rollouts,
+    attempts: Sequence[Attempt],
+    summaries: dict[Attempt, str | None],
+    settings: Reflection,
+) -> dict[str, str]:
+    """What a template is told about one problem: `problem`, `answer` and `attempts`, one item each.
+
+    Args:
+      rollouts: the iteration's.
+      attempts: at one problem.
+      summaries: of those that were summarized; None where the reflector gave none.
+      settings: what is shown.
+    """
+    problem = rollouts.problems[attempts[0].problem]
+    return {
+        "problem": problem.text,
+        "answer": problem.answer if "gold" in settings.show else NOT_SHOWN,
+        "attempts": "\n".join(_shown(rollouts, attempt, summaries, settings) for attempt in attempts),
+    }
+
+
+def _shown(
+    rollouts: Rollouts, attempt: Attempt, summaries: dict[Attempt, str | None], settings: Reflection
+) -> str:
+    i, b, j = attempt
+    if attempt in summaries:
+        text = clean(summaries[attempt]).removeprefix("Summary:").strip() or "(no summary)"
+    elif {"summary", "trajectory"} & {*settings.show}:
+        text = rollouts.replies[i][b][j].strip() or "(nothing)"
+    else:
+        text = f"answer {rollouts.answers[i][b][j] or '(none found)'}"
+    judged = f"{verdict(rollouts, attempt)}: " if "verdict" in settings.show else ""
+    item = f"- {judged}" + text.replace("\n", "\n  ")
+    feedback = rollouts.feedback_on(*attempt) if "feedback" in settings.show else ""
+    return f"{item}\n  Feedback: {feedback}" if feedback else item
