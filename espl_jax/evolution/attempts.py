@@ -108,10 +108,22 @@ def problem_values(
       settings: what is shown.
     """
     problem = rollouts.problems[attempts[0].problem]
+    said: dict[str, list[int]] = {}
+    for number, attempt in enumerate(attempts, start=1):
+        if "feedback" in settings.show and (feedback := rollouts.feedback_on(*attempt)):
+            said.setdefault(feedback, []).append(number)
+    # Without feedback that names them, attempts need no numbers.
+    lines = [
+        f"{f'{number}.' if said else '-'} {_shown(rollouts, attempt, summaries, settings)}"
+        for number, attempt in enumerate(attempts, start=1)
+    ]
+    for feedback, numbers in said.items():
+        whose = "all attempts" if len(numbers) == len(attempts) else ", ".join(map(str, numbers))
+        lines.append(f"Feedback on {whose}: {feedback}")
     return {
         "problem": problem.text,
         "answer": problem.answer if "gold" in settings.show else NOT_SHOWN,
-        "attempts": "\n".join(_shown(rollouts, attempt, summaries, settings) for attempt in attempts),
+        "attempts": "\n".join(lines),
     }
 
 
@@ -126,6 +138,4 @@ def _shown(
     else:
         text = f"answer {rollouts.answers[i][b][j] or '(none found)'}"
     judged = f"{verdict(rollouts, attempt)}: " if "verdict" in settings.show else ""
-    item = f"- {judged}" + text.replace("\n", "\n  ")
-    feedback = rollouts.feedback_on(*attempt) if "feedback" in settings.show else ""
-    return f"{item}\n  Feedback: {feedback}" if feedback else item
+    return judged + text.replace("\n", "\n  ")

@@ -11,7 +11,7 @@ from espl_jax.evolution.schemas import edits_schema
 from espl_jax.types import Grammar
 
 _LINES = {
-    "add": "ADD: [a new {what}]",
+    "add": "ADD: [the new {what}]",
     "modify": "CHANGE {first}: [the new text of {first}]",
     "merge": "MERGE {first} {second}: [one {what} that replaces both]",
     "remove": "REMOVE {first}: [why]",
@@ -48,16 +48,15 @@ def instructions(
     forms = _LINES if name == "lines" else _OBJECTS
     listed = [forms[each].format(**known) for each in operations if len(ids) >= needed[each]]
     if name == "lines":
-        said = ["Write one edit on each line, in one of these forms, and nothing else:", *listed]
+        form = "this form" if len(listed) == 1 else "one of these forms"
+        said = [f"Write one edit on each line, in {form}, and nothing else:", *listed]
         if evidence:
             said.append("After each edit write a line BECAUSE: [what speaks for the edit].")
         if nothing:
             said.append(f"Write {NOTHING} if nothing needs an edit.")
         return "\n".join(said)
-    said = [
-        'Write one JSON object {"edits": [...]} and nothing else. Each edit has one of these forms:',
-        *listed,
-    ]
+    form = "this form" if len(listed) == 1 else "one of these forms"
+    said = [f'Write one JSON object {{"edits": [...]}} and nothing else. Each edit has {form}:', *listed]
     if evidence:
         said.append('Each edit has a field "evidence" too: what speaks for it.')
     if nothing:

@@ -41,6 +41,7 @@ _SYNONYMS = {
     "BECAUSE": "because",
     "EVIDENCE": "because",
 }
+_NO_TEXT = {"none", "nothing", "n/a", "no change", "empty"}
 _MAX_CHARS = 100_000
 _MAX_LINE = 10_000
 _MARKS = " \t>*-•·#`_"
@@ -163,7 +164,7 @@ def _edit(operation: str, ids: tuple[str, ...], said: str) -> Edit | str:
     """The edit, or why it is none."""
     if operation == "remove":
         return Remove(ids[0], said) if len(ids) == 1 else "wrong_ids"
-    if not any(map(str.isalpha, said)):
+    if not any(map(str.isalpha, said)) or said.strip("()[].").lower() in _NO_TEXT:
         return "no_principle"
     if operation == "add":
         return Add(said)

@@ -74,7 +74,7 @@ class TestShown:
         assert self.values() == {
             "problem": "What is 10 + 20?",
             "answer": "30",
-            "attempts": "- wrong: reply 000\n  Feedback: There is no box.\n- right: reply 001",
+            "attempts": "1. wrong: reply 000\n2. right: reply 001\nFeedback on 1: There is no box.",
         }
 
     def test_each_part_is_a_choice(self):
@@ -84,13 +84,13 @@ class TestShown:
             "attempts": "- wrong: answer (none found)\n- right: answer (none found)",
         }
         assert self.values(show=("trajectory", "feedback"))["attempts"] == (
-            "- reply 000\n  Feedback: There is no box.\n- reply 001"
+            "1. reply 000\n2. reply 001\nFeedback on 1: There is no box."
         )
 
     def test_summaries_where_there_are_some(self):
         summaries = {Attempt(0, 0, 0): "Summary: It guessed.", Attempt(0, 0, 1): None}
         assert self.values(summaries)["attempts"] == (
-            "- wrong: It guessed.\n  Feedback: There is no box.\n- right: (no summary)"
+            "1. wrong: It guessed.\n2. right: (no summary)\nFeedback on 1: There is no box."
         )
 
 
@@ -150,8 +150,8 @@ CASES = {
             ("tool", "Nothing was found.", {"error": "nothing"}),
             ("assistant", "42", {}),
         ),
-        '1 of 3 calls could not be read: "query_list" is empty. 1 of 3 searches failed. 1 of 3 searches found nothing. '
-        "The last turn has no line that begins with `Answer:`.",
+        '1 of 3 calls could not be read: "query_list" is empty. 1 of 3 searches failed. 1 of 3 searches found '
+        "nothing. The last turn has no line that begins with `Answer:`.",
     ),
     "nothing searched": (
         Search(None),
@@ -185,7 +185,7 @@ def test_feedback_of_each_environment_reaches_the_reflector(case):
     reflect = Scripted("ADD: Check the carry.", "NONE")
     child = mutate(PARENT, rollouts, reflect).child
     asked = user_turn(reflect.calls[0][0].conversation)
-    assert asked.count(f"Feedback: {feedback}") == 2
+    assert asked.count(f"Feedback on all attempts: {feedback}") == 1
     assert child.principles == (*PARENT.principles, "Check the carry.")
 
 
