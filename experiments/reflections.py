@@ -5,10 +5,10 @@ r"""How well models reflect: lines against JSON, with and without reasoning, old
 
 Each cell asks for `--count` critiques of failed attempts at two-digit sums whose feedback is "There is no
 answer in a box. The answer has to be written as \boxed{...}.", through the same code as a run. The attempts
-are written by rule, so that all cells and models reflect on the same ones. Counted for each cell: replies that
-ended by themselves, replies with an edit that can be read, edits that repeat the reflector's instructions, and
-replies with an edit that is accepted and passes the feedback on (it says "box"). Results are added to `--out`; cells
-that it holds are not measured again.
+are written by rule, so that all cells and models reflect on the same ones. Counted for each cell: replies
+that ended by themselves, replies with an edit that can be read, edits that repeat the reflector's
+instructions, edits accepted, and those of them that pass the feedback on (they say "box"). Results are added
+to `--out`; cells that it holds are not measured again.
 """
 
 from __future__ import annotations

@@ -150,8 +150,8 @@ CASES = {
             ("tool", "Nothing was found.", {"error": "nothing"}),
             ("assistant", "42", {}),
         ),
-        '1 of 3 calls could not be read: "query_list" is empty. 1 of 3 searches failed. 1 of 3 searches found '
-        "nothing. The last turn has no line that begins with `Answer:`.",
+        '1 of 3 calls could not be read: "query_list" is empty. 1 of 3 searches failed. 1 of 3 searches '
+        "found nothing. The last turn has no line that begins with `Answer:`.",
     ),
     "nothing searched": (
         Search(None),
