@@ -281,7 +281,7 @@ class Shell:
     def overrides(self, args):
         """Returns the flags that keep a run small."""
         given = {arg.split(".")[1].partition("=")[0] for arg in args if arg.startswith("--config.")}
-        own = FIELDS_OF[value_of(args, "--config")]
+        own = FIELDS_OF[value_of(args, "--config").partition(":")[0]]
         fields = {"model.source": self.model} | FIELDS
         fields |= {name: x for name, x in own.items() if name.partition(".")[0] not in given}
         if tuple(args) != recipe(("make", "quickstart"))[3:]:  # the one run that reflects on the device
