@@ -86,7 +86,7 @@ $(VENV)/.gemma: $(VENV)/.created
 
 # The name of the model that the quickstart runs: MODEL, or smollm2 where MODEL cannot be fetched.
 # MAKE_AGAIN: a recipe that says MAKE would be executed by `make -n`, too.
-MAKE_AGAIN = $(MAKE) --no-print-directory
+MAKE_AGAIN = $(MAKE) -s
 $(VENV)/.quickstart: $(VENV)/.installed FORCE
 	@model=$(MODEL); \
 	if [ $$model != smollm2 ]; then \

