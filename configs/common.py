@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     c.num_iterations = 30  # policy-gradient steps, and generations of prompts
 
     c.model = ConfigDict()
-    c.model.source = "smollm2"  # smollm2, a .gguf file, a folder of safetensors, or org/name on the hub
+    c.model.source = "smollm2"  # or qwen2.5-coder-0.5b, a .gguf file, a safetensors folder, org/name (hub)
     # Each "auto" becomes what suits the machine; the values are recorded, and a resumed run keeps them.
     c.model.dtype = "auto"  # KV cache and operands of products: float32 or bfloat16
     c.model.param_dtype = "auto"  # how frozen weights are stored; trained ones are float32 always

@@ -1,19 +1,27 @@
 r"""SmolLM2-135M learns two-digit addition on a CPU, and evolves its system prompt by its own reflection.
 
-    make quickstart
+    make quickstart MODEL=smollm2
 
 Expected on two cores, about 8 minutes with the installation: held-out accuracy from 0 to about half.
 """
 
 from configs import common
 
+MODELS = ("smollm2", "qwen2.5-coder-0.5b")
 
-def get_config():
-    """Small everything: one chunk of decoding, microbatches of four groups."""
+
+def get_config(model="smollm2"):
+    """Small everything: one chunk of decoding, microbatches of four groups.
+
+    Args:
+      model: one of `MODELS`; `--config=configs/quickstart.py:MODEL` names another than the first.
+    """
+    if model not in MODELS:
+        raise ValueError(f"model={model!r}: choose one of {', '.join(MODELS)}")
     c = common.get_config()
     c.num_iterations = 4
 
-    c.model.source = "smollm2"
+    c.model.source = model
     c.model.remat = "none"
     c.lora.rank = 16
 

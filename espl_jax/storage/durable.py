@@ -6,7 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -78,6 +78,23 @@ def lock(folder: Path) -> BinaryIO:
     file.write(str(os.getpid()).encode())
     file.flush()
     return file
+
+
+@contextlib.contextmanager
+def hold(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Holds a lock file, which stays; the end of the process releases it, however it ends.
+
+    Args:
+      path: of the file, which is created if necessary.
+      waiting: called once if another process holds the lock, before waiting for it.
+    """
+    with open(path, "a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from espl_jax.evaluate.compare import (
 )
 from espl_jax.evaluate.prompts import read_prompt
 from espl_jax.evaluate.request import Request
+from espl_jax.pretrained import smollm2
 from espl_jax.pretrained.numerics import CHOSEN
 from espl_jax.rollouts.evaluation import summarize
 from espl_jax.run import parts as run_parts
@@ -274,7 +275,7 @@ def test_models_are_looked_for_before_any_is_sampled(loaded, monkeypatch, tmp_pa
 
 def test_a_run_is_looked_for_with_its_model(workdir, tmp_path, monkeypatch):
     found = []
-    monkeypatch.setattr(comparing.smollm2, "find_gguf", lambda: found.append("smollm2"))
+    monkeypatch.setattr(smollm2, "find_gguf", lambda: found.append("smollm2"))
     config = json.loads((workdir / "config.json").read_text())
     config["model"]["source"] = "smollm2"
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -16,6 +16,7 @@ import numpy as np
 
 from espl_jax.environments.retrievers import index, words
 from espl_jax.environments.retrievers.passage_file import scan
+from espl_jax.storage import user_cache
 from espl_jax.types import Passage
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def open_cached(path: Path) -> Opened:
 
 def cache_folder() -> Path:
     """Where indexes are kept: `~/.cache/espl_jax/bm25`, or `bm25` in the folder that ESPL_JAX_CACHE names."""
-    return Path(os.environ.get("ESPL_JAX_CACHE") or Path.home() / ".cache" / "espl_jax").expanduser() / "bm25"
+    return user_cache.cache_folder() / "bm25"
 
 
 def _build(path: Path) -> Opened:

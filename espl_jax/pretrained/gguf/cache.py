@@ -19,6 +19,7 @@ from espl_jax.models.config import DecoderConfig, config_from_dict
 from espl_jax.pretrained.gguf.config import config_from_gguf
 from espl_jax.pretrained.gguf.file import open_gguf
 from espl_jax.pretrained.gguf.weights import Params, params_from_gguf
+from espl_jax.storage.user_cache import cache_folder
 
 FORMAT_VERSION = 3
 """Part of every file's name: raise it when the params tree or the stored fields change."""
@@ -61,11 +62,6 @@ def unpack_cached(path: str | os.PathLike[str]) -> Unpacked:
             stacklevel=2,
         )
     return unpacked
-
-
-def cache_folder() -> Path:
-    """Where unpacked models are kept."""
-    return Path(os.environ.get("ESPL_JAX_CACHE") or Path.home() / ".cache" / "espl_jax").expanduser()
 
 
 def _read(entry: Path) -> Unpacked:
