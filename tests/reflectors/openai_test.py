@@ -16,6 +16,8 @@ from absl import logging
 from espl_jax.reflectors.journal import Journal
 from espl_jax.reflectors.openai import OpenAIReflector
 from espl_jax.reflectors.openai_server import FAILURES, OpenAIServer
+from espl_jax.reflectors.replay import ReplayReflector, Transcripts
+from espl_jax.types import Question, Reply
 from tests.conftest import ROOT
 from tests.reflectors import faulty_server as faulty
 from tests.support.messages import assistant, system, user
@@ -42,6 +44,21 @@ def server_of(served, **settings):
 
 def reflector(served, journal=None, iteration=1, **settings):
     return OpenAIReflector(server_of(served, **settings), iteration=iteration, journal=journal)
+
+
+def asked_under(texts, *grammars, **fields):
+    """One question each, under these grammars; one grammar is for all."""
+    grammars = grammars if len(grammars) > 1 else grammars * len(texts)
+    return [
+        Question(conversation=asked(text), grammar=grammar, **fields)
+        for text, grammar in zip(texts, grammars, strict=True)
+    ]
+
+
+def texts_of(replies):
+    """What whole replies say."""
+    assert all(reply.ended and not reply.reasoning for reply in replies)
+    return [reply.text for reply in replies]
 
 
 def counted(reflect):
@@ -90,20 +107,21 @@ def test_a_server_that_failed_a_round_is_left_alone_for_the_iteration(tmp_path):
     with faulty.serve(dead) as served, Journal(tmp_path / "j") as journal:
         reflect = reflector(served, journal, concurrency=2, max_retries=0)
         assert reflect(conversations) == [None] * 8
-        assert len(served.asked) == 4  # three in a row, and one that was under way
-        assert reflect([asked("another")]) == [None] and len(served.asked) == 4
+        tried = len(served.asked)
+        assert tried in (3, 4)  # three in a row, and perhaps one that was under way
+        assert reflect([asked("another")]) == [None] and len(served.asked) == tried
         assert counted(reflect) == {
             "requests": 9,
             "failed": 9,
-            "failed_server_error": 4,
-            "failed_not_asked": 5,
+            "failed_server_error": tried,
+            "failed_not_asked": 9 - tried,
         }
         # An iteration that is done again leaves it alone too, and the next one tries again.
         again = reflector(served, journal, concurrency=2, max_retries=0)
         assert again([*conversations, asked("another"), asked("new")]) == [None] * 10
-        assert len(served.asked) == 4
+        assert len(served.asked) == tried
         assert reflector(served, journal, iteration=2, max_retries=0)([asked("a")]) == [None]
-        assert len(served.asked) == 5
+        assert len(served.asked) == tried + 1
     # An answer in between, and be it a refusal, shows that it is there.
     some = lambda request, number: faulty.error(400 if request["messages"][-1]["content"] in "cf" else 500)  # noqa: E731
     with faulty.serve(some) as served:
@@ -306,35 +324,154 @@ def refusing(*names):
 
 def test_a_schema_is_sent_and_left_out_where_the_server_refuses_it(tmp_path):
     with faulty.serve() as served:
-        assert reflector(served).constrained([asked("a")], [SCHEMA]) == ["answer 0 to a"]
+        assert texts_of(reflector(served).ask(asked_under("a", SCHEMA))) == ["answer 0 to a"]
         form = served.asked[0][0]["response_format"]
         expected = {"name": "edits", "schema": SCHEMA, "strict": True}
         assert form == {"type": "json_schema", "json_schema": expected}
     with faulty.serve(refusing("response_format")) as served, Journal(tmp_path / "j") as journal:
         server = server_of(served)
         reflect = OpenAIReflector(server, iteration=1, journal=journal)
-        assert reflect.constrained([asked("a")], [SCHEMA]) == ["answer 1 to a"]
-        assert reflect.constrained([asked("b")], [SCHEMA]) == ["answer 0 to b"]
-        assert OpenAIReflector(server, iteration=2).constrained([asked("c")], [SCHEMA]) == ["answer 0 to c"]
+        assert texts_of(reflect.ask(asked_under("a", SCHEMA))) == ["answer 1 to a"]
+        assert texts_of(reflect.ask(asked_under("b", SCHEMA))) == ["answer 0 to b"]
+        another = OpenAIReflector(server, iteration=2)
+        assert texts_of(another.ask(asked_under("c", SCHEMA))) == ["answer 0 to c"]
         assert served.questions() == {"a": 2, "b": 1, "c": 1}
         assert (reflect.counts["requests"], reflect.counts["retries"], reflect.counts["failed"]) == (2, 0, 0)
         # A new process has not learnt it, and what was journalled is the same for it.
         again = reflector(served, journal)
-        conversations = [asked("a"), asked("b")]
-        assert again.constrained(conversations, [SCHEMA] * 2) == ["answer 1 to a", "answer 0 to b"]
+        assert texts_of(again.ask(asked_under("ab", SCHEMA))) == ["answer 1 to a", "answer 0 to b"]
         assert again.counts == reflect.counts and again.replayed == 2
         # Another schema, or none, is another request.
-        assert again.constrained([asked("d")], [SCHEMA]) != again.constrained([asked("d")], [{}])
+        assert again.ask(asked_under("d", SCHEMA)) != again.ask(asked_under("d", {}))
         assert again([asked("a")]) == ["answer 2 to a"]
+
+
+def test_lines_are_asked_for_without_a_grammar(tmp_path):
+    """Servers share no grammar but JSON schema; the journal does not tell a grammar from none either."""
+    with faulty.serve() as served, Journal(tmp_path / "j") as journal:
+        questions = asked_under("abc", 'start: "NONE"', SCHEMA, None)
+        expected = ["answer 0 to a", "answer 0 to b", "answer 0 to c"]
+        assert texts_of(reflector(served, journal).ask(questions)) == expected
+        sent = {request["messages"][-1]["content"]: request for request, _ in served.asked}
+        assert ["response_format" in sent[text] for text in "abc"] == [False, True, False]
+        again = reflector(served, journal)
+        assert texts_of(again.ask(asked_under("a", None))) == ["answer 0 to a"] and again.replayed == 1
+
+
+def test_a_reply_out_of_tokens_is_said_not_to_have_ended(tmp_path):
+    script = lambda request, number: unfinished("[{", request["messages"][-1]["content"])  # noqa: E731
+    reasons = ["length", "MAX_TOKENS", "stop", "tool_calls", ""]
+    with faulty.serve(script) as served, Journal(tmp_path / "j") as journal:
+        for _ in range(2):  # from the server, and from the journal
+            replies = reflector(served, journal).ask(asked_under(reasons, SCHEMA))
+            assert [reply.text for reply in replies] == ["[{"] * 5
+            assert [reply.ended for reply in replies] == [False, False, True, True, True]
+        assert len(served.asked) == 5
+    recorded = ReplayReflector(Transcripts(tmp_path / "j"), iteration=1)
+    assert recorded.ask(asked_under(reasons, SCHEMA)) == replies
+
+
+REQUEST = "Now the edits."
+
+
+def brief(texts, grammar):
+    return asked_under(texts, grammar, reasoning="brief", request=REQUEST)
+
+
+class TestBriefReasoning:
+    def script(self, request, number):
+        """Reasoning that depends on the first question; what happens to it and to the reply as it says."""
+        question = request["messages"][1]["content"]
+        reasons = len(request["messages"]) == 2
+        turn, how, *_ = question.split()
+        if (turn == "first") != reasons:
+            return faulty.answer("Because of it." if reasons else "ADD: x")
+        return {
+            "cut": unfinished("Let me", "length"),
+            "refused": faulty.error(400, "no"),
+            "filtered": unfinished("", "content_filter"),
+            "spent": unfinished("<think>Let me", "length"),
+            "well": faulty.answer("Because." if reasons else "ADD: y"),
+        }[how]
+
+    @pytest.mark.parametrize("grammar", [None, SCHEMA, 'start: "NONE"'])
+    def test_two_requests_the_second_with_the_reasoning_as_a_turn(self, grammar):
+        with faulty.serve() as served:
+            reflect = reflector(served)
+            replies = reflect.ask(brief("ab", grammar))
+            requests = [request for request, _ in served.asked]
+        reasoning = [f"answer 0 to {text}" for text in "ab"]
+        assert [reply.reasoning for reply in replies] == reasoning
+        assert {reply.text for reply in replies} == {f"answer {i} to {REQUEST}" for i in range(2)}
+        assert all(reply.ended for reply in replies)
+        assert sorted(request["messages"][-1]["content"] for request in requests[:2]) == ["a", "b"]
+        firsts = {request["messages"][-1]["content"]: request["messages"] for request in requests[:2]}
+        for text, thought in zip("ab", reasoning, strict=True):
+            assert firsts[text] == asked(text)
+            expected = [*asked(text), assistant(thought), user(REQUEST)]
+            assert expected in [request["messages"] for request in requests[2:]]
+        has_form = ["response_format" in request for request in requests]
+        assert has_form == [False, False] + [grammar is SCHEMA] * 2
+        assert reflect.counts["requests"] == 4 and not reflect.counts["failed"]
+
+    @pytest.mark.parametrize(
+        ("question", "reply", "requests"),
+        [
+            ("first well", Reply(text="ADD: x", reasoning="Because."), 2),
+            ("first cut", Reply(text="", reasoning="Let me", ended=False), 1),
+            ("first refused", None, 1),
+            ("first filtered", None, 1),
+            ("first spent", None, 1),
+            ("second well", Reply(text="ADD: y", reasoning="Because of it."), 2),
+            ("second cut", Reply(text="Let me", reasoning="Because of it.", ended=False), 2),
+            ("second refused", None, 2),
+            ("second filtered", None, 2),
+            ("second spent", None, 2),
+        ],
+    )
+    def test_what_becomes_of_it_is_the_same_from_server_journal_and_replay(
+        self, question, reply, requests, tmp_path
+    ):
+        questions = brief(["first well too", question, "second well too"], SCHEMA)
+        first = Reply(text="ADD: x", reasoning="Because.")
+        last = Reply(text="ADD: y", reasoning="Because of it.")
+        path = tmp_path / "replies.jsonl"
+        with faulty.serve(self.script) as served, Journal(path) as journal:
+            reflect = reflector(served, journal)
+            assert reflect.ask(questions) == [first, reply, last]
+            assert len(served.asked) == requests + 4 == reflect.counts["requests"]
+            again = reflector(served, journal)
+            assert again.ask(questions) == [first, reply, last]
+            assert len(served.asked) == again.replayed == requests + 4 and again.counts == reflect.counts
+        entries = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [entry["schema"] is None for entry in entries] == [
+            len(entry["conversation"]) == 2 for entry in entries
+        ]
+        recorded = ReplayReflector(Transcripts(path), iteration=1)
+        assert recorded.ask(questions) == [first, reply, last]
+        assert recorded.counts == {"requests": requests + 4, "failed": reply is None, "unrecorded": 0}
+
+    def test_the_same_question_twice_is_reasoned_about_twice(self, tmp_path):
+        with faulty.serve() as served, Journal(tmp_path / "j") as journal:
+            replies = reflector(served, journal, concurrency=1).ask(brief("aa", SCHEMA))
+            assert [reply.reasoning for reply in replies] == ["answer 0 to a", "answer 1 to a"]
+            assert reflector(served, journal).ask(brief("aa", SCHEMA)) == replies
+            assert len(served.asked) == 4
+
+    def test_own_reasoning_is_left_to_the_server(self):
+        with faulty.serve(fails(faulty.answer("<think>Hm.</think>ADD: x"))) as served:
+            (reply,) = reflector(served).ask(asked_under("a", SCHEMA, reasoning="model"))
+            assert reply == Reply(text="ADD: x") and len(served.asked) == 1
+            assert "response_format" in served.asked[0][0]
 
 
 def test_several_parts_are_refused_one_after_the_other():
     with faulty.serve(refusing("max_tokens", "temperature", "response_format")) as served:
         reflect = reflector(served)
-        assert reflect.constrained([asked("a")], [SCHEMA]) == ["answer 3 to a"]
+        assert texts_of(reflect.ask(asked_under("a", SCHEMA))) == ["answer 3 to a"]
         last = {"model": "a-model", "messages": asked("a"), "max_completion_tokens": 64}
         assert served.asked[-1][0] == last
-        assert reflect.constrained([asked("b")], [SCHEMA]) == ["answer 0 to b"]
+        assert texts_of(reflect.ask(asked_under("b", SCHEMA))) == ["answer 0 to b"]
         assert counted(reflect)["requests"] == 2 and "retries" not in counted(reflect)
 
 
@@ -490,7 +627,7 @@ def ask_twenty(address, path):
         server = server_of(faulty.Served(address), concurrency=3)
         reflect = OpenAIReflector(server, iteration=5, journal=journal)
         replies = reflect([asked(f"{i % 6}") for i in range(12)])
-        replies += reflect.constrained([asked(f"{i % 8}") for i in range(8)], [SCHEMA] * 8)
+        replies += texts_of(reflect.ask(asked_under("01234567", SCHEMA)))
         return replies, reflect.counts, reflect.replayed
 
 

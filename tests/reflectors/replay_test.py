@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from espl_jax.reflectors.journal import Journal, digest
 from espl_jax.reflectors.replay import ReplayReflector, Transcripts
+from espl_jax.types import Question, Reply
 from tests.support.messages import assistant, system, user
 
 
@@ -56,10 +57,101 @@ def test_an_iteration_has_its_own_replies_first_and_those_of_others_after(tmp_pa
             assert ReplayReflector(recorded, iteration=iteration)([asked("a")] * 5) == expected
 
 
-def test_schemas_change_nothing(tmp_path):
-    reflect = ReplayReflector(transcripts(tmp_path, record("a", "1"), record("a", "2")), iteration=1)
-    assert reflect.constrained([asked("a")], [{"type": "object"}]) == ["1"]
-    assert reflect([asked("a")]) == ["2"]
+def test_grammars_change_nothing(tmp_path):
+    recorded = [record("a", f"{i}") for i in range(4)]
+    reflect = ReplayReflector(transcripts(tmp_path, *recorded), iteration=1)
+    for i, grammar in enumerate((None, {"type": "object"}, 'start: "x"')):
+        assert reflect.ask([Question(conversation=asked("a"), grammar=grammar)]) == [Reply(text=f"{i}")]
+    assert reflect([asked("a")]) == ["3"]
+
+
+def test_a_reply_that_was_cut_off_is_cut_off_again(tmp_path):
+    cut, whole = {"ended": False}, {"ended": True}
+    of_a_server = {"cut_off": True}, {"cut_off": False}
+    fields = (cut, whole, *of_a_server, {})
+    recorded = [record("a", f"{i}", **each) for i, each in enumerate(fields)]
+    reflect = ReplayReflector(transcripts(tmp_path, *recorded), iteration=1)
+    replies = reflect.ask([Question(conversation=asked("a"))] * 5)
+    assert [reply.text for reply in replies] == ["0", "1", "2", "3", "4"]
+    assert [reply.ended for reply in replies] == [False, True, False, True, True]
+
+
+REQUEST = "Now the edits."
+
+
+def brief(text):
+    return Question(conversation=asked(text), reasoning="brief", request=REQUEST)
+
+
+def after(text, reasoning):
+    """The conversation in which a server is asked for the reply."""
+    return [*asked(text), assistant(reasoning), user(REQUEST)]
+
+
+class TestBriefReasoning:
+    def test_a_run_has_reasoning_and_reply_in_one_record(self, tmp_path):
+        recorded = transcripts(
+            tmp_path,
+            record("a", "ADD: x", request=REQUEST, reasoning="So."),
+            record("b", "ADD: y", request=REQUEST, reasoning="Hm.", ended=False),
+            record("c", "", request=REQUEST, reasoning="Well, let me", ended=False),
+            record("d", None, request=REQUEST),
+            record("a", "ADD: z", request=REQUEST, reasoning=""),
+        )
+        reflect = ReplayReflector(recorded, iteration=1)
+        replies = reflect.ask([brief(text) for text in "aabcde"])
+        assert replies == [
+            Reply(text="ADD: x", reasoning="So."),
+            Reply(text="ADD: z"),
+            Reply(text="ADD: y", reasoning="Hm.", ended=False),
+            Reply(text="", reasoning="Well, let me", ended=False),
+            None,
+            None,
+        ]
+        assert reflect.counts == {"requests": 6, "failed": 2, "unrecorded": 1}
+
+    def test_a_journal_has_them_in_two(self, tmp_path):
+        path = tmp_path / "replies.jsonl"
+        entries = [
+            {"conversation": after("a", "Second."), "reply": "ADD: 2", "number": 0},
+            {"conversation": asked("a"), "reply": "Second.", "number": 1},
+            {"conversation": asked("a"), "reply": "First.", "number": 0},
+            {"conversation": after("a", "First."), "reply": "ADD: 1", "number": 0, "cut_off": True},
+            {"conversation": asked("b"), "reply": "Let me", "number": 0, "cut_off": True},
+            {"conversation": asked("c"), "reply": None, "number": 0},
+            {"conversation": asked("d"), "reply": "So.", "number": 0},
+            {"conversation": after("d", "So."), "reply": None, "number": 0},
+        ]
+        with Journal(path) as journal:
+            for entry in entries:
+                entry = {"iteration": 1, "cut_off": False, **entry}
+                journal.add(digest(entry), entry)
+        reflect = ReplayReflector(Transcripts(path), iteration=1)
+        assert reflect.ask([brief(text) for text in "aabcd"]) == [
+            Reply(text="ADD: 1", reasoning="First.", ended=False),
+            Reply(text="ADD: 2", reasoning="Second."),
+            Reply(text="", reasoning="Let me", ended=False),
+            None,
+            None,
+        ]
+        assert reflect.counts == {"requests": 8, "failed": 2, "unrecorded": 0}
+
+    def test_a_reply_that_was_not_recorded_after_its_reasoning_is_none(self, tmp_path):
+        recorded = transcripts(
+            tmp_path, record("a", "So."), {"conversation": after("a", "Hm."), "reply": "x"}
+        )
+        reflect = ReplayReflector(recorded, iteration=1)
+        assert reflect.ask([brief("a")]) == [None]
+        assert reflect.counts == {"requests": 2, "failed": 1, "unrecorded": 1}
+
+    def test_the_model_s_own_reasoning_comes_with_its_reply(self, tmp_path):
+        recorded = transcripts(tmp_path, record("a", "ADD: x", reasoning="Thinking."), record("a", "ADD: y"))
+        reflect = ReplayReflector(recorded, iteration=1)
+        question = Question(conversation=asked("a"), reasoning="model")
+        assert reflect.ask([question] * 2) == [
+            Reply(text="ADD: x", reasoning="Thinking."),
+            Reply(text="ADD: y"),  # a server does not show it
+        ]
 
 
 def test_a_journal_is_read_by_numbers_and_not_by_arrival(tmp_path):

@@ -10,6 +10,7 @@ from espl_jax.reflectors.journal import Journal
 from espl_jax.reflectors.openai import OpenAIReflector
 from espl_jax.reflectors.openai_server import OpenAIServer
 from espl_jax.reflectors.replay import ReplayReflector, Transcripts
+from espl_jax.types import Question
 from tests.support.messages import system, user
 from tests.support.served import MISSING, transformers_serve
 
@@ -22,6 +23,7 @@ SCHEMA = {
     "required": ["edits"],
     "additionalProperties": False,
 }
+SCHEMED = [Question(conversation=each, grammar=SCHEMA) for each in CONVERSATIONS[:2]]
 
 
 @pytest.mark.slow
@@ -45,7 +47,7 @@ def test_replies_arrive_and_outlive_the_server(tmp_path, monkeypatch):
         )
         reflect = OpenAIReflector(server, iteration=1, journal=journal)
         replies = reflect(CONVERSATIONS)
-        replies += reflect.constrained(CONVERSATIONS[:2], [SCHEMA] * 2)
+        replies += [reply.text for reply in reflect.ask(SCHEMED)]
         return replies, reflect
 
     path = tmp_path / "replies.jsonl"
@@ -63,4 +65,4 @@ def test_replies_arrive_and_outlive_the_server(tmp_path, monkeypatch):
         again, replayed = reflect_on(address, journal)
     assert again == replies and replayed.counts == counts and replayed.replayed == 5
     recorded = ReplayReflector(Transcripts(path), iteration=1)
-    assert recorded(CONVERSATIONS) + recorded.constrained(CONVERSATIONS[:2], [SCHEMA] * 2) == replies
+    assert recorded(CONVERSATIONS) + [reply.text for reply in recorded.ask(SCHEMED)] == replies
