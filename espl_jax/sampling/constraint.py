@@ -1,4 +1,4 @@
-"""What rows may draw where the host has a say in it, token by token."""
+"""Constrained decoding: the interface through which the host masks tokens at every step."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 
 
 class Constraint(Protocol):
-    """Rows that are kept to something, each by its number in [M * B * N].
+    """Restricts the tokens of each row; rows are numbered in [M * B * N].
 
-    Before every token of a row the sampler asks what it may be, and afterwards says what was drawn. It never
-    asks about a row that may draw nothing at all (a limit of 0).
+    Before each step, the sampler calls `allowed` for the rows that run; after it, `accept` with the sampled
+    tokens. Rows with a limit of 0 are never passed.
     """
 
     def allowed(self, rows: np.ndarray) -> np.ndarray:
-        """Which tokens each of these rows may draw next, at least one.
+        """Returns a bit mask of the tokens that each row may sample next; at least one bit must be set.
 
         Args:
           rows: int [R].
@@ -25,4 +25,4 @@ class Constraint(Protocol):
         """
 
     def accept(self, rows: np.ndarray, tokens: np.ndarray) -> None:
-        """Takes note of what these rows drew, stop tokens too. int [R], int32 [R]."""
+        """Records the token, int32 [R], that each of `rows`, int [R], sampled; stop tokens included."""

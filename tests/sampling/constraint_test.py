@@ -202,5 +202,5 @@ class TestRows:
 
     @pytest.mark.parametrize("settings", [{"respond": lambda *_: None}, {"find_end": lambda *_: None}])
     def test_what_takes_tokens_back_or_adds_some_is_refused(self, settings):
-        with pytest.raises(ValueError, match="constraint: rows under one end by their stop tokens alone"):
+        with pytest.raises(ValueError, match="constraint: constrained rows end only at stop tokens"):
             sample(in_order(), **settings)

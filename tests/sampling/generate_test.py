@@ -279,9 +279,9 @@ class TestGenerate:
             ({"temperature": -0.1}, "temperature=-0.1"),
             ({"max_new_tokens": 0}, "max_new_tokens=0: give at least 1"),
             ({"prompts": [[1] * 256]}, "a prompt of 256 tokens leaves no room in a context of 256"),
-            ({"prompts": []}, "prompts: give at least one"),
-            ({"prompts": [[1], []]}, "prompts: give at least one"),
-            ({"prompts": [[[1], [2]], [[3]]]}, "equally many"),
+            ({"prompts": []}, "prompts: lists are missing, empty or of unequal number"),
+            ({"prompts": [[1], []]}, "prompts: lists are missing, empty or of unequal number"),
+            ({"prompts": [[[1], [2]], [[3]]]}, "the same number of lists"),
             (
                 {"prompts": [[1, 2], [1, 61]]},
                 "prompts: token id 61 is outside the model's vocabulary, vocab_size=61",

@@ -518,7 +518,7 @@ class TestArguments:
         [
             ({"max_rows": 0}, "max_rows=0: give at least 1"),
             ({"chunk": 0}, "chunk=0: give at least 1"),
-            ({"context_limit": 1000}, "context_limit=1000: the model was made for 256"),
+            ({"context_limit": 1000}, "context_limit=1000: exceeds the model's max_positions=256"),
             ({"temperature": -1.0}, "temperature=-1.0"),
         ],
     )

@@ -80,7 +80,7 @@ class TestMemory:
         assert only(max_rows=5).slots == 15
         assert only(max_rows=1000).slots == 60
         with pytest.raises(
-            ValueError, match=r"no rollout fits: of a device's 0.00 GiB .* lower max_new_tokens"
+            ValueError, match=r"no rollout fits: .* of a device's 0.00 GiB .* lower max_new_tokens"
         ):
             only(held=12 * slot)
 
