@@ -1,8 +1,8 @@
-"""Logprobs, entropy and KL of tokens from hidden states, the vocabulary taken in chunks.
+"""Logprobs, entropy and KL of tokens from hidden states, computed in vocabulary chunks.
 
-The array [tokens, V] never exists: a scan over chunks of the head keeps running sums, and the backward pass
-computes each chunk again. Written by hand, that pass adds each chunk's gradient of the head into its place;
-derived automatically, it would add an array as large as the head for every chunk.
+The logits [tokens, V] are never materialized: a scan over chunks of the head keeps running sums, and the
+backward pass recomputes each chunk. The backward pass is written by hand because it accumulates each chunk's
+gradient into its slice of the head's gradient; autodiff would add an array of the head's size per chunk.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from espl_jax.rl import vocab_chunks
 
 
 class TokenStats(NamedTuple):
-    """Per token, of the shape of the targets; float32 but for `cut`. Only `logprobs` has a gradient.
+    """Statistics per token, with the shape of the targets. Only `logprobs` is differentiable.
 
     Attributes:
-      logprobs: of the targets, under the distribution they were drawn from.
-      entropy: of softmax(logits / temperature), in nats.
-      untruncated: logprobs of the targets under softmax(logits / temperature).
-      cut: bool, whether a target lies below its cut-off here, so that sampler and trainer disagree about it.
+      logprobs: float32, of the targets under the sampling distribution (after truncation).
+      entropy: float32, of softmax(logits / temperature), in nats.
+      untruncated: float32, logprobs of the targets under softmax(logits / temperature).
+      cut: bool, whether the target is below its cut-off under these params: the trainer would have cut a
+        token that the sampler kept.
     """
 
     logprobs: jax.Array
@@ -45,18 +46,19 @@ def target_logprobs(
     temperature: jax.Array | float = 1.0,
     cutoffs: jax.Array | None = None,
 ) -> TokenStats:
-    """Logprobs of given tokens and the entropy of the distributions they were drawn from.
+    """Returns logprobs of given tokens, and the entropy of the next-token distributions.
 
-    With cut-offs, the distribution of a token is renormalized over `{v: untruncated logprob of v >= cut-off}`
-    and the target itself; which tokens those are has no gradient.
+    With cut-offs, each distribution is renormalized over `{v: untruncated logprob of v >= cut-off}` and the
+    target itself. The choice of this set is not differentiated.
 
     Args:
-      params: the head's weight is read from them.
+      params: contains the head's weight.
       config: the decoder.
       hidden: [..., D], after the final norm.
       targets: int32 [...].
       temperature: divides the logits.
-      cutoffs: float32 [...], the sampler's cut-off logprobs, -inf where it cut nothing; None for no cut-offs.
+      cutoffs: float32 [...], the sampler's cut-off logprobs, -inf where nothing was cut; None for untruncated
+        sampling.
     """
     chex.assert_shape(targets, hidden.shape[:-1])
     if cutoffs is not None:
@@ -76,7 +78,7 @@ def _stats(
     temperature: jax.Array,
     config: DecoderConfig,
 ) -> TokenStats:
-    """`target_logprobs` of flat [tokens, D] and wanted int32 [tokens] with the head `linear`."""
+    """Computes `target_logprobs` for flat [tokens, D] and wanted int32 [tokens] with the head `linear`."""
     return _forward(flat, linear, wanted, cutoffs, temperature, config)[0]
 
 
@@ -103,7 +105,7 @@ def _forward(flat, linear, wanted, cutoffs, temperature, config):
     if cutoffs is None:
         bounds, logprobs, cut = None, untruncated, jnp.zeros(wanted.shape, bool)
     else:
-        # In scores, as the sampler's cut-off is in logprobs.
+        # Convert the sampler's cut-offs from logprobs to scores.
         bounds = cutoffs + normalizer
         normalizer = _kept_normalizer(
             flat, linear, wanted, bounds, jnp.where(largest >= bounds, largest, target), temperature, config
@@ -114,9 +116,9 @@ def _forward(flat, linear, wanted, cutoffs, temperature, config):
 
 
 def _kept_normalizer(flat, linear, wanted, bounds, top, temperature, config):
-    """Log of the summed exponentials of the scores that reach their bound, and the target's.
+    """Returns the logsumexp of the scores that reach their bound, and the target's score.
 
-    `top` is the largest of them: if not the largest of all, nothing but the target is kept.
+    `top` is the largest of them: the largest score of all if that is kept, else the target's.
     """
 
     chunks = vocab_chunks.chunks(linear, len(flat))
@@ -170,13 +172,13 @@ def token_kl(
     config: DecoderConfig,
     temperature: jax.Array | float = 1.0,
 ) -> jax.Array:
-    """KL(policy || reference) of the next-token distributions, summed over the whole vocabulary, not sampled.
+    """Returns the exact KL(policy || reference) of the next-token distributions, over the whole vocabulary.
 
     Args:
       params, hidden: the policy and its hidden states, [..., D].
-      reference, reference_hidden: the reference policy's, [..., D].
+      reference, reference_hidden: the reference policy and its hidden states, [..., D].
       config: the decoder of both.
-      temperature: divides both sides' logits.
+      temperature: divides the logits of both.
 
     Returns:
       float32 [...], in nats, at least zero up to rounding.
@@ -212,10 +214,10 @@ def token_kl(
 def token_logprobs(
     params: Params, config: DecoderConfig, tokens: jax.Array, temperature: jax.Array | float = 1.0
 ) -> jax.Array:
-    """Logprob of every token but the first, given those before it.
+    """Returns the logprob of every token except the first, given the tokens before it.
 
     Args:
-      params: with adapters or not.
+      params: with or without adapters.
       config: the decoder.
       tokens: int32 [B, T].
       temperature: divides the logits.
@@ -224,7 +226,7 @@ def token_logprobs(
       float32 [B, T - 1].
 
     Raises:
-      ValueError: if a token that is known is not in the vocabulary.
+      ValueError: if a token id is outside the vocabulary (not checked under jit).
     """
     layers.check_ids("tokens", tokens, config)
     hidden, _ = forward(params, config, tokens[:, :-1])

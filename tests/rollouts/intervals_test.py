@@ -97,5 +97,5 @@ def test_values_that_are_alike_but_for_rounding(values):
 
 
 def test_what_is_not_a_share_is_refused():
-    with pytest.raises(ValueError, match=r"values from -1 to 2: a share is between 0 and 1"):
+    with pytest.raises(ValueError, match=r"values from -1 to 2: shares must be between 0 and 1"):
         intervals.of_share(np.array([2, -1]), 2)

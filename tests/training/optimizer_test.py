@@ -173,11 +173,11 @@ def test_state_can_be_mapped_over_the_params(kind):
     [
         ({"kind": "sgd"}, "kind='sgd' is unknown; choose one of"),
         ({"schedule": "step"}, "schedule='step' is unknown; choose one of"),
-        ({"weight_decay": 0.1}, "weight_decay=0.1: adam has none; give kind='adamw'"),
-        ({"schedule": "linear"}, "decay_steps=0: schedule='linear' falls after warmup_steps=0"),
+        ({"weight_decay": 0.1}, "weight_decay=0.1: adam has no weight decay; use kind='adamw'"),
+        ({"schedule": "linear"}, "decay_steps=0: schedule='linear' decays after warmup_steps=0"),
         (
             {"schedule": "cosine", "decay_steps": 3, "warmup_steps": 3},
-            "decay_steps=3: schedule='cosine' falls after warmup_steps=3",
+            "decay_steps=3: schedule='cosine' decays after warmup_steps=3",
         ),
     ],
     ids=str,

@@ -112,7 +112,7 @@ class TestMicrobatches:
             assert metrics[name] == pytest.approx(float(value), rel=1e-5), name
 
     def test_a_size_that_does_not_divide_is_refused(self, params, batch):
-        with pytest.raises(ValueError, match="microbatch_rows=3 does not divide the 16 rollouts of a shard"):
+        with pytest.raises(ValueError, match="microbatch_rows=3: does not divide the 16 rollouts of a shard"):
             gradients(params, None, None, batch.train_batch(), CONFIG, microbatch_rows=3)
 
     def test_more_rows_than_there_are_means_all(self, params, batch):
