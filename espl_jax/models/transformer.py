@@ -1,8 +1,8 @@
-"""The decoder: one declaration per weight, and one `forward` over a prefix tree.
+"""The decoder: one declaration per weight, and a single `forward` over a prefix tree.
 
-A batch of sequences that share prefixes is a tree: system prompts [M], under each its problems [M*B],
-under each of those its rollouts [M*B*N]. Each node holds its own tokens once. `forward` runs one level over
-the KV caches of the levels above: prefill, decode step, scoring and policy gradient are all this function.
+A batch of sequences that share prefixes is a tree: system prompts [M], the problems of each [M*B], and the
+rollouts of each of those [M*B*N]. Every node stores only its own tokens. `forward` runs one level given the
+KV caches of the levels above; prefill, decode steps, scoring and the policy gradient all use it.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from espl_jax.parallel import sharding
 Params = dict[str, Any]
 
 LAYER_INPUT = "layer_input"
-"""What the residual stream before a layer is called, for policies of recomputation to name."""
+"""Name of the residual stream before a layer, for checkpoint (remat) policies."""
 
 ADAPTER = ("lora_a", "lora_b")
-"""Names of an adapter's two factors, beside the `weight` that it adapts."""
+"""Names of the two factors of an adapter, stored next to the `weight` that it adapts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """The declaration of one weight, from which init, shardings, adapters and memory plans derive.
+    """Declaration of one weight; initialization, shardings, adapters and memory plans are derived from it.
 
     Attributes:
-      axes: a logical name for each dimension; `layers` first for the stacked weights of all layers.
-      inputs: the axes that a product contracts; empty for norm scales and biases.
-      shape: a size for each axis.
+      axes: logical name of each dimension; `layers` first for the stacked weights of all layers.
+      inputs: the axes that a matmul contracts; empty for norm scales and biases.
+      shape: size of each dimension.
       dtype: storage dtype.
-      fill: what a norm scale or a bias begins with.
+      fill: initial value of a norm scale or bias.
     """
 
     axes: tuple[str, ...]
@@ -51,13 +51,13 @@ class Weight:
 
     @property
     def fan_in(self) -> int:
-        """Number of values summed into one output."""
+        """Number of inputs that are summed into one output."""
         return math.prod(
             size for axis, size in zip(self.axes, self.shape, strict=True) if axis in self.inputs
         )
 
     def adapter(self, rank: int) -> dict[str, Weight]:
-        """Its adapter's two factors, [inputs..., rank] and [rank, outputs...], in float32."""
+        """Declares the two factors of its adapter, [inputs..., rank] and [rank, outputs...], in float32."""
         sizes = dict(zip(self.axes, self.shape, strict=True)) | {"lora": rank}
         stack = tuple(axis for axis in self.axes if axis == "layers")
         outputs = tuple(axis for axis in self.axes if axis not in (*stack, *self.inputs))
@@ -73,7 +73,7 @@ class Weight:
 
 
 def abstract(config: DecoderConfig) -> Params:
-    """The params pytree with a `Weight` at every leaf."""
+    """Returns the params pytree with a `Weight` declaration at every leaf."""
     sizes = {
         "layers": config.num_layers,
         "embed": config.embed_dim,
@@ -127,7 +127,7 @@ def abstract(config: DecoderConfig) -> Params:
 
 
 def init(key: jax.Array, config: DecoderConfig) -> Params:
-    """Random params: norms at one, biases at zero, the rest normal with deviation 1 / sqrt(fan in).
+    """Initializes params: norms at 1, biases at 0, others normal with standard deviation 1 / sqrt(fan in).
 
     Consumes `key`.
     """
@@ -149,23 +149,23 @@ def forward(
     lengths: jax.Array | None = None,
     ancestors: Sequence[KVCache | RowsView] = (),
 ) -> tuple[jax.Array, KVCache]:
-    """Runs one level of the tree over its ancestors' caches.
+    """Runs one level of the tree, given its ancestors' caches.
 
     Args:
-      params: with adapters attached or not.
+      params: with or without adapters.
       config: the decoder.
-      tokens: int32 [R, T], right padded.
-      lengths: int32 [R] real tokens of each node, at least none; all of them by default.
-      ancestors: caches of the levels above, outermost first; each one's number of nodes divides R, and
-        neighbouring nodes share an ancestor, or it names the `owner` of every row.
+      tokens: int32 [R, T], right-padded.
+      lengths: int32 [R], number of real tokens of each node, may be 0; all T by default.
+      ancestors: caches of the levels above, outermost first. The number of nodes of each divides R and
+        adjacent rows share a node, unless the cache has an `owner` for every row.
 
     Returns:
       (hidden, cache): float [R, T, D] after the final norm, and the level's own KVCache with capacity T.
-      Values at padding are finite and meaningless.
+      Values at padding are finite but meaningless.
 
     Raises:
-      ValueError: if the nodes do not divide among those of a level above, or a token that is known is not in
-        the vocabulary.
+      ValueError: if the rows cannot be divided equally among the nodes of a level above, or a token id is
+        outside the vocabulary (not checked under jit).
     """
     layers.check_ids("tokens", tokens, config, lengths)
     nodes, steps = tokens.shape
@@ -200,7 +200,7 @@ def forward(
 
 
 def _with_unstacked(layer: Callable[..., Any], weights: Params) -> tuple[Params, Callable[..., Any]]:
-    """The stacked part of the layers' weights, and a layer that adds to its slice what is unstacked."""
+    """Returns the stacked weights, and `layer` wrapped so that it also receives the unstacked ones."""
 
     def stacked(node: Params) -> Params:
         return {
@@ -222,7 +222,7 @@ def _with_unstacked(layer: Callable[..., Any], weights: Params) -> tuple[Params,
 
 
 def _start(ancestors: Sequence[KVCache | RowsView], nodes: int) -> jax.Array:
-    """int32 [R], the position after the last ancestor's last token."""
+    """Returns int32 [R], the position after the last token of the last ancestor."""
     if not ancestors:
         return jnp.zeros(nodes, jnp.int32)
     last = ancestors[-1]
@@ -232,11 +232,11 @@ def _start(ancestors: Sequence[KVCache | RowsView], nodes: int) -> jax.Array:
 
 
 def _run_layers(layer: Callable[..., Any], config: DecoderConfig, x: jax.Array, stacked: Any) -> Any:
-    """Runs all layers, each with its slice of `stacked`: (x, what the layers returned, stacked)."""
+    """Runs all layers, each with its slice of `stacked`. Returns x and the stacked outputs of the layers."""
     windows = config.windows or (0,) * config.num_layers
 
     def checkpointed(window: int | None) -> Callable[..., Any]:
-        """The layer with a window known to the compiler, or given with each layer's slice."""
+        """Returns the layer with remat; its window is static, or with None, passed for each layer."""
         known = layer if window is None else functools.partial(layer, window=window)
         if config.remat == "none":
             return known
@@ -273,10 +273,10 @@ _SAVED = {
 
 
 def _from_rounded(layer: Callable[..., Any], config: DecoderConfig) -> Callable[..., Any]:
-    """A layer whose backward pass recomputes it from its input rounded to `config.dtype`."""
+    """Wraps a layer so that its backward pass recomputes it from its input, rounded to `config.dtype`."""
 
     def run(x: jax.Array, *given: Any, **window: jax.Array) -> Any:
-        # What the layer closes over has to be among the arguments of what has a gradient of its own.
+        # A custom_vjp function cannot close over traced values, so these become arguments.
         jaxpr, shapes = jax.make_jaxpr(layer, return_shape=True)(x, *given, **window)
 
         def known(closed_over: Any, x: jax.Array, rest: Any) -> Any:
@@ -287,7 +287,8 @@ def _from_rounded(layer: Callable[..., Any], config: DecoderConfig) -> Callable[
             return known(closed_over, x, rest), (closed_over, x.astype(config.dtype), rest)
 
         def backward(stored: Any, cotangents: Any) -> Any:
-            # Where layers are not scanned, the compiler would keep what the forward pass computed instead.
+            # Without scan, the compiler would otherwise keep the forward pass's values instead of
+            # recomputing.
             closed_over, x, rest = jax.lax.optimization_barrier(stored)
             return jax.vjp(known, closed_over, x.astype(jnp.float32), rest)[1](cotangents)
 
@@ -299,22 +300,22 @@ def _from_rounded(layer: Callable[..., Any], config: DecoderConfig) -> Callable[
 
 
 _TOKENS = ("tokens", None), ("residual", None)
-"""Products take all tokens of the devices that share their rows, forward and backward; between products each
-of these has a part of them."""
+"""Logical axes of activations in matmuls and between them. In matmuls, every device has all tokens of its row
+shard, forward and backward; between matmuls, the devices of a row shard each hold a part of the tokens."""
 
 
 def _layer(x, weights, above, index, *, window, config, rotations, shape, start, ancestors):
-    """One decoder layer on the level's flattened tokens. Returns x and the level's (key, value).
+    """Runs one decoder layer on the flattened tokens of a level. Returns x and the level's (key, value).
 
-    `above` has the layer's (key, value) of each ancestor, or None for one that is read by the layer's
-    `index`. `window` is the number of tokens that a token sees, 0 for all: a plain number, or a traced one
-    where scanned layers differ.
+    `above` has this layer's (key, value) of each ancestor, or None for a `RowsView`, which is read at layer
+    `index`. `window` is the number of tokens that a token attends to, 0 for no window: an int, or traced if
+    scanned layers have different windows.
     """
     weights = _gathered(weights, abstract(config)["layers"], config)
     x = checkpoint_name(x, LAYER_INPUT)
 
     def by_node(x: jax.Array) -> jax.Array:
-        """[.., heads, H] -> [R, T, heads, H], lying as attention wants it."""
+        """[.., heads, H] -> [R, T, heads, H], sharded for attention."""
         x = x.reshape(*shape, *x.shape[-2:])
         return sharding.constrain(x, ("rows", None, "kv_heads", None), config.phase)
 
@@ -360,9 +361,9 @@ def _layer(x, weights, above, index, *, window, config, rotations, shape, start,
 
 
 def _gathered(weights: Params, declared: Params, config: DecoderConfig) -> Params:
-    """One layer's weights as its products need them: in training, whole along the axis they are spread over.
+    """Gathers one layer's weights for its matmuls: in training, all-gathered along `fsdp`.
 
-    Rounded first, as products round them, so that no more is moved than they use.
+    Weights are cast to the compute dtype first, to reduce the bytes moved.
     """
     if config.phase != "training":
         return weights
@@ -380,7 +381,7 @@ def _gathered(weights: Params, declared: Params, config: DecoderConfig) -> Param
 
 
 def _rotation(rotations: Sequence[Any], window: jax.Array | int) -> Any:
-    """The cosines and sines of a layer: the second ones belong to layers with a window."""
+    """Selects the cosines and sines of a layer; the second pair is for layers with a window."""
     if len(rotations) == 1:
         return rotations[0]
     if isinstance(window, int):
@@ -389,21 +390,22 @@ def _rotation(rotations: Sequence[Any], window: jax.Array | int) -> Any:
 
 
 def head(params: Params) -> layers.Linear:
-    """The output head's weight, [V, D]: the embedding where the two are tied."""
+    """Returns the output head, with weight [V, D]; the embedding if the two are tied."""
     return params.get("head", params["embedding"])
 
 
 def unembed(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
-    """Hidden states after the final norm to logits. [..., D] -> float32 [..., V]."""
+    """Computes logits from hidden states after the final norm. [..., D] -> float32 [..., V]."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     out = layers.einsum("td,vd->tv", flat, head(params), config, "float32")
     return out.reshape(*hidden.shape[:-1], -1)
 
 
 def logits(params: Params, config: DecoderConfig, tokens: jax.Array) -> jax.Array:
-    """Next-token logits of plain sequences, causal. int32 [B, T] -> float32 [B, T, V].
+    """Computes next-token logits of independent sequences. int32 [B, T] -> float32 [B, T, V].
 
-    Raises ValueError as `forward`.
+    Raises:
+      ValueError: as `forward`.
     """
     hidden, _ = forward(params, config, tokens)
     return unembed(params, config, hidden)
