@@ -24,7 +24,7 @@ from tests.support import tiny
         ({"dtype": torch.float32}, "dtype=torch.float32 is unknown; choose one of"),
         ({"activation": "relu"}, "activation='relu' is unknown"),
         ({"windows": (4,)}, "windows=\\(4,\\): give one number for each of the 2 layers"),
-        ({"windows": (4, -1)}, "0 where a layer sees everything"),
+        ({"windows": (4, -1)}, r"\(0 for a layer without a window\)"),
     ],
 )
 def test_impossible_records_are_refused(change, message):

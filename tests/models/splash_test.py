@@ -129,7 +129,7 @@ def test_what_fits():
 
 
 def test_windows_into_ancestors_are_refused():
-    with pytest.raises(ValueError, match="window=40 may reach into ancestors"):
+    with pytest.raises(ValueError, match="window=40: may reach into ancestors"):
         splash.splash_attend(*level(), ancestors()[0], CONFIG, 40)
 
 
