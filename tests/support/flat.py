@@ -1,4 +1,4 @@
-"""Functions of the package with all their settings side by side, so that a test can change one in a dict."""
+"""Functions of the package with flat keyword arguments, so that a test can change one setting in a dict."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from espl_jax.training import step
 
 
 def take(cls, settings):
-    """Makes a dataclass of those settings that are its fields, and removes them."""
+    """Pops the settings that are fields of a dataclass, and constructs it from them."""
     names = {field.name for field in dataclasses.fields(cls)} & settings.keys()
     return cls(**{name: settings.pop(name) for name in names})
 

@@ -1,4 +1,4 @@
-"""A decoder so small that programs compile in a second, and its functions jitted once for all tests."""
+"""A decoder small enough to compile in a second, with functions that are jitted once for all tests."""
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ def params(config=CONFIG, seed=0):
 
 
 def adapters(config=CONFIG, rank=3, seed=1, targets=LORA_TARGETS[:7]):
-    """Adapters of which neither A nor B is zero."""
+    """Random adapters in which neither A nor B is zero."""
     rng = np.random.default_rng(seed)
     declared = lora.abstract_adapters(config, rank, targets)
     return jax.tree.map(lambda weight: jnp.asarray(rng.normal(0, 0.3, weight.shape), weight.dtype), declared)
