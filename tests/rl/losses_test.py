@@ -296,7 +296,7 @@ def test_a_loss_is_a_static_argument():
 
 
 class TestShapes(chex.TestCase):
-    """What is checked at the edge, with and without jit."""
+    """Checks of the arguments, with and without jit."""
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_hand_values(self):

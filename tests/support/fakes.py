@@ -186,7 +186,7 @@ def _scripted(conversation):
 
 
 def workdir(path, **changes):
-    """Creates the work directory of a two-iteration run without training it; trained numbers are 0.5 larger."""
+    """Creates the work directory of a two-iteration run without training; trained numbers grow by 0.5."""
     c = config(**changes)
     roots = [SystemPrompt(text=text) for text in ("Reply.", "Reply with the sum.", "Think {{ twice }}.")]
     members = populations.start(roots, c.population.max_size).with_ratings({"p0": (25, 3), "p1": (28, 2)})

@@ -14,7 +14,7 @@ GRADS = {"a": jnp.array([3.0, -4.0]), "b": jnp.array([12.0])}  # norm 13
 
 
 def first_momentum(optimizer):
-    """Adam's mean after one step, over one minus its decay: the gradient that it was given."""
+    """Recovers the gradient that Adam received, from its first moment after one step."""
     _, state = optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS)
     return optax.tree.get(state, "mu")
 

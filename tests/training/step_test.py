@@ -17,7 +17,7 @@ CONFIG = tiny.CONFIG.replace(lora_scale=0.5)
 
 
 def full_gradients(params, batch, temperature=TEMPERATURE):
-    """By the one program that most tests share: all weights, microbatches of two groups."""
+    """Computes gradients with the program that most tests share: all weights, microbatches of two groups."""
     return compiled_gradients(
         params, None, None, batch.train_batch(), CONFIG, temperature=temperature, microbatch_rows=4
     )
@@ -155,7 +155,7 @@ class TestMeaning:
         tiny.assert_trees_close(grads, expected, 1e-6)
 
     def test_groups_without_a_gradient_can_be_left_out(self, params, batch):
-        """No advantage, or nothing under the mask: all the same to the gradient."""
+        """Zero advantages and empty masks both give no gradient."""
         gone = np.arange(4)[None, :, None] >= 2
         still, _ = full_gradients(params, batch._replace(advantages=np.where(gone, 0, batch.advantages)))
         empty, _ = full_gradients(params, batch._replace(mask=batch.mask & ~gone[..., None]))
