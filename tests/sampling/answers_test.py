@@ -22,7 +22,7 @@ STOPS = tuple(range(0, 61, 3))
 
 
 def converse(delays):
-    """Samples rows whose turns are answered after the given delays, in seconds. Returns a summary of the samples."""
+    """Samples rows whose turns are answered after the given delays. Returns a summary of the samples."""
     mesh = sharding.make_mesh({"fsdp": 8})
     asked = []
 

@@ -79,7 +79,7 @@ def one_batch(rollouts, **settings):
 
 class TestByHand:
     def test_groups_without_a_gradient_are_left_out(self):
-        """One group per prompt has mixed rewards: the last problem of prompt 0, the middle one of prompt 1."""
+        """One group per prompt has mixed rewards: the last of prompt 0, the middle one of prompt 1."""
         hand = by_hand([[[1, 1], [0, 0], [1, 0]], [[0, 0], [1, 0], [1, 1]]])
         batch = one_batch(hand)
         # Of twelve rollouts four are left, and half of twelve is the least that holds them.
