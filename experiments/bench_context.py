@@ -105,7 +105,7 @@ def measure(
 
 def table(points: Sequence[Point]) -> str:
     """Formats the points as a Markdown table."""
-    lines = ["| in the system prompt | context | room for | ms a step | new tokens/s |", "| --- " * 5 + "|"]
+    lines = ["| in the system prompt | context | room for | ms per step | new tokens/s |", "| --- " * 5 + "|"]
     lines += [
         f"| {p.shared:.0%} | {p.context:,} | {p.reserved:,} | {1000 * p.step:.0f} | {p.rate:.1f} |"
         for p in points

@@ -148,7 +148,7 @@ def main() -> None:
     spent = marks[-1] - marks[2]
     count, total = len(marks) - 3, sum(spent.values())
     rest = total - sum(spent[name] for name in PROGRAMS)
-    rows = [["what", "seconds an iteration", "share"]]
+    rows = [["what", "seconds per iteration", "share"]]
     for name, seconds in sorted(spent.items(), key=lambda item: (item[0] not in PROGRAMS, -item[1])):
         rows.append([name, f"{seconds / count:.3f}", f"{100 * seconds / total:.2f}%"])
     rows.append(["an iteration", f"{total / count:.3f}", "100%"])
