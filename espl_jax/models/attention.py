@@ -175,7 +175,7 @@ def attend(
     key: jax.Array,
     value: jax.Array,
     ancestors: Sequence[Source],
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     start: jax.Array,
     window: jax.Array | int = 0,
 ) -> jax.Array:
@@ -185,7 +185,7 @@ def attend(
       query: [R, T, N, H], rotated.
       key, value: [R, T, K, H], of the level itself; keys rotated.
       ancestors: outermost first.
-      config: head counts and precision.
+      decoder: head counts and precision.
       start: int32 [R], position of the level's first tokens.
       window: number of tokens that a query attends to, itself included; a Python 0 for no window. A traced
         value must be positive.
@@ -197,7 +197,7 @@ def attend(
     # Copy keys and values per row, unless there is a single query and a single part: only then is it cheaper
     # to score every row against every node.
     ancestors = [source.by_row() if steps > 1 or source.parts > 1 else source for source in ancestors]
-    kv, groups = config.num_kv_heads, config.num_heads // config.num_kv_heads
+    kv, groups = decoder.num_kv_heads, decoder.num_heads // decoder.num_kv_heads
     query = query.reshape(rows, steps, kv, groups, head).transpose(2, 0, 1, 3, 4)  # [K, R, T, G, H]
     own = key.transpose(2, 0, 3, 1), value.transpose(2, 0, 1, 3)  # [K, R, H, T], [K, R, T, H]
     held = [*((s.key, s.value) for s in ancestors), own]
@@ -211,7 +211,7 @@ def attend(
         masks = [(_visible(s, start, columns, groups, window), s.owner is not None) for s in ancestors]
         masks.append((jnp.repeat(seen, groups, axis=0)[None], False))  # [1, t*G, T]
         masked = [(*arrays, *mask) for arrays, mask in zip(held, masks, strict=True)]
-        return _attend_all(queries.reshape(kv, rows, size * groups, head), masked, config).reshape(
+        return _attend_all(queries.reshape(kv, rows, size * groups, head), masked, decoder).reshape(
             queries.shape
         )
 
@@ -230,7 +230,7 @@ def attend(
 
         out = jax.lax.map(lambda x: jax.checkpoint(narrowed)(*x), (blocks, firsts))
         out = jnp.moveaxis(out, 0, 2).reshape(kv, rows, count * QUERY_BLOCK, groups, head)[:, :, :steps]
-    return out.transpose(1, 2, 0, 3, 4).reshape(rows, steps, config.num_heads, head)
+    return out.transpose(1, 2, 0, 3, 4).reshape(rows, steps, decoder.num_heads, head)
 
 
 def _within(back: jax.Array, window: jax.Array | int) -> jax.Array | bool:
@@ -255,11 +255,11 @@ def _visible(
     return mask & jnp.repeat(_within(back, window), groups, axis=1)
 
 
-def _attend_all(query: jax.Array, sources: list[tuple[Any, ...]], config: DecoderConfig) -> jax.Array:
+def _attend_all(query: jax.Array, sources: list[tuple[Any, ...]], decoder: DecoderConfig) -> jax.Array:
     """Computes one softmax over several sources without concatenating them. [K, R, Q, H] -> [K, R, Q, H]."""
     kv, rows, count, head = query.shape
-    precision = jax.lax.Precision.HIGHEST if config.matmul_precision == "highest" else None
-    query = query * (config.query_scale or head**-0.5)
+    precision = jax.lax.Precision.HIGHEST if decoder.matmul_precision == "highest" else None
+    query = query * (decoder.query_scale or head**-0.5)
 
     def per_node(x: jax.Array, nodes: int, owned: bool) -> jax.Array:
         """Groups [K, R, Q, x] by node: [K, A, (R/A)*Q, x]; if owned, [K, 1, R*Q, x] for all nodes."""

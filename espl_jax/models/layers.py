@@ -44,7 +44,7 @@ class Unstacked(NamedTuple):
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
-def check_ids(name: str, ids: Any, config: DecoderConfig, lengths: Any = None) -> None:
+def check_ids(name: str, ids: Any, decoder: DecoderConfig, lengths: Any = None) -> None:
     """Raises if a token id is outside the vocabulary, where a gather would silently read another token's row.
 
     Does nothing if the values are not available: under tracing, and for arrays that span several processes.
@@ -52,7 +52,7 @@ def check_ids(name: str, ids: Any, config: DecoderConfig, lengths: Any = None) -
     Args:
       name: name of the ids in the error message.
       ids: int [...], or [R, T] with lengths.
-      config: the decoder.
+      decoder: the model's configuration.
       lengths: int [R], the number of valid ids of each row; all by default.
 
     Raises:
@@ -63,18 +63,18 @@ def check_ids(name: str, ids: Any, config: DecoderConfig, lengths: Any = None) -
         if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
             return
     values = np.asarray(ids)
-    wrong = (values < 0) | (values >= config.vocab_size)
+    wrong = (values < 0) | (values >= decoder.vocab_size)
     if lengths is not None:
         wrong &= np.arange(values.shape[1]) < np.asarray(lengths)[:, None]
     if wrong.any():
         raise ValueError(
             f"{name}: token id {int(values[wrong][0])} is outside the model's vocabulary, "
-            f"vocab_size={config.vocab_size}; give ids from 0 to {config.vocab_size - 1}"
+            f"vocab_size={decoder.vocab_size}; give ids from 0 to {decoder.vocab_size - 1}"
         )
 
 
 def einsum(
-    spec: str, x: jax.Array, linear: Linear, config: DecoderConfig, out_dtype: str | None = None
+    spec: str, x: jax.Array, linear: Linear, decoder: DecoderConfig, out_dtype: str | None = None
 ) -> jax.Array:
     """Applies a linear layer. Every use of a linear weight goes through this function.
 
@@ -86,11 +86,11 @@ def einsum(
       x: activations.
       linear: `weight`; optionally `lora_a` [contracted dims of the weight..., r], `lora_b` [r, other dims...]
         and `bias` [last dims of the result...].
-      config: numerics and `lora_scale`.
-      out_dtype: dtype of the result, where rounding to `config.dtype` would lose too much.
+      decoder: numerics and `lora_scale`.
+      out_dtype: dtype of the result, where rounding to `decoder.dtype` would lose too much.
 
     Returns:
-      The result; in float32 if `matmul_precision` is `bfloat16`, else in `out_dtype` or `config.dtype`.
+      The result; in float32 if `matmul_precision` is `bfloat16`, else in `out_dtype` or `decoder.dtype`.
     """
     inputs, result = spec.split("->")
     left, right = inputs.split(",")
@@ -100,15 +100,15 @@ def einsum(
         weights, layer = linear[OUTPUTS_FIRST]
         multiply = functools.partial(product, f"{left},{kept}{contracted}->{result}", x)
         # Switch between matmuls, not between weights: selecting a weight would copy it.
-        branches = [functools.partial(multiply, w, config, out_dtype) for w in weights]
+        branches = [functools.partial(multiply, w, decoder, out_dtype) for w in weights]
         out = jax.lax.switch(layer, branches)
     else:
-        out = product(spec, x, linear["weight"], config, out_dtype)
+        out = product(spec, x, linear["weight"], decoder, out_dtype)
     if "lora_a" in linear:
         batch = "".join(c for c in left if c not in contracted)
-        low = product(f"{left},{contracted}r->{batch}r", x, linear["lora_a"], config)
-        out = out + config.lora_scale * product(
-            f"{batch}r,r{kept}->{result}", low, linear["lora_b"], config, out_dtype
+        low = product(f"{left},{contracted}r->{batch}r", x, linear["lora_a"], decoder)
+        out = out + decoder.lora_scale * product(
+            f"{batch}r,r{kept}->{result}", low, linear["lora_b"], decoder, out_dtype
         )
     if "bias" in linear:
         # In float32, so that the bias gradient is summed over tokens in float32.
@@ -117,18 +117,18 @@ def einsum(
 
 
 def product(
-    spec: str, x: jax.Array, weight: jax.Array, config: DecoderConfig, out_dtype: str | None = None
+    spec: str, x: jax.Array, weight: jax.Array, decoder: DecoderConfig, out_dtype: str | None = None
 ) -> jax.Array:
-    """Computes `einsum` without adapter and bias, with the dtypes and precision of `config`."""
-    if config.matmul_precision == "bfloat16":
+    """Computes `einsum` without adapter and bias, with the dtypes and precision of `decoder`."""
+    if decoder.matmul_precision == "bfloat16":
         return _bfloat16_product(spec, x, weight)
-    precision = jax.lax.Precision.HIGHEST if config.matmul_precision == "highest" else None
-    x, weight = x.astype(config.dtype), weight.astype(config.dtype)
+    precision = jax.lax.Precision.HIGHEST if decoder.matmul_precision == "highest" else None
+    x, weight = x.astype(decoder.dtype), weight.astype(decoder.dtype)
     multiply = functools.partial(jnp.einsum, precision=precision, preferred_element_type=out_dtype)
     inputs, result = spec.split("->")
     left, right = inputs.split(",")
     rows = math.prod(n for n, letter in zip(x.shape, left, strict=True) if letter not in right)
-    on_cpu = config.phase == "sampling" and config.sampling_layout == "unstacked"
+    on_cpu = decoder.phase == "sampling" and decoder.sampling_layout == "unstacked"
     if on_cpu and right[0] not in left and rows in FEW_ROWS:
         kept = "".join(c for c in right if c not in left)
         weight_first = kept + "".join(c for c in left if c not in right)
@@ -137,10 +137,10 @@ def product(
     return multiply(spec, x, weight)
 
 
-def rounded(weight: jax.Array, config: DecoderConfig) -> jax.Array:
+def rounded(weight: jax.Array, decoder: DecoderConfig) -> jax.Array:
     """Casts a weight to the compute dtype if that is smaller, to move half the bytes between devices."""
-    smaller = jnp.dtype(config.dtype).itemsize < weight.dtype.itemsize
-    return weight.astype(config.dtype) if smaller and config.matmul_precision == "default" else weight
+    smaller = jnp.dtype(decoder.dtype).itemsize < weight.dtype.itemsize
+    return weight.astype(decoder.dtype) if smaller and decoder.matmul_precision == "default" else weight
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -187,33 +187,33 @@ def _bfloat16_product_backward(spec: str, operands: tuple[jax.Array, jax.Array],
 _bfloat16_product.defvjp(_bfloat16_product_forward, _bfloat16_product_backward)
 
 
-def rms_norm(x: jax.Array, norm: dict[str, jax.Array], config: DecoderConfig) -> jax.Array:
+def rms_norm(x: jax.Array, norm: dict[str, jax.Array], decoder: DecoderConfig) -> jax.Array:
     """Applies RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467), computed in float32.
 
-    [..., D] -> [..., D] in `config.dtype`.
+    [..., D] -> [..., D] in `decoder.dtype`.
     """
     x = x.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_eps)
-    return (x * (norm["scale"].astype(jnp.float32) + config.norm_offset)).astype(config.dtype)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + decoder.norm_eps)
+    return (x * (norm["scale"].astype(jnp.float32) + decoder.norm_offset)).astype(decoder.dtype)
 
 
-def gated_mlp(x: jax.Array, weights: dict[str, Any], config: DecoderConfig) -> jax.Array:
+def gated_mlp(x: jax.Array, weights: dict[str, Any], decoder: DecoderConfig) -> jax.Array:
     """Applies the gated feed-forward layer (Shazeer 2020, arXiv 2002.05202). [T, D] -> [T, D]."""
 
     def placed(x: jax.Array) -> jax.Array:
-        return sharding.constrain(x, ("tokens", "mlp"), config.phase)
+        return sharding.constrain(x, ("tokens", "mlp"), decoder.phase)
 
-    activate = _ACTIVATIONS[config.activation]
-    gate = placed(einsum("td,df->tf", x, weights["gate"], config))
-    up = placed(einsum("td,df->tf", x, weights["up"], config))
-    return einsum("tf,fd->td", placed(activate(gate) * up), weights["down"], config)
+    activate = _ACTIVATIONS[decoder.activation]
+    gate = placed(einsum("td,df->tf", x, weights["gate"], decoder))
+    up = placed(einsum("td,df->tf", x, weights["up"], decoder))
+    return einsum("tf,fd->td", placed(activate(gate) * up), weights["down"], decoder)
 
 
-def embed(tokens: jax.Array, embedding: Linear, config: DecoderConfig) -> jax.Array:
+def embed(tokens: jax.Array, embedding: Linear, decoder: DecoderConfig) -> jax.Array:
     """Looks up token embeddings, the start of the residual stream. int32 [T] -> float32 [T, D]."""
     # First sharded like the table, then resharded: this moves the looked-up rows and never the table.
-    x = sharding.constrain(embedding["weight"][tokens], ("lookup", "embed"), config.phase)
-    x = rounded(x, config).astype(jnp.float32) * config.embed_scale
+    x = sharding.constrain(embedding["weight"][tokens], ("lookup", "embed"), decoder.phase)
+    x = rounded(x, decoder).astype(jnp.float32) * decoder.embed_scale
     # Resharding takes two steps, each of which is one collective for the compiler.
-    x = sharding.constrain(x, ("tokens", None), config.phase)
-    return sharding.constrain(x, ("residual", None), config.phase)
+    x = sharding.constrain(x, ("tokens", None), decoder.phase)
+    return sharding.constrain(x, ("residual", None), decoder.phase)

@@ -19,11 +19,11 @@ from espl_jax.models.config import DecoderConfig
 from espl_jax.models.transformer import ADAPTER, Params, Weight, abstract
 
 
-def abstract_adapters(config: DecoderConfig, rank: int, targets: Sequence[str] = LORA_TARGETS[:7]) -> Params:
+def abstract_adapters(decoder: DecoderConfig, rank: int, targets: Sequence[str] = LORA_TARGETS[:7]) -> Params:
     """Returns the pytree of the adapters with a float32 `Weight` declaration at every leaf.
 
     Args:
-      config: the decoder.
+      decoder: the model's configuration.
       rank: r.
       targets: names from `LORA_TARGETS`.
 
@@ -34,7 +34,7 @@ def abstract_adapters(config: DecoderConfig, rank: int, targets: Sequence[str] =
     unknown = sorted(set(targets) - set(LORA_TARGETS))
     if unknown or not targets:
         raise ValueError(f"lora targets={tuple(targets)!r}: choose some of {LORA_TARGETS}")
-    if "head" in targets and config.tied_head:
+    if "head" in targets and decoder.tied_head:
         raise ValueError("lora targets='head': this model ties its head to the embedding; leave it out")
     if rank < 1:
         raise ValueError(f"lora rank={rank}: give at least 1")
@@ -48,14 +48,14 @@ def abstract_adapters(config: DecoderConfig, rank: int, targets: Sequence[str] =
                 chosen[name] = below
         return chosen
 
-    return walk(abstract(config))
+    return walk(abstract(decoder))
 
 
 def init(
-    key: jax.Array, config: DecoderConfig, rank: int, targets: Sequence[str] = LORA_TARGETS[:7]
+    key: jax.Array, decoder: DecoderConfig, rank: int, targets: Sequence[str] = LORA_TARGETS[:7]
 ) -> dict[str, Any]:
     """Initializes adapters with zero effect: A uniform in +-1 / sqrt(fan in), B zero. Consumes `key`."""
-    declared = abstract_adapters(config, rank, targets)
+    declared = abstract_adapters(decoder, rank, targets)
     paths, tree = jax.tree_util.tree_flatten_with_path(declared)
     keys = jax.random.split(key, len(paths))
 
@@ -91,7 +91,7 @@ def detach(params: Params) -> tuple[Params, Params]:
     return base, adapters
 
 
-def merge(params: Params, config: DecoderConfig) -> Params:
+def merge(params: Params, decoder: DecoderConfig) -> Params:
     """Returns equivalent params without adapters, W + lora_scale * A B, rounded to W's dtype; for export."""
 
     def fold(weight: Weight, node: Params) -> jax.Array:
@@ -102,7 +102,7 @@ def merge(params: Params, config: DecoderConfig) -> Params:
         order = [a for a in weight.axes if a == "layers"] + list(weight.inputs)
         order += [a for a in weight.axes if a not in order]
         update = update.transpose([order.index(a) for a in weight.axes])
-        return (node["weight"] + config.lora_scale * update).astype(node["weight"].dtype)
+        return (node["weight"] + decoder.lora_scale * update).astype(node["weight"].dtype)
 
     def walk(declared: Params, node: Params) -> Params:
         if "lora_a" in node:
@@ -110,4 +110,4 @@ def merge(params: Params, config: DecoderConfig) -> Params:
             return kept | {"weight": fold(declared["weight"], node)}
         return {k: walk(declared[k], v) if isinstance(v, dict) else v for k, v in node.items()}
 
-    return walk(abstract(config), params)
+    return walk(abstract(decoder), params)

@@ -25,7 +25,9 @@ skipping blocks that the causal mask hides. A level of one block has none to ski
 in plain attention as well."""
 
 
-def fits(steps: int, ancestors: Sequence[Source], config: DecoderConfig, window: jax.Array | int = 0) -> bool:
+def fits(
+    steps: int, ancestors: Sequence[Source], decoder: DecoderConfig, window: jax.Array | int = 0
+) -> bool:
     """Returns whether the kernel supports the attention of a level of `steps` tokens, and is faster.
 
     False for short levels; for windows that are traced or that may reach into ancestors, because the distance
@@ -33,7 +35,7 @@ def fits(steps: int, ancestors: Sequence[Source], config: DecoderConfig, window:
     `matmul_precision="highest"`, because the kernel has no full float32 products.
     """
     fixed = isinstance(window, int) and not (window and ancestors)
-    return steps >= SHORTEST and fixed and config.matmul_precision != "highest"
+    return steps >= SHORTEST and fixed and decoder.matmul_precision != "highest"
 
 
 def on_tpu(x: jax.Array) -> bool:
@@ -49,7 +51,7 @@ def splash_attend(
     key: jax.Array,
     value: jax.Array,
     ancestors: Sequence[Source],
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     window: int = 0,
     interpret: bool = False,
 ) -> jax.Array:
@@ -64,7 +66,7 @@ def splash_attend(
       query: [R, T, N, H], rotated.
       key, value: [R, T, K, H], of the level itself; keys rotated.
       ancestors: outermost first.
-      config: head counts, `query_scale` and `phase`. The kernel rounds operands to `dtype`; softmax and sums
+      decoder: head counts, `query_scale` and `phase`. The kernel rounds operands to `dtype`; softmax and sums
         are float32.
       window: number of tokens that a query attends to, itself included; 0 for no window.
       interpret: run the kernel in interpret mode on CPU, which is slow.
@@ -81,7 +83,7 @@ def splash_attend(
         )
     rows, steps, _, head = query.shape
     ancestors = [source.by_row() for source in ancestors]
-    query = (query * (config.query_scale or head**-0.5)).transpose(0, 2, 1, 3)  # [R, N, T, H]
+    query = (query * (decoder.query_scale or head**-0.5)).transpose(0, 2, 1, 3)  # [R, N, T, H]
 
     def per_row(shared: jax.Array) -> jax.Array:
         """[A, ...] -> [R, ...]."""
@@ -115,7 +117,7 @@ def splash_attend(
     mesh = sharding.mesh_of(query)
     if mesh is not None:
         # The compiler does not shard a Pallas kernel by itself.
-        heads = sharding.named(mesh, ("rows", "kv_heads", None, None), key.shape, config.phase).spec
+        heads = sharding.named(mesh, ("rows", "kv_heads", None, None), key.shape, decoder.phase).spec
         attend = jax.shard_map(
             attend,
             mesh=mesh,

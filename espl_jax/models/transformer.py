@@ -72,66 +72,66 @@ class Weight:
         return dict(zip(ADAPTER, factors, strict=True))
 
 
-def abstract(config: DecoderConfig) -> Params:
+def abstract(decoder: DecoderConfig) -> Params:
     """Returns the params pytree with a `Weight` declaration at every leaf."""
     sizes = {
-        "layers": config.num_layers,
-        "embed": config.embed_dim,
-        "heads": config.num_heads,
-        "kv_heads": config.num_kv_heads,
-        "head": config.head_dim,
-        "mlp": config.mlp_dim,
-        "vocab": config.vocab_size,
+        "layers": decoder.num_layers,
+        "embed": decoder.embed_dim,
+        "heads": decoder.num_heads,
+        "kv_heads": decoder.num_kv_heads,
+        "head": decoder.head_dim,
+        "mlp": decoder.mlp_dim,
+        "vocab": decoder.vocab_size,
     }
 
     def declare(axes: str, inputs: str = "", fill: float = 0.0) -> Weight:
         names = tuple(axes.split())
         shape = tuple(sizes[axis] for axis in names)
-        return Weight(names, tuple(inputs.split()), shape, config.param_dtype, fill)
+        return Weight(names, tuple(inputs.split()), shape, decoder.param_dtype, fill)
 
     def linear(inputs: str, outputs: str, bias: bool) -> Params:
         layer = {"weight": declare(f"layers {inputs} {outputs}", inputs)}
         return layer | ({"bias": declare(f"layers {outputs}")} if bias else {})
 
     def norm(axes: str) -> Params:
-        return {"scale": declare(axes, fill=1.0 - config.norm_offset)}
+        return {"scale": declare(axes, fill=1.0 - decoder.norm_offset)}
 
     attention = {
-        "query": linear("embed", "heads head", config.qkv_bias),
-        "key": linear("embed", "kv_heads head", config.qkv_bias),
-        "value": linear("embed", "kv_heads head", config.qkv_bias),
-        "out": linear("heads head", "embed", config.out_bias),
+        "query": linear("embed", "heads head", decoder.qkv_bias),
+        "key": linear("embed", "kv_heads head", decoder.qkv_bias),
+        "value": linear("embed", "kv_heads head", decoder.qkv_bias),
+        "out": linear("heads head", "embed", decoder.out_bias),
     }
-    if config.qk_norm:
+    if decoder.qk_norm:
         attention |= {"query_norm": norm("layers head"), "key_norm": norm("layers head")}
     layer = {
         "attention_norm": norm("layers embed"),
         "attention": attention,
         "mlp_norm": norm("layers embed"),
         "mlp": {
-            "gate": linear("embed", "mlp", config.mlp_bias),
-            "up": linear("embed", "mlp", config.mlp_bias),
-            "down": linear("mlp", "embed", config.mlp_bias),
+            "gate": linear("embed", "mlp", decoder.mlp_bias),
+            "up": linear("embed", "mlp", decoder.mlp_bias),
+            "down": linear("mlp", "embed", decoder.mlp_bias),
         },
     }
-    if config.post_norms:
+    if decoder.post_norms:
         layer |= {"post_attention_norm": norm("layers embed"), "post_mlp_norm": norm("layers embed")}
     params = {
         "embedding": {"weight": declare("vocab embed", "embed")},
         "layers": layer,
         "final_norm": norm("embed"),
     }
-    if not config.tied_head:
+    if not decoder.tied_head:
         params["head"] = {"weight": declare("vocab embed", "embed")}
     return params
 
 
-def init(key: jax.Array, config: DecoderConfig) -> Params:
+def init(key: jax.Array, decoder: DecoderConfig) -> Params:
     """Initializes params: norms at 1, biases at 0, others normal with standard deviation 1 / sqrt(fan in).
 
     Consumes `key`.
     """
-    leaves, tree = jax.tree.flatten(abstract(config))
+    leaves, tree = jax.tree.flatten(abstract(decoder))
     keys = jax.random.split(key, len(leaves))
 
     def draw(weight: Weight, key: jax.Array) -> jax.Array:
@@ -144,7 +144,7 @@ def init(key: jax.Array, config: DecoderConfig) -> Params:
 
 def forward(
     params: Params,
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     tokens: jax.Array,
     lengths: jax.Array | None = None,
     ancestors: Sequence[KVCache | RowsView] = (),
@@ -153,7 +153,7 @@ def forward(
 
     Args:
       params: with or without adapters.
-      config: the decoder.
+      decoder: the model's configuration.
       tokens: int32 [R, T], right-padded.
       lengths: int32 [R], number of real tokens of each node, may be 0; all T by default.
       ancestors: caches of the levels above, outermost first. The number of nodes of each divides R and
@@ -167,7 +167,7 @@ def forward(
       ValueError: if the rows cannot be divided equally among the nodes of a level above, or a token id is
         outside the vocabulary (not checked under jit).
     """
-    layers.check_ids("tokens", tokens, config, lengths)
+    layers.check_ids("tokens", tokens, decoder, lengths)
     nodes, steps = tokens.shape
     if lengths is None:
         lengths = jnp.full(nodes, steps, jnp.int32)
@@ -179,23 +179,23 @@ def forward(
             )
     start = _start(ancestors, nodes)
     positions = (start[:, None] + jnp.arange(steps)).reshape(-1)
-    x = layers.embed(tokens.reshape(-1), params["embedding"], config)
+    x = layers.embed(tokens.reshape(-1), params["embedding"], decoder)
 
-    ropes = (config.rope,) if config.local_rope is None else (config.rope, config.local_rope)
+    ropes = (decoder.rope,) if decoder.local_rope is None else (decoder.rope, decoder.local_rope)
     layer = functools.partial(
         _layer,
-        config=config,
-        rotations=[rope.tables(positions, each, config.head_dim) for each in ropes],
+        decoder=decoder,
+        rotations=[rope.tables(positions, each, decoder.head_dim) for each in ropes],
         shape=tokens.shape,
         start=start,
         ancestors=tuple(ancestors),
     )
     stacked = tuple(None if isinstance(c, RowsView) else (c.key, c.value) for c in ancestors)
-    index = jnp.arange(config.num_layers)
+    index = jnp.arange(decoder.num_layers)
     weights, layer = _with_unstacked(layer, params["layers"])
-    x, (key, value) = _run_layers(layer, config, x, (weights, stacked, index))
+    x, (key, value) = _run_layers(layer, decoder, x, (weights, stacked, index))
 
-    x = sharding.move(layers.rms_norm(x, params["final_norm"], config), *_TOKENS, config.phase)
+    x = sharding.move(layers.rms_norm(x, params["final_norm"], decoder), *_TOKENS, decoder.phase)
     return x.reshape(nodes, steps, -1), KVCache(key, value, start, lengths)
 
 
@@ -231,20 +231,20 @@ def _start(ancestors: Sequence[KVCache | RowsView], nodes: int) -> jax.Array:
     return jnp.repeat(last.end, nodes // last.end.shape[0], total_repeat_length=nodes)
 
 
-def _run_layers(layer: Callable[..., Any], config: DecoderConfig, x: jax.Array, stacked: Any) -> Any:
+def _run_layers(layer: Callable[..., Any], decoder: DecoderConfig, x: jax.Array, stacked: Any) -> Any:
     """Runs all layers, each with its slice of `stacked`. Returns x and the stacked outputs of the layers."""
-    windows = config.windows or (0,) * config.num_layers
+    windows = decoder.windows or (0,) * decoder.num_layers
 
     def checkpointed(window: int | None) -> Callable[..., Any]:
         """Returns the layer with remat; its window is static, or with None, passed for each layer."""
         known = layer if window is None else functools.partial(layer, window=window)
-        if config.remat == "none":
+        if decoder.remat == "none":
             return known
-        if config.remat == "rounded":
-            return _from_rounded(known, config)
-        return jax.checkpoint(known, policy=_SAVED[config.remat])
+        if decoder.remat == "rounded":
+            return _from_rounded(known, decoder)
+        return jax.checkpoint(known, policy=_SAVED[decoder.remat])
 
-    if config.scan_layers:
+    if decoder.scan_layers:
         if len(set(windows)) == 1:
             body = checkpointed(windows[0])
             return jax.lax.scan(lambda x, xs: body(x, *xs), x, stacked)
@@ -272,8 +272,8 @@ _SAVED = {
 }
 
 
-def _from_rounded(layer: Callable[..., Any], config: DecoderConfig) -> Callable[..., Any]:
-    """Wraps a layer so that its backward pass recomputes it from its input, rounded to `config.dtype`."""
+def _from_rounded(layer: Callable[..., Any], decoder: DecoderConfig) -> Callable[..., Any]:
+    """Wraps a layer so that its backward pass recomputes it from its input, rounded to `decoder.dtype`."""
 
     def run(x: jax.Array, *given: Any, **window: jax.Array) -> Any:
         # A custom_vjp function cannot close over traced values, so these become arguments.
@@ -284,7 +284,7 @@ def _from_rounded(layer: Callable[..., Any], config: DecoderConfig) -> Callable[
             return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
         def forward(closed_over: Any, x: jax.Array, rest: Any) -> Any:
-            return known(closed_over, x, rest), (closed_over, x.astype(config.dtype), rest)
+            return known(closed_over, x, rest), (closed_over, x.astype(decoder.dtype), rest)
 
         def backward(stored: Any, cotangents: Any) -> Any:
             # Without scan, the compiler would otherwise keep the forward pass's values instead of
@@ -304,39 +304,39 @@ _TOKENS = ("tokens", None), ("residual", None)
 shard, forward and backward; between matmuls, the devices of a row shard each hold a part of the tokens."""
 
 
-def _layer(x, weights, above, index, *, window, config, rotations, shape, start, ancestors):
+def _layer(x, weights, above, index, *, window, decoder, rotations, shape, start, ancestors):
     """Runs one decoder layer on the flattened tokens of a level. Returns x and the level's (key, value).
 
     `above` has this layer's (key, value) of each ancestor, or None for a `RowsView`, which is read at layer
     `index`. `window` is the number of tokens that a token attends to, 0 for no window: an int, or traced if
     scanned layers have different windows.
     """
-    weights = _gathered(weights, abstract(config)["layers"], config)
+    weights = _gathered(weights, abstract(decoder)["layers"], decoder)
     x = checkpoint_name(x, LAYER_INPUT)
 
     def by_node(x: jax.Array) -> jax.Array:
         """[.., heads, H] -> [R, T, heads, H], sharded for attention."""
         x = x.reshape(*shape, *x.shape[-2:])
-        return sharding.constrain(x, ("rows", None, "kv_heads", None), config.phase)
+        return sharding.constrain(x, ("rows", None, "kv_heads", None), decoder.phase)
 
     def normalized(x: jax.Array, norm: dict[str, jax.Array]) -> jax.Array:
-        return sharding.move(layers.rms_norm(x, norm, config), *_TOKENS, config.phase)
+        return sharding.move(layers.rms_norm(x, norm, decoder), *_TOKENS, decoder.phase)
 
     def joined(x: jax.Array, out: jax.Array) -> jax.Array:
-        out = sharding.move(out, *reversed(_TOKENS), config.phase)
-        return sharding.constrain(x + out, ("residual", None), config.phase)
+        out = sharding.move(out, *reversed(_TOKENS), decoder.phase)
+        return sharding.constrain(x + out, ("residual", None), decoder.phase)
 
     y = normalized(x, weights["attention_norm"])
     attention = weights["attention"]
-    query = layers.einsum("td,dnh->tnh", y, attention["query"], config)
-    key = layers.einsum("td,dkh->tkh", y, attention["key"], config)
-    value = layers.einsum("td,dkh->tkh", y, attention["value"], config).astype(config.dtype)
-    if config.qk_norm:
-        query = layers.rms_norm(query, attention["query_norm"], config)
-        key = layers.rms_norm(key, attention["key_norm"], config)
+    query = layers.einsum("td,dnh->tnh", y, attention["query"], decoder)
+    key = layers.einsum("td,dkh->tkh", y, attention["key"], decoder)
+    value = layers.einsum("td,dkh->tkh", y, attention["value"], decoder).astype(decoder.dtype)
+    if decoder.qk_norm:
+        query = layers.rms_norm(query, attention["query_norm"], decoder)
+        key = layers.rms_norm(key, attention["key_norm"], decoder)
     cos, sin = _rotation(rotations, window)
-    query = by_node(rope.rotate(query, cos, sin).astype(config.dtype))
-    key = by_node(rope.rotate(key, cos, sin).astype(config.dtype))
+    query = by_node(rope.rotate(query, cos, sin).astype(decoder.dtype))
+    key = by_node(rope.rotate(key, cos, sin).astype(decoder.dtype))
     value = by_node(value)
 
     if isinstance(window, jax.Array):
@@ -345,35 +345,37 @@ def _layer(x, weights, above, index, *, window, config, rotations, shape, start,
         Source(*(arrays or cache.layer(index)), cache.filled, cache.start, cache.owner, cache.parts)
         for arrays, cache in zip(above, ancestors, strict=True)
     ]
-    if splash.on_tpu(query) and splash.fits(shape[1], sources, config, window):
-        out = splash.splash_attend(query, key, value, sources, config, window)
+    if splash.on_tpu(query) and splash.fits(shape[1], sources, decoder, window):
+        out = splash.splash_attend(query, key, value, sources, decoder, window)
     else:
-        out = checkpoint_name(attend(query, key, value, sources, config, start, window), ATTENTION)
+        out = checkpoint_name(attend(query, key, value, sources, decoder, start, window), ATTENTION)
     written = key.transpose(2, 0, 3, 1), value.transpose(2, 0, 1, 3)
 
     out = by_node(out).reshape(-1, *out.shape[-2:])
-    out = sharding.constrain(out, ("tokens", "heads", None), config.phase)
-    out = layers.einsum("tnh,nhd->td", out, attention["out"], config)
-    x = joined(x, layers.rms_norm(out, weights["post_attention_norm"], config) if config.post_norms else out)
-    out = layers.gated_mlp(normalized(x, weights["mlp_norm"]), weights["mlp"], config)
-    x = joined(x, layers.rms_norm(out, weights["post_mlp_norm"], config) if config.post_norms else out)
+    out = sharding.constrain(out, ("tokens", "heads", None), decoder.phase)
+    out = layers.einsum("tnh,nhd->td", out, attention["out"], decoder)
+    x = joined(
+        x, layers.rms_norm(out, weights["post_attention_norm"], decoder) if decoder.post_norms else out
+    )
+    out = layers.gated_mlp(normalized(x, weights["mlp_norm"]), weights["mlp"], decoder)
+    x = joined(x, layers.rms_norm(out, weights["post_mlp_norm"], decoder) if decoder.post_norms else out)
     return x, written
 
 
-def _gathered(weights: Params, declared: Params, config: DecoderConfig) -> Params:
+def _gathered(weights: Params, declared: Params, decoder: DecoderConfig) -> Params:
     """Gathers one layer's weights for its matmuls: in training, all-gathered along `fsdp`.
 
     Weights are cast to the compute dtype first, to reduce the bytes moved.
     """
-    if config.phase != "training":
+    if decoder.phase != "training":
         return weights
 
     def gather(name: str, x: jax.Array, declared: dict[str, Weight]) -> jax.Array:
         weight = declared["weight"].adapter(1)[name] if name in ADAPTER else declared[name]
-        return sharding.gather(layers.rounded(x, config) if weight.inputs else x, weight.axes[1:])
+        return sharding.gather(layers.rounded(x, decoder) if weight.inputs else x, weight.axes[1:])
 
     return {
-        name: _gathered(node, declared[name], config)
+        name: _gathered(node, declared[name], decoder)
         if isinstance(node, dict)
         else gather(name, node, declared)
         for name, node in weights.items()
@@ -394,18 +396,18 @@ def head(params: Params) -> layers.Linear:
     return params.get("head", params["embedding"])
 
 
-def unembed(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
+def unembed(params: Params, decoder: DecoderConfig, hidden: jax.Array) -> jax.Array:
     """Computes logits from hidden states after the final norm. [..., D] -> float32 [..., V]."""
     flat = hidden.reshape(-1, hidden.shape[-1])
-    out = layers.einsum("td,vd->tv", flat, head(params), config, "float32")
+    out = layers.einsum("td,vd->tv", flat, head(params), decoder, "float32")
     return out.reshape(*hidden.shape[:-1], -1)
 
 
-def logits(params: Params, config: DecoderConfig, tokens: jax.Array) -> jax.Array:
+def logits(params: Params, decoder: DecoderConfig, tokens: jax.Array) -> jax.Array:
     """Computes next-token logits of independent sequences. int32 [B, T] -> float32 [B, T, V].
 
     Raises:
       ValueError: as `forward`.
     """
-    hidden, _ = forward(params, config, tokens)
-    return unembed(params, config, hidden)
+    hidden, _ = forward(params, decoder, tokens)
+    return unembed(params, decoder, hidden)

@@ -40,7 +40,7 @@ class TokenStats(NamedTuple):
 
 def target_logprobs(
     params: Params,
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     hidden: jax.Array,
     targets: jax.Array,
     temperature: jax.Array | float = 1.0,
@@ -53,7 +53,7 @@ def target_logprobs(
 
     Args:
       params: contains the head's weight.
-      config: the decoder.
+      decoder: the model's configuration.
       hidden: [..., D], after the final norm.
       targets: int32 [...].
       temperature: divides the logits.
@@ -65,7 +65,7 @@ def target_logprobs(
         chex.assert_equal_shape([targets, cutoffs])
     flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     bounds = None if cutoffs is None else cutoffs.reshape(-1)
-    stats = _stats(flat, dict(head(params)), wanted, bounds, jnp.float32(temperature), config)
+    stats = _stats(flat, dict(head(params)), wanted, bounds, jnp.float32(temperature), decoder)
     return TokenStats(*(x.reshape(targets.shape) for x in stats))
 
 
@@ -76,18 +76,18 @@ def _stats(
     wanted: jax.Array,
     cutoffs: jax.Array | None,
     temperature: jax.Array,
-    config: DecoderConfig,
+    decoder: DecoderConfig,
 ) -> TokenStats:
     """Computes `target_logprobs` for flat [tokens, D] and wanted int32 [tokens] with the head `linear`."""
-    return _forward(flat, linear, wanted, cutoffs, temperature, config)[0]
+    return _forward(flat, linear, wanted, cutoffs, temperature, decoder)[0]
 
 
-def _forward(flat, linear, wanted, cutoffs, temperature, config):
+def _forward(flat, linear, wanted, cutoffs, temperature, decoder):
     chunks = vocab_chunks.chunks(linear, len(flat))
 
     def body(carry, first):
         largest, total, weighted, target = carry
-        scores = vocab_chunks.scores(flat, chunks.cut(linear, first), temperature, config)
+        scores = vocab_chunks.scores(flat, chunks.cut(linear, first), temperature, decoder)
         columns, fresh = chunks.columns(first)
         scores = jnp.where(fresh, scores, -jnp.inf)
         top = jnp.maximum(largest, scores.max(axis=1))
@@ -108,14 +108,14 @@ def _forward(flat, linear, wanted, cutoffs, temperature, config):
         # Convert the sampler's cut-offs from logprobs to scores.
         bounds = cutoffs + normalizer
         normalizer = _kept_normalizer(
-            flat, linear, wanted, bounds, jnp.where(largest >= bounds, largest, target), temperature, config
+            flat, linear, wanted, bounds, jnp.where(largest >= bounds, largest, target), temperature, decoder
         )
         logprobs, cut = target - normalizer, untruncated < cutoffs
     stats = TokenStats(logprobs, entropy, untruncated, cut)
     return stats, (flat, linear, wanted, bounds, normalizer, temperature)
 
 
-def _kept_normalizer(flat, linear, wanted, bounds, top, temperature, config):
+def _kept_normalizer(flat, linear, wanted, bounds, top, temperature, decoder):
     """Returns the logsumexp of the scores that reach their bound, and the target's score.
 
     `top` is the largest of them: the largest score of all if that is kept, else the target's.
@@ -124,7 +124,7 @@ def _kept_normalizer(flat, linear, wanted, bounds, top, temperature, config):
     chunks = vocab_chunks.chunks(linear, len(flat))
 
     def body(total, first):
-        scores = vocab_chunks.scores(flat, chunks.cut(linear, first), temperature, config)
+        scores = vocab_chunks.scores(flat, chunks.cut(linear, first), temperature, decoder)
         columns, fresh = chunks.columns(first)
         kept = _kept(scores, columns, wanted, bounds) & fresh
         return total + jnp.where(kept, jnp.exp(jnp.where(kept, scores - top[:, None], 0.0)), 0.0).sum(1), None
@@ -137,14 +137,14 @@ def _kept(scores, columns, wanted, bounds):
     return (scores >= bounds[:, None]) | (wanted[:, None] == columns)
 
 
-def _backward(config, residuals, cotangents):
+def _backward(decoder, residuals, cotangents):
     flat, linear, wanted, bounds, normalizer, temperature = residuals
     chunks = vocab_chunks.chunks(linear, len(flat))
 
     def body(carry, first):
         of_flat, of_linear = carry
         scores, pull_back = jax.vjp(
-            lambda flat, part: vocab_chunks.scores(flat, part, temperature, config),
+            lambda flat, part: vocab_chunks.scores(flat, part, temperature, decoder),
             flat,
             chunks.cut(linear, first),
         )
@@ -156,7 +156,7 @@ def _backward(config, residuals, cotangents):
         return (of_flat + more.astype(jnp.float32), chunks.add(of_linear, part, first)), None
 
     zeros = jnp.zeros(flat.shape, jnp.float32), jax.tree.map(jnp.zeros_like, linear)
-    zeros[1]["weight"] = sharding.constrain(zeros[1]["weight"], vocab_chunks.axes(config), config.phase)
+    zeros[1]["weight"] = sharding.constrain(zeros[1]["weight"], vocab_chunks.axes(decoder), decoder.phase)
     (of_flat, of_linear), _ = jax.lax.scan(body, zeros, chunks.firsts)
     return of_flat.astype(flat.dtype), of_linear, None, None, jnp.zeros_like(temperature)
 
@@ -169,7 +169,7 @@ def token_kl(
     hidden: jax.Array,
     reference: Params,
     reference_hidden: jax.Array,
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     temperature: jax.Array | float = 1.0,
 ) -> jax.Array:
     """Returns the exact KL(policy || reference) of the next-token distributions, over the whole vocabulary.
@@ -177,7 +177,7 @@ def token_kl(
     Args:
       params, hidden: the policy and its hidden states, [..., D].
       reference, reference_hidden: the reference policy and its hidden states, [..., D].
-      config: the decoder of both.
+      decoder: configuration of both models.
       temperature: divides the logits of both.
 
     Returns:
@@ -189,8 +189,8 @@ def token_kl(
 
     def body(carry, first):
         largest, total, gap, largest_ref, total_ref = carry
-        scores = vocab_chunks.scores(flat, chunks.cut(linear, first), temperature, config)
-        scores_ref = vocab_chunks.scores(flat_reference, chunks.cut(linear_ref, first), temperature, config)
+        scores = vocab_chunks.scores(flat, chunks.cut(linear, first), temperature, decoder)
+        scores_ref = vocab_chunks.scores(flat_reference, chunks.cut(linear_ref, first), temperature, decoder)
         _, fresh = chunks.columns(first)
         difference = jnp.where(fresh, scores - scores_ref, 0.0)
         scores, scores_ref = (jnp.where(fresh, x, -jnp.inf) for x in (scores, scores_ref))
@@ -212,13 +212,13 @@ def token_kl(
 
 
 def token_logprobs(
-    params: Params, config: DecoderConfig, tokens: jax.Array, temperature: jax.Array | float = 1.0
+    params: Params, decoder: DecoderConfig, tokens: jax.Array, temperature: jax.Array | float = 1.0
 ) -> jax.Array:
     """Returns the logprob of every token except the first, given the tokens before it.
 
     Args:
       params: with or without adapters.
-      config: the decoder.
+      decoder: the model's configuration.
       tokens: int32 [B, T].
       temperature: divides the logits.
 
@@ -228,6 +228,6 @@ def token_logprobs(
     Raises:
       ValueError: if a token id is outside the vocabulary (not checked under jit).
     """
-    layers.check_ids("tokens", tokens, config)
-    hidden, _ = forward(params, config, tokens[:, :-1])
-    return target_logprobs(params, config, hidden, tokens[:, 1:], temperature).logprobs
+    layers.check_ids("tokens", tokens, decoder)
+    hidden, _ = forward(params, decoder, tokens[:, :-1])
+    return target_logprobs(params, decoder, hidden, tokens[:, 1:], temperature).logprobs

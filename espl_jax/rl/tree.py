@@ -20,12 +20,12 @@ Places = dict[str, tuple[jax.Array, jax.Array]]
 """`start` and `length` of the nodes of the shared levels, by name of the level."""
 
 
-def shared_levels(params: Params, batch: TrainBatch, config: DecoderConfig) -> tuple[Arrays, Places]:
+def shared_levels(params: Params, batch: TrainBatch, decoder: DecoderConfig) -> tuple[Arrays, Places]:
     """Runs the levels above the rollouts; a level without tokens is left out."""
     arrays, places = {}, {}
 
     def run(name: str, tokens: jax.Array, lengths: jax.Array, ancestors: Sequence[KVCache]) -> None:
-        _, cache = forward(params, config, tokens, lengths, ancestors)
+        _, cache = forward(params, decoder, tokens, lengths, ancestors)
         arrays[name], places[name] = (cache.key, cache.value), (cache.start, cache.length)
 
     if batch.system_tokens.shape[1]:
@@ -56,13 +56,13 @@ def hidden_states(
     places: Places,
     batch: TrainBatch,
     micro: dict[str, jax.Array],
-    config: DecoderConfig,
+    decoder: DecoderConfig,
 ) -> jax.Array:
     """Runs the rollouts of a microbatch over the shared levels. Returns float [rows, T, D]."""
     shards, problem = batch.inputs.shape[0], micro["rollout_problem"]
     system = of_owners(_flat(batch.problem_system), problem, shards)
     ancestors = _ancestors(arrays, places, {"system": system, "problem": problem}, shards)
-    return forward(params, config, micro["inputs"], ancestors=ancestors)[0]
+    return forward(params, decoder, micro["inputs"], ancestors=ancestors)[0]
 
 
 def _flat(x: jax.Array) -> jax.Array:

@@ -93,13 +93,13 @@ def chunks(linear: layers.Linear, tokens: int) -> Chunks:
     return Chunks(parts, vocab // parts, min(max(1, wanted), vocab // parts))
 
 
-def scores(flat: jax.Array, linear: layers.Linear, temperature: Any, config: DecoderConfig) -> jax.Array:
+def scores(flat: jax.Array, linear: layers.Linear, temperature: Any, decoder: DecoderConfig) -> jax.Array:
     """Returns logits / temperature, float32 [tokens, C], of flat [tokens, D] and a chunk of the head."""
-    weight = sharding.gather(layers.rounded(linear["weight"], config), axes(config))
-    out = layers.einsum("td,vd->tv", flat, linear | {"weight": weight}, config, "float32") / temperature
-    return sharding.constrain(out, ("tokens", "vocab"), config.phase)
+    weight = sharding.gather(layers.rounded(linear["weight"], decoder), axes(decoder))
+    out = layers.einsum("td,vd->tv", flat, linear | {"weight": weight}, decoder, "float32") / temperature
+    return sharding.constrain(out, ("tokens", "vocab"), decoder.phase)
 
 
-def axes(config: DecoderConfig) -> tuple[str, ...]:
+def axes(decoder: DecoderConfig) -> tuple[str, ...]:
     """Returns the logical axes of the head's weight."""
-    return head(abstract(config))["weight"].axes
+    return head(abstract(decoder))["weight"].axes

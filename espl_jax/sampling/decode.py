@@ -74,16 +74,16 @@ class Drawn(NamedTuple):
 
 
 def abstract_slots(
-    config: DecoderConfig, slots: int, capacity: int, mesh: Mesh | None, everywhere: bool = False
+    decoder: DecoderConfig, slots: int, capacity: int, mesh: Mesh | None, everywhere: bool = False
 ) -> Slots:
     """Returns shapes and shardings of slots with `capacity` columns each: sharded by rows, or replicated over
     rows (`everywhere`) like the caches of shared levels."""
-    shape = (config.num_layers, config.num_kv_heads, slots)
-    shapes = (*shape, config.head_dim, capacity), (*shape, capacity, config.head_dim)
+    shape = (decoder.num_layers, decoder.num_kv_heads, slots)
+    shapes = (*shape, decoder.head_dim, capacity), (*shape, capacity, decoder.head_dim)
     return tuple(
         jax.ShapeDtypeStruct(
             shape,
-            jnp.dtype(config.dtype),
+            jnp.dtype(decoder.dtype),
             sharding=None if mesh is None else sharding.cache_sharding(mesh, shape, everywhere),
         )
         for shape in shapes
@@ -97,16 +97,16 @@ def abstract_rows(count: int, mesh: Mesh | None) -> Rows:
     return sharding.place_rows(Rows(*(numbers,) * 6, keys), mesh)
 
 
-def reserve(config: DecoderConfig, slots: int, capacity: int, mesh: Mesh | None) -> Slots:
+def reserve(decoder: DecoderConfig, slots: int, capacity: int, mesh: Mesh | None) -> Slots:
     """Allocates empty slots with `capacity` columns each."""
-    shapes = abstract_slots(config, slots, capacity, mesh)
+    shapes = abstract_slots(decoder, slots, capacity, mesh)
     return tuple(jnp.zeros(x.shape, x.dtype, device=x.sharding) for x in shapes)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+@functools.partial(jax.jit, static_argnames=("decoder", "mesh"))
 def prefill(
     params: Any,
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     tokens: jax.Array,
     lengths: jax.Array,
     system: KVCache | None = None,
@@ -117,14 +117,14 @@ def prefill(
 
     Args:
       params: with or without adapters.
-      config: the decoder.
+      decoder: the model's configuration.
       tokens: int32 [M, S], the system prompts; or [M * P, Q], P problems for each system prompt, each without
         its last token.
       lengths: int32 [M] or [M * P].
       system: cache of the system prompts when `tokens` are problems, else None.
       mesh: the cache is replicated over rows and sharded by heads like the weights.
     """
-    _, cache = forward(params, config, tokens, lengths, () if system is None else (system,))
+    _, cache = forward(params, decoder, tokens, lengths, () if system is None else (system,))
     if mesh is None:
         return cache
     arrays = (
@@ -188,10 +188,10 @@ def move(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "columns", "mesh"), donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("decoder", "columns", "mesh"), donate_argnames="slots")
 def extend(
     params: Any,
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     system: KVCache,
     slots: Slots,
     at: jax.Array,
@@ -206,7 +206,7 @@ def extend(
 
     Args:
       params: with or without adapters.
-      config: the decoder.
+      decoder: the model's configuration.
       system: cache of the system prompts, M nodes.
       slots: donated; the slots of these rows have at least T free columns.
       at: int32 [shards, k], the slots of the rows within their shards.
@@ -233,7 +233,7 @@ def extend(
 
     held = sharding.over_parts(gather, mesh, ("slots", "rows"), "slots")(slots, at)
     own = KVCache(*held, rows.start, rows.length)
-    _, new = forward(params, config, tokens, lengths, (system.replace(owner=rows.lane), own))
+    _, new = forward(params, decoder, tokens, lengths, (system.replace(owner=rows.lane), own))
     kinds = ("slots", "slots", "rows", "rows", "rows")
     return sharding.over_parts(put_back, mesh, kinds, "slots")(
         slots, (new.key, new.value), at, rows.length, lengths
@@ -242,12 +242,12 @@ def extend(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "columns", "steps", "greedy", "truncation", "aligned", "mesh"),
+    static_argnames=("decoder", "columns", "steps", "greedy", "truncation", "aligned", "mesh"),
     donate_argnames="slots",
 )
 def decode_chunk(
     params: Any,
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     system: KVCache,
     slots: Slots,
     rows: Rows,
@@ -269,7 +269,7 @@ def decode_chunk(
 
     Args:
       params: with or without adapters.
-      config: the decoder.
+      decoder: the model's configuration.
       system: cache of the system prompts, M nodes, read once for all rows.
       slots: donated; every slot has at least `steps` free columns.
       rows: the state of R rows.
@@ -298,10 +298,10 @@ def decode_chunk(
     shards = sharding.row_shards(mesh)
     held = RowsView(*slots, rows.start, rows.length, columns, shards)
     system = system if aligned else system.replace(owner=rows.lane)
-    shape = (config.num_layers, config.num_kv_heads, count)
+    shape = (decoder.num_layers, decoder.num_kv_heads, count)
     staging = (
-        jnp.zeros((*shape, config.head_dim, steps), config.dtype),
-        jnp.zeros((*shape, steps, config.head_dim), config.dtype),
+        jnp.zeros((*shape, decoder.head_dim, steps), decoder.dtype),
+        jnp.zeros((*shape, steps, decoder.head_dim), decoder.dtype),
     )
     staging = tuple(sharding.constrain_cache(x, mesh) for x in staging)
     zeros = jnp.zeros((count, steps), jnp.float32)
@@ -323,10 +323,10 @@ def decode_chunk(
         staging, token, done, drawn = carry
         step = drawn.steps
         staged = KVCache(*staging, held.end, jnp.full(count, step, jnp.int32))
-        hidden, new = forward(params, config, token[:, None], ancestors=(system, held, staged))
+        hidden, new = forward(params, decoder, token[:, None], ancestors=(system, held, staged))
         # Sampling is sharded by rows, however the head's matmul was sharded.
-        logits = unembed(params, config, hidden[:, 0])
-        logits = sharding.constrain(logits, ("rows", "vocab"), config.phase)
+        logits = unembed(params, decoder, hidden[:, 0])
+        logits = sharding.constrain(logits, ("rows", "vocab"), decoder.phase)
         if allowed is not None:
             logits = draw.only_allowed(logits, allowed)
         if greedy:

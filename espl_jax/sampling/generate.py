@@ -57,7 +57,7 @@ class Samples(NamedTuple):
 
 def generate(
     params: Any,
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     prompts: Sequence[Sequence[int]] | Sequence[Sequence[Sequence[int]]],
     *,
     key: jax.Array,
@@ -73,7 +73,7 @@ def generate(
 
     Args:
       params: with or without adapters.
-      config: the decoder.
+      decoder: the model's configuration.
       prompts: P token lists; or M lists of B token lists each, where the B lists start with the same system
         prompt. The longest common prefix of the P lists (of each B lists) is prefilled once.
       key: one typed key; m, b and n are folded into it for row (m, b, n), so samples do not change with batch
@@ -108,12 +108,12 @@ def generate(
             "prompts: lists are missing, empty or of unequal number; give at least one non-empty token list, "
             "and the same number of lists for every system prompt"
         )
-    check_ids("prompts", np.concatenate([prompt for lane in lanes for prompt in lane]), config)
+    check_ids("prompts", np.concatenate([prompt for lane in lanes for prompt in lane]), decoder)
     shared = [_common_start(lane) for lane in lanes]
     m, b, n = np.ogrid[: len(lanes), : len(lanes[0]), :group_size]
     samples = sample_tree(
         params,
-        config,
+        decoder,
         [lane[0][:size] for lane, size in zip(lanes, shared, strict=True)],
         [[prompt[size:] for prompt in lane] for lane, size in zip(lanes, shared, strict=True)],
         draw.row_keys(key, m, b, n),
@@ -131,7 +131,7 @@ def _common_start(prompts: Sequence[Sequence[int]]) -> int:
 
 def sample_tree(
     params: Any,
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     system_tokens: Sequence[Sequence[int]],
     problem_tokens: Sequence[Sequence[Sequence[int]]],
     keys: jax.Array,
@@ -152,7 +152,7 @@ def sample_tree(
 
     Args:
       params: with or without adapters.
-      config: the decoder.
+      decoder: the model's configuration.
       system_tokens: M lists, the common prefix of the prompts of each lane; may be empty.
       problem_tokens: M lists of B lists, the rest of each prompt, at least one token.
       keys: uint32 [M, B, N, 2], from `row_keys`.
@@ -179,19 +179,19 @@ def sample_tree(
         raise ValueError(
             "constraint: constrained rows end only at stop tokens; leave out find_end and respond"
         )
-    context = config.max_positions if sampling.context_limit is None else sampling.context_limit
-    if context > config.max_positions:
+    context = decoder.max_positions if sampling.context_limit is None else sampling.context_limit
+    if context > decoder.max_positions:
         raise ValueError(
-            f"context_limit={context}: exceeds the model's max_positions={config.max_positions}; lower it"
+            f"context_limit={context}: exceeds the model's max_positions={decoder.max_positions}; lower it"
         )
     stop_ids, mesh = sampling.stop_ids or (), capacity.mesh
     limits = row_limits(system_tokens, problem_tokens, sampling.max_new_tokens, keys.shape[:3], context)
-    check_ids("system_tokens", np.concatenate(system_tokens), config)
+    check_ids("system_tokens", np.concatenate(system_tokens), decoder)
     check_ids(
-        "problem_tokens", np.concatenate([tokens for lane in problem_tokens for tokens in lane]), config
+        "problem_tokens", np.concatenate([tokens for lane in problem_tokens for tokens in lane]), decoder
     )
-    check_ids("stop_ids", [stop for stop in stop_ids if stop >= 0], config)  # -1: no stop token
-    laid_out, config = for_sampling(params, config, mesh)
+    check_ids("stop_ids", [stop for stop in stop_ids if stop >= 0], decoder)  # -1: no stop token
+    laid_out, decoder = for_sampling(params, decoder, mesh)
     held_bytes = capacity.held_bytes
     if held_bytes is None:
         arrays = {id(x): x for x in jax.tree.leaves((params, laid_out))}
@@ -200,7 +200,7 @@ def sample_tree(
     most = int(np.max(sampling.max_new_tokens))
     longest = max(len(tokens) for lane in problem_tokens for tokens in lane)
     stages = choose_sizes(
-        config,
+        decoder,
         lanes=len(system_tokens),
         rows=limits.size,
         longest_problem=max(capacity.longest_problem, longest),
@@ -215,7 +215,7 @@ def sample_tree(
     )
     scheduler = Scheduler(
         params,
-        config,
+        decoder,
         system_tokens,
         problem_tokens,
         np.asarray(keys).reshape(-1, 2),
@@ -225,7 +225,7 @@ def sample_tree(
         constraint=constraint,
         mesh=mesh,
     )
-    truncated = _run(scheduler, limits.shape, config, find_end, respond, finished)
+    truncated = _run(scheduler, limits.shape, decoder, find_end, respond, finished)
     arrays = scheduler.tokens, scheduler.position, scheduler.logprobs, scheduler.untruncated_logprobs
     arrays = *arrays, truncated, scheduler.cutoffs, scheduler.drawn
     return Samples(*(x.reshape(*limits.shape, *x.shape[1:]) for x in arrays), scheduler.row_steps)
@@ -234,7 +234,7 @@ def sample_tree(
 def _run(
     scheduler: Scheduler,
     shape: tuple[int, ...],
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     find_end: FindEnd | None,
     respond: Respond | None,
     finished: Finished | None,
@@ -244,7 +244,7 @@ def _run(
     Args:
       scheduler: holds the rows; none of them is admitted yet.
       shape: (M, B, N).
-      config: the decoder.
+      decoder: the model's configuration.
       find_end, respond, finished: as for `sample_tree`.
 
     Returns:
@@ -285,7 +285,7 @@ def _run(
             if finished is not None:
                 finished(*so_far(row))
         for answer in appended.values():
-            check_ids("respond", answer, config)
+            check_ids("respond", answer, decoder)
         scheduler.append(appended)
         for row in appended:
             turn_start[row] = scheduler.position[row]

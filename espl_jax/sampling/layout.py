@@ -28,24 +28,24 @@ The cache makes sure that frozen weights are unstacked only once.
 
 
 def for_sampling(
-    params: Params, config: DecoderConfig, mesh: Mesh | None = None
+    params: Params, decoder: DecoderConfig, mesh: Mesh | None = None
 ) -> tuple[Params, DecoderConfig]:
-    """Returns params and config in the layout that `prefill` and `decode_chunk` expect.
+    """Returns params and configuration in the layout that `prefill` and `decode_chunk` expect.
 
     Args:
       params: arrays or their shapes, with or without adapters; may already be in that layout.
-      config: the decoder. `sampling_layout` "auto" means "unstacked" on a single CPU device, else "stacked".
-        On a mesh the weights always stay stacked, so that a run can move to more devices.
+      decoder: the model's configuration. `sampling_layout` "auto" means "unstacked" on a single CPU device,
+        else "stacked". On a mesh the weights always stay stacked, so that a run can move to more devices.
       mesh: the mesh, or None.
     """
-    layout = config.sampling_layout
+    layout = decoder.sampling_layout
     if mesh is not None:
         layout = "stacked"
     elif layout == "auto":
         layout = "unstacked" if jax.default_backend() == "cpu" else "stacked"
     if layout == "unstacked":
-        params = params | {"layers": unstack(params["layers"], abstract(config)["layers"])}
-    return params, config.replace(remat="none", phase="sampling", sampling_layout=layout)
+        params = params | {"layers": unstack(params["layers"], abstract(decoder)["layers"])}
+    return params, decoder.replace(remat="none", phase="sampling", sampling_layout=layout)
 
 
 def unstack(layers: Params, declared: Params) -> Params:

@@ -73,6 +73,6 @@ class ProblemBlocks:
         width = next(width for width in self._widths if width >= longest)
         return sharding.place_rows(pad_right(nodes, width), self._mesh)
 
-    def prefill(self, block: int, params: Any, config: DecoderConfig, system: KVCache) -> KVCache:
+    def prefill(self, block: int, params: Any, decoder: DecoderConfig, system: KVCache) -> KVCache:
         """Returns the KV cache of a block, given that of the M system prompts."""
-        return decode.prefill(params, config, *self.padded(block), system, mesh=self._mesh)
+        return decode.prefill(params, decoder, *self.padded(block), system, mesh=self._mesh)

@@ -44,7 +44,7 @@ class Scheduler:
     def __init__(
         self,
         params: Any,
-        config: DecoderConfig,
+        decoder: DecoderConfig,
         system_tokens: Sequence[Sequence[int]],
         problem_tokens: Sequence[Sequence[Sequence[int]]],
         keys: np.ndarray,
@@ -58,7 +58,7 @@ class Scheduler:
         """Prefills the system prompts and allocates the slots of the first stage.
 
         Args:
-          params, config: as returned by `layout.for_sampling`.
+          params, decoder: as returned by `layout.for_sampling`.
           system_tokens, problem_tokens: as for `sample_tree`.
           keys: uint32 [rows, 2].
           limits: int32 [rows], most new tokens of each row.
@@ -68,7 +68,7 @@ class Scheduler:
           mesh: the mesh, or None.
         """
         max_new_tokens = sampling.max_new_tokens
-        self.params, self.config, self.mesh = params, config, mesh
+        self.params, self.decoder, self.mesh = params, decoder, mesh
         self.temperature, self.truncation = sampling.temperature, sampling.truncation
         self.constraint = constraint
         self.stop_ids = jnp.asarray(sorted(sampling.stop_ids or ()) or [-1], jnp.int32)
@@ -92,7 +92,7 @@ class Scheduler:
         self.drawn = np.zeros((count, max_new_tokens), bool)
         self.row_steps = 0
 
-        self.system = decode.prefill(params, config, *pad_right(system_tokens), mesh=mesh)
+        self.system = decode.prefill(params, decoder, *pad_right(system_tokens), mesh=mesh)
         self.stages = collections.deque(stages)
         self._begin_stage()
         self.queue = collections.deque(row for row in self.blocks.rows(group) if limits[row])
@@ -110,7 +110,7 @@ class Scheduler:
     def _begin_stage(self) -> None:
         self.sizes = self.stages.popleft()
         self.slots = None  # before the next ones are reserved
-        self.slots = decode.reserve(self.config, self.sizes.slots, self.sizes.capacity, self.mesh)
+        self.slots = decode.reserve(self.decoder, self.sizes.slots, self.sizes.capacity, self.mesh)
         self.table = SlotTable(self.sizes.shards, self.sizes.per_shard, self.sizes.coarse)
 
     def _block(self, row: int) -> int:
@@ -144,7 +144,7 @@ class Scheduler:
         while self.queue and self.table.free:
             block = self._block(self.queue[0])
             if block not in self.problems:
-                self.problems[block] = self.blocks.prefill(block, self.params, self.config, self.system)
+                self.problems[block] = self.blocks.prefill(block, self.params, self.decoder, self.system)
             nodes, into = np.zeros((2, *self.table.row.shape), np.int32)
             counts = np.zeros(len(nodes), np.int32)
             while self.queue and self.table.free and self._block(self.queue[0]) == block:
@@ -168,7 +168,7 @@ class Scheduler:
         live = (numbers >= 0) & self.running[numbers]
         self.slots, drawn = decode.decode_chunk(
             self.params,
-            self.config,
+            self.decoder,
             self.system,
             self.slots,
             self._rows(numbers, live),
@@ -257,7 +257,7 @@ class Scheduler:
         tokens, lengths = pad_right(fed, SMALLEST if max(map(len, fed)) <= SMALLEST else EXTENDED_TOKENS)
         self.slots = decode.extend(
             self.params,
-            self.config,
+            self.decoder,
             self.system,
             self.slots,
             at.astype(np.int32),
@@ -316,7 +316,7 @@ class Scheduler:
         """Returns the token mask for `decode_chunk`, or None. Idle slots allow all tokens."""
         if self.constraint is None:
             return None
-        allowed = np.full((len(numbers), -(-self.config.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+        allowed = np.full((len(numbers), -(-self.decoder.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
         allowed[live] = self.constraint.allowed(numbers[live])
         return sharding.place_rows(allowed, self.mesh)
 

@@ -156,7 +156,7 @@ def describe(stages: Sequence[Sizes]) -> str:
 
 
 def choose_sizes(
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     *,
     lanes: int,
     rows: int,
@@ -174,7 +174,7 @@ def choose_sizes(
     """Returns the sizes of every stage; the slots of the last one hold the longest row.
 
     Args:
-      config: the decoder.
+      decoder: the model's configuration.
       lanes: M, the number of system prompts.
       rows: M * B * N.
       longest_problem: tokens of the longest problem.
@@ -194,7 +194,7 @@ def choose_sizes(
     """
     shards = sharding.row_shards(mesh)
     steps = min(chunk, max_new_tokens)
-    context = min(context_limit or config.max_positions, config.max_positions)
+    context = min(context_limit or decoder.max_positions, decoder.max_positions)
     problem = bucket(longest_problem, SMALLEST)
 
     def stage(longest: int, extended: bool) -> Sizes:
@@ -204,7 +204,7 @@ def choose_sizes(
         capacity = -(-(longest + behind) // unit) * unit
         if max_rows is None:
             wanted = slots_that_fit(
-                config, capacity, steps, extended, held, device_memory() if memory is None else memory, mesh
+                decoder, capacity, steps, extended, held, device_memory() if memory is None else memory, mesh
             )
         else:
             wanted = lanes * max_rows
@@ -222,7 +222,7 @@ def choose_sizes(
 
 
 def slots_that_fit(
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     capacity: int,
     steps: int,
     extended: bool,
@@ -236,7 +236,7 @@ def slots_that_fit(
     copies the columns that its rows attend to.
 
     Args:
-      config: the decoder.
+      decoder: the model's configuration.
       capacity: columns of a slot.
       steps: decode steps of a chunk.
       extended: whether `decode.extend` will be used.
@@ -248,11 +248,11 @@ def slots_that_fit(
       ValueError: if not even one slot fits.
     """
     shards = sharding.row_shards(mesh)
-    shape = (config.num_layers, config.num_kv_heads, shards, 1, config.head_dim)
+    shape = (decoder.num_layers, decoder.num_kv_heads, shards, 1, decoder.head_dim)
     if mesh is not None:
         shape = sharding.cache_sharding(mesh, shape).shard_shape(shape)
-    column = 2 * math.prod(shape) * jnp.dtype(config.dtype).itemsize
-    slot = (capacity + steps) * column + _LOGITS * config.vocab_size
+    column = 2 * math.prod(shape) * jnp.dtype(decoder.dtype).itemsize
+    slot = (capacity + steps) * column + _LOGITS * decoder.vocab_size
     if memory < held + slot:
         raise ValueError(
             f"no rollout fits: {held / 2**30:.2f} of a device's {memory / 2**30:.2f} GiB are in use, and one "

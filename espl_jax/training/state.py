@@ -67,7 +67,7 @@ def whole_params(trainable: Params, frozen: Params | None) -> Params:
 
 
 def sampling_params(
-    trainable: Params, frozen: Params | None, declared: Any, config: DecoderConfig, mesh: Mesh | None
+    trainable: Params, frozen: Params | None, declared: Any, decoder: DecoderConfig, mesh: Mesh | None
 ) -> Params:
     """Returns the policy's params, cast and resharded for the sampling phase.
 
@@ -75,7 +75,7 @@ def sampling_params(
       trainable: adapters, or all params.
       frozen: the base of the adapters, already sharded for sampling; None for full fine-tuning.
       declared: the `Weight` declarations of `trainable`.
-      config: the decoder; matmul weights are cast to its compute dtype where that is smaller.
+      decoder: the model's configuration; matmul weights are cast to its compute dtype where that is smaller.
       mesh: the mesh, or None.
     """
 
@@ -83,8 +83,8 @@ def sampling_params(
         if not weight.inputs:
             return x
         if isinstance(x, jax.ShapeDtypeStruct):  # to compile for
-            return jax.eval_shape(functools.partial(layers.rounded, config=config), x)
-        return layers.rounded(x, config)
+            return jax.eval_shape(functools.partial(layers.rounded, decoder=decoder), x)
+        return layers.rounded(x, decoder)
 
     moved = sharding.place(jax.tree.map(rounded, declared, trainable), declared, mesh, "sampling")
     return whole_params(moved, frozen)

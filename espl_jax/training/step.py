@@ -42,7 +42,7 @@ def gradients(
     frozen: Params | None,
     reference: Params | None,
     batch: TrainBatch,
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     objective: Objective = Objective(),
     *,
     microbatch_rows: int = 0,
@@ -54,7 +54,7 @@ def gradients(
       frozen: the base of the adapters; None for full fine-tuning.
       reference: params of the reference policy; required if `objective.kl_coef` is not 0.
       batch: the prefix tree of the update.
-      config: the decoder; `config.remat` selects which activations are recomputed.
+      decoder: the model's configuration; `decoder.remat` selects which activations are recomputed.
       objective: the loss and the KL penalty.
       microbatch_rows: rows of each shard per microbatch, 0 for all. Must divide the rows of a shard.
 
@@ -82,10 +82,10 @@ def gradients(
         )
 
     def shared(trainable: Params) -> tuple[Arrays, Places]:
-        return shared_levels(whole_params(trainable, frozen), batch, config)
+        return shared_levels(whole_params(trainable, frozen), batch, decoder)
 
     policy_arrays, pull_back, places = jax.vjp(shared, trainable, has_aux=True)
-    reference_arrays = shared_levels(reference, batch, config)[0] if kl_coef else None
+    reference_arrays = shared_levels(reference, batch, decoder)[0] if kl_coef else None
     loss = functools.partial(
         _microbatch_loss,
         frozen=frozen,
@@ -93,7 +93,7 @@ def gradients(
         reference_arrays=reference_arrays,
         places=places,
         batch=batch,
-        config=config,
+        decoder=decoder,
         objective=objective,
     )
 
@@ -117,13 +117,13 @@ def _microbatch_loss(
     reference_arrays: Arrays | None,
     places: Places,
     batch: TrainBatch,
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     objective: Objective,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns a microbatch's share of the objective, and its metrics as sums over tokens.
 
     Args:
-      trainable, frozen, reference, batch, config, objective: as for `gradients`.
+      trainable, frozen, reference, batch, decoder, objective: as for `gradients`.
       arrays, reference_arrays: keys and values of the shared levels, of the policy and the reference policy.
       micro: arrays of the microbatch's rollouts.
       places: `start` and `length` of the nodes of the shared levels.
@@ -131,8 +131,8 @@ def _microbatch_loss(
     loss, temperature = objective.loss, objective.temperature
     divisor = denominator(loss, batch.num_rollouts, batch.num_tokens)
     params, mask, cutoffs = whole_params(trainable, frozen), micro["mask"], micro.get("cutoffs")
-    hidden = hidden_states(params, arrays, places, batch, micro, config)
-    stats = target_logprobs(params, config, hidden, micro["targets"], temperature, cutoffs)
+    hidden = hidden_states(params, arrays, places, batch, micro, decoder)
+    stats = target_logprobs(params, decoder, hidden, micro["targets"], temperature, cutoffs)
     old = micro.get("old_logprobs")
     if old is None and loss.needs_old_logprobs:
         old = stats.logprobs
@@ -151,12 +151,12 @@ def _microbatch_loss(
     if cutoffs is not None:
         metrics["cut_disagreements"] = (stats.cut & mask).sum().astype(jnp.float32)
     if objective.kl_coef:
-        other = hidden_states(reference, reference_arrays, places, batch, micro, config)
+        other = hidden_states(reference, reference_arrays, places, batch, micro, decoder)
         other = jax.lax.stop_gradient(other)
         if objective.kl_estimator == "exact":
-            kl = token_kl(params, hidden, reference, other, config, temperature)
+            kl = token_kl(params, hidden, reference, other, decoder, temperature)
         else:
-            theirs = target_logprobs(reference, config, other, micro["targets"], temperature).logprobs
+            theirs = target_logprobs(reference, decoder, other, micro["targets"], temperature).logprobs
             three = stats.logprobs, theirs, micro["sampler_logprobs"]
             ours, theirs, sampler = (jnp.where(mask, x, 0.0) for x in three)
             kl = kl_estimate(ours, theirs, objective.kl_estimator, sampler)
@@ -165,12 +165,12 @@ def _microbatch_loss(
     return total / divisor, jax.lax.stop_gradient(metrics | {"loss": total / divisor})
 
 
-@functools.partial(jax.jit, static_argnames=("config", "microbatch_rows"))
+@functools.partial(jax.jit, static_argnames=("decoder", "microbatch_rows"))
 def batch_logprobs(
     trainable: Params,
     frozen: Params | None,
     batch: TrainBatch,
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     *,
     temperature: float = 1.0,
     microbatch_rows: int = 0,
@@ -178,7 +178,7 @@ def batch_logprobs(
     """Returns the logprobs of a batch's targets before its first update, for `TrainBatch.old_logprobs`.
 
     Args:
-      trainable, frozen, batch, config, microbatch_rows: as for `gradients`.
+      trainable, frozen, batch, decoder, microbatch_rows: as for `gradients`.
       temperature: divides the logits.
 
     Returns:
@@ -188,12 +188,12 @@ def batch_logprobs(
     shards, rows, steps = batch.inputs.shape
     size = min(microbatch_rows or rows, rows)
     params = whole_params(trainable, frozen)
-    arrays, places = shared_levels(params, batch, config)
+    arrays, places = shared_levels(params, batch, decoder)
 
     def score(micro: dict[str, jax.Array]) -> jax.Array:
-        hidden = hidden_states(params, arrays, places, batch, micro, config)
+        hidden = hidden_states(params, arrays, places, batch, micro, decoder)
         targets, cutoffs = micro["targets"], micro.get("cutoffs")
-        return target_logprobs(params, config, hidden, targets, temperature, cutoffs).logprobs
+        return target_logprobs(params, decoder, hidden, targets, temperature, cutoffs).logprobs
 
     def score_or_skip(micro: dict[str, jax.Array]) -> jax.Array:
         empty = jnp.zeros(micro["targets"].shape, jnp.float32)
@@ -205,7 +205,7 @@ def batch_logprobs(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "optimizer", "microbatch_rows"),
+    static_argnames=("decoder", "optimizer", "microbatch_rows"),
     donate_argnames="state",
 )
 def policy_gradient_step(
@@ -213,7 +213,7 @@ def policy_gradient_step(
     frozen: Params | None,
     reference: Params | None,
     batch: TrainBatch,
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     optimizer: optax.GradientTransformation,
     objective: Objective = Objective(),
     *,
@@ -232,7 +232,7 @@ def policy_gradient_step(
         frozen,
         reference,
         batch,
-        config,
+        decoder,
         objective,
         microbatch_rows=microbatch_rows,
     )

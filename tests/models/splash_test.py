@@ -95,7 +95,7 @@ def test_rows_and_heads_are_spread_over_the_mesh():
     """Where the kernel runs, each device holds a part of the rows and of the kv heads."""
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     placed = sharding.replicate(level(), mesh)
-    run = jax.jit(functools.partial(splash.splash_attend, ancestors=[], config=CONFIG, interpret=True))
+    run = jax.jit(functools.partial(splash.splash_attend, ancestors=[], decoder=CONFIG, interpret=True))
     assert run(*placed).sharding.is_equivalent_to(
         NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert"), None, "tensor")), 4
     )

@@ -24,23 +24,23 @@ CONFIG = DecoderConfig(
     sampling_layout="stacked",  # half as long to compile; some tests sample as CPUs do by default
 )
 
-forward = jax.jit(transformer.forward, static_argnames="config")
-logits = jax.jit(transformer.logits, static_argnames="config")
-token_logprobs = jax.jit(token_logprobs, static_argnames="config")
-unembed = jax.jit(transformer.unembed, static_argnames="config")
+forward = jax.jit(transformer.forward, static_argnames="decoder")
+logits = jax.jit(transformer.logits, static_argnames="decoder")
+token_logprobs = jax.jit(token_logprobs, static_argnames="decoder")
+unembed = jax.jit(transformer.unembed, static_argnames="decoder")
 
 
-def forward_tree(params, config, levels, lengths):
+def forward_tree(params, decoder, levels, lengths):
     """All levels of a tree, each over those above: (hidden states of each, their caches)."""
     hidden, caches = [], []
     for tokens, length in zip(levels, lengths, strict=True):
-        out, cache = transformer.forward(params, config, tokens, length, tuple(caches))
+        out, cache = transformer.forward(params, decoder, tokens, length, tuple(caches))
         hidden.append(out)
         caches.append(cache)
     return hidden, caches
 
 
-jitted_forward_tree = jax.jit(forward_tree, static_argnames="config")
+jitted_forward_tree = jax.jit(forward_tree, static_argnames="decoder")
 
 
 def params(config=CONFIG, seed=0):
