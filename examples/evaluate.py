@@ -13,12 +13,12 @@ from espl_jax.sampling.settings import Sampling
 
 
 def main(source: str = "smollm2", count: int = 20, samples: int = 2) -> list:
-    """Prints and returns one evaluation for each prompt.
+    """Prints and returns one evaluation per prompt.
 
     Args:
-      source: of the model, as for `load_pretrained`.
-      count: problems.
-      samples: rollouts of each problem.
+      source: the model, as for `load_pretrained`.
+      count: number of problems.
+      samples: rollouts per problem.
     """
     model = espl_jax.load_pretrained(source)
     problems = load(f"addition:digits=1,count={count}").problems

@@ -1,4 +1,4 @@
-"""Uses the functions alone: a population, a prefix tree of rollouts, rewards, ratings and a gradient.
+"""Uses the functions without the training loop: rollouts of a prefix tree, rewards, ratings and a loss.
 
 python examples/functions.py
 """
@@ -10,7 +10,7 @@ import numpy as np
 import espl_jax
 from espl_jax.evolution.population import start
 
-# Host: system prompts, their ratings, and edits out of whatever a model wrote.
+# Host: system prompts, their ratings, and edits parsed from a model's reply.
 text = 'Sure! Here they are: [{"op": "add", "principle": "Give the name alone."},]'
 edits, drops = espl_jax.parse_edits(text)
 root = espl_jax.SystemPrompt(text="Answer the question.")

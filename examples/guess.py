@@ -1,4 +1,4 @@
-"""The model finds a number, and is told each time whether to go higher or lower."""
+"""A guessing game: the model looks for a number and is told after each guess to go higher or lower."""
 
 import re
 
@@ -20,7 +20,7 @@ class Guess:
         return f"{problem.text} End each turn with a guess, and I say whether to go higher or lower."
 
     def respond(self, problem, transcript):
-        """What is said next, or None at the end; slow answers may come as futures."""
+        """Returns the next messages, or None to end the conversation; a slow answer may be a future."""
         guess, guesses = guess_in(transcript[-1]), transcript[::2]
         if guess == int(problem.answer) or len(guesses) == self.turns:
             return None
@@ -30,7 +30,7 @@ class Guess:
         return [{"role": "user", "content": hint}]
 
     def grade(self, problems, transcripts):
-        """The sooner it is found, the better; rewards may be any numbers."""
+        """Gives higher rewards for fewer guesses; rewards may be any numbers."""
         return [self.grade_one(*each) for each in zip(problems, transcripts, strict=True)]
 
     def grade_one(self, problem, transcript):

@@ -1,4 +1,4 @@
-"""Trains from Python: the quickstart's configuration, changed here and there.
+"""Trains from Python, with the quickstart's configuration and a few changes.
 
 python examples/train.py
 """
@@ -12,8 +12,8 @@ def main(workdir: str = "runs/example", **fields: object) -> dict:
     """Runs two iterations and returns the contents of results.json.
 
     Args:
-      workdir: of the run; calling this again resumes it.
-      **fields: further fields, with `__` for dots.
+      workdir: the work directory; calling this again resumes the run.
+      **fields: further fields to set, with `__` in place of dots.
     """
     config = quickstart.get_config()
     changes = {"num_iterations": 2, "mode": "rl"} | fields

@@ -1,13 +1,14 @@
-"""Decode throughput against context length, as a table and a plot.
+"""Measures decode throughput as a function of context length; prints a table and draws a plot.
 
     python -m experiments.bench_context --plot=context.png
     python -m experiments.bench_context --contexts=256,1024 --shared=0.5 --rows=16 --layers=8
 
-Rows of one prompt decode with that many tokens behind them at the end. A share of the prompt lies in a system
-prompt that all rows attend to together, the rest is each row's own. SmolLM2-135M's shapes, random weights.
-Time is taken between the ends of chunks, so neither prefill nor compilation is in it. The last line of the
-table has the shortest context in room for the longest: a step costs what is filled, not what is reserved.
-Allow a quarter of an hour on two idle cores. The plot needs matplotlib: `pip install -e '.[bench]'`.
+All rows continue one prompt and end at the given context length. A fraction of the prompt is a system prompt
+shared by all rows; each row has its own copy of the rest. The model has SmolLM2-135M's shapes and random
+weights. Times are taken between the ends of chunks and exclude prefill and compilation. The last line of the
+table runs the shortest context in slots with room for the longest, to show that a step costs what is filled
+and not what is reserved. Takes about a quarter of an hour on two idle cores. The plot needs matplotlib:
+`pip install -e '.[bench]'`.
 """
 
 from __future__ import annotations
@@ -47,14 +48,14 @@ SMOLLM2 = DecoderConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One setting and what it measured.
+    """One setting and its measurement.
 
     Attributes:
-      shared: share of the prompt in the system prompt.
-      context: tokens behind a row when the last one is drawn.
+      shared: fraction of the prompt that is in the system prompt.
+      context: tokens of the prompt and the row at the end of the measurement.
       reserved: tokens that a row has room for.
-      step: seconds of a decode step for all rows, the best of all repeats.
-      rate: new tokens per second.
+      step: seconds per decode step of all rows, best of all repeats.
+      rate: new tokens per second, over all rows.
     """
 
     shared: float
@@ -75,7 +76,7 @@ def measure(
     new_tokens: int,
     repeats: int,
 ) -> Point:
-    """Decodes one chunk that is not timed and `new_tokens` that are, `1 + repeats` times."""
+    """Decodes one untimed chunk and then `new_tokens` timed tokens, `1 + repeats` times."""
     total = CHUNK + new_tokens
     prompt = np.random.default_rng(0).integers(config.vocab_size, size=context - total).tolist()
     cut = min(round(shared * len(prompt)), len(prompt) - 1)
@@ -103,8 +104,8 @@ def measure(
 
 
 def table(points: Sequence[Point]) -> str:
-    """The points in Markdown."""
-    lines = ["| in the system prompt | context | room for | ms a step | new tokens/s |", "| --- " * 5 + "|"]
+    """Formats the points as a Markdown table."""
+    lines = ["| in the system prompt | context | room for | ms per step | new tokens/s |", "| --- " * 5 + "|"]
     lines += [
         f"| {p.shared:.0%} | {p.context:,} | {p.reserved:,} | {1000 * p.step:.0f} | {p.rate:.1f} |"
         for p in points
@@ -113,7 +114,7 @@ def table(points: Sequence[Point]) -> str:
 
 
 def plot(points: Sequence[Point], title: str, path: Path) -> None:
-    """New tokens per second against the context, one line for each share, a cross where room is left."""
+    """Plots new tokens per second over context: a line per fraction, a cross where slots have spare room."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -136,22 +137,24 @@ def plot(points: Sequence[Point], title: str, path: Path) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line, checked."""
+    """Parses and checks the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--contexts", default="256,512,1024,2048,4096", help="tokens, with commas")
-    parser.add_argument("--shared", default="0,0.75", help="shares in the system prompt, with commas")
+    parser.add_argument("--contexts", default="256,512,1024,2048,4096", help="tokens, comma-separated")
+    parser.add_argument(
+        "--shared", default="0,0.75", help="fractions of the prompt in the system prompt, comma-separated"
+    )
     parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--new_tokens", type=int, default=64, help="timed, a multiple of the chunk's 32")
+    parser.add_argument("--new_tokens", type=int, default=64, help="timed tokens, a multiple of 32")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers", type=int, default=SMOLLM2.num_layers)
-    parser.add_argument("--plot", type=Path, help="a PNG file")
+    parser.add_argument("--plot", type=Path, help="PNG file to write")
     args = parser.parse_args()
     args.contexts = sorted(int(context) for context in args.contexts.split(","))
     args.shared = [float(share) for share in args.shared.split(",")]
     if args.plot and not importlib.util.find_spec("matplotlib"):
-        parser.error(f"--plot={args.plot} needs matplotlib: pip install -e '.[bench]'")
+        parser.error(f"--plot={args.plot}: matplotlib is missing; pip install -e '.[bench]'")
     if args.new_tokens < 1 or args.new_tokens % CHUNK:
         parser.error(f"--new_tokens={args.new_tokens}: give a multiple of {CHUNK}")
     shortest = CHUNK + args.new_tokens + 2

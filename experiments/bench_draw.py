@@ -1,10 +1,10 @@
-"""What drawing a token costs beside the product with the head.
+"""Measures the time to sample a token, relative to the matmul with the output head.
 
     python -m experiments.bench_draw
 
-60 rows by default, SmolLM2-135M's vocabulary and width. Probabilities are powers of a token's rank: `sure`
-has 0.7 nats of entropy, `open` 3.2, and `flat` nearly all there are. The more tokens are kept, the more of
-the vocabulary has to be searched. Calls go in turns, the median of each is shown.
+60 rows by default, with SmolLM2-135M's vocabulary and width. Probabilities follow a power law of the token's
+rank: `sure` has 0.7 nats of entropy, `open` 3.2, and `flat` nearly the maximum. The more tokens truncation
+keeps, the more of the vocabulary has to be searched. The variants are interleaved; medians are shown.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from espl_jax.sampling import draw
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
 
 DRAWN_FROM = {"sure": 3.0, "open": 1.5, "flat": 0.01}
-"""The k-th most likely token has a probability proportional to k to the power of minus this."""
+"""Exponents a: the k-th most likely token has a probability proportional to k ** -a."""
 
 WAYS = {
     "untruncated": UNTRUNCATED,
@@ -34,12 +34,12 @@ WAYS = {
 
 
 def head(hidden: jax.Array, weight: jax.Array) -> jax.Array:
-    """[R, D] x [V, D] -> float32 [R, V], as the decoder does it in its fast numerics."""
+    """Computes logits, [R, D] x [V, D] -> float32 [R, V], as the decoder does with bfloat16 weights."""
     return jnp.einsum("rd,vd->rv", hidden.astype(weight.dtype), weight, preferred_element_type=jnp.float32)
 
 
 def milliseconds(calls: dict[str, Callable[[], jax.Array]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each call, compiled beforehand."""
+    """Returns the median milliseconds of each call, after compilation."""
     for call in calls.values():
         jax.block_until_ready(call())
     taken: dict[str, list[float]] = {name: [] for name in calls}

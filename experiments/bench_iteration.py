@@ -1,14 +1,13 @@
-"""Where the time of an iteration goes between its last rollout and the first of the next one.
+"""Breaks down the time of a training iteration, inside and outside of compiled programs.
 
     python -m experiments.bench_iteration --iterations=5
     python -m experiments.bench_iteration --iterations=5 --reflector=none
 
-A real run of the loop on the rollout benchmark's standard workload: SmolLM2-135M, 3 system prompts of about
-200 tokens, 4 problems of about 40, groups of 5, 64 new tokens, LoRA rank 16, on CPU, with the model itself
-as reflector (or in mode `rl` without one). Rewards are drawn by hash, so that every group is mixed. A clock
-is put around the sampler, the policy-gradient step and the reflector's sampling, and around each thing that
-the loop does besides; the first two iterations, which compile, are left out. What no compiled program or
-reflector explains is listed.
+Runs the training loop on the standard workload of the rollout benchmark: SmolLM2-135M, 3 system prompts of
+about 200 tokens, 4 problems of about 40, groups of 5, 64 new tokens, LoRA rank 16, on CPU, with the model
+itself as reflector (or in mode `rl` without one). Rewards are pseudo-random hashes of the replies, so that
+groups have mixed rewards. The sampler, the policy-gradient step, the reflector's sampling and every other
+part of the loop are timed. The first two iterations, which compile, are left out.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ PROGRAMS = ("rollouts", "policy-gradient step", "reflector")
 
 
 class Clock:
-    """Seconds by name, between two rollouts; inner ones are taken off outer ones."""
+    """Accumulates seconds by name. Time in a nested section counts for that section only."""
 
     def __init__(self) -> None:
         self.seconds: collections.Counter[str] = collections.Counter()
@@ -62,7 +61,7 @@ class Clock:
 
     @contextlib.contextmanager
     def named(self, name: str) -> Iterator[None]:
-        """Counts the time inside under this name."""
+        """Counts the time spent in the `with` block under this name."""
         self._advance()
         self._open.append(name)
         try:
@@ -72,7 +71,7 @@ class Clock:
             self._open.pop()
 
     def around(self, name: str, function: Callable[..., Any], wait: bool = False) -> Callable[..., Any]:
-        """The function, counted; with `wait` until the devices are done too."""
+        """Wraps a function to count its time; with `wait`, until its results are computed on the devices."""
 
         @functools.wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -84,7 +83,7 @@ class Clock:
 
 
 def config_of(args: argparse.Namespace, folder: Path) -> Any:
-    """The quickstart's settings on the standard workload."""
+    """Returns the quickstart's config, changed to the standard workload."""
     c = quickstart.get_config()
     c.num_iterations = args.iterations
     c.mode = "rl" if args.reflector == "none" else "espl"
@@ -103,7 +102,7 @@ def config_of(args: argparse.Namespace, folder: Path) -> Any:
 
 
 def mixed(self: Arithmetic, problems: Any, replies: list[str]) -> list[Grade]:
-    """Grades by hash: about half of all replies are right."""
+    """Grades by a hash of the reply: about half of all replies count as right."""
     grades = [bool(stable_hash(f"{i} {reply}") % 2) for i, reply in enumerate(replies)]
     return [Grade(float(good), good, "1") for good in grades]
 
@@ -113,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--iterations", type=int, default=5, help="of which the first two are left out")
+    parser.add_argument("--iterations", type=int, default=5, help="the first two are not counted")
     parser.add_argument("--reflector", choices=["local", "none"], default="local")
     args = parser.parse_args()
     clock, marks = Clock(), []
@@ -149,7 +148,7 @@ def main() -> None:
     spent = marks[-1] - marks[2]
     count, total = len(marks) - 3, sum(spent.values())
     rest = total - sum(spent[name] for name in PROGRAMS)
-    rows = [["what", "seconds an iteration", "share"]]
+    rows = [["what", "seconds per iteration", "share"]]
     for name, seconds in sorted(spent.items(), key=lambda item: (item[0] not in PROGRAMS, -item[1])):
         rows.append([name, f"{seconds / count:.3f}", f"{100 * seconds / total:.2f}%"])
     rows.append(["an iteration", f"{total / count:.3f}", "100%"])

@@ -1,10 +1,10 @@
-"""What BM25 over many passages costs: building its index, opening the cached one, searching, memory.
+"""Benchmarks BM25 retrieval: time to build the index, to open a cached one and to search, and memory.
 
     python -m experiments.bench_retrieval --passages=100000
 
-The passages are generated: about 60 words each, the k-th most frequent word with a probability proportional
-to 1/k (Zipf's law), as in natural text. Queries are words of a passage chosen by chance. Building and opening
-are measured in processes of their own, so that the memory of each is its own too.
+The passages are generated, with about 60 words each. The k-th most frequent word has a probability
+proportional to 1/k (Zipf's law), as in natural text. A query consists of random words of a random passage.
+Building and opening are measured in separate processes, so that their memory is measured separately.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def write_passages(path: Path, count: int, seed: int = 0) -> None:
 
 
 def word(number: int) -> str:
-    """A word for each number, of five letters or more, vowels and consonants in turn."""
+    """Returns the word for a number: at least five letters, alternating consonants and vowels."""
     letters = []
     while number or len(letters) < 5:
         alphabet = "aeiou" if len(letters) % 2 else "bdfgklmnprtvz"
@@ -52,7 +52,7 @@ def word(number: int) -> str:
 
 
 def measure(path: Path, words: tuple[int, ...]) -> dict[str, float | list[float]]:
-    """Opens a file of passages and searches it: seconds of either, and the most memory that was used."""
+    """Opens a file of passages and searches it. Returns the seconds of both and the peak memory in MiB."""
     import_bm25s()
     before = most_memory()
     begun = time.perf_counter()
@@ -72,7 +72,7 @@ def measure(path: Path, words: tuple[int, ...]) -> dict[str, float | list[float]
 
 
 def most_memory() -> float:
-    """MiB that this process had at most, from /proc; getrusage would count those of the parent before it."""
+    """Returns the peak memory of this process in MiB, from /proc; getrusage would include the parent's."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 

@@ -1,17 +1,18 @@
-"""New tokens per second: our sampler beside transformers' `generate` and google-tunix's sampler.
+"""Compares new tokens per second of our sampler, transformers' `generate` and google-tunix's sampler.
 
     python -m experiments.bench_rollout --out=results.json
     python -m experiments.bench_rollout --peers=ours,transformers --repeats=5 --torch="torch==2.13.0"
 
-The standard workload: 3 system prompts of about 200 tokens, 4 problems of about 40, groups of 5, which is 60
-rows, and exactly 64 new tokens a row at temperature 1, SmolLM2-135M-Instruct. A call is timed whole, prefill
-included; the first one, which compiles, is reported apart. All samplers read the same folder, which
-`save_pretrained` writes, and have to begin a greedy continuation as our float32 decoder does.
+The standard workload has 3 system prompts of about 200 tokens, 4 problems of about 40 and groups of 5, which
+is 60 rows, and exactly 64 new tokens per row at temperature 1, with SmolLM2-135M-Instruct. Timings cover
+whole calls, prefill included; the first call, which compiles, is reported separately. All samplers load the
+same folder, written by `save_pretrained`, and must start a greedy continuation with the same tokens as our
+float32 decoder.
 
-Every variant runs in a process of its own, one after another; every peer in an environment of its own, which
-is made once in the folder `.bench` (about 3 GB; it ignores itself in git). Ours runs in the environment that
-runs this. All run on CPU unless JAX_PLATFORMS says otherwise. `--torch` names another build of torch, with
-pip options if it needs any. Allow half an hour on two idle cores, most of it tunix's.
+Variants run one after another, each in a separate process. Each peer has a virtual environment in the folder
+`.bench`, created once (about 3 GB, ignored by git). Ours runs in the current environment. All run on CPU
+unless JAX_PLATFORMS says otherwise. `--torch` selects another build of torch, with pip options if needed.
+Takes about half an hour on two idle cores, most of it for tunix.
 """
 
 from __future__ import annotations
@@ -44,35 +45,35 @@ PEERS = tuple(dict.fromkeys(variant.peer for variant in VARIANTS))
 
 
 def measure(variant: Variant, repeats: int, timeout: float, wanted: list[list[int]]) -> dict[str, Any]:
-    """What a variant's process reports; see bench/measure.py.
+    """Runs a variant in its process and returns its report; see bench/measure.py.
 
     Args:
-      variant: whose.
+      variant: what to run.
       repeats: calls after the first one.
-      timeout: seconds that it may take.
-      wanted: the beginnings of greedy continuations.
+      timeout: most seconds that it may take.
+      wanted: the first tokens of the greedy continuations.
 
     Raises:
-      RuntimeError: if it fails, or does not begin a greedy continuation as ours does in float32.
+      RuntimeError: if the process fails, or its greedy continuations start with other tokens.
     """
     result = call(f"run_{variant.peer}.py", variant.peer, repeats, variant.settings, timeout)
     if result["greedy"] != wanted:
-        raise RuntimeError(f"its greedy continuation is {result['greedy']} and not {wanted}")
+        raise RuntimeError(f"its greedy continuation is {result['greedy']}, expected {wanted}")
     return result
 
 
 def rates(row: dict[str, Any], new_tokens: int) -> tuple[float, float]:
-    """Best and median new tokens per second of a row that was measured."""
+    """Returns the best and the median new tokens per second of a measured row."""
     return new_tokens / min(row["seconds"]), new_tokens / statistics.median(row["seconds"])
 
 
 def table(rows: list[dict[str, Any]], new_tokens: int) -> str:
-    """The results in Markdown.
+    """Formats the results as a Markdown table.
 
     Args:
-      rows: each with `peer`, `variant`, and either what bench/measure.py reports or an `error`,
-        whose last line is shown.
-      new_tokens: of one call.
+      rows: each with `peer`, `variant`, and either the report of bench/measure.py or an `error`, whose last
+        line is shown.
+      new_tokens: new tokens of one call.
     """
     best = {}
     for row in rows:

@@ -1,25 +1,24 @@
-"""What the programs of a run cost on TPU, told without one: compiled for a named topology and read.
+"""Estimates the cost of a run's programs on TPU without one: compiles them for a topology and reads the HLO.
 
     python -m experiments.bench_tpu --topology=v5e:2x4
     python -m experiments.bench_tpu --mesh=data=2,tensor=4 --programs=decode --notunix
     python -m experiments.bench_tpu --mesh=fsdp=8 --model=qwen3-1.7b --programs=full,tree --notunix
 
-What differs from configs/hmmt.py is said in the flags: the mesh has all devices on its `tensor` axis unless
-another one is given. Truncation, temperature and adapters are that file's.
+Truncation, temperature and adapters are those of configs/hmmt.py; flags set the rest. By default all devices
+are on the mesh axis `tensor`.
 
-For each program: bytes that a device moves between its HBM and the chip (counted from the optimized HLO, see
-espl_jax/hlo_traffic) and flops, a decode step; beside it the least that could be moved, weights and filled
-caches once; memory of a device; and seconds to compile. No weight is ever allocated.
+For each program, the table shows per device: HBM traffic (counted from the optimized HLO, see
+espl_jax/plan/hlo) and flops, per decode step for decode chunks; the least possible traffic, which reads
+weights and filled caches once; memory; and the seconds to compile. No weights are allocated.
 
-`full` is an update of all weights on 16 sequences of 2,048 tokens that share nothing, `--remat` of it
-recomputed.
+`full` is an update of all weights on 16 sequences of 2,048 tokens without shared prefixes, with `--remat`.
+Its flops are compared with the usual estimate, 6 x params x tokens plus attention.
 `tree` is an update of adapters on 150 rollouts of 500 tokens, of 10 problems of 150 tokens under 3 system
-prompts of 1,000, once as the tree and once flattened. Beside their flops stands what 6 x params x tokens
-and attention would be.
+prompts of 1,000 tokens, once as a prefix tree and once as separate sequences.
 
-Besides ours, the decode step of google-tunix's sampler with its own Qwen3 goes through the same reader. Its
-packages are installed into an environment of its own, `.bench/tunix`; leave it out with `--notunix`. Its
-caches are sharded over the tensor axis, whatever `--mesh` says.
+The decode step of google-tunix's sampler, with its own Qwen3, is analyzed in the same way. Its packages are
+installed into a separate environment, `.bench/tunix`; skip it with `--notunix`. Its caches are always sharded
+over the tensor axis, whatever `--mesh` is.
 """
 
 from __future__ import annotations
@@ -59,31 +58,31 @@ PROGRAMS = ["decode", "prefill", "train", "full", "tree"]
 FLAGS = flags.FLAGS
 flags.DEFINE_string("topology", "v5e:2x4", "TPU to compile for, e.g. v5e:2x4, v4:2x2x2, v6e:4x4.")
 flags.DEFINE_list("mesh", ["tensor=-1"], "Devices by axis, e.g. fsdp=2,tensor=4; one may be -1.")
-flags.DEFINE_enum("model", "qwen3-8b", sorted(MODELS), "Whose shapes.")
-flags.DEFINE_enum("remat", "full", REMATS, "What updates recompute of each layer.")
-flags.DEFINE_list("programs", PROGRAMS[:3], f"Which of ours: some of {', '.join(PROGRAMS)}.")
+flags.DEFINE_enum("model", "qwen3-8b", sorted(MODELS), "Model whose shapes to use.")
+flags.DEFINE_enum("remat", "full", REMATS, "Activation checkpointing of updates.")
+flags.DEFINE_list("programs", PROGRAMS[:3], f"Our programs to compile, some of {', '.join(PROGRAMS)}.")
 flags.DEFINE_bool("tunix", True, "Compile google-tunix's decode step too.")
 flags.DEFINE_integer("rows", 64, "Rows of a decode chunk.")
-flags.DEFINE_integer("filled", 2048, "Positions that are filled, or trained on, in each row.")
-flags.DEFINE_integer("capacity", 4096, "Columns of a slot; those that are not filled must cost nothing.")
+flags.DEFINE_integer("filled", 2048, "Tokens of each row, in the cache or trained on.")
+flags.DEFINE_integer("capacity", 4096, "Columns of a slot; unfilled ones should cost nothing.")
 flags.DEFINE_integer("steps", 32, "Steps of a decode chunk.")
 flags.DEFINE_integer("train_rows", 8, "Rollouts of a policy-gradient step, a power of two and at least 4.")
-flags.DEFINE_integer("breakdown", 0, "How many of each program's costliest operations to list.")
+flags.DEFINE_integer("breakdown", 0, "Number of most expensive operations to list for each program.")
 
 MICROBATCH = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One line of the table.
+    """One program, a line of the table.
 
     Attributes:
-      name: what it is.
+      name: label in the table.
       lower: lowers the program for the mesh.
-      floor: least bytes that a device has to move, a step.
-      steps: by which everything is divided.
-      unknown_trips: of loops that end early.
-      flops: that a device would need without recomputation; 0 where nobody asks.
+      floor: least bytes that a device has to move per step.
+      steps: number of steps, by which all figures are divided.
+      unknown_trips: trip counts of loops that may end early, by op_name suffix.
+      flops: estimated flops of a device without recomputation; 0 if not compared.
     """
 
     name: str
@@ -102,7 +101,7 @@ def decode_case(
     aligned: bool = True,
     truncation: Truncation = UNTRUNCATED,
 ) -> Case:
-    """A decode chunk of rows that share `shared` of their filled positions, lane by lane or in any order."""
+    """Returns a decode chunk whose rows share `shared` filled positions, `aligned` by lane or not."""
     rows, own, steps = FLAGS.rows, FLAGS.filled - shared, FLAGS.steps
     filled = [shapes.keys_and_values(rows, own, False)]
     if shared:
@@ -112,7 +111,7 @@ def decode_case(
         return decode.decode_chunk.lower(
             shapes.params(),
             shapes.config,
-            shapes.shared_level(lanes, shared or 64),  # a level that holds next to nothing
+            shapes.shared_level(lanes, shared or 64),  # a nearly empty level
             shapes.keys_and_values(rows, max(FLAGS.capacity, own + steps), False),
             shapes.rows(rows),
             shapes.array((2,), jnp.int32),
@@ -125,13 +124,13 @@ def decode_case(
         )
 
     floor = shapes.weight_bytes(with_head=True) + bytes_per_device(filled)
-    # The other loops search for the cut-offs, and end early.
+    # The other loops are the searches for cut-offs, which end early.
     loop = {"jit(decode_chunk)/while": steps, "/while": HALVINGS}
     return Case(f"decode step, {rows} x {FLAGS.filled}, {name}", lower, floor, steps, loop)
 
 
 def prefill_case(shapes: Shapes, nodes: int, tokens: int) -> Case:
-    """The shared level run once: its weights are read and its cache is written."""
+    """Returns the prefill of a shared level, which reads the weights and writes the cache."""
 
     def lower() -> Any:
         arguments = shapes.array((nodes, tokens), jnp.int32), shapes.array((nodes,), jnp.int32)
@@ -143,7 +142,7 @@ def prefill_case(shapes: Shapes, nodes: int, tokens: int) -> Case:
 
 
 def train_case(shapes: Shapes, rows: int) -> Case:
-    """The policy gradient: weights once forward and once backward, adapters and averages read and written."""
+    """Returns an update of adapters. Floor: weights forward and backward; train state read and written."""
     optimizer = make_optimizer(1e-5)
     state = shapes.train_state(hmmt.get_config(), optimizer)
 
@@ -157,7 +156,7 @@ def train_case(shapes: Shapes, rows: int) -> Case:
 
 
 def full_case(shapes: Shapes, rows: int = 16, tokens: int = 2048) -> Case:
-    """All weights, on sequences that share nothing: a tree of one level."""
+    """Returns an update of all weights on sequences without shared prefixes, a tree of one level."""
     c = hmmt.get_config()
     c.lora.rank = 0
     optimizer = make_optimizer(1e-5)
@@ -167,7 +166,7 @@ def full_case(shapes: Shapes, rows: int = 16, tokens: int = 2048) -> Case:
     def lower() -> Any:
         return policy_gradient_step.lower(state, None, None, batch, shapes.config, optimizer)
 
-    # Every weight but the embedding's rows is used for every token, forward once and backward twice.
+    # Every weight except the embedding table is used for every token, once forward and twice backward.
     weights = sum(x.size for x in jax.tree.leaves(shapes.params()))
     if not shapes.config.tied_head:
         weights -= shapes.config.vocab_size * shapes.config.embed_dim
@@ -179,7 +178,7 @@ def full_case(shapes: Shapes, rows: int = 16, tokens: int = 2048) -> Case:
 
 
 def tree_case(shapes: Shapes, name: str, batch: TrainBatch) -> Case:
-    """Adapters, on a batch of rollouts of which each part has one microbatch after another."""
+    """Returns an update of adapters on a batch, with microbatches of one rollout per shard."""
     optimizer = make_optimizer(1e-5)
     state = shapes.train_state(hmmt.get_config(), optimizer)
 
@@ -192,7 +191,7 @@ def tree_case(shapes: Shapes, name: str, batch: TrainBatch) -> Case:
 
 
 def cases(shapes: Shapes) -> Iterator[Case]:
-    """Our lines of the table."""
+    """Yields our programs."""
     if "decode" in FLAGS.programs:
         half, sampling = FLAGS.filled // 2, hmmt.get_config().sampling
         cut = Truncation(sampling.top_k, sampling.top_p, sampling.min_p)
@@ -220,13 +219,13 @@ HEADER = ["program", "HBM GB", "least", "ratio", "Gflop", "arguments GiB", "temp
 
 
 def line(case: Case, text: str, arguments: int, temporaries: int, seconds: float) -> list[str]:
-    """One program's figures, of one device and a step."""
+    """Returns the table row of a program: figures per device and step."""
     counted = traffic(text, case.unknown_trips)
     if FLAGS.breakdown:
         print(f"\n{case.name}, steps: {case.steps}\n{breakdown(counted, FLAGS.breakdown)}", flush=True)
     moved = counted.total / case.steps
     if case.flops:
-        usual = f"the {case.flops / 1e9:.0f} Gflop of 6 x params x tokens and attention"
+        usual = f"the {case.flops / 1e9:.0f} Gflop of 6 x params x tokens plus attention"
         print(f"{case.name}: {counted.flops / case.flops:.2f} times {usual}", flush=True)
     return [
         case.name,
@@ -241,16 +240,16 @@ def line(case: Case, text: str, arguments: int, temporaries: int, seconds: float
 
 
 def failed(name: str, error: str) -> list[str]:
-    """A program that could not be compiled, said plainly."""
+    """Returns the table row of a program that could not be compiled."""
     return [name, f"not compiled: {error.strip().splitlines()[-1][:150]}"] + [""] * (len(HEADER) - 2)
 
 
 def ours(case: Case) -> list[str]:
-    """Compiles one of our programs."""
+    """Compiles one of our programs and returns its table row."""
     since = time.time()
     try:
         compiled = case.lower().compile()
-    except jax.errors.JaxRuntimeError as error:  # among others, too much memory
+    except jax.errors.JaxRuntimeError as error:  # such as out of memory
         return failed(case.name, str(error).split("\n\n")[0])
     memory = compiled.memory_analysis()
     sizes = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -258,11 +257,11 @@ def ours(case: Case) -> list[str]:
 
 
 def tunix() -> subprocess.CompletedProcess[str]:
-    """Compiles google-tunix's decode loop in an environment of its own; its HLO goes to `tunix_hlo`."""
+    """Compiles google-tunix's decode loop in its own virtual environment, which writes `tunix_hlo()`."""
     peers.make_folder()
     peers.install("tunix")
     python = peers.python("tunix")
-    # One compiler for both.
+    # The same compiler for both.
     peers.run([python, "-m", "pip", "install", "--quiet", f"libtpu=={version('libtpu')}"])
     request = {"config": MODELS[FLAGS.model], "rows": FLAGS.rows, "filled": FLAGS.filled}
     request |= {"topology": FLAGS.topology, "hlo": str(tunix_hlo())}
@@ -271,12 +270,12 @@ def tunix() -> subprocess.CompletedProcess[str]:
 
 
 def tunix_hlo() -> Path:
-    """Where tunix's HLO is written."""
+    """Returns the path of tunix's HLO."""
     return peers.FOLDER / "tunix_decode.hlo"
 
 
 def tunix_line(shapes: Shapes, done: subprocess.CompletedProcess[str]) -> list[str]:
-    """Its figures, beside the floor of the same step of ours."""
+    """Returns the table row of tunix's decode step, with the floor of the same step of ours."""
     steps = FLAGS.steps
     case = decode_case(shapes, "google-tunix's", 1, 0)
     case = dataclasses.replace(case, unknown_trips={"jit(_decode_fn)/while": steps})
@@ -288,9 +287,11 @@ def tunix_line(shapes: Shapes, done: subprocess.CompletedProcess[str]) -> list[s
 def main(_: list[str]) -> None:
     """Prints the table."""
     if unknown := set(FLAGS.programs) - set(PROGRAMS):
-        raise app.UsageError(f"--programs={','.join(FLAGS.programs)}: {sorted(unknown)} are unknown")
+        raise app.UsageError(
+            f"--programs={','.join(FLAGS.programs)}: {sorted(unknown)} are unknown; choose from {PROGRAMS}"
+        )
     if importlib.util.find_spec("libtpu") is None:
-        raise app.UsageError("the TPU compiler is missing here; pip install libtpu")
+        raise app.UsageError("libtpu, the TPU compiler, is missing; pip install libtpu")
     numerics = {"dtype": "bfloat16", "param_dtype": "bfloat16", "remat": FLAGS.remat}
     config = from_hf_config(MODELS[FLAGS.model], **numerics)
     peer = tunix() if FLAGS.tunix else None
@@ -305,7 +306,7 @@ def main(_: list[str]) -> None:
     if peer is not None:
         rows.append(tunix_line(shapes, peer))
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
-    print(f"\n{FLAGS.model} on {FLAGS.topology}, {axes}; remat={FLAGS.remat}; of one device, one step")
+    print(f"\n{FLAGS.model} on {FLAGS.topology}, {axes}; remat={FLAGS.remat}; per device and step")
     print(table(rows))
 
 

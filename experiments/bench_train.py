@@ -1,23 +1,24 @@
-"""Seconds of one policy-gradient step: ours over the prefix tree, beside transformers with torch's autograd.
+"""Compares the time of a policy-gradient step: ours over the prefix tree, and transformers with torch
+autograd.
 
     python -m experiments.bench_train --out=results.json
     python -m experiments.bench_train --cases=adapters --repeats=5
 
-The workload is that of bench_rollout: 60 rollouts of 64 tokens under 3 system prompts and 4 problems, here of
-random tokens with random advantages. A step is the importance-sampling loss over 1/(N M B), its gradient,
-clipping by the norm, and Adam; for LoRA adapters of rank 16 on all linear layers but the head, and for all
-weights. The peer has every rollout as a row with its whole prompt. The first step, which compiles, is
-reported apart. Ours in float32 comes first, and everything after it has to find the same loss and the same
-norm of the gradient: within 0.1% where it computes in float32, within 3% where anything is bfloat16.
+The workload is that of bench_rollout, 60 rollouts of 64 tokens under 3 system prompts and 4 problems, but
+with random tokens and random advantages. A step computes the importance-sampling loss times 1/(N M B) and its
+gradient, clips by the norm, and applies Adam, either to LoRA adapters of rank 16 on all linear layers except
+the head, or to all weights. The peer processes every rollout as a row with its full prompt. The first step,
+which compiles, is reported separately. Ours in float32 runs first; all other variants must reproduce its loss
+and gradient norm, within 0.1% if they compute in float32 and within 3% if anything is bfloat16.
 
-Each side is brought to its best settings one by one, with one step after the first: the best value of a
-setting is kept while the next one is tried. The peer's microbatch is chosen for each of its variants by
-timing forward and backward in microbatches of 1 to 60 rows. Then the best of both are measured again, one
-after the other, and these are the figures to compare, since a machine's speed drifts. What is best depends on
-the processor: with instructions for bfloat16 products it is another variant than without.
+The best settings of each side are found by coordinate descent, with one timed step per trial: the best value
+of a setting is kept while the next setting is tried. The peer's microbatch size is tuned for each of its
+variants by timing forward and backward with 1 to 60 rows. The best settings of both sides are then measured
+again in direct succession, because a machine's speed drifts; compare those figures. Which settings are best
+depends on the CPU, mainly on whether it has bfloat16 matmul instructions.
 
-Every variant runs in a process of its own, in the environments of bench_rollout. Allow two hours on two idle
-cores.
+Every variant runs in a separate process, in the environments of bench_rollout. Takes about two hours on two
+idle cores.
 """
 
 from __future__ import annotations
@@ -58,11 +59,11 @@ CHANGES: dict[str, tuple[tuple[Settings, ...], ...]] = {
     ),
     "transformers": (({"dtype": "bfloat16"}, {"dtype": "autocast"}), ({"checkpointing": True},)),
 }
-"""What is tried from `FIRST` on: the settings of one group exclude each other."""
+"""Changes to try, starting from `FIRST`; the settings of one group are alternatives."""
 
 
 def changes(case: str, peer: str) -> list[list[Settings]]:
-    """`CHANGES` without those that change nothing: weights that are trained are float32 in any case."""
+    """Returns `CHANGES` without those that have no effect: trained weights are always float32."""
     return [
         [change for change in group if case == "adapters" or "param_dtype" not in change]
         for group in CHANGES[peer]
@@ -72,12 +73,12 @@ def changes(case: str, peer: str) -> list[list[Settings]]:
 def descend(
     first: Settings, changes: Sequence[Sequence[Settings]], run: Callable[[Settings], dict[str, Any]]
 ) -> dict[str, Any]:
-    """The fastest of the rows that are measured when groups of changes are tried one after another.
+    """Tries groups of changes one after another, and returns the fastest measured row.
 
     Args:
-      first: where to begin.
-      changes: groups; each is tried on the best settings of the groups before it.
-      run: measures settings.
+      first: the initial settings.
+      changes: groups of changes; each is tried on top of the best settings so far.
+      run: measures settings and returns a row.
     """
     chosen, best = first, run(first)
     for group in changes:
@@ -90,31 +91,31 @@ def descend(
 
 
 def least_seconds(row: dict[str, Any]) -> float:
-    """Of a row's steps after the first one; infinity if it failed."""
+    """Returns the fewest seconds of a row's steps after the first one; infinity if the row failed."""
     return math.inf if "error" in row else min(row["seconds"])
 
 
 def tolerance(settings: Settings) -> float:
-    """By how much, relatively, loss and gradient norm may differ from those of ours in float32."""
+    """Returns the relative tolerance of loss and gradient norm, compared with ours in float32."""
     return 0.03 if {"bfloat16", "autocast"} & set(map(str, settings.values())) else 1e-3
 
 
 def check(row: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Compares loss and gradient norm of a row that was measured with those expected.
+    """Compares the loss and gradient norm of a measured row with the expected ones.
 
     Raises:
-      RuntimeError: if it does not compute the same.
+      RuntimeError: if they differ by more than the tolerance.
     """
     for name in ("loss", "grad_norm"):
         if not math.isclose(row[name], expected[name], rel_tol=tolerance(row["settings"])):
-            raise RuntimeError(f"its {name} is {row[name]:.6g} and not {expected[name]:.6g}")
+            raise RuntimeError(f"its {name} is {row[name]:.6g}, expected {expected[name]:.6g}")
 
 
 def measure(peer: str, settings: Settings, repeats: int, timeout: float) -> dict[str, Any]:
-    """What a variant's process reports, and the settings that it ran with; see bench/measure.py.
+    """Runs a variant in its process; returns its report and its settings; see bench/measure.py.
 
     Raises:
-      RuntimeError: if it fails, or would take longer than `timeout` seconds.
+      RuntimeError: if the process fails, or would take longer than `timeout` seconds.
     """
     if peer == "ours":
         return {"settings": settings} | call("run_ours_train.py", peer, repeats, settings, timeout)
@@ -129,10 +130,10 @@ def measure(peer: str, settings: Settings, repeats: int, timeout: float) -> dict
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The results in Markdown.
+    """Formats the results as a Markdown table.
 
     Args:
-      rows: each with `case`, `peer`, `settings`, and either what bench/measure.py reports or an `error`,
+      rows: each with `case`, `peer`, `settings`, and either the report of bench/measure.py or an `error`,
         whose last line is shown.
     """
     least: dict[str, float] = {}
@@ -165,14 +166,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Runs everything; exits with 1 if the best of any side failed."""
+    """Runs everything; exits with code 1 if the final measurement of a side failed."""
     args = arguments(__doc__, tuple(FIRST), repeats=3, timeout=1800, cases=CASES)
     write_workload("--training")
     rows: list[dict[str, Any]] = []
     found: dict[str, dict[str, Any]] = {}
 
     def run(case: str, peer: str, repeats: int, settings: Settings) -> dict[str, Any]:
-        """One row, also where it fails; the first one of a case is what the others are compared with."""
+        """Measures one row, or records its failure. The first row of a case is the reference."""
         row = {"case": case, "peer": peer, "settings": settings}
         try:
             row |= measure(peer, settings | {"trained": case}, repeats, args.timeout)
@@ -196,7 +197,7 @@ def main() -> None:
             best[peer] = descend(FIRST[peer], changes(case, peer), trial)["settings"]
         compared += [run(case, peer, args.repeats, best[peer]) for peer in args.peers]
     print(f"\n{os.cpu_count()} cores with {', '.join(instructions()) or 'unknown instructions'}\n")
-    print(f"{table(rows)}\n\nThe best settings of each once more, one after the other:\n\n{table(compared)}")
+    print(f"{table(rows)}\n\nThe best settings of each side, measured again:\n\n{table(compared)}")
     sys.exit(any("error" in row for row in compared))
 
 

@@ -1,8 +1,8 @@
-"""What the grader of mathematics gets right and wrong, and what hostile answers cost: tables of the README.
+"""Measures the math grader's accuracy, and its time on hostile answers: the tables of docs/grading.md.
 
     python -m experiments.grading_table
 
-The pairs and the hostile answers are those of tests/environments/answers.
+The answer pairs and the hostile answers are those of tests/environments/answers.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from tests.environments.answers import hostile
 from tests.environments.answers.pairs import PAIRS
 
 GOLD = r"\frac{41}{7}"
-"""What hostile answers are compared with."""
+"""The reference answer for hostile answers."""
 
 OUTCOMES = ("unasked", "graded", "error", "timeout", "died", "failed")
-"""Those of `Verdict`, and answers without a box, or so long that no process is asked."""
+"""The outcomes of `Verdict`, and `unasked`: no boxed answer, or too long an answer for a grading process."""
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def start(flags: argparse.Namespace) -> str:
-    """Seconds until the first verdict of a new process, and its memory."""
+    """Measures the seconds until the first verdict of a new process, and its memory."""
     began = time.perf_counter()
     workers = Workers(1, flags.timeout, flags.memory_mib)
     workers.submit("boxed", "5", "10/2").result()
@@ -60,7 +60,7 @@ def start(flags: argparse.Namespace) -> str:
 
 
 def pairs_table(workers: Workers) -> str:
-    """Markdown: of each category, how many pairs there are, and how many are graded wrong."""
+    """Formats, for each category, the number of pairs and of false verdicts as a Markdown table."""
     rows, totals = [], collections.Counter()
     for category, entries in PAIRS.items():
         counts = collections.Counter()
@@ -75,7 +75,7 @@ def pairs_table(workers: Workers) -> str:
 
 
 def hostile_table(workers: Workers) -> str:
-    """Markdown: of each kind of hostile answer, how many, the slowest, and how they ended."""
+    """Formats, for each kind of hostile answer, the count, slowest time and outcomes as a Markdown table."""
     kinds: dict[str, list[tuple[float, str]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         marker = Path(folder) / "marker"
@@ -98,7 +98,7 @@ def hostile_table(workers: Workers) -> str:
 
 
 def throughput(workers: Workers, count: int = 100, times: int = 3) -> float:
-    """Answers a second, the best of some times."""
+    """Measures graded answers per second, the best of `times` runs."""
     questions = [
         ("boxed", rf"\frac{{{n}}}{{\sqrt{{7}}}}", rf"\frac{{{n}\sqrt7}}{{7}}") for n in range(1, count + 1)
     ]

@@ -1,12 +1,13 @@
-"""Kills a run with SIGKILL at random instants, resumes it, and compares it with one that nothing interrupted.
+"""Kills a run with SIGKILL at random times, resumes it, and compares it with an uninterrupted run.
 
     python experiments/kill_and_resume.py --kills=10 --seed=0 --out=runs/kill_and_resume
 
-The run is the quickstart made small: SmolLM2, four iterations. It first goes through twice undisturbed,
-without and with compiled programs in the cache, then in further folders with kills, each time resumed by the
-same command. A run that ends before its kill is followed by another one, until all kills have hit. Everything
-that a run leaves must be the same bit for bit: arrays of the last checkpoint, population, logs and results;
-only the metrics' key `time` may differ. The exit code is 1 if anything does. About 15 minutes on two cores.
+The run is a small version of the quickstart: SmolLM2, four iterations. It first runs twice without kills,
+with a cold and with a warm compilation cache, and then in new folders with kills, resumed each time by the
+same command. If a run ends before its kill, another one starts, until all kills have hit. Everything that the
+runs write must be bit-identical: the arrays of the last checkpoint, population, logs and results; only the
+key `time` of the metrics may differ. The exit code is 1 if anything differs. Takes about 15 minutes on two
+cores.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ FILES = (
 
 
 def start(out: Path, name: str) -> subprocess.Popen:
-    """Starts or resumes the run `name`; what it says is added to `<name>.log`."""
+    """Starts or resumes the run `name`; its output is appended to `<name>.log`."""
     settings = [f"--config.{setting}" for setting in (*SETTINGS, f"compilation_cache={out / 'xla'}")]
     command = [
         sys.executable,
@@ -62,21 +63,21 @@ def start(out: Path, name: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, out: Path, name: str) -> None:
-    """Waits for the end of a run; raises RuntimeError with the end of its log if it failed."""
+    """Waits for a run to end; raises RuntimeError with the end of its log if it failed."""
     if process.wait():
         tail = "\n".join(said(out, name)[-20:])
         raise RuntimeError(f"{name} ended with exit code {process.returncode}:\n{tail}")
 
 
 def said(out: Path, name: str) -> list[str]:
-    """The lines of a run's log that are not blank."""
+    """Returns the non-blank lines of a run's log."""
     log = out / f"{name}.log"
     text = log.read_text(errors="replace") if log.exists() else ""
     return [line for line in text.splitlines() if line.strip()]
 
 
 def newest(workdir: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint and its COMMIT, or None."""
+    """Returns the folder of the newest checkpoint and its parsed COMMIT file, or None."""
     commits = sorted(workdir.glob("checkpoints/*/COMMIT"))
     return (commits[-1].parent, json.loads(commits[-1].read_bytes())) if commits else None
 
@@ -84,10 +85,10 @@ def newest(workdir: Path) -> tuple[Path, dict[str, Any]] | None:
 def kill_again_and_again(
     out: Path, kills: int, seconds: float, seed: int
 ) -> tuple[list[str], list[list[str]]]:
-    """Kills runs at instants drawn over `seconds` until `kills` have hit, and lets the last one end.
+    """Kills runs at times uniform in [0, seconds] until `kills` have hit, then lets the last run finish.
 
     Returns:
-      (names of the runs, all of which ended; one row a kill).
+      (names of the runs, all of which finished; one table row per kill).
     """
     rng = np.random.default_rng(seed)
     names, rows = ["killed-1"], []
@@ -114,13 +115,13 @@ def kill_again_and_again(
             )
         else:
             finish(process, out, name)
-            print(f"{name} ended before {instant:.1f} s; going on with another run", flush=True)
+            print(f"{name} ended before {instant:.1f} s; starting another run", flush=True)
             names.append(f"killed-{len(names) + 1}")
 
 
 def arrays(workdir: Path) -> dict[str, np.ndarray]:
-    """The arrays of the last checkpoint by name."""
-    # Not before the runs are over: a TPU serves one process.
+    """Returns the arrays of the last checkpoint by name."""
+    # Import jax only after the runs have ended: a TPU serves one process at a time.
     import jax
     from orbax.checkpoint import v1 as ocp
 
@@ -134,13 +135,13 @@ def arrays(workdir: Path) -> dict[str, np.ndarray]:
 
 
 def metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl without the clock's numbers."""
+    """Returns the records of metrics.jsonl without their timings."""
     records = map(json.loads, (workdir / "metrics.jsonl").read_bytes().splitlines())
     return [{key: value for key, value in record.items() if key != "time"} for record in records]
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What two finished runs do not have in common."""
+    """Lists what differs between two finished runs."""
     found = [name for name in FILES if _content(one / name) != _content(other / name)]
     if metrics(one) != metrics(other):
         found.append("metrics.jsonl")
@@ -160,33 +161,36 @@ def _content(path: Path) -> bytes:
 
 
 def main() -> None:
-    """Runs everything; exits with 1 if any two runs differ."""
+    """Runs everything; exits with code 1 if any run differs from the first one."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=10, help="how many kills have to hit")
-    parser.add_argument("--seed", type=int, default=0, help="draws the instants")
-    parser.add_argument("--out", type=Path, default=Path("runs/kill_and_resume"), help="a new folder")
+    parser.add_argument("--kills", type=int, default=10, help="number of kills")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kill times")
+    parser.add_argument("--out", type=Path, default=Path("runs/kill_and_resume"), help="folder to create")
     args = parser.parse_args()
     out = args.out.expanduser().absolute()
     if out.exists():
-        sys.exit(f"--out={out} is already there; remove it or name another folder")
+        sys.exit(f"--out={out}: already exists; remove it or name another folder")
     out.mkdir(parents=True)
 
     for name in ("cold", "warm"):
         began = time.monotonic()
         finish(start(out, name), out, name)
         seconds = time.monotonic() - began
-        print(f"undisturbed, {name} compilation cache: {seconds:.0f} s", flush=True)
+        print(f"uninterrupted, {name} compilation cache: {seconds:.0f} s", flush=True)
     names, rows = kill_again_and_again(out, args.kills, seconds, args.seed)
 
     print()
-    for kill, run, instant, checkpoint, last in [("kill", "run", "after", "checkpoint", "said last"), *rows]:
+    for kill, run, instant, checkpoint, last in [
+        ("kill", "run", "after", "checkpoint", "last output"),
+        *rows,
+    ]:
         print(f"{kill:>4}  {run:10}  {instant:>8}  {checkpoint:>10}  {last}")
     print()
     verdicts = {name: differences(out / "cold", out / name) for name in ("warm", *names)}
     for name, found in verdicts.items():
-        print(f"cold and {name}: {'differ in ' + ', '.join(found) if found else 'the same bit for bit'}")
+        print(f"cold and {name}: {'differ in ' + ', '.join(found) if found else 'bit-identical'}")
     sys.exit(1 if any(verdicts.values()) else 0)
 
 

@@ -1,13 +1,13 @@
-r"""The smallest TPU slices on which configs/hmmt.py fits, by model and chip: the table of the README.
+r"""Finds the smallest TPU slices on which configs/hmmt.py fits, by model and chip: a table of docs/tpus.md.
 
     python -m experiments.plan_table --out=plans.jsonl
     python -m experiments.plan_table --out=plans.jsonl --models=qwen3-8b --chips=v5e,v6e
 
-For each model, with adapters and with all weights trained, slices are tried from the smallest up, and on
-each of them `remat` full, rounded and offload, and meshes that give more devices to `tensor`, until every
-program compiles and fits; see espl_jax/plan/__main__.py. What cannot fit by what is held alone is not
-compiled. Results are appended to the file as they come, and what it holds already is not done again. Allow
-a minute or two for each line.
+For each model, for LoRA and for full fine-tuning, slices are tried from the smallest up, each with `remat`
+full, rounded and offload and with more and more devices on the mesh axis `tensor`, until every program
+compiles and fits; see espl_jax/plan/__main__.py. Settings whose weights and optimizer state alone do not fit
+are skipped without compiling. Results are appended to the file as they come, and results already in the file
+are not computed again. Takes a minute or two per result.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from espl_jax.run.workloads import Lengths
 from experiments.bench.tpu_shapes import MODELS
 
 LENGTHS = Lengths(system=1024, problem=512, new=15_000)
-"""A grown system prompt, a long problem, and the new tokens of configs/hmmt.py."""
+"""Tokens of an evolved system prompt, of a long problem, and new tokens as in configs/hmmt.py."""
 
 TABLE_MODELS = "qwen3-0.6b,qwen3-4b,qwen3-8b,qwen3-32b,llama-3.1-8b"
 
 
 def candidates(model: Path, trained: str, chip: str) -> Iterator[tuple[Any, str]]:
-    """The run on slices and meshes, smallest first."""
+    """Yields configs with the topology to run on, smallest slices first."""
     for shape in CHIPS[chip].slices:
         devices = math.prod(map(int, shape.split("x")))
         for remat, tensor in itertools.product(("full", "rounded", "offload"), (1, 2, 4, 8)):
@@ -48,12 +48,12 @@ def candidates(model: Path, trained: str, chip: str) -> Iterator[tuple[Any, str]
 
 
 def smallest(model: Path, trained: str, chip: str) -> dict[str, Any] | None:
-    """The first candidate that fits, as a line of the file; None if none of them does."""
+    """Returns the first candidate that fits, as a record of the file; None if none does."""
     for c, topology in candidates(model, trained, chip):
         if costs.least_memory(c, topology, LENGTHS) > 0.97 * CHIPS[chip].memory:
             continue
         where = f"{model.name}, {trained}, {topology}, tensor={c.mesh.tensor}, remat={c.model.remat}"
-        # The update first: it decides nearly always.
+        # The update first: it nearly always needs the most memory.
         update = costs.plan(c, topology, LENGTHS, phases=["update"], say=quiet)
         error = update.error or update.costs[-1].error
         print(f"{where}: {error or f'{update.largest / 2**30:.2f} GiB'}", flush=True)
@@ -78,11 +78,11 @@ def smallest(model: Path, trained: str, chip: str) -> dict[str, Any] | None:
 
 
 def quiet(_: str) -> None:
-    """Says nothing."""
+    """Discards a progress message."""
 
 
 def lines(results: list[dict[str, Any]]) -> str:
-    """All results as a Markdown table."""
+    """Formats all results as a Markdown table."""
     rows = [
         ["model", "trained", *(f"{chip}, GiB of {CHIPS[chip].memory / 2**30:.1f}" for chip in CHIPS_SHOWN)]
     ]
@@ -106,13 +106,13 @@ CHIPS_SHOWN = ("v5e", "v5p", "v6e")
 
 
 def main() -> None:
-    """Fills the file and prints the table."""
+    """Computes missing results and prints the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="a file of JSON lines")
-    parser.add_argument("--models", default=TABLE_MODELS, help="which, with commas")
-    parser.add_argument("--chips", default=",".join(CHIPS_SHOWN), help="which, with commas")
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines file for results")
+    parser.add_argument("--models", default=TABLE_MODELS, help="model names, comma-separated")
+    parser.add_argument("--chips", default=",".join(CHIPS_SHOWN), help="chip names, comma-separated")
     args = parser.parse_args()
     args.out.touch()
     results = [json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()]

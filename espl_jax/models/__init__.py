@@ -1,1 +1,1 @@
-"""Decoders as pure functions over a params pytree of plain nested dicts."""
+"""Decoder models as pure functions over params, a pytree of nested dicts."""

@@ -1,8 +1,8 @@
-"""Grouped-query attention of one level of the prefix tree over its ancestors' caches and itself.
+"""Grouped-query attention of one level of the prefix tree, over its ancestors' caches and itself.
 
-A level has R nodes of T tokens each; an ancestor has A nodes, and A divides R: the R / A nodes that share
-one ancestor node lie side by side. With the kv heads K leading, an ancestor's view of the queries is only
-a reshape, `[K, R, T*G, H] -> [K, A, (R/A)*T*G, H]`, so shared keys are read once for all who share them.
+A level has R nodes of T tokens each. An ancestor has A nodes, where A divides R, and the R / A nodes below
+one ancestor node are adjacent. With the kv heads K as the leading axis, grouping queries by ancestor node is
+a reshape, `[K, R, T*G, H] -> [K, A, (R/A)*T*G, H]`, so shared keys are read once for all nodes below them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from flax import struct
 from espl_jax.models.config import DecoderConfig
 
 QUERY_BLOCK = 512
-"""Longest run of queries attended at once; longer levels go block by block, so scores stay [.., block, S]."""
+"""Most queries processed at once; longer levels are processed in blocks, with scores [.., block, S]."""
 
 ATTENTION = "attention"
-"""What the result of attention is called, for policies of recomputation to name."""
+"""Name of the attention output, for checkpoint (remat) policies."""
 
 _HIDDEN = -1e30
 
@@ -30,16 +30,17 @@ _HIDDEN = -1e30
 class KVCache:
     """Keys and values of one level of the tree, for all layers.
 
-    Keys are stored with their columns last, so that a product with queries reads them as they lie.
+    Keys are stored with columns last, so that the product with queries reads them without a transpose.
 
     Attributes:
-      key: [L, K, A, H, C], already rotated; A nodes with capacity for C tokens each.
+      key: [L, K, A, H, C], rotated; A nodes with a capacity of C tokens each.
       value: [L, K, A, C, H].
       start: int32 [A], position of column 0 in its sequence.
-      length: int32 [A], columns filled; those beyond are never attended to.
-      owner: int32 [R], the node above each of the R rows that attend, for rows in any order; None where the
-        rows of a node lie side by side, equally many for each.
-      parts: where nodes and rows lie in so many equal parts, `owner` counts within the row's part.
+      length: int32 [A], columns filled; columns beyond are never attended to.
+      owner: int32 [R], index of the node above each of the R attending rows, which may be in any order; None
+        if the rows of each node are adjacent and equally many.
+      parts: number of equal parts that nodes and rows are split into; `owner` is an index within the row's
+        part.
     """
 
     key: jax.Array
@@ -56,22 +57,24 @@ class KVCache:
 
     @property
     def filled(self) -> jax.Array:
-        """bool [A, C]."""
+        """bool [A, C], which columns are filled."""
         return jnp.arange(self.value.shape[3]) < self.length[:, None]
 
 
 @struct.dataclass
 class RowsView:
-    """Some slots and columns of a larger cache of rows, read in place: no array is copied to make it.
+    """A view of some slots and columns of the cache of rows. Creating it copies nothing.
 
-    The W slots lie in `shards` equal parts, one for each group of devices that holds them; the view is of the
-    first R / shards slots of each part.
+    The W slots are split into `shards` equal parts, one for each group of devices. The view covers the first
+    R / shards slots of each part.
 
     Attributes:
-      key: [L, K, W, H, C]; value: [L, K, W, C, H].
-      start: int32 [R], position of column 0; length: int32 [R], columns filled.
-      columns: how many are read; at least the length of every row whose result is used.
-      shards: parts of the slots.
+      key: [L, K, W, H, C], rotated.
+      value: [L, K, W, C, H].
+      start: int32 [R], position of column 0.
+      length: int32 [R], columns filled.
+      columns: number of columns read; at least the length of every row whose result is used.
+      shards: number of parts of the slots.
     """
 
     key: jax.Array
@@ -87,11 +90,11 @@ class RowsView:
 
     @property
     def filled(self) -> jax.Array:
-        """bool [R, columns]."""
+        """bool [R, columns], which columns are filled."""
         return jnp.arange(self.columns) < self.length[:, None]
 
     def layer(self, index: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        """Keys [K, R, H, columns] and values [K, R, columns, H] of one layer."""
+        """Returns the keys [K, R, H, columns] and values [K, R, columns, H] of one layer."""
         rows = self.length.shape[0]
         heads, _, head = self.value.shape[1], self.value.shape[2], self.value.shape[4]
 
@@ -104,13 +107,15 @@ class RowsView:
 
 
 class Source(NamedTuple):
-    """What queries may look at, in one layer.
+    """Keys and values of one level that queries attend to, in one layer.
 
     Attributes:
-      key: [K, A, H, C], rotated; value: [K, A, C, H].
-      filled: bool [A, C].
+      key: [K, A, H, C], rotated.
+      value: [K, A, C, H].
+      filled: bool [A, C], which columns are filled.
       start: int32 [A], position of column 0.
-      owner: int32 [R] or None, parts: as in `KVCache`.
+      owner: int32 [R] or None, as in `KVCache`.
+      parts: as in `KVCache`.
     """
 
     key: jax.Array
@@ -121,7 +126,7 @@ class Source(NamedTuple):
     parts: int = 1
 
     def by_row(self) -> Source:
-        """The same with a copy for each row, instead of an owner."""
+        """Returns an equivalent source without `owner`, with one copy of the keys and values per row."""
         if self.owner is None:
             return self
         nodes = (self.key, 1), (self.value, 1), (self.filled, 0), (self.start, 0)
@@ -129,10 +134,10 @@ class Source(NamedTuple):
 
 
 def of_owners(x: jax.Array, owner: jax.Array, parts: int = 1, axis: int = 0) -> jax.Array:
-    """What each row's node has. x [.., A, ..] with nodes on `axis`, owner int32 [R] -> [.., R, ..].
+    """Gathers the entry of each row's node. x [.., A, ..], A on `axis`; owner int32 [R] -> [.., R, ..].
 
-    Each part is looked up by itself, so that nothing moves between the devices that hold them. A node's
-    gradient is the sum of its rows', taken in float32 and rounded once.
+    Each part is gathered separately, so there is no communication between the devices that hold the parts.
+    The gradient of a node is summed over its rows in float32 and rounded once.
     """
     return _of_owners(x, owner, parts, axis, x.shape[axis])
 
@@ -170,42 +175,43 @@ def attend(
     key: jax.Array,
     value: jax.Array,
     ancestors: Sequence[Source],
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     start: jax.Array,
     window: jax.Array | int = 0,
 ) -> jax.Array:
-    """Attends to the ancestors and, causally, to the level itself, under one softmax.
+    """Attends to the ancestors and, causally, to the level itself, with a single softmax over both.
 
     Args:
       query: [R, T, N, H], rotated.
-      key, value: [R, T, K, H], the level's own, rotated.
+      key, value: [R, T, K, H], of the level itself; keys rotated.
       ancestors: outermost first.
-      config: head counts and precision.
+      decoder: head counts and precision.
       start: int32 [R], position of the level's first tokens.
-      window: how many tokens a query sees, itself included; the plain 0 for all before it. A traced number
-        must be positive.
+      window: number of tokens that a query attends to, itself included; a Python 0 for no window. A traced
+        value must be positive.
 
     Returns:
-      [R, T, N, H]. Right padding needs no mask here: causality hides it from every real token.
+      [R, T, N, H]. Right padding needs no mask, because the causal mask hides it from every real token.
     """
     rows, steps, _, head = query.shape
-    # Worth a copy: comparing every row with every node is what a single query alone can afford, in one part.
+    # Copy keys and values per row, unless there is a single query and a single part: only then is it cheaper
+    # to score every row against every node.
     ancestors = [source.by_row() if steps > 1 or source.parts > 1 else source for source in ancestors]
-    kv, groups = config.num_kv_heads, config.num_heads // config.num_kv_heads
+    kv, groups = decoder.num_kv_heads, decoder.num_heads // decoder.num_kv_heads
     query = query.reshape(rows, steps, kv, groups, head).transpose(2, 0, 1, 3, 4)  # [K, R, T, G, H]
     own = key.transpose(2, 0, 3, 1), value.transpose(2, 0, 1, 3)  # [K, R, H, T], [K, R, T, H]
     held = [*((s.key, s.value) for s in ancestors), own]
 
     def block(queries: jax.Array, first: jax.Array | int, held: list[tuple[jax.Array, jax.Array]]):
-        """Queries [K, R, t, G, H] that begin at column `first` of the level, over all keys and values."""
+        """Attends from queries [K, R, t, G, H], starting at column `first`, to all keys and values."""
         size = queries.shape[2]
         columns = first + jnp.arange(size)
-        back = columns[:, None] - jnp.arange(steps)  # [t, T], how far each query looks back
+        back = columns[:, None] - jnp.arange(steps)  # [t, T], distance from query back to key
         seen = (back >= 0) & _within(back, window)
         masks = [(_visible(s, start, columns, groups, window), s.owner is not None) for s in ancestors]
         masks.append((jnp.repeat(seen, groups, axis=0)[None], False))  # [1, t*G, T]
         masked = [(*arrays, *mask) for arrays, mask in zip(held, masks, strict=True)]
-        return _attend_all(queries.reshape(kv, rows, size * groups, head), masked, config).reshape(
+        return _attend_all(queries.reshape(kv, rows, size * groups, head), masked, decoder).reshape(
             queries.shape
         )
 
@@ -216,7 +222,7 @@ def attend(
         query = jnp.pad(query, ((0, 0), (0, 0), (0, count * QUERY_BLOCK - steps), (0, 0), (0, 0)))
         blocks = jnp.moveaxis(query.reshape(kv, rows, count, QUERY_BLOCK, groups, head), 2, 0)
         firsts = jnp.arange(count) * QUERY_BLOCK
-        # In float32 outside of the loop, so that gradients are summed over the blocks in float32.
+        # Cast to float32 outside the loop, so that gradients are summed over the blocks in float32.
         wide = jax.tree.map(lambda x: x.astype(jnp.float32), held)
 
         def narrowed(queries: jax.Array, first: jax.Array) -> jax.Array:
@@ -224,18 +230,18 @@ def attend(
 
         out = jax.lax.map(lambda x: jax.checkpoint(narrowed)(*x), (blocks, firsts))
         out = jnp.moveaxis(out, 0, 2).reshape(kv, rows, count * QUERY_BLOCK, groups, head)[:, :, :steps]
-    return out.transpose(1, 2, 0, 3, 4).reshape(rows, steps, config.num_heads, head)
+    return out.transpose(1, 2, 0, 3, 4).reshape(rows, steps, decoder.num_heads, head)
 
 
 def _within(back: jax.Array, window: jax.Array | int) -> jax.Array | bool:
-    """Whether a token so far back is inside of the window; all are where there is none."""
+    """Returns whether a token `back` positions earlier is inside the window; always, without a window."""
     return True if isinstance(window, int) and not window else back < window
 
 
 def _visible(
     source: Source, start: jax.Array, columns: jax.Array, groups: int, window: jax.Array | int
 ) -> jax.Array:
-    """Which columns of an ancestor are seen: bool [A, Q, C], or Q = 1 where all of a node's queries agree."""
+    """Returns the mask of an ancestor's columns, bool [A, Q, C]; Q = 1 if it is equal for all queries."""
     nodes, capacity = source.filled.shape
     mask = source.filled[:, None, :]
     if source.owner is not None:
@@ -249,20 +255,20 @@ def _visible(
     return mask & jnp.repeat(_within(back, window), groups, axis=1)
 
 
-def _attend_all(query: jax.Array, sources: list[tuple[Any, ...]], config: DecoderConfig) -> jax.Array:
-    """One softmax over several sources without joining them. query [K, R, Q, H] -> [K, R, Q, H]."""
+def _attend_all(query: jax.Array, sources: list[tuple[Any, ...]], decoder: DecoderConfig) -> jax.Array:
+    """Computes one softmax over several sources without concatenating them. [K, R, Q, H] -> [K, R, Q, H]."""
     kv, rows, count, head = query.shape
-    precision = jax.lax.Precision.HIGHEST if config.matmul_precision == "highest" else None
-    query = query * (config.query_scale or head**-0.5)
+    precision = jax.lax.Precision.HIGHEST if decoder.matmul_precision == "highest" else None
+    query = query * (decoder.query_scale or head**-0.5)
 
     def per_node(x: jax.Array, nodes: int, owned: bool) -> jax.Array:
-        """[K, R, Q, x] as each node's rows see it, [K, A, (R/A)*Q, x]; every row for every node if owned."""
+        """Groups [K, R, Q, x] by node: [K, A, (R/A)*Q, x]; if owned, [K, 1, R*Q, x] for all nodes."""
         if owned:
             return x.reshape(kv, 1, rows * count, x.shape[-1])
         return x.reshape(kv, nodes, rows // nodes * count, x.shape[-1])
 
     def per_row(x: jax.Array, owned: bool, join: Callable[..., jax.Array]) -> jax.Array:
-        """The inverse; nodes that a row does not belong to add nothing."""
+        """Inverts `per_node`; if owned, joins over nodes, where nodes other than the row's add nothing."""
         return (join(x, axis=1) if owned else x).reshape(kv, rows, count, x.shape[-1])
 
     scores, tops = [], []
@@ -276,7 +282,7 @@ def _attend_all(query: jax.Array, sources: list[tuple[Any, ...]], config: Decode
         scores.append(jnp.where(mask[None], score, _HIDDEN))
         tops.append(per_row(scores[-1].max(axis=-1, keepdims=True), owned, jnp.max))
 
-    # The largest score only keeps exp in range; the result does not depend on it.
+    # The maximum only keeps exp in range; the result does not depend on it, so it needs no gradient.
     largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, tops))
     total, out = 0.0, 0.0
     for score, (_, value, _, owned) in zip(scores, sources, strict=True):

@@ -1,4 +1,4 @@
-"""The shape of a decoder and how it computes: one frozen, hashable record, a static argument under jit."""
+"""Configuration of a decoder, architecture and numerics: frozen and hashable, a static argument under jit."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ PHASES = ("training", "sampling")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 
 NUMERICS = ("dtype", "param_dtype", "matmul_precision", "scan_layers", "sampling_layout", "remat")
-"""Fields of DecoderConfig that are ours to choose, whatever the checkpoint."""
+"""Fields of DecoderConfig that the run chooses, independent of the checkpoint."""
 
 
 def dtype_name(dtype: Any) -> Any:
-    """The name of a dtype that is given as jax or numpy have it (`jnp.bfloat16`, `np.dtype("float32")`, an
-    array's `dtype`). Names, and what is no dtype, come back as they are."""
+    """Returns the name of a jax or numpy dtype, such as `jnp.bfloat16` or `array.dtype`.
+
+    Strings, and values that are not dtypes, are returned unchanged.
+    """
     if dtype is None or isinstance(dtype, str):
         return dtype
     try:
@@ -30,20 +32,21 @@ def dtype_name(dtype: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """How positions turn into angles.
+    """Rotary position embeddings (RoPE).
 
     Attributes:
       theta: base of the frequencies.
-      scaling: `none`; `linear`, all frequencies divided by `factor`; `llama3`, only the slow ones; `yarn`,
-        frequency by frequency, between what turns `beta_fast` times in the original context and what turns
-        `beta_slow` times.
-      factor: how much longer contexts became.
-      original_positions: length of the contexts that the model was first trained on (`llama3`, `yarn`).
-      low_freq_factor, high_freq_factor: turns in the original context below which a frequency is divided, and
-        above which it stays (`llama3`).
-      beta_fast, beta_slow: turns above which a frequency stays, and below which it is divided (`yarn`).
-      truncate: whether those two limits are widened to whole frequencies (`yarn`).
-      attention_factor: what cosines and sines are multiplied with (`yarn`).
+      scaling: `none`; `linear`, which divides all frequencies by `factor`; `llama3`, which divides only low
+        frequencies; `yarn`, which interpolates between frequencies with `beta_fast` turns in the original
+        context (kept) and those with `beta_slow` turns (divided).
+      factor: ratio of the extended to the original context length.
+      original_positions: context length before extension (`llama3`, `yarn`).
+      low_freq_factor, high_freq_factor: number of turns in the original context below which a frequency is
+        divided by `factor`, and above which it is kept (`llama3`).
+      beta_fast, beta_slow: number of turns above which a frequency is kept, and below which it is divided
+        (`yarn`).
+      truncate: whether these two limits are rounded outwards to whole frequency indices (`yarn`).
+      attention_factor: scales cosines and sines (`yarn`).
     """
 
     theta: float = 10_000.0
@@ -62,26 +65,26 @@ class Rope:
             raise ValueError(f"rope scaling={self.scaling!r} is unknown; choose one of {ROPE_SCALINGS}")
         if self.scaling in ("llama3", "yarn") and self.original_positions < 1:
             raise ValueError(
-                f"rope scaling={self.scaling!r} needs original_positions, the length of the contexts that "
-                f"the model was first trained on; it is {self.original_positions}"
+                f"rope original_positions={self.original_positions}: scaling={self.scaling!r} needs the "
+                "context length before extension; give at least 1"
             )
         if self.scaling == "llama3" and not self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
-                f"low_freq_factor={self.low_freq_factor}: give one below high_freq_factor="
+                f"low_freq_factor={self.low_freq_factor}: give a number below high_freq_factor="
                 f"{self.high_freq_factor}"
             )
 
     @property
     def reach(self) -> int:
-        """Length of the contexts that YaRN stretches to; 0 for the others, whose models name their own."""
+        """Context length that YaRN extends to; 0 for other scalings, where the checkpoint states it."""
         return int(self.factor * self.original_positions) if self.scaling == "yarn" else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Architecture (from the checkpoint) and numerics (ours to choose).
+    """Architecture (from the checkpoint) and numerics (chosen by the run) of a decoder.
 
-    Families of models differ by these values alone; nothing below asks for a family by its name.
+    Model families differ only in these values; no computation depends on the name of a family.
 
     Attributes:
       vocab_size: V.
@@ -90,39 +93,41 @@ class DecoderConfig:
       num_heads: N query heads.
       num_kv_heads: K key/value heads; G = N / K queries share one.
       head_dim: H.
-      mlp_dim: F.
-      rope: rotary positions.
-      local_rope: those of layers with a window; None where they are the same.
-      windows: for each layer how many tokens a token sees, itself included, 0 for all before it; empty where
-        no layer has a window.
+      mlp_dim: F, width of the feed-forward layer.
+      rope: rotary position embeddings.
+      local_rope: those of layers with a window; None if they are the same.
+      windows: for each layer, the number of tokens that a token attends to, itself included, or 0 for no
+        window; empty if no layer has one.
       norm_eps: epsilon of RMSNorm.
-      norm_offset: added to every scale of RMSNorm (Gemma stores scales less one).
-      qk_norm: RMSNorm over H of each query and key head, before its rotation (Qwen3, Gemma 3).
-      post_norms: RMSNorm of what attention and MLP return, before it joins the residual stream (Gemma).
-      qkv_bias, out_bias, mlp_bias: whether these linear layers have biases (Qwen2: the first).
-      query_scale: factor of the attention scores; 0 for H ** -0.5.
-      embed_scale: factor of the embeddings (Gemma: D ** 0.5).
+      norm_offset: added to every scale of RMSNorm (Gemma stores scale - 1).
+      qk_norm: RMSNorm over H of each query and key head, before rotation (Qwen3, Gemma 3).
+      post_norms: RMSNorm of the outputs of attention and MLP, before the residual addition (Gemma).
+      qkv_bias, out_bias, mlp_bias: whether these linear layers have biases (Qwen2: `qkv_bias`).
+      query_scale: scale of the attention scores; 0 for H ** -0.5.
+      embed_scale: scale of the embeddings (Gemma: D ** 0.5).
       activation: of the MLP's gate, `silu` or `gelu_tanh`.
-      tied_head: whether the output head is the embedding.
-      max_positions: longest sequence the model was made for, in tokens.
-      family: whose names and layout checkpoints carry, on the way in and out.
-      dtype: KV cache and operands of products, `float32` or `bfloat16`. The residual stream is float32 in
-        both: rounded in every layer, it would set sampler and trainer 0.03 nats a token apart. A dtype of jax
-        or numpy becomes its name.
-      param_dtype: how weights are stored; likewise.
-      matmul_precision: `default` multiplies in `dtype`; `highest` asks for full float32 products on
-        accelerators that would round them; `bfloat16` rounds operands (cotangents too) to bfloat16 and
-        accumulates in float32, which is what is fast on CPUs with AMX.
-      scan_layers: run layers in one `lax.scan` (small programs) or unrolled (faster on some machines).
-      sampling_layout: of the layers' weights while sampling. `stacked` keeps one array per kind of weight;
-        `unstacked` gives each layer its own arrays, outputs first, which CPUs read without copying them. It
-        takes memory for a second copy, and longer to compile. `auto` unstacks on one CPU device.
-      remat: what the backward pass recomputes of each layer, beside the layer's input, which is stored:
-        `none`, `attention` (all but its result), `products` (all but the results of products with weights),
-        `full`; `rounded`, which is `full` with the inputs stored in `dtype`, so that gradients are taken next
-        to where values were; and `offload`, which is `full` with the inputs stored in the host's memory.
-      phase: which rules of `espl_jax.parallel.sharding` say where activations lie: `training` or `sampling`.
-      lora_scale: alpha / rank, the factor of every adapter's product.
+      tied_head: whether the output head shares the embedding's weight.
+      max_positions: longest sequence that the model supports, in tokens.
+      family: selects the tensor names and layout of checkpoints, for reading and writing.
+      dtype: dtype of the KV cache and of matmul operands, `float32` or `bfloat16`. The residual stream is
+        always float32: rounding it in every layer would put sampler and trainer 0.03 nats per token apart.
+        jax and numpy dtypes are accepted and converted to their names.
+      param_dtype: storage dtype of the weights; same choices.
+      matmul_precision: `default` multiplies in `dtype`; `highest` requests full float32 products on
+        accelerators that would otherwise round; `bfloat16` rounds operands and cotangents to bfloat16 and
+        accumulates in float32, which is fast on CPUs with AMX.
+      scan_layers: runs layers in one `lax.scan` (small programs) or unrolled (faster on some machines).
+      sampling_layout: layout of the layers' weights while sampling. `stacked` keeps one array per kind of
+        weight. `unstacked` gives each layer its own arrays, outputs first, which CPUs read without a copy; it
+        needs memory for a second copy of the weights and compiles more slowly. `auto` unstacks on a single
+        CPU device.
+      remat: what the backward pass recomputes of each layer. The layer's input is always stored. `none`
+        recomputes nothing; `attention`, all but the attention output; `products`, all but the results of
+        matmuls with weights; `full`, everything. `rounded` is `full` with layer inputs stored in `dtype`, so
+        that gradients are evaluated at slightly rounded inputs. `offload` is `full` with layer inputs stored
+        in host memory.
+      phase: which rules of `espl_jax.parallel.sharding` apply to activations: `training` or `sampling`.
+      lora_scale: alpha / rank, the scale of every adapter.
     """
 
     vocab_size: int
@@ -162,13 +167,13 @@ class DecoderConfig:
             object.__setattr__(self, field, dtype_name(getattr(self, field)))
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
+                f"num_heads={self.num_heads}: is not a multiple of num_kv_heads={self.num_kv_heads}; "
                 "every key/value head must serve the same number of query heads"
             )
         if self.windows and (len(self.windows) != self.num_layers or min(self.windows) < 0):
             raise ValueError(
-                f"windows={self.windows}: give one for each of the {self.num_layers} layers, 0 where a layer "
-                "sees everything, or none at all"
+                f"windows={self.windows}: give one number for each of the {self.num_layers} layers (0 for a "
+                "layer without a window), or an empty tuple"
             )
         choices = {
             "matmul_precision": MATMUL_PRECISIONS,
@@ -184,11 +189,11 @@ class DecoderConfig:
                 raise ValueError(f"{field}={getattr(self, field)!r} is unknown; choose one of {allowed}")
 
     def replace(self, **changes: Any) -> DecoderConfig:
-        """A copy with some fields changed."""
+        """Returns a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
 
 def config_from_dict(fields: dict[str, Any]) -> DecoderConfig:
-    """The inverse of `dataclasses.asdict`, also after a passage through JSON."""
+    """Returns the config from the output of `dataclasses.asdict`, which may have been through JSON."""
     ropes = {name: Rope(**fields[name]) for name in ("rope", "local_rope") if fields.get(name)}
     return DecoderConfig(**{**fields, **ropes, "windows": tuple(fields.get("windows", ()))})

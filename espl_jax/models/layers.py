@@ -1,7 +1,8 @@
-"""The pieces of a decoder layer that see one token at a time.
+"""Token-wise parts of a decoder layer: linear layers, norms, MLP and embedding.
 
-Letters here and in `attention.py` and `transformer.py`: T tokens (all levels of the tree flattened
-together), D model, N query heads, K kv heads, G queries per kv head, H head, F feed-forward, V vocabulary.
+Shape letters here, in `attention.py` and in `transformer.py`: T tokens (of all nodes of a level, flattened),
+D model width, N query heads, K kv heads, G query heads per kv head, H head width, F feed-forward width, V
+vocabulary size.
 """
 
 from __future__ import annotations
@@ -18,21 +19,22 @@ from espl_jax.models.config import DecoderConfig
 from espl_jax.parallel import sharding
 
 Linear = dict[str, jax.Array]
-"""`weight` (or `outputs_first`), beside it a `bias` if it has one, and `lora_a`, `lora_b` with an adapter."""
+"""Arrays of a linear layer: `weight` (or `outputs_first`), optionally `bias`, and `lora_a` and `lora_b` with
+an adapter."""
 
 OUTPUTS_FIRST = "outputs_first"
-"""Name, in place of `weight`, of an `Unstacked` one: the outputs' axes come before those of the inputs."""
+"""Name of an `Unstacked` weight, in place of `weight`: its output axes come before its input axes."""
 
 FEW_ROWS = range(2, 65)
-"""Numbers of rows for which XLA's CPU backend multiplies weight by rows faster than rows by weight."""
+"""Numbers of rows for which XLA's CPU backend computes weight @ rows faster than rows @ weight."""
 
 
 class Unstacked(NamedTuple):
-    """One kind of weight as a separate array for every layer, and the layer that is meant.
+    """One kind of weight as a separate array per layer, and the index of the layer to use.
 
     Attributes:
-      weights: of all layers, outputs first.
-      layer: int32 [], the number of one of them.
+      weights: one array per layer, outputs first.
+      layer: int32 [], index into `weights`.
     """
 
     weights: tuple[jax.Array, ...]
@@ -42,52 +44,53 @@ class Unstacked(NamedTuple):
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
-def check_ids(name: str, ids: Any, config: DecoderConfig, lengths: Any = None) -> None:
-    """Refuses token ids outside the vocabulary where their values are known: for those a gather would read
-    another token's row. Nothing is known while a function is traced, nor of arrays spread over processes.
+def check_ids(name: str, ids: Any, decoder: DecoderConfig, lengths: Any = None) -> None:
+    """Raises if a token id is outside the vocabulary, where a gather would silently read another token's row.
+
+    Does nothing if the values are not available: under tracing, and for arrays that span several processes.
 
     Args:
-      name: what to call the ids in the error.
+      name: name of the ids in the error message.
       ids: int [...], or [R, T] with lengths.
-      config: the decoder.
-      lengths: int [R], how many of each row are tokens; all of them by default.
+      decoder: the model's configuration.
+      lengths: int [R], the number of valid ids of each row; all by default.
 
     Raises:
-      ValueError: naming the first such id.
+      ValueError: naming the first invalid id.
     """
     given = ids if lengths is None else (ids, lengths)
     for x in jax.tree.leaves(given):
         if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
             return
     values = np.asarray(ids)
-    wrong = (values < 0) | (values >= config.vocab_size)
+    wrong = (values < 0) | (values >= decoder.vocab_size)
     if lengths is not None:
         wrong &= np.arange(values.shape[1]) < np.asarray(lengths)[:, None]
     if wrong.any():
         raise ValueError(
             f"{name}: token id {int(values[wrong][0])} is outside the model's vocabulary, "
-            f"vocab_size={config.vocab_size}; give ids from 0 to {config.vocab_size - 1}"
+            f"vocab_size={decoder.vocab_size}; give ids from 0 to {decoder.vocab_size - 1}"
         )
 
 
 def einsum(
-    spec: str, x: jax.Array, linear: Linear, config: DecoderConfig, out_dtype: str | None = None
+    spec: str, x: jax.Array, linear: Linear, decoder: DecoderConfig, out_dtype: str | None = None
 ) -> jax.Array:
-    """Multiplies activations with a weight: the one door through which every linear weight is used.
+    """Applies a linear layer. Every use of a linear weight goes through this function.
 
-    With an adapter (Hu et al. 2021, arXiv 2106.09685) the result is `x W + scale * (x A) B`, and the sum
-    `W + scale * A B` is never formed, so that rounding of the base weights does not touch the adapter.
+    With an adapter (LoRA, Hu et al. 2021, arXiv 2106.09685) the result is `x W + scale * (x A) B`. The merged
+    weight `W + scale * A B` is never formed, so the storage precision of W does not round the adapter.
 
     Args:
-      spec: einsum subscripts `x,weight->out`; `r` is taken by the adapter's rank.
+      spec: einsum subscripts `x,weight->out`; the letter `r` is reserved for the adapter's rank.
       x: activations.
-      linear: `weight`, optionally `lora_a` [contracted dims of the weight..., r], `lora_b` [r, others...],
-        and `bias` [the result's last dims...].
-      config: numerics and `lora_scale`.
-      out_dtype: of the result, where rounding it to `config.dtype` would lose too much.
+      linear: `weight`; optionally `lora_a` [contracted dims of the weight..., r], `lora_b` [r, other dims...]
+        and `bias` [last dims of the result...].
+      decoder: numerics and `lora_scale`.
+      out_dtype: dtype of the result, where rounding to `decoder.dtype` would lose too much.
 
     Returns:
-      The product in float32 when `matmul_precision` is `bfloat16`, else in `out_dtype` or `config.dtype`.
+      The result; in float32 if `matmul_precision` is `bfloat16`, else in `out_dtype` or `decoder.dtype`.
     """
     inputs, result = spec.split("->")
     left, right = inputs.split(",")
@@ -96,36 +99,36 @@ def einsum(
     if OUTPUTS_FIRST in linear:
         weights, layer = linear[OUTPUTS_FIRST]
         multiply = functools.partial(product, f"{left},{kept}{contracted}->{result}", x)
-        # Only the product is chosen by the layer's number: choosing the weight would copy it.
-        branches = [functools.partial(multiply, w, config, out_dtype) for w in weights]
+        # Switch between matmuls, not between weights: selecting a weight would copy it.
+        branches = [functools.partial(multiply, w, decoder, out_dtype) for w in weights]
         out = jax.lax.switch(layer, branches)
     else:
-        out = product(spec, x, linear["weight"], config, out_dtype)
+        out = product(spec, x, linear["weight"], decoder, out_dtype)
     if "lora_a" in linear:
         batch = "".join(c for c in left if c not in contracted)
-        low = product(f"{left},{contracted}r->{batch}r", x, linear["lora_a"], config)
-        out = out + config.lora_scale * product(
-            f"{batch}r,r{kept}->{result}", low, linear["lora_b"], config, out_dtype
+        low = product(f"{left},{contracted}r->{batch}r", x, linear["lora_a"], decoder)
+        out = out + decoder.lora_scale * product(
+            f"{batch}r,r{kept}->{result}", low, linear["lora_b"], decoder, out_dtype
         )
     if "bias" in linear:
-        # In float32, in which its gradient is then summed over the tokens.
+        # In float32, so that the bias gradient is summed over tokens in float32.
         out = (out.astype(jnp.float32) + linear["bias"].astype(jnp.float32)).astype(out.dtype)
     return out
 
 
 def product(
-    spec: str, x: jax.Array, weight: jax.Array, config: DecoderConfig, out_dtype: str | None = None
+    spec: str, x: jax.Array, weight: jax.Array, decoder: DecoderConfig, out_dtype: str | None = None
 ) -> jax.Array:
-    """`einsum` without adapters and biases: casts and multiplies as `config` says."""
-    if config.matmul_precision == "bfloat16":
+    """Computes `einsum` without adapter and bias, with the dtypes and precision of `decoder`."""
+    if decoder.matmul_precision == "bfloat16":
         return _bfloat16_product(spec, x, weight)
-    precision = jax.lax.Precision.HIGHEST if config.matmul_precision == "highest" else None
-    x, weight = x.astype(config.dtype), weight.astype(config.dtype)
+    precision = jax.lax.Precision.HIGHEST if decoder.matmul_precision == "highest" else None
+    x, weight = x.astype(decoder.dtype), weight.astype(decoder.dtype)
     multiply = functools.partial(jnp.einsum, precision=precision, preferred_element_type=out_dtype)
     inputs, result = spec.split("->")
     left, right = inputs.split(",")
     rows = math.prod(n for n, letter in zip(x.shape, left, strict=True) if letter not in right)
-    on_cpu = config.phase == "sampling" and config.sampling_layout == "unstacked"
+    on_cpu = decoder.phase == "sampling" and decoder.sampling_layout == "unstacked"
     if on_cpu and right[0] not in left and rows in FEW_ROWS:
         kept = "".join(c for c in right if c not in left)
         weight_first = kept + "".join(c for c in left if c not in right)
@@ -134,10 +137,10 @@ def product(
     return multiply(spec, x, weight)
 
 
-def rounded(weight: jax.Array, config: DecoderConfig) -> jax.Array:
-    """A weight in the dtype that products take it to, where that one is smaller: half as much to move."""
-    smaller = jnp.dtype(config.dtype).itemsize < weight.dtype.itemsize
-    return weight.astype(config.dtype) if smaller and config.matmul_precision == "default" else weight
+def rounded(weight: jax.Array, decoder: DecoderConfig) -> jax.Array:
+    """Casts a weight to the compute dtype if that is smaller, to move half the bytes between devices."""
+    smaller = jnp.dtype(decoder.dtype).itemsize < weight.dtype.itemsize
+    return weight.astype(decoder.dtype) if smaller and decoder.matmul_precision == "default" else weight
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -146,9 +149,9 @@ def _bfloat16_product(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _rounded(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """The product of bfloat16 roundings, summed in float32, as one product of matrices.
+    """Multiplies operands rounded to bfloat16, accumulating in float32, as a single plain matrix product.
 
-    XLA's CPU backend takes bfloat16 operands to float32 only in plain matrix products.
+    XLA's CPU backend supports bfloat16 operands with float32 results only for plain matrix products.
     """
     inputs, result = spec.split("->")
     left, right = inputs.split(",")
@@ -171,8 +174,8 @@ def _bfloat16_product_forward(spec: str, x: jax.Array, weight: jax.Array):
 
 
 def _bfloat16_product_backward(spec: str, operands: tuple[jax.Array, jax.Array], g: jax.Array):
-    # The derivative of a product of bfloat16 operands mixes them with a float32 cotangent, for which CPUs
-    # have no fast path; rounding the cotangent too keeps both products on it.
+    # Autodiff would multiply a float32 cotangent with bfloat16 operands, for which CPUs have no fast path.
+    # Rounding the cotangent as well keeps both products of the backward pass on the fast path.
     x, weight = operands
     inputs, result = spec.split("->")
     left, right = inputs.split(",")
@@ -184,33 +187,33 @@ def _bfloat16_product_backward(spec: str, operands: tuple[jax.Array, jax.Array],
 _bfloat16_product.defvjp(_bfloat16_product_forward, _bfloat16_product_backward)
 
 
-def rms_norm(x: jax.Array, norm: dict[str, jax.Array], config: DecoderConfig) -> jax.Array:
-    """Root-mean-square normalization (Zhang and Sennrich 2019, arXiv 1910.07467), computed in float32.
+def rms_norm(x: jax.Array, norm: dict[str, jax.Array], decoder: DecoderConfig) -> jax.Array:
+    """Applies RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467), computed in float32.
 
-    [..., D] -> [..., D] in `config.dtype`.
+    [..., D] -> [..., D] in `decoder.dtype`.
     """
     x = x.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_eps)
-    return (x * (norm["scale"].astype(jnp.float32) + config.norm_offset)).astype(config.dtype)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + decoder.norm_eps)
+    return (x * (norm["scale"].astype(jnp.float32) + decoder.norm_offset)).astype(decoder.dtype)
 
 
-def gated_mlp(x: jax.Array, weights: dict[str, Any], config: DecoderConfig) -> jax.Array:
-    """Gated feed-forward (Shazeer 2020, arXiv 2002.05202). [T, D] -> [T, D]."""
+def gated_mlp(x: jax.Array, weights: dict[str, Any], decoder: DecoderConfig) -> jax.Array:
+    """Applies the gated feed-forward layer (Shazeer 2020, arXiv 2002.05202). [T, D] -> [T, D]."""
 
     def placed(x: jax.Array) -> jax.Array:
-        return sharding.constrain(x, ("tokens", "mlp"), config.phase)
+        return sharding.constrain(x, ("tokens", "mlp"), decoder.phase)
 
-    activate = _ACTIVATIONS[config.activation]
-    gate = placed(einsum("td,df->tf", x, weights["gate"], config))
-    up = placed(einsum("td,df->tf", x, weights["up"], config))
-    return einsum("tf,fd->td", placed(activate(gate) * up), weights["down"], config)
+    activate = _ACTIVATIONS[decoder.activation]
+    gate = placed(einsum("td,df->tf", x, weights["gate"], decoder))
+    up = placed(einsum("td,df->tf", x, weights["up"], decoder))
+    return einsum("tf,fd->td", placed(activate(gate) * up), weights["down"], decoder)
 
 
-def embed(tokens: jax.Array, embedding: Linear, config: DecoderConfig) -> jax.Array:
-    """Looks tokens up: the residual stream's beginning. int32 [T] -> float32 [T, D]."""
-    # First as the table lies, then moved: the table itself never is.
-    x = sharding.constrain(embedding["weight"][tokens], ("lookup", "embed"), config.phase)
-    x = rounded(x, config).astype(jnp.float32) * config.embed_scale
-    # In two steps, both of which the compiler has collectives for: from the other axis, then a part of that.
-    x = sharding.constrain(x, ("tokens", None), config.phase)
-    return sharding.constrain(x, ("residual", None), config.phase)
+def embed(tokens: jax.Array, embedding: Linear, decoder: DecoderConfig) -> jax.Array:
+    """Looks up token embeddings, the start of the residual stream. int32 [T] -> float32 [T, D]."""
+    # First sharded like the table, then resharded: this moves the looked-up rows and never the table.
+    x = sharding.constrain(embedding["weight"][tokens], ("lookup", "embed"), decoder.phase)
+    x = rounded(x, decoder).astype(jnp.float32) * decoder.embed_scale
+    # Resharding takes two steps, each of which is one collective for the compiler.
+    x = sharding.constrain(x, ("tokens", None), decoder.phase)
+    return sharding.constrain(x, ("residual", None), decoder.phase)

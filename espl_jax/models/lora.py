@@ -1,7 +1,8 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) beside the weights they adapt.
+"""Low-rank adapters, LoRA (Hu et al. 2021, arXiv 2106.09685).
 
-`adapters` is a subtree of the params with `lora_a`, `lora_b` in place of `weight`. Attached, they lie beside
-`weight`, and every product picks them up; the params without them are the reference policy.
+`adapters` is a subtree of the params that has `lora_a` and `lora_b` in place of `weight`. Once attached to
+the params, they are stored next to `weight`, and every matmul with that weight applies them. The params
+without adapters are the reference policy.
 """
 
 from __future__ import annotations
@@ -18,24 +19,23 @@ from espl_jax.models.config import DecoderConfig
 from espl_jax.models.transformer import ADAPTER, Params, Weight, abstract
 
 
-def abstract_adapters(config: DecoderConfig, rank: int, targets: Sequence[str] = LORA_TARGETS[:7]) -> Params:
-    """The adapters' pytree with a float32 `Weight` at every leaf.
+def abstract_adapters(decoder: DecoderConfig, rank: int, targets: Sequence[str] = LORA_TARGETS[:7]) -> Params:
+    """Returns the pytree of the adapters with a float32 `Weight` declaration at every leaf.
 
     Args:
-      config: the decoder.
+      decoder: the model's configuration.
       rank: r.
-      targets: names out of `LORA_TARGETS`.
+      targets: names from `LORA_TARGETS`.
 
     Raises:
-      ValueError: for an unknown target, an empty set, the head of a model that ties it, or a rank below 1.
+      ValueError: if a target is unknown, there are no targets, `head` is a target but tied to the embedding,
+        or the rank is below 1.
     """
     unknown = sorted(set(targets) - set(LORA_TARGETS))
     if unknown or not targets:
         raise ValueError(f"lora targets={tuple(targets)!r}: choose some of {LORA_TARGETS}")
-    if "head" in targets and config.tied_head:
-        raise ValueError(
-            "lora targets include 'head', but this model ties its head to the embedding; leave it out"
-        )
+    if "head" in targets and decoder.tied_head:
+        raise ValueError("lora targets='head': this model ties its head to the embedding; leave it out")
     if rank < 1:
         raise ValueError(f"lora rank={rank}: give at least 1")
 
@@ -48,14 +48,14 @@ def abstract_adapters(config: DecoderConfig, rank: int, targets: Sequence[str] =
                 chosen[name] = below
         return chosen
 
-    return walk(abstract(config))
+    return walk(abstract(decoder))
 
 
 def init(
-    key: jax.Array, config: DecoderConfig, rank: int, targets: Sequence[str] = LORA_TARGETS[:7]
+    key: jax.Array, decoder: DecoderConfig, rank: int, targets: Sequence[str] = LORA_TARGETS[:7]
 ) -> dict[str, Any]:
-    """Fresh adapters that change nothing: A uniform within 1 / sqrt(fan in), B zero. Consumes `key`."""
-    declared = abstract_adapters(config, rank, targets)
+    """Initializes adapters with zero effect: A uniform in +-1 / sqrt(fan in), B zero. Consumes `key`."""
+    declared = abstract_adapters(decoder, rank, targets)
     paths, tree = jax.tree_util.tree_flatten_with_path(declared)
     keys = jax.random.split(key, len(paths))
 
@@ -63,7 +63,7 @@ def init(
         if path[-1].key == "lora_b":
             return jnp.zeros(weight.shape, weight.dtype)
         bound = weight.fan_in**-0.5
-        # The same numbers as in the weight's own shape, which XLA takes ten times as long to compile on CPUs.
+        # Flat gives the same numbers, and XLA's CPU backend compiles it ten times as fast.
         flat = jax.random.uniform(key, (math.prod(weight.shape),), weight.dtype, -bound, bound)
         return flat.reshape(weight.shape)
 
@@ -71,7 +71,7 @@ def init(
 
 
 def attach(params: Params, adapters: Params) -> Params:
-    """Params whose adapted weights carry their adapters; shares all arrays with its arguments."""
+    """Returns params with adapters next to the weights they adapt; arrays are shared with the arguments."""
     joined = dict(params)
     for name, node in adapters.items():
         joined[name] = attach(params[name], node) if isinstance(node, dict) else node
@@ -79,7 +79,7 @@ def attach(params: Params, adapters: Params) -> Params:
 
 
 def detach(params: Params) -> tuple[Params, Params]:
-    """The opposite of `attach`: (base, adapters)."""
+    """Inverts `attach`: returns (base, adapters)."""
     base, adapters = {}, {}
     for name, node in params.items():
         if isinstance(node, dict):
@@ -91,8 +91,8 @@ def detach(params: Params) -> tuple[Params, Params]:
     return base, adapters
 
 
-def merge(params: Params, config: DecoderConfig) -> Params:
-    """Params without adapters that compute the same up to rounding: W + lora_scale * A B, for export."""
+def merge(params: Params, decoder: DecoderConfig) -> Params:
+    """Returns equivalent params without adapters, W + lora_scale * A B, rounded to W's dtype; for export."""
 
     def fold(weight: Weight, node: Params) -> jax.Array:
         product = jnp.tensordot
@@ -102,7 +102,7 @@ def merge(params: Params, config: DecoderConfig) -> Params:
         order = [a for a in weight.axes if a == "layers"] + list(weight.inputs)
         order += [a for a in weight.axes if a not in order]
         update = update.transpose([order.index(a) for a in weight.axes])
-        return (node["weight"] + config.lora_scale * update).astype(node["weight"].dtype)
+        return (node["weight"] + decoder.lora_scale * update).astype(node["weight"].dtype)
 
     def walk(declared: Params, node: Params) -> Params:
         if "lora_a" in node:
@@ -110,4 +110,4 @@ def merge(params: Params, config: DecoderConfig) -> Params:
             return kept | {"weight": fold(declared["weight"], node)}
         return {k: walk(declared[k], v) if isinstance(v, dict) else v for k, v in node.items()}
 
-    return walk(abstract(config), params)
+    return walk(abstract(decoder), params)

@@ -1,4 +1,4 @@
-"""Rotary position embeddings, and the ways in which checkpoints stretch them over longer contexts."""
+"""Rotary position embeddings (RoPE) and their extensions to longer contexts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from espl_jax.models.config import Rope
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Radians per position of each pair of dimensions, fastest first. float32 [H / 2]."""
+    """Returns the radians per position of each pair of dimensions, fastest first. float32 [H / 2]."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     plain = np.float32(1.0) / np.float32(rope.theta) ** exponents
     match rope.scaling:
@@ -26,16 +26,19 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def yarn_attention_factor(factor: float, weight: float = 1.0) -> float:
-    """What YaRN multiplies cosines and sines with for a stretch by `factor` (its section 3.4).
+    """Returns YaRN's scale of cosines and sines for a context extended by `factor` (its section 3.4).
 
-    `weight` is DeepSeek's `mscale`, which the paper has at 1.
+    `weight` is DeepSeek's `mscale`; the paper uses 1.
     """
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _llama3(plain: np.ndarray, rope: Rope) -> np.ndarray:
-    """Divides what turns less than `low_freq_factor` times in the original context (Llama 3.1, Dubey et al.
-    2024, arXiv 2407.21783, as released); in between, the share of both grows linearly with the turns."""
+    """Scales frequencies as Llama 3.1 does (Dubey et al. 2024, arXiv 2407.21783, as released).
+
+    Frequencies below `low_freq_factor` turns in the original context are divided by `factor`, those above
+    `high_freq_factor` turns are kept, and those in between are interpolated linearly in the turns.
+    """
     turns = rope.original_positions * plain / (2 * math.pi)
     kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     kept = np.clip(kept, 0.0, 1.0)
@@ -43,12 +46,14 @@ def _llama3(plain: np.ndarray, rope: Rope) -> np.ndarray:
 
 
 def _yarn(plain: np.ndarray, rope: Rope) -> np.ndarray:
-    """NTK by parts (YaRN, Peng et al. 2023, arXiv 2309.00071, section 3.2), with its ramp over the index of
-    the frequency, as its released code and transformers have it."""
+    """Scales frequencies by NTK-by-parts (YaRN, Peng et al. 2023, arXiv 2309.00071, section 3.2).
+
+    The ramp is linear in the frequency index, as in the paper's released code and in transformers.
+    """
     half = len(plain)
 
     def index(turns: float) -> float:
-        """The (fractional) index of the frequency that turns so often in the original context."""
+        """Returns the fractional index of the frequency with `turns` turns in the original context."""
         return half * math.log(rope.original_positions / (turns * 2 * math.pi)) / math.log(rope.theta)
 
     first, last = index(rope.beta_fast), index(rope.beta_slow)
@@ -61,7 +66,7 @@ def _yarn(plain: np.ndarray, rope: Rope) -> np.ndarray:
 
 
 def tables(positions: jax.Array, rope: Rope, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of every position. int32 [T] -> two of float32 [T, H / 2]."""
+    """Returns the cosines and sines of every position. int32 [T] -> two of float32 [T, H / 2]."""
     angles = positions[:, None].astype(jnp.float32) * frequencies(rope, head_dim)
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 

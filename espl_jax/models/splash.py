@@ -1,7 +1,7 @@
-"""Attention of a long level by the TPU kernel that jax ships, which keeps the scores on chip.
+"""Attention of a long level with jax's splash attention kernel for TPU, which keeps the scores on chip.
 
-The same function as `attention.attend`, where the kernel can compute it (`fits`). The method is that of
-FlashAttention-2 (Dao, 2023): https://arxiv.org/abs/2307.08691.
+Computes the same function as `attention.attend`, in the cases that the kernel supports (`fits`). The kernel
+implements FlashAttention-2 (Dao 2023, arXiv 2307.08691).
 """
 
 from __future__ import annotations
@@ -17,28 +17,30 @@ from espl_jax.models.config import DecoderConfig
 from espl_jax.parallel import sharding
 
 BLOCK = 512
-"""Queries and columns that the kernel multiplies at once; levels are padded to a multiple of it."""
+"""Block size of the kernel, in queries and in columns; levels are padded to a multiple of it."""
 
 SHORTEST = 2 * BLOCK
-"""Tokens of a level from which the kernel is used. It gains by scores that never leave the chip and by blocks
-that causality hides and it skips; a level of one block has none of the latter, and small scores stay on chip
-in plain attention too."""
+"""The kernel is used for levels of at least this many tokens. It saves time by keeping scores on chip and by
+skipping blocks that the causal mask hides. A level of one block has none to skip, and its scores stay on chip
+in plain attention as well."""
 
 
-def fits(steps: int, ancestors: Sequence[Source], config: DecoderConfig, window: jax.Array | int = 0) -> bool:
-    """Whether the kernel computes the attention of a level of `steps` tokens, and gains by it.
+def fits(
+    steps: int, ancestors: Sequence[Source], decoder: DecoderConfig, window: jax.Array | int = 0
+) -> bool:
+    """Returns whether the kernel supports the attention of a level of `steps` tokens, and is faster.
 
-    Not for short levels. Not for windows that are traced, or that reach into ancestors: how far a token
-    lies behind another then depends on the row, and the kernel wants its mask while the program is built.
-    Not where products in full float32 are asked for, which the kernel does not have.
+    False for short levels; for windows that are traced or that may reach into ancestors, because the distance
+    between tokens then depends on the row while the kernel's mask must be static; and for
+    `matmul_precision="highest"`, because the kernel has no full float32 products.
     """
     fixed = isinstance(window, int) and not (window and ancestors)
-    return steps >= SHORTEST and fixed and config.matmul_precision != "highest"
+    return steps >= SHORTEST and fixed and decoder.matmul_precision != "highest"
 
 
 def on_tpu(x: jax.Array) -> bool:
-    """Whether the program being traced will run on TPUs: those of the mesh that `x` lies on, or of this
-    machine where it lies on none."""
+    """Returns whether the program being traced will run on TPU: on the mesh of `x`, or without a mesh, on the
+    default backend."""
     mesh = jax.typeof(x).sharding.mesh
     kind = jax.default_backend() if mesh.abstract_device is None else mesh.abstract_device.device_kind
     return kind.lower().startswith("tpu")
@@ -49,44 +51,45 @@ def splash_attend(
     key: jax.Array,
     value: jax.Array,
     ancestors: Sequence[Source],
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     window: int = 0,
     interpret: bool = False,
 ) -> jax.Array:
-    """Attends to the ancestors and, causally, to the level itself, under one softmax.
+    """Attends to the ancestors and, causally, to the level itself, with a single softmax over both.
 
-    What nodes share is copied for each of them, which costs little beside the attention of a long level.
-    On a mesh (that of the arguments' shardings) rows are spread over the data axes and kv heads over the
-    tensor axis, where they divide. Gradients flow to queries, keys and values of the level and the ancestors.
+    Shared keys and values are copied for every row, which is cheap next to the attention of a long level. On
+    a mesh (taken from the arguments' shardings), rows are sharded over the data axes and kv heads over the
+    tensor axis, where sizes are divisible. Differentiable in the queries, keys and values of the level and of
+    the ancestors.
 
     Args:
       query: [R, T, N, H], rotated.
-      key, value: [R, T, K, H], the level's own, rotated.
+      key, value: [R, T, K, H], of the level itself; keys rotated.
       ancestors: outermost first.
-      config: head counts and the scores' factor. Products round as the kernel's do: operands to `dtype`,
-        softmax and sums in float32.
-      window: how many tokens a query sees, itself included; 0 for all before it.
-      interpret: run the kernel's program on a CPU, slowly.
+      decoder: head counts, `query_scale` and `phase`. The kernel rounds operands to `dtype`; softmax and sums
+        are float32.
+      window: number of tokens that a query attends to, itself included; 0 for no window.
+      interpret: run the kernel in interpret mode on CPU, which is slow.
 
     Returns:
-      [R, T, N, H]. Right padding needs no mask here: causality hides it from every real token.
+      [R, T, N, H]. Right padding needs no mask, because the causal mask hides it from every real token.
 
     Raises:
-      ValueError: for a window with ancestors.
+      ValueError: if there are both a window and ancestors.
     """
     if window and ancestors:
         raise ValueError(
-            f"window={window} may reach into ancestors, which have no place in the kernel's mask; use attend"
+            f"window={window}: may reach into ancestors, which the kernel's mask does not support; use attend"
         )
     rows, steps, _, head = query.shape
     ancestors = [source.by_row() for source in ancestors]
-    query = (query * (config.query_scale or head**-0.5)).transpose(0, 2, 1, 3)  # [R, N, T, H]
+    query = (query * (decoder.query_scale or head**-0.5)).transpose(0, 2, 1, 3)  # [R, N, T, H]
 
     def per_row(shared: jax.Array) -> jax.Array:
         """[A, ...] -> [R, ...]."""
         return jnp.repeat(shared, rows // shared.shape[0], axis=0)
 
-    # One run of columns a row: the ancestors', then the level's own, then padding that causality hides.
+    # Concatenate columns per row: the ancestors', the level's own, then padding hidden by the causal mask.
     keys = [per_row(s.key.swapaxes(0, 1)) for s in ancestors]  # [R, K, H, C]
     values = [per_row(s.value.swapaxes(0, 1)) for s in ancestors]  # [R, K, C, H]
     seen = [per_row(s.filled) for s in ancestors]  # [R, C]
@@ -98,7 +101,7 @@ def splash_attend(
     value, seen = _padded(value, axis=2), _padded(seen, axis=1)
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array, seen: jax.Array) -> jax.Array:
-        """[R, N, T, H], [R, K, H, S], [R, K, S, H] and [R, S], or the part of them that a device has."""
+        """Attends with [R, N, T, H], [R, K, H, S], [R, K, S, H] and [R, S], or one device's parts."""
         shape = query.shape[2], value.shape[2]
         mask = kernels.LocalMask(shape, (window - 1, 0), 0) if window else kernels.CausalMask(shape, before)
         kernel = kernels.make_splash_mha_single_device(
@@ -108,13 +111,13 @@ def splash_attend(
             interpret=interpret,
         )
         segments = kernels.SegmentIds(jnp.ones((query.shape[0], shape[0]), jnp.int32), seen)
-        # The kernel takes keys by column and is told that they are stored by head dimension.
+        # The kernel takes keys as [S, H]; SEQ_MINOR in `_block_sizes` says that they are stored as [H, S].
         return jax.vmap(kernel)(query, key.swapaxes(2, 3), value, segments)
 
     mesh = sharding.mesh_of(query)
     if mesh is not None:
-        # The compiler does not divide a kernel among devices by itself.
-        heads = sharding.named(mesh, ("rows", "kv_heads", None, None), key.shape, config.phase).spec
+        # The compiler does not shard a Pallas kernel by itself.
+        heads = sharding.named(mesh, ("rows", "kv_heads", None, None), key.shape, decoder.phase).spec
         attend = jax.shard_map(
             attend,
             mesh=mesh,
@@ -127,7 +130,7 @@ def splash_attend(
 
 
 def _padded(x: jax.Array, axis: int) -> jax.Array:
-    """Zeros appended up to a multiple of the block."""
+    """Pads an axis with zeros to a multiple of the block size."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % BLOCK)
     return jnp.pad(x, widths)

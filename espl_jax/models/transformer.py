@@ -1,8 +1,8 @@
-"""The decoder: one declaration per weight, and one `forward` over a prefix tree.
+"""The decoder: one declaration per weight, and a single `forward` over a prefix tree.
 
-A batch of sequences that share prefixes is a tree: system prompts [M], under each its problems [M*B],
-under each of those its rollouts [M*B*N]. Each node holds its own tokens once. `forward` runs one level over
-the KV caches of the levels above: prefill, decode step, scoring and policy gradient are all this function.
+A batch of sequences that share prefixes is a tree: system prompts [M], the problems of each [M*B], and the
+rollouts of each of those [M*B*N]. Every node stores only its own tokens. `forward` runs one level given the
+KV caches of the levels above; prefill, decode steps, scoring and the policy gradient all use it.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from espl_jax.parallel import sharding
 Params = dict[str, Any]
 
 LAYER_INPUT = "layer_input"
-"""What the residual stream before a layer is called, for policies of recomputation to name."""
+"""Name of the residual stream before a layer, for checkpoint (remat) policies."""
 
 ADAPTER = ("lora_a", "lora_b")
-"""Names of an adapter's two factors, beside the `weight` that it adapts."""
+"""Names of the two factors of an adapter, stored next to the `weight` that it adapts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """The declaration of one weight, from which init, shardings, adapters and memory plans derive.
+    """Declaration of one weight; initialization, shardings, adapters and memory plans are derived from it.
 
     Attributes:
-      axes: a logical name for each dimension; `layers` first for the stacked weights of all layers.
-      inputs: the axes that a product contracts; empty for norm scales and biases.
-      shape: a size for each axis.
+      axes: logical name of each dimension; `layers` first for the stacked weights of all layers.
+      inputs: the axes that a matmul contracts; empty for norm scales and biases.
+      shape: size of each dimension.
       dtype: storage dtype.
-      fill: what a norm scale or a bias begins with.
+      fill: initial value of a norm scale or bias.
     """
 
     axes: tuple[str, ...]
@@ -51,13 +51,13 @@ class Weight:
 
     @property
     def fan_in(self) -> int:
-        """Number of values summed into one output."""
+        """Number of inputs that are summed into one output."""
         return math.prod(
             size for axis, size in zip(self.axes, self.shape, strict=True) if axis in self.inputs
         )
 
     def adapter(self, rank: int) -> dict[str, Weight]:
-        """Its adapter's two factors, [inputs..., rank] and [rank, outputs...], in float32."""
+        """Declares the two factors of its adapter, [inputs..., rank] and [rank, outputs...], in float32."""
         sizes = dict(zip(self.axes, self.shape, strict=True)) | {"lora": rank}
         stack = tuple(axis for axis in self.axes if axis == "layers")
         outputs = tuple(axis for axis in self.axes if axis not in (*stack, *self.inputs))
@@ -72,66 +72,66 @@ class Weight:
         return dict(zip(ADAPTER, factors, strict=True))
 
 
-def abstract(config: DecoderConfig) -> Params:
-    """The params pytree with a `Weight` at every leaf."""
+def abstract(decoder: DecoderConfig) -> Params:
+    """Returns the params pytree with a `Weight` declaration at every leaf."""
     sizes = {
-        "layers": config.num_layers,
-        "embed": config.embed_dim,
-        "heads": config.num_heads,
-        "kv_heads": config.num_kv_heads,
-        "head": config.head_dim,
-        "mlp": config.mlp_dim,
-        "vocab": config.vocab_size,
+        "layers": decoder.num_layers,
+        "embed": decoder.embed_dim,
+        "heads": decoder.num_heads,
+        "kv_heads": decoder.num_kv_heads,
+        "head": decoder.head_dim,
+        "mlp": decoder.mlp_dim,
+        "vocab": decoder.vocab_size,
     }
 
     def declare(axes: str, inputs: str = "", fill: float = 0.0) -> Weight:
         names = tuple(axes.split())
         shape = tuple(sizes[axis] for axis in names)
-        return Weight(names, tuple(inputs.split()), shape, config.param_dtype, fill)
+        return Weight(names, tuple(inputs.split()), shape, decoder.param_dtype, fill)
 
     def linear(inputs: str, outputs: str, bias: bool) -> Params:
         layer = {"weight": declare(f"layers {inputs} {outputs}", inputs)}
         return layer | ({"bias": declare(f"layers {outputs}")} if bias else {})
 
     def norm(axes: str) -> Params:
-        return {"scale": declare(axes, fill=1.0 - config.norm_offset)}
+        return {"scale": declare(axes, fill=1.0 - decoder.norm_offset)}
 
     attention = {
-        "query": linear("embed", "heads head", config.qkv_bias),
-        "key": linear("embed", "kv_heads head", config.qkv_bias),
-        "value": linear("embed", "kv_heads head", config.qkv_bias),
-        "out": linear("heads head", "embed", config.out_bias),
+        "query": linear("embed", "heads head", decoder.qkv_bias),
+        "key": linear("embed", "kv_heads head", decoder.qkv_bias),
+        "value": linear("embed", "kv_heads head", decoder.qkv_bias),
+        "out": linear("heads head", "embed", decoder.out_bias),
     }
-    if config.qk_norm:
+    if decoder.qk_norm:
         attention |= {"query_norm": norm("layers head"), "key_norm": norm("layers head")}
     layer = {
         "attention_norm": norm("layers embed"),
         "attention": attention,
         "mlp_norm": norm("layers embed"),
         "mlp": {
-            "gate": linear("embed", "mlp", config.mlp_bias),
-            "up": linear("embed", "mlp", config.mlp_bias),
-            "down": linear("mlp", "embed", config.mlp_bias),
+            "gate": linear("embed", "mlp", decoder.mlp_bias),
+            "up": linear("embed", "mlp", decoder.mlp_bias),
+            "down": linear("mlp", "embed", decoder.mlp_bias),
         },
     }
-    if config.post_norms:
+    if decoder.post_norms:
         layer |= {"post_attention_norm": norm("layers embed"), "post_mlp_norm": norm("layers embed")}
     params = {
         "embedding": {"weight": declare("vocab embed", "embed")},
         "layers": layer,
         "final_norm": norm("embed"),
     }
-    if not config.tied_head:
+    if not decoder.tied_head:
         params["head"] = {"weight": declare("vocab embed", "embed")}
     return params
 
 
-def init(key: jax.Array, config: DecoderConfig) -> Params:
-    """Random params: norms at one, biases at zero, the rest normal with deviation 1 / sqrt(fan in).
+def init(key: jax.Array, decoder: DecoderConfig) -> Params:
+    """Initializes params: norms at 1, biases at 0, others normal with standard deviation 1 / sqrt(fan in).
 
     Consumes `key`.
     """
-    leaves, tree = jax.tree.flatten(abstract(config))
+    leaves, tree = jax.tree.flatten(abstract(decoder))
     keys = jax.random.split(key, len(leaves))
 
     def draw(weight: Weight, key: jax.Array) -> jax.Array:
@@ -144,30 +144,30 @@ def init(key: jax.Array, config: DecoderConfig) -> Params:
 
 def forward(
     params: Params,
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     tokens: jax.Array,
     lengths: jax.Array | None = None,
     ancestors: Sequence[KVCache | RowsView] = (),
 ) -> tuple[jax.Array, KVCache]:
-    """Runs one level of the tree over its ancestors' caches.
+    """Runs one level of the tree, given its ancestors' caches.
 
     Args:
-      params: with adapters attached or not.
-      config: the decoder.
-      tokens: int32 [R, T], right padded.
-      lengths: int32 [R] real tokens of each node, at least none; all of them by default.
-      ancestors: caches of the levels above, outermost first; each one's number of nodes divides R, and
-        neighbouring nodes share an ancestor, or it names the `owner` of every row.
+      params: with or without adapters.
+      decoder: the model's configuration.
+      tokens: int32 [R, T], right-padded.
+      lengths: int32 [R], number of real tokens of each node, may be 0; all T by default.
+      ancestors: caches of the levels above, outermost first. The number of nodes of each divides R and
+        adjacent rows share a node, unless the cache has an `owner` for every row.
 
     Returns:
       (hidden, cache): float [R, T, D] after the final norm, and the level's own KVCache with capacity T.
-      Values at padding are finite and meaningless.
+      Values at padding are finite but meaningless.
 
     Raises:
-      ValueError: if the nodes do not divide among those of a level above, or a token that is known is not in
-        the vocabulary.
+      ValueError: if the rows cannot be divided equally among the nodes of a level above, or a token id is
+        outside the vocabulary (not checked under jit).
     """
-    layers.check_ids("tokens", tokens, config, lengths)
+    layers.check_ids("tokens", tokens, decoder, lengths)
     nodes, steps = tokens.shape
     if lengths is None:
         lengths = jnp.full(nodes, steps, jnp.int32)
@@ -179,28 +179,28 @@ def forward(
             )
     start = _start(ancestors, nodes)
     positions = (start[:, None] + jnp.arange(steps)).reshape(-1)
-    x = layers.embed(tokens.reshape(-1), params["embedding"], config)
+    x = layers.embed(tokens.reshape(-1), params["embedding"], decoder)
 
-    ropes = (config.rope,) if config.local_rope is None else (config.rope, config.local_rope)
+    ropes = (decoder.rope,) if decoder.local_rope is None else (decoder.rope, decoder.local_rope)
     layer = functools.partial(
         _layer,
-        config=config,
-        rotations=[rope.tables(positions, each, config.head_dim) for each in ropes],
+        decoder=decoder,
+        rotations=[rope.tables(positions, each, decoder.head_dim) for each in ropes],
         shape=tokens.shape,
         start=start,
         ancestors=tuple(ancestors),
     )
     stacked = tuple(None if isinstance(c, RowsView) else (c.key, c.value) for c in ancestors)
-    index = jnp.arange(config.num_layers)
+    index = jnp.arange(decoder.num_layers)
     weights, layer = _with_unstacked(layer, params["layers"])
-    x, (key, value) = _run_layers(layer, config, x, (weights, stacked, index))
+    x, (key, value) = _run_layers(layer, decoder, x, (weights, stacked, index))
 
-    x = sharding.move(layers.rms_norm(x, params["final_norm"], config), *_TOKENS, config.phase)
+    x = sharding.move(layers.rms_norm(x, params["final_norm"], decoder), *_TOKENS, decoder.phase)
     return x.reshape(nodes, steps, -1), KVCache(key, value, start, lengths)
 
 
 def _with_unstacked(layer: Callable[..., Any], weights: Params) -> tuple[Params, Callable[..., Any]]:
-    """The stacked part of the layers' weights, and a layer that adds to its slice what is unstacked."""
+    """Returns the stacked weights, and `layer` wrapped so that it also receives the unstacked ones."""
 
     def stacked(node: Params) -> Params:
         return {
@@ -222,7 +222,7 @@ def _with_unstacked(layer: Callable[..., Any], weights: Params) -> tuple[Params,
 
 
 def _start(ancestors: Sequence[KVCache | RowsView], nodes: int) -> jax.Array:
-    """int32 [R], the position after the last ancestor's last token."""
+    """Returns int32 [R], the position after the last token of the last ancestor."""
     if not ancestors:
         return jnp.zeros(nodes, jnp.int32)
     last = ancestors[-1]
@@ -231,20 +231,20 @@ def _start(ancestors: Sequence[KVCache | RowsView], nodes: int) -> jax.Array:
     return jnp.repeat(last.end, nodes // last.end.shape[0], total_repeat_length=nodes)
 
 
-def _run_layers(layer: Callable[..., Any], config: DecoderConfig, x: jax.Array, stacked: Any) -> Any:
-    """Runs all layers, each with its slice of `stacked`: (x, what the layers returned, stacked)."""
-    windows = config.windows or (0,) * config.num_layers
+def _run_layers(layer: Callable[..., Any], decoder: DecoderConfig, x: jax.Array, stacked: Any) -> Any:
+    """Runs all layers, each with its slice of `stacked`. Returns x and the stacked outputs of the layers."""
+    windows = decoder.windows or (0,) * decoder.num_layers
 
     def checkpointed(window: int | None) -> Callable[..., Any]:
-        """The layer with a window known to the compiler, or given with each layer's slice."""
+        """Returns the layer with remat; its window is static, or with None, passed for each layer."""
         known = layer if window is None else functools.partial(layer, window=window)
-        if config.remat == "none":
+        if decoder.remat == "none":
             return known
-        if config.remat == "rounded":
-            return _from_rounded(known, config)
-        return jax.checkpoint(known, policy=_SAVED[config.remat])
+        if decoder.remat == "rounded":
+            return _from_rounded(known, decoder)
+        return jax.checkpoint(known, policy=_SAVED[decoder.remat])
 
-    if config.scan_layers:
+    if decoder.scan_layers:
         if len(set(windows)) == 1:
             body = checkpointed(windows[0])
             return jax.lax.scan(lambda x, xs: body(x, *xs), x, stacked)
@@ -272,11 +272,11 @@ _SAVED = {
 }
 
 
-def _from_rounded(layer: Callable[..., Any], config: DecoderConfig) -> Callable[..., Any]:
-    """A layer whose backward pass recomputes it from its input rounded to `config.dtype`."""
+def _from_rounded(layer: Callable[..., Any], decoder: DecoderConfig) -> Callable[..., Any]:
+    """Wraps a layer so that its backward pass recomputes it from its input, rounded to `decoder.dtype`."""
 
     def run(x: jax.Array, *given: Any, **window: jax.Array) -> Any:
-        # What the layer closes over has to be among the arguments of what has a gradient of its own.
+        # A custom_vjp function cannot close over traced values, so these become arguments.
         jaxpr, shapes = jax.make_jaxpr(layer, return_shape=True)(x, *given, **window)
 
         def known(closed_over: Any, x: jax.Array, rest: Any) -> Any:
@@ -284,10 +284,11 @@ def _from_rounded(layer: Callable[..., Any], config: DecoderConfig) -> Callable[
             return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
         def forward(closed_over: Any, x: jax.Array, rest: Any) -> Any:
-            return known(closed_over, x, rest), (closed_over, x.astype(config.dtype), rest)
+            return known(closed_over, x, rest), (closed_over, x.astype(decoder.dtype), rest)
 
         def backward(stored: Any, cotangents: Any) -> Any:
-            # Where layers are not scanned, the compiler would keep what the forward pass computed instead.
+            # Without scan, the compiler would otherwise keep the forward pass's values instead of
+            # recomputing.
             closed_over, x, rest = jax.lax.optimization_barrier(stored)
             return jax.vjp(known, closed_over, x.astype(jnp.float32), rest)[1](cotangents)
 
@@ -299,43 +300,43 @@ def _from_rounded(layer: Callable[..., Any], config: DecoderConfig) -> Callable[
 
 
 _TOKENS = ("tokens", None), ("residual", None)
-"""Products take all tokens of the devices that share their rows, forward and backward; between products each
-of these has a part of them."""
+"""Logical axes of activations in matmuls and between them. In matmuls, every device has all tokens of its row
+shard, forward and backward; between matmuls, the devices of a row shard each hold a part of the tokens."""
 
 
-def _layer(x, weights, above, index, *, window, config, rotations, shape, start, ancestors):
-    """One decoder layer on the level's flattened tokens. Returns x and the level's (key, value).
+def _layer(x, weights, above, index, *, window, decoder, rotations, shape, start, ancestors):
+    """Runs one decoder layer on the flattened tokens of a level. Returns x and the level's (key, value).
 
-    `above` has the layer's (key, value) of each ancestor, or None for one that is read by the layer's
-    `index`. `window` is the number of tokens that a token sees, 0 for all: a plain number, or a traced one
-    where scanned layers differ.
+    `above` has this layer's (key, value) of each ancestor, or None for a `RowsView`, which is read at layer
+    `index`. `window` is the number of tokens that a token attends to, 0 for no window: an int, or traced if
+    scanned layers have different windows.
     """
-    weights = _gathered(weights, abstract(config)["layers"], config)
+    weights = _gathered(weights, abstract(decoder)["layers"], decoder)
     x = checkpoint_name(x, LAYER_INPUT)
 
     def by_node(x: jax.Array) -> jax.Array:
-        """[.., heads, H] -> [R, T, heads, H], lying as attention wants it."""
+        """[.., heads, H] -> [R, T, heads, H], sharded for attention."""
         x = x.reshape(*shape, *x.shape[-2:])
-        return sharding.constrain(x, ("rows", None, "kv_heads", None), config.phase)
+        return sharding.constrain(x, ("rows", None, "kv_heads", None), decoder.phase)
 
     def normalized(x: jax.Array, norm: dict[str, jax.Array]) -> jax.Array:
-        return sharding.move(layers.rms_norm(x, norm, config), *_TOKENS, config.phase)
+        return sharding.move(layers.rms_norm(x, norm, decoder), *_TOKENS, decoder.phase)
 
     def joined(x: jax.Array, out: jax.Array) -> jax.Array:
-        out = sharding.move(out, *reversed(_TOKENS), config.phase)
-        return sharding.constrain(x + out, ("residual", None), config.phase)
+        out = sharding.move(out, *reversed(_TOKENS), decoder.phase)
+        return sharding.constrain(x + out, ("residual", None), decoder.phase)
 
     y = normalized(x, weights["attention_norm"])
     attention = weights["attention"]
-    query = layers.einsum("td,dnh->tnh", y, attention["query"], config)
-    key = layers.einsum("td,dkh->tkh", y, attention["key"], config)
-    value = layers.einsum("td,dkh->tkh", y, attention["value"], config).astype(config.dtype)
-    if config.qk_norm:
-        query = layers.rms_norm(query, attention["query_norm"], config)
-        key = layers.rms_norm(key, attention["key_norm"], config)
+    query = layers.einsum("td,dnh->tnh", y, attention["query"], decoder)
+    key = layers.einsum("td,dkh->tkh", y, attention["key"], decoder)
+    value = layers.einsum("td,dkh->tkh", y, attention["value"], decoder).astype(decoder.dtype)
+    if decoder.qk_norm:
+        query = layers.rms_norm(query, attention["query_norm"], decoder)
+        key = layers.rms_norm(key, attention["key_norm"], decoder)
     cos, sin = _rotation(rotations, window)
-    query = by_node(rope.rotate(query, cos, sin).astype(config.dtype))
-    key = by_node(rope.rotate(key, cos, sin).astype(config.dtype))
+    query = by_node(rope.rotate(query, cos, sin).astype(decoder.dtype))
+    key = by_node(rope.rotate(key, cos, sin).astype(decoder.dtype))
     value = by_node(value)
 
     if isinstance(window, jax.Array):
@@ -344,35 +345,37 @@ def _layer(x, weights, above, index, *, window, config, rotations, shape, start,
         Source(*(arrays or cache.layer(index)), cache.filled, cache.start, cache.owner, cache.parts)
         for arrays, cache in zip(above, ancestors, strict=True)
     ]
-    if splash.on_tpu(query) and splash.fits(shape[1], sources, config, window):
-        out = splash.splash_attend(query, key, value, sources, config, window)
+    if splash.on_tpu(query) and splash.fits(shape[1], sources, decoder, window):
+        out = splash.splash_attend(query, key, value, sources, decoder, window)
     else:
-        out = checkpoint_name(attend(query, key, value, sources, config, start, window), ATTENTION)
+        out = checkpoint_name(attend(query, key, value, sources, decoder, start, window), ATTENTION)
     written = key.transpose(2, 0, 3, 1), value.transpose(2, 0, 1, 3)
 
     out = by_node(out).reshape(-1, *out.shape[-2:])
-    out = sharding.constrain(out, ("tokens", "heads", None), config.phase)
-    out = layers.einsum("tnh,nhd->td", out, attention["out"], config)
-    x = joined(x, layers.rms_norm(out, weights["post_attention_norm"], config) if config.post_norms else out)
-    out = layers.gated_mlp(normalized(x, weights["mlp_norm"]), weights["mlp"], config)
-    x = joined(x, layers.rms_norm(out, weights["post_mlp_norm"], config) if config.post_norms else out)
+    out = sharding.constrain(out, ("tokens", "heads", None), decoder.phase)
+    out = layers.einsum("tnh,nhd->td", out, attention["out"], decoder)
+    x = joined(
+        x, layers.rms_norm(out, weights["post_attention_norm"], decoder) if decoder.post_norms else out
+    )
+    out = layers.gated_mlp(normalized(x, weights["mlp_norm"]), weights["mlp"], decoder)
+    x = joined(x, layers.rms_norm(out, weights["post_mlp_norm"], decoder) if decoder.post_norms else out)
     return x, written
 
 
-def _gathered(weights: Params, declared: Params, config: DecoderConfig) -> Params:
-    """One layer's weights as its products need them: in training, whole along the axis they are spread over.
+def _gathered(weights: Params, declared: Params, decoder: DecoderConfig) -> Params:
+    """Gathers one layer's weights for its matmuls: in training, all-gathered along `fsdp`.
 
-    Rounded first, as products round them, so that no more is moved than they use.
+    Weights are cast to the compute dtype first, to reduce the bytes moved.
     """
-    if config.phase != "training":
+    if decoder.phase != "training":
         return weights
 
     def gather(name: str, x: jax.Array, declared: dict[str, Weight]) -> jax.Array:
         weight = declared["weight"].adapter(1)[name] if name in ADAPTER else declared[name]
-        return sharding.gather(layers.rounded(x, config) if weight.inputs else x, weight.axes[1:])
+        return sharding.gather(layers.rounded(x, decoder) if weight.inputs else x, weight.axes[1:])
 
     return {
-        name: _gathered(node, declared[name], config)
+        name: _gathered(node, declared[name], decoder)
         if isinstance(node, dict)
         else gather(name, node, declared)
         for name, node in weights.items()
@@ -380,7 +383,7 @@ def _gathered(weights: Params, declared: Params, config: DecoderConfig) -> Param
 
 
 def _rotation(rotations: Sequence[Any], window: jax.Array | int) -> Any:
-    """The cosines and sines of a layer: the second ones belong to layers with a window."""
+    """Selects the cosines and sines of a layer; the second pair is for layers with a window."""
     if len(rotations) == 1:
         return rotations[0]
     if isinstance(window, int):
@@ -389,21 +392,22 @@ def _rotation(rotations: Sequence[Any], window: jax.Array | int) -> Any:
 
 
 def head(params: Params) -> layers.Linear:
-    """The output head's weight, [V, D]: the embedding where the two are tied."""
+    """Returns the output head, with weight [V, D]; the embedding if the two are tied."""
     return params.get("head", params["embedding"])
 
 
-def unembed(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
-    """Hidden states after the final norm to logits. [..., D] -> float32 [..., V]."""
+def unembed(params: Params, decoder: DecoderConfig, hidden: jax.Array) -> jax.Array:
+    """Computes logits from hidden states after the final norm. [..., D] -> float32 [..., V]."""
     flat = hidden.reshape(-1, hidden.shape[-1])
-    out = layers.einsum("td,vd->tv", flat, head(params), config, "float32")
+    out = layers.einsum("td,vd->tv", flat, head(params), decoder, "float32")
     return out.reshape(*hidden.shape[:-1], -1)
 
 
-def logits(params: Params, config: DecoderConfig, tokens: jax.Array) -> jax.Array:
-    """Next-token logits of plain sequences, causal. int32 [B, T] -> float32 [B, T, V].
+def logits(params: Params, decoder: DecoderConfig, tokens: jax.Array) -> jax.Array:
+    """Computes next-token logits of independent sequences. int32 [B, T] -> float32 [B, T, V].
 
-    Raises ValueError as `forward`.
+    Raises:
+      ValueError: as `forward`.
     """
-    hidden, _ = forward(params, config, tokens)
-    return unembed(params, config, hidden)
+    hidden, _ = forward(params, decoder, tokens)
+    return unembed(params, decoder, hidden)

@@ -1,4 +1,4 @@
-"""How much memory a device has, and how much of it arrays take."""
+"""Memory of a device, and of the arrays on it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ CONTAINER_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
-"""Where Linux says what a container may take, in bytes."""
+"""Files in which Linux states the memory limit of a container, in bytes (cgroup v2, v1)."""
 
 
 def device_memory() -> int:
-    """Bytes of one device of the first process, for all of them to plan with.
+    """Returns the total bytes of one device, measured on the first process and the same on all of them.
 
-    On CPU it is the memory of the machine or container, divided among the process's devices.
+    On CPU, this is the memory of the machine or container, divided by the number of local devices.
     """
     return processes.decide(_device_memory)
 
@@ -39,7 +39,7 @@ def _device_memory() -> int:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes that arrays, or their shapes, take on one device."""
+    """Returns the bytes that a tree of arrays, or of their shapes, takes on one device."""
 
     def size(x: Any) -> int:
         where = getattr(x, "sharding", None)

@@ -1,10 +1,10 @@
-"""Several processes of one run, each with devices of its own, that must never disagree.
+"""Keeps the processes of a multi-host run in agreement.
 
-All of them run the same program on the same values. What could differ between them, because it comes from
-text, files, servers or the clock, is decided by the first one and sent to the others (`decide`); what has to
-be equal is compared (`agree`); what each did of a common task is added up (`total`). All three are for the
-main thread alone, which also dispatches the work of the devices: all processes have to do these things in the
-same order. With one process they cost nothing.
+All processes run the same program on the same values. Values that could differ, because they come from text,
+files, servers or the clock, are computed by the first process and broadcast (`decide`). Values that must be
+equal are compared (`agree`). Results of work that is split between processes are summed (`total`). Call all
+three from the main thread only, which also dispatches device work: every process must make these calls in the
+same order. With a single process, they do no communication.
 """
 
 from __future__ import annotations
@@ -28,29 +28,28 @@ _meetings = itertools.count()
 
 
 def start(address: str = "", count: int = 0, index: int = 0) -> None:
-    """Joins the processes of the run, before jax is used for anything else.
+    """Initializes jax.distributed. Must be called before any other use of jax.
 
-    Without an address the cluster says by itself which processes there are, as TPU pods, Slurm and MPI do;
-    where there is none, and on CPUs, the run has this process alone.
+    Without an address, jax detects the cluster (TPU pods, Slurm, MPI). If there is none, or with
+    JAX_PLATFORMS=cpu, the run has a single process.
 
     Args:
       address: `host:port` of the first process.
-      count: how many processes there are.
-      index: which of them this one is, from 0.
+      count: number of processes.
+      index: index of this process, from 0.
 
     Raises:
-      ValueError: for a count without an address, an address without a count, or an index that is not one of
-        them.
+      ValueError: if `count` is given without `address`, or `index` is not in [0, count).
     """
     if count and not address:
         raise ValueError(
-            f"num_processes={count} without coordinator_address: give host:port of the first process"
+            f"num_processes={count}: coordinator_address is missing; give host:port of the first process"
         )
     if address:
         if not 0 <= index < count:
             raise ValueError(
-                f"coordinator_address={address} with num_processes={count} and process_id={index}: give the "
-                "number of processes, and to each its own process_id below it"
+                f"coordinator_address={address}, num_processes={count}, process_id={index}: process_id must "
+                "be in [0, num_processes); give the number of processes, and each its own process_id"
             )
         jax.distributed.initialize(address, count, index, shutdown_timeout_seconds=60)
     elif os.environ.get("JAX_PLATFORMS", "") != "cpu":
@@ -62,21 +61,21 @@ def start(address: str = "", count: int = 0, index: int = 0) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process decides, writes logs and talks to the user."""
+    """Returns whether this is the first process, which makes decisions, writes logs and prints."""
     return jax.process_index() == 0
 
 
 def decide(make: Callable[[], T]) -> T:
-    """The value that the first process makes, on every process; all have to call this.
+    """Calls `make` on the first process and returns its value on every process; all must call this.
 
-    The others wait as long as it takes.
+    The other processes wait for as long as `make` takes.
 
     Args:
-      make: called on the first process alone. Its value has to be picklable.
+      make: called on the first process only. Its value must be picklable.
 
     Raises:
-      Whatever `make` raised, on every process, so that none waits for the others forever; a RuntimeError in
-      its place where it cannot be sent.
+      Exception: on every process, whatever `make` raises, so that no process waits forever; a RuntimeError
+        instead if the exception cannot be pickled.
     """
     if jax.process_count() == 1:
         return make()
@@ -93,10 +92,10 @@ def decide(make: Callable[[], T]) -> T:
 
 
 def only_first(make: Callable[[], T]) -> T | None:
-    """What the first process makes for itself, such as an open file; None on the others.
+    """Calls `make` on the first process and returns its value, such as an open file, there; None elsewhere.
 
     Raises:
-      Whatever `make` raised, on every process.
+      Exception: on every process, whatever `make` raises.
     """
     made: list[T] = []
     decide(lambda: made.append(make()))
@@ -104,7 +103,7 @@ def only_first(make: Callable[[], T]) -> T | None:
 
 
 def total(array: np.ndarray) -> np.ndarray:
-    """The sum of what the processes give, on every process; all have to call this, with equal shapes."""
+    """Sums arrays over processes, on every process; all must call this, with equal shapes."""
     if jax.process_count() == 1:
         return array
     _meet()
@@ -112,15 +111,15 @@ def total(array: np.ndarray) -> np.ndarray:
 
 
 def agree(what: str, value: Any) -> None:
-    """Compares a value between all processes.
+    """Checks that a value is equal on all processes.
 
     Args:
-      what: what to call it in the error.
-      value: arrays of numpy, bytes, and whatever else has a `repr` that says all of it, in dicts, lists,
+      what: name of the value in the error message.
+      value: numpy arrays, bytes, and other values whose `repr` identifies them, nested in dicts, lists,
         tuples and dataclasses.
 
     Raises:
-      RuntimeError: on every process, if it differs on any.
+      RuntimeError: on every process, if the value differs on any.
     """
     if jax.process_count() == 1:
         return
@@ -132,13 +131,13 @@ def agree(what: str, value: Any) -> None:
     if others:
         named = ", ".join(map(str, others))
         raise RuntimeError(
-            f"{what} differs between process 0 and {named}: give all processes the same flags and files and "
-            "the same version of the code and its packages, and start them again"
+            f"{what} differs between process 0 and {named}: restart all processes with the same flags, "
+            "files, code and package versions"
         )
 
 
 def _hash(sha256: Any, value: Any) -> None:
-    """Adds a value to a hash. Pickles would not do: they also tell which of their parts are one object."""
+    """Adds a value to a hash. Not via pickle, whose bytes also depend on which parts share an object."""
     if dataclasses.is_dataclass(value):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
@@ -157,13 +156,13 @@ def _pickled_error(error: Exception) -> bytes:
     try:
         message = pickle.dumps((False, error))
         pickle.loads(message)
-    except Exception:  # some exceptions cannot be made again from what they were pickled to
+    except Exception:  # some exceptions cannot be unpickled
         message = pickle.dumps((False, RuntimeError(f"{type(error).__name__}: {error}")))
     return message
 
 
 def _broadcast(message: bytes) -> bytes:
-    """The first process's message. Sizes are rounded up to powers of two: each is a program to compile."""
+    """Broadcasts the first process's message, padded to a power of two: every size compiles a program."""
     _meet()
     size = int(multihost_utils.broadcast_one_to_all(np.int64(len(message))))
     buffer = np.zeros(1 << max(10, (size - 1).bit_length()), np.uint8)
@@ -172,5 +171,5 @@ def _broadcast(message: bytes) -> bytes:
 
 
 def _meet() -> None:
-    """Waits for all processes, up to a week. Those that wait in a collective on CPUs give up after 30 s."""
+    """Waits for all processes, up to a week. (A collective on CPU would time out after 30 seconds.)"""
     get_barrier_sync_fn()(key=f"espl_jax_{next(_meetings)}", timeout_ms=7 * 24 * 3600 * 1000)

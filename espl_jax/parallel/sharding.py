@@ -1,4 +1,4 @@
-"""The mesh, and which logical axis goes to which mesh axes in which phase of an iteration."""
+"""The mesh, and the rules that map logical axes to mesh axes in each phase of an iteration."""
 
 from __future__ import annotations
 
@@ -39,30 +39,31 @@ RULES: dict[str, dict[str, tuple[tuple[str, ...], ...]]] = {
         "lookup": (("data", "expert"),),
     },
 }
-"""For each phase, logical axis -> mesh axes: the first choice of which none is taken by an earlier axis of
-the same array (in the order of this table), and which divides. An axis without a rule is replicated.
+"""For each phase, logical axis -> choices of mesh axes. An axis takes the first choice that divides its size
+and whose mesh axes are not used by another axis of the array (axes are assigned in the order of this table).
+An axis without a rule is replicated.
 
-Besides the axes of weights there are `rows` (of rollouts and their caches), `tokens` (of activations),
-`residual` (of the residual stream, which is stored for every layer and needs no device's whole share until a
-product uses it) and `lookup` (of embeddings just looked up, whose `embed` axis lies as the table's does).
+Besides the axes of weights there are `rows` (rollouts and their caches), `tokens` (activations in matmuls),
+`residual` (the residual stream, which is stored for every layer and therefore sharded further between
+matmuls) and `lookup` (embeddings just looked up, whose `embed` axis is sharded like the table's).
 
-In training, weights are spread over `fsdp` and gathered layer by layer. In sampling that would be done for
-every token, so there the layers' products are divided between the devices of `fsdp` too, and small
-activations move instead; caches lie by rows in both."""
+In training, weights are sharded over `fsdp` and all-gathered layer by layer. Sampling would have to gather
+them for every token, so there `fsdp` acts as additional tensor parallelism, and small activations are moved
+instead. Caches are sharded by rows in both phases."""
 
 
 def make_mesh(
     sizes: dict[str, int] | None = None, devices: Sequence[jax.Device] | None = None
 ) -> Mesh | None:
-    """A mesh over all devices of the run, or None where it has one; or over the devices given.
+    """Returns a mesh over the given devices, or over all devices of the run; None if the run has only one.
 
     Args:
-      sizes: devices along each of `MESH_AXES`, 1 by default; one of them may be -1 and takes the rest. All
-        devices go to `fsdp` by default.
-      devices: those of a TPU topology, to compile for.
+      sizes: mesh axis -> number of devices, 1 for missing axes; one of them may be -1 and takes the rest. By
+        default all devices go to `fsdp`.
+      devices: devices of a TPU topology, for ahead-of-time compilation.
 
     Raises:
-      ValueError: for an unknown axis, or sizes whose product is not the number of devices.
+      ValueError: if an axis is unknown, or the product of the sizes is not the number of devices.
     """
     here = devices is None
     devices = jax.devices() if here else list(devices)
@@ -74,8 +75,8 @@ def make_mesh(
         shape[shape.index(-1)] = max(1, len(devices) // math.prod(size for size in shape if size != -1))
     if math.prod(shape) != len(devices) or min(shape) < 1:
         raise ValueError(
-            f"mesh {dict(zip(MESH_AXES, shape, strict=True))} does not hold the {len(devices)} devices; "
-            "give sizes whose product is their number, one of them may be -1"
+            f"mesh {dict(zip(MESH_AXES, shape, strict=True))} does not match the {len(devices)} devices; "
+            "give sizes whose product is that number (one of them may be -1)"
         )
     if here and len(devices) == 1:
         return None
@@ -83,7 +84,7 @@ def make_mesh(
     try:
         return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=types, devices=devices)
     except NotImplementedError:
-        # No axes of the slice make up one of these, such as 2 on a v6e:4x4: a part of one does.
+        # No physical axes of the slice have this size, such as 2 on a v6e:4x4: split a physical axis.
         arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(arranged, MESH_AXES, axis_types=types)
 
@@ -91,7 +92,7 @@ def make_mesh(
 def named(
     mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int], phase: str = "training"
 ) -> NamedSharding:
-    """The sharding of an array with these logical axes; an axis that does not divide stays whole."""
+    """Returns the sharding of an array with these logical axes; indivisible axes are not sharded."""
     spec: list[tuple[str, ...] | None] = [None] * len(shape)
     taken: set[str] = set()
     for axis, choices in RULES[phase].items():
@@ -103,26 +104,25 @@ def named(
                 spec[place] = names
                 taken.update(names)
                 break
-    # One name by itself, as the compiler writes it.
+    # A single name instead of a tuple of one, as the compiler writes it.
     return NamedSharding(mesh, PartitionSpec(*(s[0] if s and len(s) == 1 else s for s in spec)))
 
 
 def mesh_of(x: jax.Array) -> Any:
-    """The mesh that an array being traced lies on, to write constraints for; None where there is none to
-    divide it between: one device, or a part of the program that sees one device's share already."""
+    """Returns the mesh of a traced array, for sharding constraints; None on a single device or inside
+    `shard_map`."""
     mesh = jax.typeof(x).sharding.mesh
     return None if mesh.empty or mesh.are_all_axes_manual else mesh
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None], phase: str) -> jax.Array:
-    """Tells the compiler where an array of a traced program lies; the identity without a mesh."""
+    """Constrains the sharding of a traced array; the identity without a mesh."""
     mesh = mesh_of(x)
     return x if mesh is None else jax.lax.with_sharding_constraint(x, named(mesh, axes, x.shape, phase))
 
 
 def move(x: jax.Array, to: Sequence[str | None], back: Sequence[str | None], phase: str) -> jax.Array:
-    """Tells the compiler that an array of a traced program lies by the axes `to`, and its gradient by `back`;
-    the identity without a mesh."""
+    """Constrains a traced array to the axes `to` and its cotangent to `back`; the identity without a mesh."""
     mesh = mesh_of(x)
     if mesh is None:
         return x
@@ -130,9 +130,9 @@ def move(x: jax.Array, to: Sequence[str | None], back: Sequence[str | None], pha
 
 
 def gather(weight: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """A weight of the training phase as its product needs it: whole along `fsdp`.
+    """All-gathers a weight along `fsdp` for its matmul in the training phase.
 
-    Its gradient is summed into the parts again, so that no device ever holds a whole one.
+    The gradient is reduce-scattered to the weight's sharding, so that no device holds all of it.
     """
     mesh = mesh_of(weight)
     if mesh is None:
@@ -154,53 +154,57 @@ _moved.defvjp(
 
 
 def _put(x: Any, sharding: NamedSharding) -> Any:
-    """Moves an array there; a mere shape is told where its array would be, to compile for."""
+    """Puts an array on devices with a sharding; a `ShapeDtypeStruct` gets the sharding as an attribute."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     if jax.process_count() > 1 and getattr(x, "is_fully_addressable", True):
-        # Every process has this array. device_put would compare them first, by sending them around.
+        # Every process has this array. device_put would first compare the copies across processes.
         return jax.make_array_from_callback(x.shape, sharding, np.asarray(x).__getitem__)
     return jax.device_put(x, sharding)
 
 
 def place(tree: Any, declared: Any, mesh: Mesh | None, phase: str = "training") -> Any:
-    """Puts params on the mesh as their declarations (with `.axes`) say; the identity without a mesh."""
+    """Shards params by the logical axes of their declarations (`.axes`); the identity without a mesh."""
     if mesh is None:
         return tree
     return jax.tree.map(lambda weight, x: _put(x, named(mesh, weight.axes, x.shape, phase)), declared, tree)
 
 
 def replicate(tree: Any, mesh: Mesh | None) -> Any:
-    """Puts a whole copy of every array on each device; the identity without a mesh."""
+    """Replicates arrays over all devices; the identity without a mesh."""
     if mesh is None:
         return tree
     return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, PartitionSpec())), tree)
 
 
 def row_shards(mesh: Mesh | None) -> int:
-    """Into how many parts rows are sharded: devices along the axes of `rows`."""
+    """Returns the number of row shards: the product of the mesh axes of `rows`; 1 without a mesh."""
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in _ROWS)
 
 
 def place_rows(tree: Any, mesh: Mesh | None) -> Any:
-    """Shards arrays over the data axes by their first dimension; the identity without a mesh."""
+    """Shards the first dimension of arrays over the axes of `rows`; the identity without a mesh."""
     if mesh is None:
         return tree
     return jax.tree.map(lambda x: _put(x, named(mesh, ("rows",) + (None,) * (x.ndim - 1), x.shape)), tree)
 
 
 def cache_sharding(mesh: Mesh, shape: tuple[int, ...], everywhere: bool = False) -> NamedSharding:
-    """Where keys or values [L, K, rows, ., .] lie: by kv heads, and by rows unless `everywhere`."""
+    """Returns the sharding of keys or values [L, K, rows, ., .]: by kv heads, and by rows unless
+    `everywhere`.
+
+    The rules are those of the training phase in both phases.
+    """
     return named(mesh, (None, "kv_heads", None if everywhere else "rows", None, None), shape)
 
 
 def constrain_cache(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """Tells the compiler that keys or values of rows lie as `cache_sharding` says."""
+    """Constrains keys or values of rows to `cache_sharding`; the identity without a mesh."""
     return x if mesh is None else jax.lax.with_sharding_constraint(x, cache_sharding(mesh, x.shape))
 
 
 def constrain_everywhere(tree: Any, mesh: Mesh | None) -> Any:
-    """Tells the compiler that each device has a whole copy of these arrays; the identity without a mesh."""
+    """Constrains arrays to be replicated; the identity without a mesh."""
     if mesh is None:
         return tree
     return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
@@ -209,14 +213,14 @@ def constrain_everywhere(tree: Any, mesh: Mesh | None) -> Any:
 def over_parts(
     function: Callable[..., Any], mesh: Mesh | None, inputs: Sequence[str], output: str
 ) -> Callable[..., Any]:
-    """Runs a function on each part of the rows by itself, without communication.
+    """Wraps a function with `shard_map`, to run on each row shard separately, without communication.
 
     Args:
-      function: of arrays or tuples of them, a part of each.
-      mesh: None calls the function as it is, with all rows as one part.
-      inputs: for each argument `slots` (caches of rows), `everywhere` (caches that every part sees whole) or
-        `rows` (sharded by the first dimension).
-      output: the same for the result.
+      function: takes arrays or tuples of them, one shard of each.
+      mesh: None returns the function unchanged, with all rows in one shard.
+      inputs: kind of each argument: `slots` (caches sharded by rows), `everywhere` (caches not sharded by
+        rows) or `rows` (sharded by the first dimension).
+      output: kind of the result, which has the structure and shapes of the first argument of that kind.
     """
     if mesh is None:
         return function

@@ -1,4 +1,4 @@
-"""Estimates of KL(policy || reference) from the tokens drawn alone; the whole sum is `logprobs.token_kl`."""
+"""Sample-based estimators of KL(policy || reference); `logprobs.token_kl` sums over the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -15,42 +15,43 @@ def kl_estimate(
     estimator: str,
     sampler_logprobs: jax.Array | None = None,
 ) -> jax.Array:
-    """Per token, an estimate of KL(policy || reference) (Schulman 2020, "Approximating KL divergence").
+    """Estimates KL(policy || reference) per token (Schulman 2020, "Approximating KL divergence").
 
-    With d = reference_logprob - logprob of a token drawn from the policy:
+    With d = reference_logprob - logprob of a token sampled from the policy:
 
-    - `k1`: -d. Its mean is the KL, its variance large, its sign either.
-    - `k2`: d^2 / 2. Never negative; its mean is the KL only up to third order in d.
-    - `k3`: exp(d) - 1 - d. Never negative, and its mean is the KL.
+    - `k1`: -d. Unbiased; high variance, and either sign.
+    - `k2`: d^2 / 2. Never negative; in expectation equal to the KL up to terms of third order in d.
+    - `k3`: exp(d) - 1 - d. Never negative, and unbiased.
 
-    Differentiated as a loss they do something else (Tang and Munos 2025, arXiv 2506.09477), since nothing
-    differentiates the drawing. On policy the mean of the gradient is
+    As losses, their gradients differ from that of the KL, because sampling is not differentiated (Tang and
+    Munos 2025, arXiv 2506.09477). On policy, the expected gradient is
 
-    - of `k1`: zero, whatever the reference. It is no loss, only a number to look at.
-    - of `k2`: that of KL(policy || reference). It is the one to train with.
-    - of `k3`: that of the other direction, KL(reference || policy), which agrees with the wanted one only
-      while the two are close; a token that the reference likes far better has a gradient of about exp(d).
+    - for `k1`: zero, whatever the reference. Use it as a metric, not as a loss.
+    - for `k2`: the gradient of KL(policy || reference). Use this one for training.
+    - for `k3`: the gradient of the reverse direction, KL(reference || policy). The two agree only while the
+      policies are close; a token that is far more likely under the reference has a gradient of about exp(d).
 
-    All of this is per token, its context given: that an earlier token changes the contexts of later ones
-    enters no gradient, as it enters none of `token_kl`.
+    Both estimates and gradients are per token, given its context: as in `token_kl`, the effect of a token on
+    the contexts of later tokens is not differentiated.
 
-    Tokens that another policy drew, such as the one before the updates of a batch, have other means. With
-    `sampler_logprobs` each estimate is multiplied by its importance ratio exp(logprob - sampler_logprob),
-    without gradient, and the means are those above again.
+    These expectations hold for tokens sampled from the current policy. For tokens from another policy, such
+    as the one before the updates of a batch, pass `sampler_logprobs`: each estimate is then multiplied by the
+    importance ratio exp(logprob - sampler_logprob), without gradient, which restores the expectations above.
 
     Args:
-      logprobs: float32 [...], of the tokens drawn, under the policy.
-      reference_logprobs: float32 [...], of the same tokens under the reference; no gradient flows through
-        them. Outside of a mask replace all logprobs by finite numbers beforehand.
+      logprobs: float32 [...], of the sampled tokens under the policy.
+      reference_logprobs: float32 [...], of the same tokens under the reference policy, treated as constant.
+        Replace logprobs at masked positions by finite numbers before the call.
       estimator: one of `KL_ESTIMATORS`.
-      sampler_logprobs: float32 [...], of the same tokens under what drew them; None if the policy did.
+      sampler_logprobs: float32 [...], of the same tokens under the policy that sampled them; None if that is
+        the current policy.
 
     Returns:
       float32 [...], in nats.
 
     Raises:
-      ValueError: for an unknown estimator.
-      AssertionError: for shapes that differ.
+      ValueError: if the estimator is unknown.
+      AssertionError: if shapes differ.
     """
     if estimator not in KL_ESTIMATORS:
         raise ValueError(f"estimator={estimator!r} is unknown; choose one of {KL_ESTIMATORS}")

@@ -1,8 +1,8 @@
-"""Logprobs, entropy and KL of tokens from hidden states, the vocabulary taken in chunks.
+"""Logprobs, entropy and KL of tokens from hidden states, computed in vocabulary chunks.
 
-The array [tokens, V] never exists: a scan over chunks of the head keeps running sums, and the backward pass
-computes each chunk again. Written by hand, that pass adds each chunk's gradient of the head into its place;
-derived automatically, it would add an array as large as the head for every chunk.
+The logits [tokens, V] are never materialized: a scan over chunks of the head keeps running sums, and the
+backward pass recomputes each chunk. The backward pass is written by hand because it accumulates each chunk's
+gradient into its slice of the head's gradient; autodiff would add an array of the head's size per chunk.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from espl_jax.rl import vocab_chunks
 
 
 class TokenStats(NamedTuple):
-    """Per token, of the shape of the targets; float32 but for `cut`. Only `logprobs` has a gradient.
+    """Statistics per token, with the shape of the targets. Only `logprobs` is differentiable.
 
     Attributes:
-      logprobs: of the targets, under the distribution they were drawn from.
-      entropy: of softmax(logits / temperature), in nats.
-      untruncated: logprobs of the targets under softmax(logits / temperature).
-      cut: bool, whether a target lies below its cut-off here, so that sampler and trainer disagree about it.
+      logprobs: float32, of the targets under the sampling distribution (after truncation).
+      entropy: float32, of softmax(logits / temperature), in nats.
+      untruncated: float32, logprobs of the targets under softmax(logits / temperature).
+      cut: bool, whether the target is below its cut-off under these params: the trainer would have cut a
+        token that the sampler kept.
     """
 
     logprobs: jax.Array
@@ -39,31 +40,32 @@ class TokenStats(NamedTuple):
 
 def target_logprobs(
     params: Params,
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     hidden: jax.Array,
     targets: jax.Array,
     temperature: jax.Array | float = 1.0,
     cutoffs: jax.Array | None = None,
 ) -> TokenStats:
-    """Logprobs of given tokens and the entropy of the distributions they were drawn from.
+    """Returns logprobs of given tokens, and the entropy of the next-token distributions.
 
-    With cut-offs, the distribution of a token is renormalized over `{v: untruncated logprob of v >= cut-off}`
-    and the target itself; which tokens those are has no gradient.
+    With cut-offs, each distribution is renormalized over `{v: untruncated logprob of v >= cut-off}` and the
+    target itself. The choice of this set is not differentiated.
 
     Args:
-      params: the head's weight is read from them.
-      config: the decoder.
+      params: contains the head's weight.
+      decoder: the model's configuration.
       hidden: [..., D], after the final norm.
       targets: int32 [...].
       temperature: divides the logits.
-      cutoffs: float32 [...], the sampler's cut-off logprobs, -inf where it cut nothing; None for no cut-offs.
+      cutoffs: float32 [...], the sampler's cut-off logprobs, -inf where nothing was cut; None for untruncated
+        sampling.
     """
     chex.assert_shape(targets, hidden.shape[:-1])
     if cutoffs is not None:
         chex.assert_equal_shape([targets, cutoffs])
     flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     bounds = None if cutoffs is None else cutoffs.reshape(-1)
-    stats = _stats(flat, dict(head(params)), wanted, bounds, jnp.float32(temperature), config)
+    stats = _stats(flat, dict(head(params)), wanted, bounds, jnp.float32(temperature), decoder)
     return TokenStats(*(x.reshape(targets.shape) for x in stats))
 
 
@@ -74,18 +76,18 @@ def _stats(
     wanted: jax.Array,
     cutoffs: jax.Array | None,
     temperature: jax.Array,
-    config: DecoderConfig,
+    decoder: DecoderConfig,
 ) -> TokenStats:
-    """`target_logprobs` of flat [tokens, D] and wanted int32 [tokens] with the head `linear`."""
-    return _forward(flat, linear, wanted, cutoffs, temperature, config)[0]
+    """Computes `target_logprobs` for flat [tokens, D] and wanted int32 [tokens] with the head `linear`."""
+    return _forward(flat, linear, wanted, cutoffs, temperature, decoder)[0]
 
 
-def _forward(flat, linear, wanted, cutoffs, temperature, config):
+def _forward(flat, linear, wanted, cutoffs, temperature, decoder):
     chunks = vocab_chunks.chunks(linear, len(flat))
 
     def body(carry, first):
         largest, total, weighted, target = carry
-        scores = vocab_chunks.scores(flat, chunks.cut(linear, first), temperature, config)
+        scores = vocab_chunks.scores(flat, chunks.cut(linear, first), temperature, decoder)
         columns, fresh = chunks.columns(first)
         scores = jnp.where(fresh, scores, -jnp.inf)
         top = jnp.maximum(largest, scores.max(axis=1))
@@ -103,26 +105,26 @@ def _forward(flat, linear, wanted, cutoffs, temperature, config):
     if cutoffs is None:
         bounds, logprobs, cut = None, untruncated, jnp.zeros(wanted.shape, bool)
     else:
-        # In scores, as the sampler's cut-off is in logprobs.
+        # Convert the sampler's cut-offs from logprobs to scores.
         bounds = cutoffs + normalizer
         normalizer = _kept_normalizer(
-            flat, linear, wanted, bounds, jnp.where(largest >= bounds, largest, target), temperature, config
+            flat, linear, wanted, bounds, jnp.where(largest >= bounds, largest, target), temperature, decoder
         )
         logprobs, cut = target - normalizer, untruncated < cutoffs
     stats = TokenStats(logprobs, entropy, untruncated, cut)
     return stats, (flat, linear, wanted, bounds, normalizer, temperature)
 
 
-def _kept_normalizer(flat, linear, wanted, bounds, top, temperature, config):
-    """Log of the summed exponentials of the scores that reach their bound, and the target's.
+def _kept_normalizer(flat, linear, wanted, bounds, top, temperature, decoder):
+    """Returns the logsumexp of the scores that reach their bound, and the target's score.
 
-    `top` is the largest of them: if not the largest of all, nothing but the target is kept.
+    `top` is the largest of them: the largest score of all if that is kept, else the target's.
     """
 
     chunks = vocab_chunks.chunks(linear, len(flat))
 
     def body(total, first):
-        scores = vocab_chunks.scores(flat, chunks.cut(linear, first), temperature, config)
+        scores = vocab_chunks.scores(flat, chunks.cut(linear, first), temperature, decoder)
         columns, fresh = chunks.columns(first)
         kept = _kept(scores, columns, wanted, bounds) & fresh
         return total + jnp.where(kept, jnp.exp(jnp.where(kept, scores - top[:, None], 0.0)), 0.0).sum(1), None
@@ -135,14 +137,14 @@ def _kept(scores, columns, wanted, bounds):
     return (scores >= bounds[:, None]) | (wanted[:, None] == columns)
 
 
-def _backward(config, residuals, cotangents):
+def _backward(decoder, residuals, cotangents):
     flat, linear, wanted, bounds, normalizer, temperature = residuals
     chunks = vocab_chunks.chunks(linear, len(flat))
 
     def body(carry, first):
         of_flat, of_linear = carry
         scores, pull_back = jax.vjp(
-            lambda flat, part: vocab_chunks.scores(flat, part, temperature, config),
+            lambda flat, part: vocab_chunks.scores(flat, part, temperature, decoder),
             flat,
             chunks.cut(linear, first),
         )
@@ -154,7 +156,7 @@ def _backward(config, residuals, cotangents):
         return (of_flat + more.astype(jnp.float32), chunks.add(of_linear, part, first)), None
 
     zeros = jnp.zeros(flat.shape, jnp.float32), jax.tree.map(jnp.zeros_like, linear)
-    zeros[1]["weight"] = sharding.constrain(zeros[1]["weight"], vocab_chunks.axes(config), config.phase)
+    zeros[1]["weight"] = sharding.constrain(zeros[1]["weight"], vocab_chunks.axes(decoder), decoder.phase)
     (of_flat, of_linear), _ = jax.lax.scan(body, zeros, chunks.firsts)
     return of_flat.astype(flat.dtype), of_linear, None, None, jnp.zeros_like(temperature)
 
@@ -167,16 +169,16 @@ def token_kl(
     hidden: jax.Array,
     reference: Params,
     reference_hidden: jax.Array,
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     temperature: jax.Array | float = 1.0,
 ) -> jax.Array:
-    """KL(policy || reference) of the next-token distributions, summed over the whole vocabulary, not sampled.
+    """Returns the exact KL(policy || reference) of the next-token distributions, over the whole vocabulary.
 
     Args:
       params, hidden: the policy and its hidden states, [..., D].
-      reference, reference_hidden: the reference policy's, [..., D].
-      config: the decoder of both.
-      temperature: divides both sides' logits.
+      reference, reference_hidden: the reference policy and its hidden states, [..., D].
+      decoder: configuration of both models.
+      temperature: divides the logits of both.
 
     Returns:
       float32 [...], in nats, at least zero up to rounding.
@@ -187,8 +189,8 @@ def token_kl(
 
     def body(carry, first):
         largest, total, gap, largest_ref, total_ref = carry
-        scores = vocab_chunks.scores(flat, chunks.cut(linear, first), temperature, config)
-        scores_ref = vocab_chunks.scores(flat_reference, chunks.cut(linear_ref, first), temperature, config)
+        scores = vocab_chunks.scores(flat, chunks.cut(linear, first), temperature, decoder)
+        scores_ref = vocab_chunks.scores(flat_reference, chunks.cut(linear_ref, first), temperature, decoder)
         _, fresh = chunks.columns(first)
         difference = jnp.where(fresh, scores - scores_ref, 0.0)
         scores, scores_ref = (jnp.where(fresh, x, -jnp.inf) for x in (scores, scores_ref))
@@ -210,13 +212,13 @@ def token_kl(
 
 
 def token_logprobs(
-    params: Params, config: DecoderConfig, tokens: jax.Array, temperature: jax.Array | float = 1.0
+    params: Params, decoder: DecoderConfig, tokens: jax.Array, temperature: jax.Array | float = 1.0
 ) -> jax.Array:
-    """Logprob of every token but the first, given those before it.
+    """Returns the logprob of every token except the first, given the tokens before it.
 
     Args:
-      params: with adapters or not.
-      config: the decoder.
+      params: with or without adapters.
+      decoder: the model's configuration.
       tokens: int32 [B, T].
       temperature: divides the logits.
 
@@ -224,8 +226,8 @@ def token_logprobs(
       float32 [B, T - 1].
 
     Raises:
-      ValueError: if a token that is known is not in the vocabulary.
+      ValueError: if a token id is outside the vocabulary (not checked under jit).
     """
-    layers.check_ids("tokens", tokens, config)
-    hidden, _ = forward(params, config, tokens[:, :-1])
-    return target_logprobs(params, config, hidden, tokens[:, 1:], temperature).logprobs
+    layers.check_ids("tokens", tokens, decoder)
+    hidden, _ = forward(params, decoder, tokens[:, :-1])
+    return target_logprobs(params, decoder, hidden, tokens[:, 1:], temperature).logprobs

@@ -1,4 +1,4 @@
-"""What updates make smaller."""
+"""The objective that updates minimize."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from espl_jax.rl.losses import Loss
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What updates make smaller: a loss, and a penalty for leaving the reference policy.
+    """The objective that updates minimize: a policy-gradient loss plus a KL penalty to the reference policy.
 
-    Under jit the temperature is an operand; the rest is static.
+    Under jit the temperature is a traced value; the other fields are static.
 
     Attributes:
-      loss: kind, bounds and aggregation. Where it needs old logprobs and the batch has none, this is the
-        batch's only update, and they are the logprobs themselves, without gradient.
-      temperature: of sampling; logits are divided by it here too.
-      kl_coef: weight of KL(policy || reference), summed over a rollout's tokens.
-      kl_estimator: `exact`, over the whole vocabulary, or one of `rl.kl`, weighted by policy over sampler.
+      loss: kind, clip range and aggregation. If it needs old logprobs and the batch has none, the update
+        counts as the first of its batch and uses the current logprobs, without gradient.
+      temperature: the sampling temperature, by which the trainer divides its logits too.
+      kl_coef: coefficient of KL(policy || reference), summed over the tokens of a rollout.
+      kl_estimator: `exact`, over the whole vocabulary, or an estimator of `rl.kl`, weighted by the importance
+        ratio of policy over sampler.
     """
 
     loss: Loss = Loss()

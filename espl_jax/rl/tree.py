@@ -1,4 +1,4 @@
-"""The prefix tree of a `TrainBatch`: its shared levels, run once, and its rollouts in microbatches."""
+"""Runs the prefix tree of a `TrainBatch`: the shared levels once, the rollouts in microbatches."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from espl_jax.models.transformer import Params, forward
 from espl_jax.types import TrainBatch
 
 Arrays = dict[str, tuple[jax.Array, jax.Array]]
-"""Keys and values of the shared levels, by the level's name."""
+"""Keys and values of the shared levels, by name of the level."""
 
 Places = dict[str, tuple[jax.Array, jax.Array]]
-"""`start` and `length` of their nodes."""
+"""`start` and `length` of the nodes of the shared levels, by name of the level."""
 
 
-def shared_levels(params: Params, batch: TrainBatch, config: DecoderConfig) -> tuple[Arrays, Places]:
-    """Runs the levels above the rollouts, those that the batch has."""
+def shared_levels(params: Params, batch: TrainBatch, decoder: DecoderConfig) -> tuple[Arrays, Places]:
+    """Runs the levels above the rollouts; a level without tokens is left out."""
     arrays, places = {}, {}
 
     def run(name: str, tokens: jax.Array, lengths: jax.Array, ancestors: Sequence[KVCache]) -> None:
-        _, cache = forward(params, config, tokens, lengths, ancestors)
+        _, cache = forward(params, decoder, tokens, lengths, ancestors)
         arrays[name], places[name] = (cache.key, cache.value), (cache.start, cache.length)
 
     if batch.system_tokens.shape[1]:
@@ -39,10 +39,13 @@ def shared_levels(params: Params, batch: TrainBatch, config: DecoderConfig) -> t
 def _ancestors(
     arrays: Arrays, places: Places, owners: dict[str, jax.Array], problem_parts: int = 1
 ) -> list[KVCache]:
-    """The levels there are, for rows with these owners. Problems are counted within their shard."""
+    """Returns the caches of the existing levels for rows with these owners.
+
+    Problem owners are indices within the shard.
+    """
     return [
         KVCache(*arrays[name], *places[name], owners[name], problem_parts if name == "problem" else 1)
-        for name in ("system", "problem")  # outermost first; dicts lose their order on the way through jax
+        for name in ("system", "problem")  # outermost first; jax sorts dict keys
         if name in arrays
     ]
 
@@ -53,13 +56,13 @@ def hidden_states(
     places: Places,
     batch: TrainBatch,
     micro: dict[str, jax.Array],
-    config: DecoderConfig,
+    decoder: DecoderConfig,
 ) -> jax.Array:
-    """float [rows, T, D] of a microbatch's rollouts over the shared levels."""
+    """Runs the rollouts of a microbatch over the shared levels. Returns float [rows, T, D]."""
     shards, problem = batch.inputs.shape[0], micro["rollout_problem"]
     system = of_owners(_flat(batch.problem_system), problem, shards)
     ancestors = _ancestors(arrays, places, {"system": system, "problem": problem}, shards)
-    return forward(params, config, micro["inputs"], ancestors=ancestors)[0]
+    return forward(params, decoder, micro["inputs"], ancestors=ancestors)[0]
 
 
 def _flat(x: jax.Array) -> jax.Array:
@@ -68,7 +71,7 @@ def _flat(x: jax.Array) -> jax.Array:
 
 
 def microbatches(batch: TrainBatch, size: int) -> dict[str, jax.Array]:
-    """The rollouts' arrays [J, D * size, ...], `size` of each shard in each of J microbatches."""
+    """Splits the arrays of the rollouts into J microbatches: [J, D * size, ...], `size` rows per shard."""
     names = ("rollout_problem", "inputs", "targets", "mask", "sampler_logprobs", "cutoffs", "advantages")
     arrays = {name: getattr(batch, name) for name in (*names, "old_logprobs")}
 
@@ -80,9 +83,9 @@ def microbatches(batch: TrainBatch, size: int) -> dict[str, jax.Array]:
 
 
 def sum_over_microbatches(function: Callable[[Any], Any], batch: TrainBatch, size: int) -> Any:
-    """What the function gives for each microbatch, summed in float32 and then rounded to what it gives.
+    """Sums the function's result over microbatches, in float32, and casts the sum to the result's dtypes.
 
-    Microbatches without a token that counts are skipped.
+    Microbatches whose mask is empty are skipped.
     """
     micros = microbatches(batch, size)
     first = jax.tree.map(lambda x: x[0], micros)

@@ -1,7 +1,7 @@
-"""The output head a chunk of its columns at a time, so that logits of many tokens never exist all at once.
+"""Splits the output head into vocabulary chunks, so that the logits of many tokens never exist at once.
 
-A chunk takes as many columns of each part of the vocabulary as lie on devices of their own: the head's weight
-[V, D] is seen as [parts, V / parts, D], and a chunk is a slice of the second axis.
+The vocabulary may be sharded. To keep all devices busy, a chunk takes the same number of columns from every
+shard: the head's weight [V, D] is viewed as [parts, V / parts, D], and a chunk is a slice of the second axis.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from espl_jax.models.transformer import abstract, head
 from espl_jax.parallel import sharding
 
 LARGEST = 8192
-"""Most columns of a chunk for each device along `tensor`."""
+"""Most columns of a chunk per device along the mesh axis `tensor`."""
 
 SCORES = 2**24
-"""Scores of a chunk that a device holds at most: with many tokens, chunks have fewer columns."""
+"""Most scores of a chunk that a device holds; with many tokens, chunks get fewer columns."""
 
 _VOCAB_AXIS = {"weight": 0, "lora_b": 1}
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunks:
-    """How a vocabulary is cut up. The last chunk may reach back over columns already seen.
+    """A split of the vocabulary into chunks. The last chunk may overlap the one before it.
 
     Attributes:
-      parts: into how many the vocabulary lies.
+      parts: number of parts, see the module docstring.
       each: columns of a part.
-      size: columns of a chunk in each part.
+      size: columns that a chunk takes from each part.
     """
 
     parts: int
@@ -42,17 +42,17 @@ class Chunks:
 
     @property
     def firsts(self) -> jax.Array:
-        """int32 [chunks], what the other methods call `first`: the first new column of each chunk."""
+        """int32 [chunks], the first new column of each chunk within a part (`first` in the other methods)."""
         return jnp.arange(0, self.each, self.size)
 
     def columns(self, first: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Of a chunk's columns, int32 [C] the tokens they belong to, and bool [C] which are new."""
+        """Returns the token ids of a chunk's columns, int32 [C], and which columns are new, bool [C]."""
         columns = self._start(first) + jnp.arange(self.size)
         offsets = self.each * jnp.arange(self.parts)[:, None]
         return (offsets + columns).reshape(-1), jnp.tile(columns >= first, self.parts)
 
     def cut(self, linear: layers.Linear, first: jax.Array) -> layers.Linear:
-        """The head with a chunk's columns alone."""
+        """Returns the head restricted to the columns of a chunk."""
 
         def cut(x: jax.Array, axis: int) -> jax.Array:
             shape = x.shape
@@ -62,7 +62,7 @@ class Chunks:
         return {name: cut(x, _VOCAB_AXIS[name]) if name in _VOCAB_AXIS else x for name, x in linear.items()}
 
     def add(self, total: layers.Linear, part: layers.Linear, first: jax.Array) -> layers.Linear:
-        """A gradient like the head's, with that of a chunk added in its place."""
+        """Returns `total`, a gradient of the head, plus `part`, the gradient of one chunk's columns."""
 
         def add(x: jax.Array, new: jax.Array, axis: int) -> jax.Array:
             split, start = self._split(x, axis), self._start(first)
@@ -82,24 +82,24 @@ class Chunks:
 
 
 def chunks(linear: layers.Linear, tokens: int) -> Chunks:
-    """Chunks of this head for so many tokens, those of all devices together."""
+    """Returns the chunks of this head for `tokens` tokens, counted over all devices."""
     vocab, mesh = linear["weight"].shape[0], sharding.mesh_of(linear["weight"])
     tensor = fsdp = rows = 1
     if mesh is not None:
         tensor, fsdp, rows = mesh.shape["tensor"], mesh.shape["fsdp"], sharding.row_shards(mesh)
-    # Parts that are slices of all devices' shares in both phases, or as nearly as the vocabulary divides.
+    # As many parts as the vocabulary has shards in either phase, if that divides the vocabulary.
     parts = next(parts for parts in (tensor * fsdp, tensor, 1) if vocab % parts == 0)
     wanted = min(LARGEST, max(256, SCORES * rows // tokens)) * tensor // parts
     return Chunks(parts, vocab // parts, min(max(1, wanted), vocab // parts))
 
 
-def scores(flat: jax.Array, linear: layers.Linear, temperature: Any, config: DecoderConfig) -> jax.Array:
-    """Logits over temperature, float32 [tokens, C], of flat [tokens, D] and a chunk of the head."""
-    weight = sharding.gather(layers.rounded(linear["weight"], config), axes(config))
-    out = layers.einsum("td,vd->tv", flat, linear | {"weight": weight}, config, "float32") / temperature
-    return sharding.constrain(out, ("tokens", "vocab"), config.phase)
+def scores(flat: jax.Array, linear: layers.Linear, temperature: Any, decoder: DecoderConfig) -> jax.Array:
+    """Returns logits / temperature, float32 [tokens, C], of flat [tokens, D] and a chunk of the head."""
+    weight = sharding.gather(layers.rounded(linear["weight"], decoder), axes(decoder))
+    out = layers.einsum("td,vd->tv", flat, linear | {"weight": weight}, decoder, "float32") / temperature
+    return sharding.constrain(out, ("tokens", "vocab"), decoder.phase)
 
 
-def axes(config: DecoderConfig) -> tuple[str, ...]:
-    """Logical axes of the head's weight."""
-    return head(abstract(config))["weight"].axes
+def axes(decoder: DecoderConfig) -> tuple[str, ...]:
+    """Returns the logical axes of the head's weight."""
+    return head(abstract(decoder))["weight"].axes

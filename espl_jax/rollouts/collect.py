@@ -1,4 +1,4 @@
-"""Where the worlds meet: prompts and problems in, `Rollouts` out."""
+"""Collects rollouts: samples replies for every prompt and problem, and grades them."""
 
 from __future__ import annotations
 
@@ -40,27 +40,27 @@ def collect_rollouts(
     chat: ChatFormat = ChatFormat(),
     capacity: Capacity = Capacity(),
 ) -> Rollouts:
-    """Runs every prompt on every problem, `group_size` times, and grades the replies.
+    """Samples `group_size` rollouts of every prompt on every problem, and grades the replies.
 
-    A `Dialogue` makes conversations of several turns. Of several processes the first one alone calls the
-    methods of the environment that answer and grade.
+    With a `Dialogue`, rollouts are conversations of several turns. With several processes, only the first one
+    calls the environment's `respond`, `begin` and `grade`.
 
     Args:
-      model: `.params` (adapters attached or not), `.config`, `.tokenizer`.
-      prompts: M system prompts; one that appears several times draws different rollouts each time.
+      model: has `.params` (with or without adapters), `.config` and `.tokenizer`.
+      prompts: M system prompts; copies of a prompt get different samples.
       problems: B problems.
-      environment: words the user turn and grades.
-      key: one typed threefry key, folded by the caller from seed, stream and iteration. Each rollout's own
-        key is folded from it, the ids of prompt and problem and the number of the sample.
+      environment: formats the user turn and grades replies.
+      key: one typed threefry key, which the caller derives from seed, stream and iteration. The ids of prompt
+        and problem and the number of the sample are folded into it for each rollout.
       group_size: N.
-      sampling: how tokens are drawn, T = `max_new_tokens` of all turns together. Without `stop_ids` the
-        model's own end a turn, see `stop_ids_of`.
-      chat: how conversations become text, and how replies are read.
-      capacity: what of the devices rows may take; with the `longest_problem` of a run, see `encode`, all
-        batches share their programs.
+      sampling: sampling distribution and limits; `max_new_tokens`, T, counts all turns together. If its
+        `stop_ids` are None, the model's stop tokens end a turn (see `stop_ids_of`).
+      chat: chat template arguments, stop strings, and the handling of thinking and tool calls.
+      capacity: memory and devices that rows may use. Set its `longest_problem` to that of the whole run (see
+        `encode.longest_problem`), so that all batches share compiled programs.
 
     Returns:
-      Rollouts, shapes [M, B, N, ...].
+      Rollouts, with arrays of shape [M, B, N, ...].
     """
     tokenizer, arguments = model.tokenizer, chat.template_arguments
     system_tokens, problem_tokens = encode_tree(tokenizer, prompts, problems, environment, arguments)
@@ -74,7 +74,7 @@ def collect_rollouts(
         turns = Turns(environment, problems, tokenizer, chat, stop_ids=sampling.stop_ids, opened=opened)
 
     def reply(place: tuple[int, int, int], tokens: np.ndarray) -> str | Conversation:
-        """What the environment grades."""
+        """Returns what the environment grades: the visible text, or the conversation of a dialogue."""
         if turns:
             return turns.transcript(place, tokens)
         text = tokenizer.decode(tokens, skip_special_tokens=True)
@@ -163,12 +163,12 @@ def _check_room(
     problem_tokens: Sequence[Sequence[Sequence[int]]],
     context: int,
 ) -> None:
-    """Raises ValueError, naming the first problem that leaves no room for an answer."""
+    """Raises ValueError, naming the first problem whose prompt leaves no room for an answer."""
     for prompt, system, lane in zip(prompts, system_tokens, problem_tokens, strict=True):
         for problem, tokens in zip(problems, lane, strict=True):
             if (count := len(system) + len(tokens)) >= context:
                 raise ValueError(
                     f"problem {problem.id} with prompt {prompt.id}: a prompt of {count} tokens leaves no "
                     f"room in a context of {context}; leave the problem out, shorten one of the two, or "
-                    "raise context_limit up to what the model was made for"
+                    "raise context_limit, at most to the model's max_positions"
                 )

@@ -1,4 +1,4 @@
-"""Conversations as tokens: the prefix tree of a batch, and the lengths it can have."""
+"""Encodes conversations as tokens: the prefix tree of a batch, and the longest lengths of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SOME_PROMPT = SystemPrompt("-")
 
 
 class Model(Protocol):
-    """What sampling needs of a model; `espl_jax.load_pretrained` returns one, which has `stop_ids` too."""
+    """A model to sample from. `espl_jax.load_pretrained` returns one that has `stop_ids` as well."""
 
     params: Any
     config: DecoderConfig
@@ -28,7 +28,7 @@ class Model(Protocol):
 
 
 def stop_ids_of(model: Model) -> tuple[int, ...]:
-    """Tokens that end a model's replies: its `stop_ids`, else its tokenizer's end of sequence."""
+    """Returns the tokens that end a reply: the model's `stop_ids`, else its tokenizer's EOS token."""
     return getattr(model, "stop_ids", (model.tokenizer.eos_token_id,))
 
 
@@ -39,9 +39,9 @@ def conversation(
     environment: Environment | Dialogue,
     chat_template_kwargs: Mapping[str, Any],
 ) -> tuple[Conversation, dict[str, Any]]:
-    """The messages that a rollout begins with, and the chat template's arguments.
+    """Returns the messages that a rollout starts with, and the arguments of the chat template.
 
-    An empty prompt has no system turn: the template's own default stands.
+    An empty prompt adds no system turn, so the template's default system prompt applies.
     """
     system = prompt.render()
     messages = [{"role": "system", "content": system}] if system else []
@@ -56,15 +56,15 @@ def encode_tree(
     environment: Environment | Dialogue,
     chat_template_kwargs: Mapping[str, Any],
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[tuple[int, ...], ...], ...]]:
-    """Tokens of the two shared levels: (M starts of conversations, M tuples of B rests)."""
+    """Returns the tokens of the two shared levels: M common prefixes, and M tuples of B remainders."""
 
     def encoded_conversation(prompt: SystemPrompt, problem: Problem) -> tuple[list[int], list[int]]:
         messages, kwargs = conversation(tokenizer, prompt, problem, environment, chat_template_kwargs)
         return encode_conversation(tokenizer, messages, **kwargs)
 
     encoded = [[encoded_conversation(prompt, problem) for problem in problems] for prompt in prompts]
-    # Without an added token right before the problem, starts may differ within a slot: only what is common
-    # is shared.
+    # If the template has no special token right before the problem, prefixes may tokenize differently for
+    # different problems: share only the common tokens.
     shared = [min(common_length(slot[0][0], system) for system, _ in slot) for slot in encoded]
     systems = tuple(tuple(slot[0][0][:size]) for slot, size in zip(encoded, shared, strict=True))
     return systems, tuple(
@@ -79,10 +79,10 @@ def longest_problem(
     environment: Environment | Dialogue,
     chat_template_kwargs: Mapping[str, Any],
 ) -> int:
-    """Tokens of the longest problem, so that all batches of a run share their programs.
+    """Returns the tokens of the longest problem, so that all batches of a run share compiled programs.
 
-    Only the 32 with the longest statements are looked at. A longer one among the others would do no harm: its
-    batch compiles programs of its own.
+    Only the 32 problems with the longest text are encoded. If another one has more tokens, its batch compiles
+    additional programs.
     """
     prompts, candidates = [_SOME_PROMPT], _longest_statements(problems)
     _, (tokens,) = encode_tree(tokenizer, prompts, candidates, environment, chat_template_kwargs)
@@ -100,8 +100,10 @@ def longest_conversation(
     chat_template_kwargs: Mapping[str, Any],
     prompt: SystemPrompt = _SOME_PROMPT,
 ) -> int:
-    """Tokens of the longest of the conversations that rollouts begin with, the system prompt's not counted;
-    out of the candidates of `longest_problem`. Arguments as for `conversation_lengths`."""
+    """Returns the tokens of the longest conversation that a rollout starts with, without the system prompt.
+
+    Only the candidates of `longest_problem` are encoded. Arguments as for `conversation_lengths`.
+    """
     candidates = _longest_statements(problems)
     lengths = conversation_lengths(tokenizer, candidates, environment, chat_template_kwargs, prompt=prompt)
     return max(lengths.values())
@@ -115,16 +117,20 @@ def conversation_lengths(
     least: int = 0,
     prompt: SystemPrompt = _SOME_PROMPT,
 ) -> dict[str, int]:
-    """Tokens of the conversations that rollouts begin with, the system prompt's not counted.
+    """Counts the tokens of the conversations that rollouts start with, without the system prompt.
 
     Args:
-      least: problems whose texts have too few bytes for as many tokens are left out: encoding thousands of
-        problems takes seconds.
-      prompt: any that is not empty gives the same lengths. An empty one leaves the system turn to the chat
-        template, whose default counts.
+      tokenizer: the model's, with a chat template.
+      problems: at least one.
+      environment: formats the user turn.
+      chat_template_kwargs: arguments of the chat template.
+      least: skips problems whose text has too few bytes to reach this many tokens, since encoding thousands
+        of problems takes seconds.
+      prompt: every non-empty prompt gives the same lengths. With an empty one, the system turn is the chat
+        template's default, which counts.
 
     Returns:
-      Tokens by the id of the problem.
+      Tokens by problem id.
     """
     prompt_tokens = len(encode(tokenizer, prompt.render()))
 
@@ -132,7 +138,7 @@ def conversation_lengths(
         messages, kwargs = conversation(tokenizer, prompt, problem, environment, chat_template_kwargs)
         return len(encode(tokenizer, render(tokenizer, messages, **kwargs))) - prompt_tokens
 
-    # Its frame is that of all others, and a token stands for one byte at least.
+    # The first problem bounds the template's overhead, and a token covers at least one byte.
     frame = length(problems[0])
     return {
         problem.id: length(problem)

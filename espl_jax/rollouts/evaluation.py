@@ -1,4 +1,4 @@
-"""How good prompts are on problems nobody trained on."""
+"""Statistics of prompts on a problem set: mean reward, accuracy and pass@k, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from espl_jax.types import Rollouts
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """One prompt on one problem set. Every interval is a 95% interval over problems (see `intervals`).
+    """Results of one prompt on one problem set. All intervals are 95% intervals over problems (`intervals`).
 
     Attributes:
       reward: mean over problems and samples.
-      accuracy: share of successes, pass@1.
+      accuracy: fraction of successes, which is pass@1.
       low, high: interval of the accuracy.
-      pass_at: k -> unbiased pass@k, for k = 1, 2, 4, ... up to the samples a problem.
-      num_problems, num_samples: how many problems, how many samples of each.
-      reward_interval: (low, high); None for a single problem with rewards outside 0 .. 1, whose spread
-        nothing is known of.
+      pass_at: k -> unbiased pass@k, for k = 1, 2, 4, ... up to the samples per problem.
+      num_problems: number of problems.
+      num_samples: samples per problem.
+      reward_interval: (low, high); None for a single problem with rewards outside 0 .. 1, whose spread is
+        unknown.
       pass_at_interval: k -> (low, high).
     """
 
@@ -42,12 +43,15 @@ class Evaluation:
 
 
 def pass_at_k(successes: int, samples: int, k: int) -> float:
-    """Chance that one of k samples succeeds, unbiased (Chen et al. 2021, arXiv 2107.03374, equation 1).
+    """Returns the unbiased estimate of pass@k (Chen et al. 2021, arXiv 2107.03374, equation 1).
 
     Args:
-      successes: among `samples` drawn.
-      samples: at least k.
+      successes: successful samples.
+      samples: samples in total, at least k.
       k: at least 1.
+
+    Raises:
+      ValueError: if an argument is out of range.
     """
     if not 1 <= k <= samples or not 0 <= successes <= samples:
         raise ValueError(
@@ -57,15 +61,15 @@ def pass_at_k(successes: int, samples: int, k: int) -> float:
 
 
 def summarize(rollouts: Rollouts) -> list[Evaluation]:
-    """One Evaluation for each slot of the rollouts, in order."""
+    """Returns one Evaluation per entry of `rollouts.prompts`, in order."""
     return [estimate(*grades) for grades in zip(rollouts.rewards, rollouts.success, strict=True)]
 
 
 def estimate(rewards: np.ndarray, success: np.ndarray) -> Evaluation:
-    """What the grades of one prompt say of it.
+    """Computes the Evaluation of one prompt from its grades.
 
     Args:
-      rewards: float [B, N], of N samples of each problem.
+      rewards: float [B, N], rewards of N samples of each problem.
       success: bool [B, N].
     """
     problems, samples = success.shape

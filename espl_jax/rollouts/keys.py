@@ -1,4 +1,4 @@
-"""Random keys by name, so that no rollout's numbers depend on another's."""
+"""Derives random keys from names, so that a rollout's random numbers do not depend on other rollouts."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from espl_jax.types import Problem, SystemPrompt
 
 
 def stream_key(seed: int, stream: str, iteration: int) -> jax.Array:
-    """The key of one stream of random numbers (`train`, `validation`, `reflection`, ...) in one iteration."""
+    """Returns the key of a random stream (`train`, `validation`, `reflection`, ...) in one iteration."""
     key = jax.random.key(seed, impl="threefry2x32")
     return jax.random.fold_in(jax.random.fold_in(key, stable_hash(stream)), iteration)
 
 
 def stable_hash(text: str) -> int:
-    """A 32-bit number that is the same in every process, to fold into random keys."""
+    """Returns a 32-bit hash that is the same in every process, to fold into random keys."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")
 
 
 def rollout_keys(
     key: jax.Array, prompts: Sequence[SystemPrompt], problems: Sequence[Problem], group_size: int
 ):
-    """Key data [M, B, N, 2]. Copies of a prompt number their samples on."""
+    """Returns key data, uint32 [M, B, N, 2]. Sample numbers continue across copies of a prompt."""
     seen: dict[str, int] = {}
     sample = np.zeros((len(prompts), 1, group_size), np.uint32)
     for i, prompt in enumerate(prompts):

@@ -1,4 +1,4 @@
-"""Rollouts as lines of a log and as means."""
+"""Rollouts as log records, and their mean metrics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from espl_jax.types import Rollouts
 
 
 def records(rollouts: Rollouts) -> list[dict[str, Any]]:
-    """One plain dict a rollout, for the work directory's JSON lines."""
+    """Returns one plain dict per rollout, for the JSON lines of the work directory."""
     return [
         {
             "prompt": rollouts.prompts[m].id,
@@ -32,7 +32,7 @@ def records(rollouts: Rollouts) -> list[dict[str, Any]]:
 
 
 def means(rollouts: Rollouts) -> dict[str, Any]:
-    """Means over an iteration's rollouts, and how many (prompt, problem) groups had mixed rewards."""
+    """Returns means over an iteration's rollouts, and the number of groups with unequal rewards."""
     mixed = [
         rollouts.rewards[slots].max(axis=(0, 2)) > rollouts.rewards[slots].min(axis=(0, 2))
         for slots in rollouts.slots().values()

@@ -1,4 +1,4 @@
-"""Conversations of several turns: an environment, which has messages, and the sampler, which has tokens."""
+"""Multi-turn rollouts: translates between an environment's messages and the sampler's tokens."""
 
 from __future__ import annotations
 
@@ -21,8 +21,13 @@ from espl_jax.types import Conversation, Message, Problem
 
 @dataclasses.dataclass(frozen=True)
 class _Said:
-    """What was said to a row after a turn: messages, where their tokens begin and end in the row, and whether
-    they open a thinking block."""
+    """An answer that was appended to a row after a turn.
+
+    Attributes:
+      messages: the environment's messages.
+      start, end: range of their tokens in the row.
+      opened: whether they end inside a thinking block.
+    """
 
     messages: tuple[Message, ...]
     start: int
@@ -31,7 +36,7 @@ class _Said:
 
 
 class Turns:
-    """The conversations of one batch. Of several processes the first one alone uses it."""
+    """The conversations of one batch. With several processes, only the first one uses it."""
 
     def __init__(
         self,
@@ -43,15 +48,16 @@ class Turns:
         stop_ids: Sequence[int],
         opened: bool,
     ):
-        """Nothing has been said yet.
+        """Starts empty conversations.
 
         Args:
-          environment: what answers.
+          environment: answers each turn.
           problems: B problems.
-          tokenizer: of the model, with a chat template.
-          chat: how conversations become text; `stop_strings` are the caller's.
+          tokenizer: the model's, with a chat template.
+          chat: chat template arguments, and the handling of thinking and tool calls; the caller handles
+            `stop_strings`.
           stop_ids: tokens that end a turn.
-          opened: prompts end inside of a thinking block.
+          opened: whether prompts end inside a thinking block.
         """
         self._environment = environment
         self._tools = checked_tools(environment)
@@ -65,7 +71,7 @@ class Turns:
         self._said: dict[Place, list[_Said]] = {}
 
     def respond(self, place: Place, tokens: np.ndarray) -> Any:
-        """What the environment says, in tokens, as `sampling.answers.Respond`."""
+        """Returns the environment's answer as tokens; a `sampling.answers.Respond`."""
         problem = self._problems[place[1]]
         answer = self._environment.respond(problem, self.transcript(place, tokens))
 
@@ -78,16 +84,16 @@ class Turns:
         return in_tokens(answer)
 
     def transcript(self, place: Place, tokens: np.ndarray) -> Conversation:
-        """The messages of a row so far, or at its end, as `Dialogue` describes them.
+        """Returns the messages of a row so far, in the format of `Dialogue`.
 
         Args:
-          place: of the row.
+          place: (m, b, n) of the row.
           tokens: int32 [length], all tokens after its prompt.
         """
         messages, start, opened = [], 0, self._opened
         for said in self._said.get(place, ()):
             if said.end > len(tokens):
-                break  # it did not fit into the row, which ended there
+                break  # the answer exceeded the row's limit and was not appended
             messages += [self._own_turn(tokens[start : said.start], opened), *said.messages]
             start, opened = said.end, said.opened
         return [*messages, self._own_turn(tokens[start:], opened)]
@@ -105,7 +111,7 @@ class Turns:
         visible = text if self._show_thinking else strip_thinking(text, opened)
         message = {"role": "assistant", "content": visible}
         if self._tools:
-            # Some formats mark calls by special tokens.
+            # Keep special tokens: some formats use them to mark tool calls.
             kept = tokens[:-1] if len(tokens) and tokens[-1] in self._stop_ids else tokens
             calls = calls_in(strip_thinking(self._tokenizer.decode(kept), opened), self._tool_format)
             if calls:
@@ -114,7 +120,7 @@ class Turns:
 
 
 def as_text(transcript: Conversation) -> str:
-    """A transcript to read: what was said to the model stands under its role in brackets."""
+    """Formats a transcript for reading. Messages not from the model are headed by their role in brackets."""
     return "\n\n".join(
         each["content"] if each["role"] == "assistant" else f"[{each['role']}]\n{each['content']}"
         for each in transcript
@@ -122,7 +128,7 @@ def as_text(transcript: Conversation) -> str:
 
 
 def _mapped(future: concurrent.futures.Future, function: Callable[[Any], Any]) -> concurrent.futures.Future:
-    """A future of a function of another future's result."""
+    """Returns a future of `function` applied to another future's result."""
     mapped: concurrent.futures.Future = concurrent.futures.Future()
 
     def done(original: concurrent.futures.Future) -> None:

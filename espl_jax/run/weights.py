@@ -64,7 +64,7 @@ def load_reference(config: Config, mesh: jax.sharding.Mesh | None, **changes: An
     _, adapters = lora.detach(model.params)
     if not adapters or not trains(config):
         return model
-    merged = jax.jit(lora.merge, static_argnames="config")(model.params, model.config)
+    merged = jax.jit(lora.merge, static_argnames="decoder")(model.params, model.config)
     return dataclasses.replace(
         model, params=merged, config=model.config.replace(lora_scale=config.lora.scale)
     )

@@ -1,1 +1,1 @@
-"""From caches to new tokens: drawing, jitted decode chunks, and the loop that feeds them."""
+"""Sampling from a prefix tree: token sampling, jitted decode chunks, and the host loop around them."""

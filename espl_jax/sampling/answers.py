@@ -1,4 +1,4 @@
-"""What is said to rows between their turns, and when: the first of several processes knows, and tells."""
+"""Collects the answers appended to rows between turns. The first process decides when each one arrives."""
 
 from __future__ import annotations
 
@@ -11,51 +11,51 @@ import numpy as np
 from espl_jax.parallel import processes
 
 GRACE = 0.1
-"""Seconds that rows are held up for answers that were asked for one look ago and have not arrived.
+"""Seconds to wait, after each chunk, for answers requested one chunk earlier.
 
-What arrives within them and the chunk before is taken at the same look, whatever the order: the layout of
-rows, and so the rounding of their logits, does not depend on a retriever's timing unless that is slower.
-Answers that come later are taken as they come, and nobody waits for them.
+Answers that arrive within that chunk plus this time are all appended together, in whatever order they arrive,
+so a fast retriever's timing does not affect the batch layout or the rounding of logits. Slower answers are
+appended when they arrive; other rows do not wait for them.
 """
 
 Place = tuple[int, int, int]
 """A row's (m, b, n)."""
 
 Respond = Callable[[Place, np.ndarray], Any]
-"""A row's place and all its tokens, when a turn has ended by itself. Returns the tokens to append, none (or
-None) to end the row, or a `concurrent.futures.Future` of them."""
+"""Called with a row's place and all its tokens when the model ends a turn. Returns the tokens to append, an
+empty list or None to end the row, or a `concurrent.futures.Future` of either."""
 
 
 class Answers:
-    """Asks for answers, and gathers those that have arrived.
+    """Requests answers and gathers those that have arrived.
 
-    When an answer arrives differs from process to process. So the first one alone calls `respond`, and what
-    it has gathered is what all of them have. When it arrives differs from run to run, too; see `GRACE`.
+    Arrival times differ between processes, so only the first process calls `respond`; it broadcasts the
+    answers it has gathered to the others. Arrival times also differ between runs; see `GRACE`.
 
     Attributes:
       waiting: rows whose answer has not arrived.
     """
 
     def __init__(self, respond: Respond | None):
-        """Without `respond` every turn is the last."""
+        """Stores the callback. Without `respond`, every row ends after its first turn."""
         self.waiting: set[int] = set()
         self._respond = respond
-        # Of the first process: what has not arrived, and of that what was asked for at the last look.
+        # First process only: all pending answers, and those requested in the last call of `gather`.
         self._futures: dict[int, concurrent.futures.Future] = {}
         self._recent: list[concurrent.futures.Future] = []
 
     def gather(self, ended: Mapping[int, tuple[Place, np.ndarray]], wait: bool) -> dict[int, list[int]]:
-        """Asks for these rows, and returns what is there for them or for those asked for before.
+        """Requests answers for the rows that ended a turn, and returns all answers that have arrived.
 
         Args:
-          ended: rows whose turn has ended by itself, with what `respond` is called with.
-          wait: whether at least one row that waited before is to be among the answers.
+          ended: rows whose turn the model has just ended, with the arguments for `respond`.
+          wait: block until at least one row that was already waiting has its answer.
 
         Returns:
-          Tokens to append to each row; none ends it.
+          Tokens to append to each answered row; an empty list ends the row.
 
         Raises:
-          What `respond` or one of its futures raises, on every process.
+          Exception: on every process, whatever `respond` or one of its futures raises.
         """
         if self._respond is None:
             return {row: [] for row in ended}

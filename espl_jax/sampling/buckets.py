@@ -1,4 +1,4 @@
-"""Few static shapes: sizes are rounded up to a known ladder, so that few programs are ever compiled."""
+"""Rounds sizes up to a fixed ladder of buckets, so that few programs are compiled."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def bucket(size: int, smallest: int = 64) -> int:
-    """The next size on the ladder smallest, 2 * smallest, 3 * smallest, 4 *, 6 *, 8 *, 12 *, ...
+    """Returns the smallest bucket that holds `size`, from smallest * (1, 2, 3, 4, 6, 8, 12, 16, ...).
 
     Args:
       size: at least 0.
@@ -23,7 +23,7 @@ def bucket(size: int, smallest: int = 64) -> int:
 
 
 def pad_right(sequences: Sequence[Sequence[int]], width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Token lists to a right-padded array.
+    """Packs token lists into a right-padded array.
 
     Args:
       sequences: R lists.

@@ -1,4 +1,4 @@
-"""What rows may draw where the host has a say in it, token by token."""
+"""Constrained decoding: the interface through which the host masks tokens at every step."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 
 
 class Constraint(Protocol):
-    """Decides which tokens rows may draw, each row by its number in [M * B * N].
+    """Restricts the tokens of each row; rows are numbered in [M * B * N].
 
-    While a row is active, the sampler asks before each of its tokens what it may be, and afterwards says what
-    was drawn. Other rows draw freely. It never asks for the tokens of a row with a limit of 0.
+    Before each step, the sampler calls `allowed` for the running rows that are active; after it, `accept` with
+    the sampled tokens. Other rows sample freely. Rows with a limit of 0 are never passed.
     """
 
     def active(self, rows: np.ndarray) -> np.ndarray:
@@ -22,7 +22,7 @@ class Constraint(Protocol):
         """Takes note that `respond` appended tokens to these rows: they begin another turn. int [R]."""
 
     def allowed(self, rows: np.ndarray) -> np.ndarray:
-        """Which tokens each of these rows may draw next, at least one.
+        """Returns a bit mask of the tokens that each row may sample next; at least one bit must be set.
 
         Args:
           rows: int [R].
@@ -32,4 +32,4 @@ class Constraint(Protocol):
         """
 
     def accept(self, rows: np.ndarray, tokens: np.ndarray) -> None:
-        """Takes note of what these rows drew, stop tokens too. int [R], int32 [R]."""
+        """Records the token, int32 [R], that each of `rows`, int [R], sampled; stop tokens included."""

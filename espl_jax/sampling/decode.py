@@ -1,10 +1,10 @@
-"""The device side of sampling: prefill, a jitted chunk of decode steps, and what moves rows between slots.
+"""The device side of sampling: prefill, jitted chunks of decode steps, and moving rows between slots.
 
-A run of rollouts owns one cache of W slots, reserved once. Nothing in it is ever copied as a whole: rows are
-admitted into free slots, move into the low ones when few are left, and are extended behind what they hold,
-all in place. A chunk reads the first slots and columns only, as many as are in use. With a mesh the slots lie
-in equal shards, one for each group of devices that shares rows, and a row never leaves its shard. The host
-knows every row's state and gives it to each call, see `Rows`.
+Each stage of sampling allocates one KV cache of W slots and updates it in place: rows are admitted into free
+slots, moved to the first slots when few rows remain, and extended. The cache is never copied as a whole. A
+chunk reads only the slots and columns in use. On a mesh, the slots are split into equal shards, one for each
+group of devices that shares rows, and a row never leaves its shard. The host keeps the state of every row and
+passes it to each call; see `Rows`.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ Slots = tuple[jax.Array, jax.Array]
 
 
 class Rows(NamedTuple):
-    """The rows of a call, R of them: those in the first R / shards slots of each shard.
+    """State of the R rows of a call: those in the first R / shards slots of each shard.
 
     Attributes:
-      lane: int32 [R], the system prompt's number.
+      lane: int32 [R], index of the system prompt.
       start: int32 [R], position of column 0: where the system prompt ends.
-      length: int32 [R], columns that the slot holds: the problem and all tokens after it, but for `token`. A
-        chunk writes behind them, also for a row that waits.
-      token: int32 [R], the last token, which no slot holds yet.
-      position: int32 [R], tokens since the prompt; the next one is drawn with it folded into the key.
-      limit: int32 [R], where `position` has to stop; at most `position` for a slot without a row to decode.
+      length: int32 [R], columns filled: the problem and all tokens after it, except `token`. A chunk writes
+        after these columns, even for a row that waits.
+      token: int32 [R], the last token, whose keys and values are not in the cache yet.
+      position: int32 [R], tokens since the prompt; folded into the key to sample the next token.
+      limit: int32 [R], the row ends when `position` reaches it; slots with nothing to decode have
+        limit <= position.
       key: uint32 [R, 2], key data.
     """
 
@@ -51,16 +52,16 @@ class Rows(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What one chunk drew.
+    """Tokens sampled by one chunk.
 
     Attributes:
       tokens: int32 [R, steps], valid in the first `count` columns.
-      logprobs: float32 [R, steps], under the distribution drawn from.
+      logprobs: float32 [R, steps], under the sampling distribution (after truncation).
       untruncated_logprobs: float32 [R, steps], under softmax(logits / temperature).
-      cutoffs: float32 [R, steps], untruncated logprob below which nothing could be drawn.
-      count: int32 [R].
-      stopped: bool [R], whether the row drew a stop token.
-      steps: int32 [], steps run.
+      cutoffs: float32 [R, steps], untruncated logprob below which tokens were cut.
+      count: int32 [R], tokens sampled for each row.
+      stopped: bool [R], whether the row sampled a stop token.
+      steps: int32 [], decode steps run.
     """
 
     tokens: jax.Array
@@ -73,16 +74,16 @@ class Drawn(NamedTuple):
 
 
 def abstract_slots(
-    config: DecoderConfig, slots: int, capacity: int, mesh: Mesh | None, everywhere: bool = False
+    decoder: DecoderConfig, slots: int, capacity: int, mesh: Mesh | None, everywhere: bool = False
 ) -> Slots:
-    """Shapes of slots with room for `capacity` tokens each, and where they lie: rows in equal shards, or
-    `everywhere`, as the caches of shared levels do."""
-    shape = (config.num_layers, config.num_kv_heads, slots)
-    shapes = (*shape, config.head_dim, capacity), (*shape, capacity, config.head_dim)
+    """Returns shapes and shardings of slots with `capacity` columns each: sharded by rows, or replicated over
+    rows (`everywhere`) like the caches of shared levels."""
+    shape = (decoder.num_layers, decoder.num_kv_heads, slots)
+    shapes = (*shape, decoder.head_dim, capacity), (*shape, capacity, decoder.head_dim)
     return tuple(
         jax.ShapeDtypeStruct(
             shape,
-            jnp.dtype(config.dtype),
+            jnp.dtype(decoder.dtype),
             sharding=None if mesh is None else sharding.cache_sharding(mesh, shape, everywhere),
         )
         for shape in shapes
@@ -90,40 +91,40 @@ def abstract_slots(
 
 
 def abstract_rows(count: int, mesh: Mesh | None) -> Rows:
-    """Shapes of the rows of a call."""
+    """Returns shapes and shardings of the `Rows` of a call."""
     numbers = jax.ShapeDtypeStruct((count,), jnp.int32)
     keys = jax.ShapeDtypeStruct((count, 2), jnp.uint32)
     return sharding.place_rows(Rows(*(numbers,) * 6, keys), mesh)
 
 
-def reserve(config: DecoderConfig, slots: int, capacity: int, mesh: Mesh | None) -> Slots:
-    """Empty slots, each with room for `capacity` tokens."""
-    shapes = abstract_slots(config, slots, capacity, mesh)
+def reserve(decoder: DecoderConfig, slots: int, capacity: int, mesh: Mesh | None) -> Slots:
+    """Allocates empty slots with `capacity` columns each."""
+    shapes = abstract_slots(decoder, slots, capacity, mesh)
     return tuple(jnp.zeros(x.shape, x.dtype, device=x.sharding) for x in shapes)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+@functools.partial(jax.jit, static_argnames=("decoder", "mesh"))
 def prefill(
     params: Any,
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     tokens: jax.Array,
     lengths: jax.Array,
     system: KVCache | None = None,
     *,
     mesh: Mesh | None = None,
 ) -> KVCache:
-    """Cache of one shared level.
+    """Returns the KV cache of one shared level.
 
     Args:
-      params: with adapters or not.
-      config: the decoder.
-      tokens: int32 [M, S], the system prompts; or [M * P, Q], problems without each prompt's last token,
-        under `system`, as many for each system prompt.
+      params: with or without adapters.
+      decoder: the model's configuration.
+      tokens: int32 [M, S], the system prompts; or [M * P, Q], P problems for each system prompt, each without
+        its last token.
       lengths: int32 [M] or [M * P].
-      system: the level above, or None.
-      mesh: the cache lies on all devices, its heads as the weights' heads do.
+      system: cache of the system prompts when `tokens` are problems, else None.
+      mesh: the cache is replicated over rows and sharded by heads like the weights.
     """
-    _, cache = forward(params, config, tokens, lengths, () if system is None else (system,))
+    _, cache = forward(params, decoder, tokens, lengths, () if system is None else (system,))
     if mesh is None:
         return cache
     arrays = (
@@ -143,13 +144,14 @@ def admit(
     *,
     mesh: Mesh | None = None,
 ) -> Slots:
-    """Copies problems into slots, where their rows begin.
+    """Copies problem caches into the slots of newly admitted rows.
 
     Args:
       slots: donated.
-      problems: caches of Q columns, no more than the slots have.
-      nodes: int32 [shards, k], which problem; into: int32 [shards, k], into which slot of the shard.
-      count: int32 [shards], how many of the k.
+      problems: cache of a block of problems with Q columns, at most the columns of a slot.
+      nodes: int32 [shards, k], index of the problem for each copy.
+      into: int32 [shards, k], target slot within the shard.
+      count: int32 [shards], how many of the k copies to make.
     """
 
     def local(slots: Slots, problems: Slots, nodes: jax.Array, into: jax.Array, count: jax.Array) -> Slots:
@@ -166,15 +168,16 @@ def admit(
 def move(
     slots: Slots, source: jax.Array, target: jax.Array, count: jax.Array, *, mesh: Mesh | None = None
 ) -> Slots:
-    """Copies slots over others of their shards, one after another.
+    """Copies slots to other slots of the same shard, one at a time.
 
     Args:
       slots: donated.
-      source, target: int32 [shards, k], slots of the shard; count: int32 [shards], how many of the k.
+      source, target: int32 [shards, k], slots within the shard.
+      count: int32 [shards], how many of the k copies to make.
     """
 
     def local(slots: Slots, source: jax.Array, target: jax.Array, count: jax.Array) -> Slots:
-        # One write for each read: an exchange of two would keep a copy of all slots.
+        # One write per read: swapping two slots would make XLA keep a copy of all slots.
         def put(i: jax.Array, slots: Slots) -> Slots:
             return _write(slots, _row(slots, source[0, i]), target[0, i], 0)
 
@@ -185,10 +188,10 @@ def move(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "columns", "mesh"), donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("decoder", "columns", "mesh"), donate_argnames="slots")
 def extend(
     params: Any,
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     system: KVCache,
     slots: Slots,
     at: jax.Array,
@@ -199,18 +202,19 @@ def extend(
     columns: int,
     mesh: Mesh | None = None,
 ) -> Slots:
-    """Prefills tokens that somebody else appended to some rows, each at its own positions.
+    """Prefills given tokens at the end of some rows, such as the answer of an environment.
 
     Args:
-      params: with adapters or not.
-      config: the decoder.
+      params: with or without adapters.
+      decoder: the model's configuration.
       system: cache of the system prompts, M nodes.
-      slots: donated; these have at least T free columns.
-      at: int32 [shards, k], the rows' slots within their shards.
-      rows: the k rows of each shard, [shards * k]; `lane`, `start` and `length` are looked at.
-      tokens: int32 [shards * k, T], beginning with each row's `token`; lengths: int32 [shards * k], 0 for
-        none.
-      columns: at least the longest length.
+      slots: donated; the slots of these rows have at least T free columns.
+      at: int32 [shards, k], the slots of the rows within their shards.
+      rows: [shards * k], the k rows of each shard; only `lane`, `start` and `length` are read.
+      tokens: int32 [shards * k, T], the tokens after the filled columns: each row's `token`, then new ones;
+        or, for an empty slot, the row from its prompt on.
+      lengths: int32 [shards * k], number of tokens; 0 leaves the slot unchanged.
+      columns: how many columns of each slot are attended to; at least the longest `rows.length`.
     """
     count = at.shape[1]
 
@@ -229,7 +233,7 @@ def extend(
 
     held = sharding.over_parts(gather, mesh, ("slots", "rows"), "slots")(slots, at)
     own = KVCache(*held, rows.start, rows.length)
-    _, new = forward(params, config, tokens, lengths, (system.replace(owner=rows.lane), own))
+    _, new = forward(params, decoder, tokens, lengths, (system.replace(owner=rows.lane), own))
     kinds = ("slots", "slots", "rows", "rows", "rows")
     return sharding.over_parts(put_back, mesh, kinds, "slots")(
         slots, (new.key, new.value), at, rows.length, lengths
@@ -238,12 +242,12 @@ def extend(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "columns", "steps", "greedy", "truncation", "aligned", "mesh"),
+    static_argnames=("decoder", "columns", "steps", "greedy", "truncation", "aligned", "mesh"),
     donate_argnames="slots",
 )
 def decode_chunk(
     params: Any,
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     system: KVCache,
     slots: Slots,
     rows: Rows,
@@ -258,45 +262,46 @@ def decode_chunk(
     aligned: bool = False,
     mesh: Mesh | None = None,
 ) -> tuple[Slots, Drawn]:
-    """Up to `steps` tokens for every row; ends early when all rows are done.
+    """Runs up to `steps` decode steps for every row; stops early when all rows are done.
 
-    Inside the loop the slots are only read. New keys and values go to a staging buffer with one column a step
-    for all rows, written once for all layers, and are folded into the slots at the end.
+    The loop only reads the slots. New keys and values go to a staging buffer, one column per step, which is
+    written once per step for all layers and folded into the slots at the end of the chunk.
 
     Args:
-      params: with adapters or not.
-      config: the decoder.
+      params: with or without adapters.
+      decoder: the model's configuration.
       system: cache of the system prompts, M nodes, read once for all rows.
-      slots: donated. Every slot has `steps` free columns.
-      rows: R rows, see `Rows`.
-      stop_ids: int32 [any]; drawing one of them ends a row, the token included.
+      slots: donated; every slot has at least `steps` free columns.
+      rows: the state of R rows.
+      stop_ids: int32 [any]; a row ends after sampling one of these, and keeps the token.
       temperature: float32 []; unused when greedy.
-      allowed: uint32 [R, ceil(V / 32)], the tokens that each row may draw, see `Constraint`; all by default.
-        Probabilities are then those among the allowed tokens. Goes with a chunk of one step.
-      columns: how many of each slot are attended to: at least the longest `rows.length`.
-      steps: columns of the chunk.
-      greedy: take the most likely token instead of drawing.
+      allowed: uint32 [R, ceil(V / 32)], bit mask of the tokens that each row may sample (see `Constraint`);
+        None allows all. Probabilities are renormalized over the allowed tokens. Requires `steps=1`.
+      columns: how many columns of each slot are attended to; at least the longest `rows.length`.
+      steps: most decode steps of the chunk.
+      greedy: take the most likely token instead of sampling.
       truncation: top-k, top-p, min-p.
-      aligned: whether rows lie lane by lane, equally many each. Then a system prompt is compared with its own
-        rows alone; otherwise with all, which costs no memory traffic but M times the arithmetic.
-      mesh: of devices; the slots lie on it.
+      aligned: rows are ordered by lane, with equally many for each. The attention then compares a system
+        prompt with its own rows only; otherwise with all rows, which needs the same memory traffic but M
+        times the arithmetic.
+      mesh: the mesh that the slots are sharded over, or None.
 
     Returns:
-      (slots, what was drawn, in `steps` columns).
+      (slots, drawn): the updated slots, and the sampled tokens in `steps` columns.
 
     Raises:
-      ValueError: for `allowed` and more than one step.
+      ValueError: if `allowed` is given and `steps` is not 1.
     """
     if allowed is not None and steps != 1:
-        raise ValueError(f"steps={steps}: what is allowed holds for one step")
+        raise ValueError(f"steps={steps}: `allowed` is valid for a single step; pass steps=1")
     count = rows.token.shape[0]
     shards = sharding.row_shards(mesh)
     held = RowsView(*slots, rows.start, rows.length, columns, shards)
     system = system if aligned else system.replace(owner=rows.lane)
-    shape = (config.num_layers, config.num_kv_heads, count)
+    shape = (decoder.num_layers, decoder.num_kv_heads, count)
     staging = (
-        jnp.zeros((*shape, config.head_dim, steps), config.dtype),
-        jnp.zeros((*shape, steps, config.head_dim), config.dtype),
+        jnp.zeros((*shape, decoder.head_dim, steps), decoder.dtype),
+        jnp.zeros((*shape, steps, decoder.head_dim), decoder.dtype),
     )
     staging = tuple(sharding.constrain_cache(x, mesh) for x in staging)
     zeros = jnp.zeros((count, steps), jnp.float32)
@@ -318,10 +323,10 @@ def decode_chunk(
         staging, token, done, drawn = carry
         step = drawn.steps
         staged = KVCache(*staging, held.end, jnp.full(count, step, jnp.int32))
-        hidden, new = forward(params, config, token[:, None], ancestors=(system, held, staged))
-        # Drawing is divided by rows, whatever the head's product was divided by.
-        logits = unembed(params, config, hidden[:, 0])
-        logits = sharding.constrain(logits, ("rows", "vocab"), config.phase)
+        hidden, new = forward(params, decoder, token[:, None], ancestors=(system, held, staged))
+        # Sampling is sharded by rows, however the head's matmul was sharded.
+        logits = unembed(params, decoder, hidden[:, 0])
+        logits = sharding.constrain(logits, ("rows", "vocab"), decoder.phase)
         if allowed is not None:
             logits = draw.only_allowed(logits, allowed)
         if greedy:
@@ -355,24 +360,24 @@ def decode_chunk(
     staging, _, _, drawn = jax.lax.while_loop(proceed, body, carry)
 
     def fold(slots: Slots, staging: Slots, length: jax.Array) -> Slots:
-        # Row by row and in place: one scatter for all rows would copy the caches.
+        # Row by row, in place: a single scatter for all rows would copy the caches.
         def put(row: jax.Array, slots: Slots) -> Slots:
             return _write(slots, _row(staging, row), row, length[row])
 
         return jax.lax.fori_loop(0, length.shape[0], put, slots)
 
     folded = sharding.over_parts(fold, mesh, ("slots", "slots", "rows"), "slots")(slots, staging, rows.length)
-    # Every process reads all that was drawn, and takes the same decisions on it.
+    # Replicated: every process reads all sampled tokens and makes the same scheduling decisions.
     return folded, sharding.constrain_everywhere(drawn, mesh)
 
 
 def _row(arrays: Slots, row: jax.Array) -> Slots:
-    """One node's keys and values, [L, K, 1, H, C] and [L, K, 1, C, H]."""
+    """Returns the keys and values of one node, [L, K, 1, H, C] and [L, K, 1, C, H]."""
     return tuple(jax.lax.dynamic_slice_in_dim(x, row, 1, axis=2) for x in arrays)
 
 
 def _write(slots: Slots, new: Slots, slot: jax.Array, column: jax.Array | int) -> Slots:
-    """Writes one row's columns behind `column`, in place where the slots are donated."""
+    """Writes the columns of one row, starting at `column`; in place if the slots are donated."""
     (key, value), (new_key, new_value) = slots, new
     return (
         jax.lax.dynamic_update_slice(key, new_key, (0, 0, slot, 0, column)),

@@ -1,4 +1,4 @@
-"""Drawing one token a row, from a random number that belongs to the row and position alone."""
+"""Samples one token per row, with a random number that depends only on the row and its position."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from espl_jax.sampling.truncation import BLOCK, NEGLIGIBLE, UNTRUNCATED, Truncation, cutoff, in_blocks
 
 _SMALLEST_UNIFORM = 2.0**-24
-"""Half the step between uniforms. A uniform of 0 stands for all numbers below the next one; taken as 0 itself
-it would fall to the first token, however unlikely."""
+"""Half the step between float32 uniforms. A uniform of 0 represents the whole interval up to the next value;
+used as an exact 0, it would always select the first token, however unlikely."""
 
 
 @jax.jit
 def row_keys(key: jax.Array, *words: jax.Array) -> jax.Array:
-    """Folds words into a key, one key a row, so that a row's draws do not depend on where it is laid out.
+    """Derives one key per row by folding words into `key`, so that samples do not change with batch layout.
 
     Args:
       key: one typed threefry key, not consumed.
@@ -37,7 +37,7 @@ def row_keys(key: jax.Array, *words: jax.Array) -> jax.Array:
 
 
 def uniforms(keys: jax.Array, positions: jax.Array) -> jax.Array:
-    """The uniform of each row's position. uint32 [R, 2], int32 [R] -> float32 [R] in [0, 1)."""
+    """Returns a uniform for each row's position. uint32 [R, 2], int32 [R] -> float32 [R] in [0, 1)."""
 
     def one(key: jax.Array, position: jax.Array) -> jax.Array:
         return jax.random.uniform(
@@ -48,13 +48,13 @@ def uniforms(keys: jax.Array, positions: jax.Array) -> jax.Array:
 
 
 class Draw(NamedTuple):
-    """One token a row.
+    """One sampled token per row.
 
     Attributes:
       token: int32 [R].
-      logprob: float32 [R], of the token under the distribution drawn from.
-      untruncated_logprob: float32 [R], under softmax(logits / temperature).
-      cutoff: float32 [R], the untruncated logprob below which nothing could be drawn; -inf where all could.
+      logprob: float32 [R], of the token under the sampling distribution (after truncation).
+      untruncated_logprob: float32 [R], of the token under softmax(logits / temperature).
+      cutoff: float32 [R], untruncated logprob below which tokens were cut; -inf where nothing was cut.
     """
 
     token: jax.Array
@@ -64,7 +64,7 @@ class Draw(NamedTuple):
 
 
 def only_allowed(logits: jax.Array, allowed: jax.Array) -> jax.Array:
-    """The logits with -inf for every token that a row may not draw.
+    """Returns the logits, with -inf for every token that a row may not sample.
 
     Args:
       logits: float32 [R, V].
@@ -82,19 +82,20 @@ def draw(
     temperature: jax.Array | float,
     truncation: Truncation = UNTRUNCATED,
 ) -> Draw:
-    """Draws from softmax(logits / temperature), truncated, by inverting its distribution function.
+    """Samples from softmax(logits / temperature), truncated, by inverse transform sampling.
 
-    The search runs in two levels, blocks of tokens and then tokens, which costs little beside the head's
-    product, where a Gumbel draw would need a random number for every token of the vocabulary.
+    The search over the cumulative distribution has two levels, blocks of tokens and then tokens within a
+    block. It is cheap next to the head's matmul and needs one random number per row; the Gumbel trick would
+    need one per token of the vocabulary.
 
-    Tokens that are e^30 times less likely than the likeliest one are never drawn: together they weigh less
-    than the sum is rounded by, so only rounding could choose them.
+    Tokens e^30 times less likely than the most likely one are never sampled: all of them together weigh less
+    than the rounding error of the sum, so only rounding could select them.
 
     Args:
-      logits: float32 [R, V]; a token of -inf is never drawn.
+      logits: float32 [R, V]; a token with -inf is never sampled.
       uniform: float32 [R] in [0, 1), multiples of 2^-23; 0 counts as 2^-24.
       temperature: above zero.
-      truncation: which tokens may be drawn.
+      truncation: top-k, top-p, min-p.
     """
     chex.assert_rank(logits, 2)
     chex.assert_shape(uniform, logits.shape[:1])
@@ -118,7 +119,7 @@ def draw(
     )
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)
     inside_weights = weights(inside)[:, 0]
-    # Added to what lies before: sums within the block alone would be finer than the target is.
+    # Offset by the blocks before, so that these sums are rounded to the same precision as the target.
     inside_sums = before[:, None] + jnp.cumsum(inside_weights, axis=-1)
     place = _first_past(jnp.maximum(target, before), inside_weights, inside_sums)
     score = jnp.take_along_axis(scores(inside)[:, 0], place[:, None], axis=-1)[:, 0]
@@ -133,10 +134,10 @@ def draw(
 
 
 def _first_past(target: jax.Array, weights: jax.Array, sums: jax.Array) -> jax.Array:
-    """Index of the first running sum above the target. [R], [R, C], [R, C] -> int [R].
+    """Returns the index of the first running sum above the target. [R], [R, C], [R, C] -> int [R].
 
-    However target and sums were rounded, an index without weight is never chosen; a target at or past the
-    largest sum belongs to the index that reaches it.
+    However the target and the sums are rounded, an index with zero weight is never returned. A target at or
+    past the largest sum maps to the first index that reaches that sum.
     """
     sums = jnp.where(weights > 0, sums, 0.0)
     target = jnp.minimum(target, jnp.nextafter(sums.max(axis=-1), jnp.float32(0)))
@@ -144,7 +145,7 @@ def _first_past(target: jax.Array, weights: jax.Array, sums: jax.Array) -> jax.A
 
 
 def greedy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The most likely token and its logprob under softmax(logits): [R, V] -> int32 [R], float32 [R]."""
+    """Returns the most likely token and its logprob under softmax(logits): int32 [R], float32 [R]."""
     chex.assert_rank(logits, 2)
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logprobs = jax.nn.log_softmax(logits, axis=-1)

@@ -1,4 +1,4 @@
-"""Sampling a prefix tree: the loop around the decode chunks, and what is said to rows between their turns."""
+"""Samples a prefix tree: the host loop around decode chunks, stop conditions and multi-turn answers."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from espl_jax.sampling.sizes import choose_sizes
 from espl_jax.sampling.truncation import Truncation
 
 FindEnd = Callable[[Sequence[int], int], int | None]
-"""Tokens of a turn, and how many of them were looked at before; how many to keep if the turn ends there."""
+"""Called with the tokens of a turn and how many of them earlier calls have checked. Returns how many tokens
+to keep if the turn ends among them, else None."""
 
 Finished = Callable[[Place, np.ndarray], None]
-"""A row's place and all its tokens, when nothing more comes to it."""
+"""Called with a row's place and all its tokens when the row is done."""
 
 
 class Samples(NamedTuple):
-    """New tokens of every row. Leading axes [M, B, N] for a tree of prompts, [P, N] for a plain list.
+    """New tokens of every row. Leading axes are [M, B, N] for a tree of prompts, [P, N] for a plain list.
 
     Attributes:
       tokens: int32 [..., T], zero past the length.
       lengths: int32 [...], stop token and appended tokens included.
-      logprobs: float32 [..., T], under the distribution drawn from (zero when greedy: it has one outcome);
-        zero where nothing was drawn.
-      untruncated_logprobs: float32 [..., T], under softmax(logits / temperature); when greedy,
+      logprobs: float32 [..., T], under the sampling distribution (zero when greedy, which is deterministic);
+        zero for tokens that the model did not sample.
+      untruncated_logprobs: float32 [..., T], under softmax(logits / temperature); when greedy, under
         softmax(logits).
-      truncated: bool [...], ended by a limit and not by itself.
-      cutoffs: float32 [..., T], untruncated logprob below which nothing could be drawn; -inf where nothing
-        was cut.
-      drawn: bool [..., T], tokens that the model drew; those that `respond` appended are none.
-      row_steps: decode steps times the rows in them, idle ones included; one number for all.
+      truncated: bool [...], whether a limit ended the row rather than the model.
+      cutoffs: float32 [..., T], untruncated logprob below which tokens were cut; -inf where nothing was cut.
+      drawn: bool [..., T], True for tokens that the model sampled, False for those that `respond` appended.
+      row_steps: total decode steps times rows per step, idle rows included; a single number.
     """
 
     tokens: np.ndarray
@@ -57,7 +57,7 @@ class Samples(NamedTuple):
 
 def generate(
     params: Any,
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     prompts: Sequence[Sequence[int]] | Sequence[Sequence[Sequence[int]]],
     *,
     key: jax.Array,
@@ -69,14 +69,15 @@ def generate(
     min_p: float = 0.0,
     stop_ids: Sequence[int] = (),
 ) -> Samples:
-    """Samples `group_size` continuations of every prompt; tokens that prompts share are run once.
+    """Samples `group_size` continuations of every prompt; the common prefix of prompts is prefilled once.
 
     Args:
-      params: with adapters or not.
-      config: the decoder.
-      prompts: P token lists, or M lists of B token lists each that begin with the same system prompt. The
-        longest common start of the P (of each of the M) is run once.
-      key: one typed key; row (m, b, n) draws with m, b and n folded in, so the layout does not matter.
+      params: with or without adapters.
+      decoder: the model's configuration.
+      prompts: P token lists; or M lists of B token lists each, where the B lists start with the same system
+        prompt. The longest common prefix of the P lists (of each B lists) is prefilled once.
+      key: one typed key; m, b and n are folded into it for row (m, b, n), so samples do not change with batch
+        layout.
       group_size: N.
       max_new_tokens: T.
       temperature: 0 takes the most likely token.
@@ -87,7 +88,8 @@ def generate(
       Samples with leading axes [P, N] or [M, B, N].
 
     Raises:
-      ValueError: for empty prompts, unequal B, options out of range, or ids outside the vocabulary.
+      ValueError: if a prompt is empty, B differs, an option is out of range, or an id is outside the
+        vocabulary.
     """
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
@@ -103,14 +105,15 @@ def generate(
         or not all(len(p) for lane in lanes for p in lane)
     ):
         raise ValueError(
-            "prompts: give at least one non-empty token list, and equally many for every system prompt"
+            "prompts: lists are missing, empty or of unequal number; give at least one non-empty token list, "
+            "and the same number of lists for every system prompt"
         )
-    check_ids("prompts", np.concatenate([prompt for lane in lanes for prompt in lane]), config)
+    check_ids("prompts", np.concatenate([prompt for lane in lanes for prompt in lane]), decoder)
     shared = [_common_start(lane) for lane in lanes]
     m, b, n = np.ogrid[: len(lanes), : len(lanes[0]), :group_size]
     samples = sample_tree(
         params,
-        config,
+        decoder,
         [lane[0][:size] for lane, size in zip(lanes, shared, strict=True)],
         [[prompt[size:] for prompt in lane] for lane, size in zip(lanes, shared, strict=True)],
         draw.row_keys(key, m, b, n),
@@ -120,7 +123,7 @@ def generate(
 
 
 def _common_start(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts share, leaving each at least one of its own."""
+    """Returns the length of the longest common prefix that leaves each prompt at least one more token."""
     shortest = min(len(prompt) for prompt in prompts) - 1
     same = [len(set(column)) == 1 for column in zip(*(prompt[:shortest] for prompt in prompts), strict=True)]
     return same.index(False) if False in same else shortest
@@ -128,7 +131,7 @@ def _common_start(prompts: Sequence[Sequence[int]]) -> int:
 
 def sample_tree(
     params: Any,
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     system_tokens: Sequence[Sequence[int]],
     problem_tokens: Sequence[Sequence[Sequence[int]]],
     keys: jax.Array,
@@ -140,49 +143,53 @@ def sample_tree(
     finished: Finished | None = None,
     constraint: Constraint | None = None,
 ) -> Samples:
-    """Samples the third level of the tree under its first two.
+    """Samples the rollouts of a prefix tree under its system prompts and problems.
 
-    Rows run in slots that are reserved once, or, where memory does not hold all of them at their longest, in
-    stages of fewer and longer slots. A row that ends makes room for the next one of the queue, whatever its
-    system prompt; when the queue is empty, the rows that are left move together and chunks get narrower.
+    All rows share one set of slots. If memory does not hold every row at full length, rows run in stages with
+    fewer and longer slots each. When a row ends, its slot goes to the next row in the queue, whatever its
+    system prompt. Once the queue is empty, the remaining rows are moved to the first slots and chunks become
+    narrower.
 
     Args:
-      params: with adapters or not.
-      config: the decoder.
-      system_tokens: M lists, the start of every prompt of a lane; may be empty.
+      params: with or without adapters.
+      decoder: the model's configuration.
+      system_tokens: M lists, the common prefix of the prompts of each lane; may be empty.
       problem_tokens: M lists of B lists, the rest of each prompt, at least one token.
-      keys: uint32 [M, B, N, 2], as `row_keys` makes them.
-      sampling: how tokens are drawn, and where rows end.
-      capacity: what of the devices rows may take.
-      find_end: ends turns by what they say, after each chunk; tokens past the end are taken back.
-      respond: what is said to a row whose turn ended by itself, see `Respond`; without it every turn is the
-        last. A row that waits for long makes room for others, and is prefilled anew in another slot. When an
-        answer does not fit into the row's limit, the row ends truncated. Results are the same bits whenever
-        futures are done within `answers.GRACE`; later ones change which rows share a chunk, and so rounding.
-      finished: told of each row that is done, while others go on.
-      constraint: decides on the host, before every token of a row, what it may be; see `Constraint`. While
-        any row is constrained, chunks have one step; logprobs are those among the allowed tokens.
+      keys: uint32 [M, B, N, 2], from `row_keys`.
+      sampling: temperature, truncation and limits.
+      capacity: the memory and devices that rows may use.
+      find_end: called after each chunk to end turns by their content, such as stop strings; tokens past the
+        end are discarded.
+      respond: called with each turn that the model ended (see `Respond`); without it, rows end after one
+        turn. A row that waits for its answer may lose its slot and is then prefilled again in another. If the
+        answer exceeds the row's limit, the row ends truncated. Results are bit-identical as long as futures
+        complete within `answers.GRACE`; slower ones change which rows share a chunk, and with it rounding.
+      finished: called with each row that is done, while others still run.
+      constraint: masks tokens on the host before every step (see `Constraint`). While any row is constrained,
+        chunks have one step; logprobs are renormalized over the allowed tokens.
 
     Returns:
-      Samples, leading axes [M, B, N], T = the largest of max_new_tokens.
+      Samples with leading axes [M, B, N]; T is the largest `max_new_tokens`.
 
     Raises:
-      ValueError: if an argument is out of range, an id is not in the vocabulary, a prompt leaves no room in
-        the context, or `find_end` comes with a constraint.
+      ValueError: if an argument is out of range, an id is outside the vocabulary, a prompt leaves no room in
+        the context, or `find_end` is combined with a constraint.
     """
     if constraint is not None and find_end is not None:
-        raise ValueError("constraint: constrained rows end by their stop tokens alone; leave out find_end")
-    context = config.max_positions if sampling.context_limit is None else sampling.context_limit
-    if context > config.max_positions:
-        raise ValueError(f"context_limit={context}: the model was made for {config.max_positions} tokens")
+        raise ValueError("constraint: constrained rows end only at stop tokens; leave out find_end")
+    context = decoder.max_positions if sampling.context_limit is None else sampling.context_limit
+    if context > decoder.max_positions:
+        raise ValueError(
+            f"context_limit={context}: exceeds the model's max_positions={decoder.max_positions}; lower it"
+        )
     stop_ids, mesh = sampling.stop_ids or (), capacity.mesh
     limits = row_limits(system_tokens, problem_tokens, sampling.max_new_tokens, keys.shape[:3], context)
-    check_ids("system_tokens", np.concatenate(system_tokens), config)
+    check_ids("system_tokens", np.concatenate(system_tokens), decoder)
     check_ids(
-        "problem_tokens", np.concatenate([tokens for lane in problem_tokens for tokens in lane]), config
+        "problem_tokens", np.concatenate([tokens for lane in problem_tokens for tokens in lane]), decoder
     )
-    check_ids("stop_ids", [stop for stop in stop_ids if stop >= 0], config)  # models without any name -1
-    laid_out, config = for_sampling(params, config, mesh)
+    check_ids("stop_ids", [stop for stop in stop_ids if stop >= 0], decoder)  # -1: no stop token
+    laid_out, decoder = for_sampling(params, decoder, mesh)
     held_bytes = capacity.held_bytes
     if held_bytes is None:
         arrays = {id(x): x for x in jax.tree.leaves((params, laid_out))}
@@ -191,7 +198,7 @@ def sample_tree(
     most = int(np.max(sampling.max_new_tokens))
     longest = max(len(tokens) for lane in problem_tokens for tokens in lane)
     stages = choose_sizes(
-        config,
+        decoder,
         lanes=len(system_tokens),
         rows=limits.size,
         longest_problem=max(capacity.longest_problem, longest),
@@ -206,7 +213,7 @@ def sample_tree(
     )
     scheduler = Scheduler(
         params,
-        config,
+        decoder,
         system_tokens,
         problem_tokens,
         np.asarray(keys).reshape(-1, 2),
@@ -230,16 +237,16 @@ def _run(
     respond: Respond | None,
     finished: Finished | None,
 ) -> np.ndarray:
-    """Runs all rows to their ends: chunks, and what is said between turns.
+    """Runs all rows to completion, alternating between decode chunks and answers.
 
     Args:
-      scheduler: of the rows, none of them admitted.
+      scheduler: holds the rows; none of them is admitted yet.
       shape: (M, B, N).
       max_first_turn: see `Sampling`.
       find_end, respond, finished: as for `sample_tree`.
 
     Returns:
-      bool [M * B * N], which rows a limit ended.
+      bool [M * B * N], whether a limit ended the row.
     """
     truncated = scheduler.limit > 0
     limit, turn_start = scheduler.limit, np.zeros_like(scheduler.limit)
@@ -278,7 +285,7 @@ def _run(
             if finished is not None:
                 finished(*so_far(row))
         for answer in appended.values():
-            check_ids("respond", answer, scheduler.config)
+            check_ids("respond", answer, scheduler.decoder)
         scheduler.append(appended)
         rows = np.array(list(appended), int)
         turn_start[rows], scheduler.limit[rows] = scheduler.position[rows], limit[rows]
@@ -294,10 +301,10 @@ def row_limits(
     shape: tuple[int, int, int],
     context_limit: int,
 ) -> np.ndarray:
-    """How many tokens may follow each prompt: `max_new_tokens`, or what the context leaves. int32 [M, B, N].
+    """Returns the most new tokens of each row: `max_new_tokens`, or what the context leaves. int32 [M, B, N].
 
     Raises:
-      ValueError: if a prompt has no token of its own, or leaves no room.
+      ValueError: if a prompt has no token after its shared prefix, or leaves no room in the context.
     """
     if np.max(max_new_tokens) < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: give at least 1")
@@ -306,7 +313,7 @@ def row_limits(
         for b, problem in enumerate(lane):
             if not len(problem):
                 raise ValueError(
-                    "problem_tokens: every prompt needs at least one token after its shared start"
+                    "problem_tokens: a prompt has no tokens after the shared prefix; give at least one token"
                 )
             room = context_limit - len(system) - len(problem)
             if room < 1:

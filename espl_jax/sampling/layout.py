@@ -1,8 +1,8 @@
-"""How weights are laid out while sampling.
+"""Layout of the weights while sampling.
 
-XLA's CPU backend copies each layer's slice out of the stacked weights before it multiplies, and it multiplies
-a few rows with a weight two to three times as fast if the output axes of the weight come first. On CPUs every
-layer therefore has separate arrays, outputs first. Elsewhere the weights stay stacked.
+XLA's CPU backend copies each layer's slice out of the stacked weights before a matmul, and its matmuls with
+few rows are two to three times as fast when the output axes of the weight come first. On CPU, each layer
+therefore gets separate arrays, outputs first. On other backends the weights stay stacked.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ from espl_jax.models.transformer import Params, Weight, abstract
 _Layers = tuple[jax.Array | jax.ShapeDtypeStruct, ...]
 
 _unstacked: dict[int, tuple[weakref.ref, _Layers]] = {}
-"""The layers of each stacked weight, by the `id` of the stacked array, as long as that array lives.
+"""Unstacked layers of each stacked weight, keyed by the `id` of the stacked array, while that array is alive.
 
-Frozen weights are thus laid out once, however often they are sampled with.
+The cache makes sure that frozen weights are unstacked only once.
 """
 
 
 def for_sampling(
-    params: Params, config: DecoderConfig, mesh: Mesh | None = None
+    params: Params, decoder: DecoderConfig, mesh: Mesh | None = None
 ) -> tuple[Params, DecoderConfig]:
-    """Returns params and config as `prefill` and `decode_chunk` take them.
+    """Returns params and configuration in the layout that `prefill` and `decode_chunk` expect.
 
     Args:
-      params: arrays or their shapes, with adapters or not; already laid out is fine.
-      config: the decoder. `sampling_layout` "auto" means "unstacked" on one CPU device, else "stacked". With
-        a mesh the weights stay stacked whatever it says, so that a run can move to more devices.
-      mesh: of devices, or None.
+      params: arrays or their shapes, with or without adapters; may already be in that layout.
+      decoder: the model's configuration. `sampling_layout` "auto" means "unstacked" on a single CPU device,
+        else "stacked". On a mesh the weights always stay stacked, so that a run can move to more devices.
+      mesh: the mesh, or None.
     """
-    layout = config.sampling_layout
+    layout = decoder.sampling_layout
     if mesh is not None:
         layout = "stacked"
     elif layout == "auto":
         layout = "unstacked" if jax.default_backend() == "cpu" else "stacked"
     if layout == "unstacked":
-        params = params | {"layers": unstack(params["layers"], abstract(config)["layers"])}
-    return params, config.replace(remat="none", phase="sampling", sampling_layout=layout)
+        params = params | {"layers": unstack(params["layers"], abstract(decoder)["layers"])}
+    return params, decoder.replace(remat="none", phase="sampling", sampling_layout=layout)
 
 
 def unstack(layers: Params, declared: Params) -> Params:
-    """Returns the layers' params with a tuple of arrays, outputs first, for each weight of a product.
+    """Returns the layers' params with each matmul weight as a tuple of per-layer arrays, outputs first.
 
-    Biases, norms and adapters, which are small, stay stacked.
+    Biases, norms and adapters are small and stay stacked.
 
     Args:
       layers: the stacked weights of all layers, arrays or their shapes.
@@ -69,7 +69,7 @@ def unstack(layers: Params, declared: Params) -> Params:
 
 
 def _layers_of(stacked: jax.Array | jax.ShapeDtypeStruct, weight: Weight) -> _Layers:
-    """Each layer's slice of a stacked weight, the outputs' axes first."""
+    """Returns each layer's slice of a stacked weight, with the output axes first."""
     axes = weight.axes[1:]
     order = sorted(range(len(axes)), key=lambda i: axes[i] in weight.inputs)
     if isinstance(stacked, jax.ShapeDtypeStruct):
@@ -78,7 +78,7 @@ def _layers_of(stacked: jax.Array | jax.ShapeDtypeStruct, weight: Weight) -> _La
     number = id(stacked)
     held = _unstacked.get(number)
     if held is None or held[0]() is not stacked:
-        # By numpy, which sees the array in place: a jitted copy of all layers takes seconds to compile.
+        # In numpy, which views the array in place: a jitted copy of all layers takes seconds to compile.
         each = tuple(jnp.asarray(np.ascontiguousarray(x.transpose(order))) for x in np.asarray(stacked))
         held = weakref.ref(stacked, lambda _: _unstacked.pop(number, None)), each
         _unstacked[number] = held

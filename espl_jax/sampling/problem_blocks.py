@@ -1,5 +1,7 @@
-"""The problems of a tree in blocks: a block is prefilled when its first row is admitted, and dropped after
-its last, so that many long problems are never in memory at once."""
+"""Prefills the problems of a tree in blocks, to bound memory.
+
+A block is prefilled when its first row is admitted and dropped after its last.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +18,29 @@ from espl_jax.sampling import decode
 from espl_jax.sampling.buckets import pad_right
 
 PREFILL_TOKENS = 4096
-"""Most tokens in a block, unless a single problem of every lane has more."""
+"""Most tokens in a block, unless one problem per lane already exceeds it."""
 
 
 def block_size(lanes: int, problems: int, width: int) -> int:
-    """Problems of each lane in a block, whose problems have at most `width` columns."""
+    """Returns the number of problems per lane in a block, for problems of at most `width` columns."""
     fitting = PREFILL_TOKENS // (lanes * width)
     count = -(-problems // max(1, min(fitting, problems)))
     return -(-problems // count)
 
 
 class ProblemBlocks:
-    """M lanes of B problems, cut into blocks of as many problems of every lane."""
+    """M lanes of B problems, split into blocks with the same number of problems from every lane."""
 
     def __init__(
         self, problem_tokens: Sequence[Sequence[Sequence[int]]], widths: Sequence[int], mesh: Mesh | None
     ):
-        """Takes M lists of B token lists, and how many columns a block may have, ascending; any problem fits
-        into the most. The last token of each is left to the rows.
+        """Splits the problems into blocks.
+
+        Args:
+          problem_tokens: M lists of B token lists. The last token of each is not prefilled; its rows start
+            with it.
+          widths: allowed numbers of columns of a block, ascending; the last one holds any problem.
+          mesh: the mesh, or None.
         """
         self._tokens = problem_tokens
         self._widths = widths
@@ -42,7 +49,7 @@ class ProblemBlocks:
         self._size = block_size(self.lanes, self.problems, widths[-1])
 
     def rows(self, group: int) -> Iterator[int]:
-        """Numbers of all rows, block by block."""
+        """Yields the numbers of all rows, block by block."""
         for first in range(0, self.problems, self._size):
             for lane in range(self.lanes):
                 for problem in range(first, min(first + self._size, self.problems)):
@@ -50,13 +57,13 @@ class ProblemBlocks:
                     yield from range(start, start + group)
 
     def place(self, node: int) -> tuple[int, int]:
-        """(block, node of the block) of node lane * B + problem."""
+        """Returns (block, index within the block) of node lane * B + problem."""
         lane, problem = divmod(node, self.problems)
         block, index = divmod(problem, self._size)
         return block, lane * self._size + index
 
     def padded(self, block: int) -> tuple[jax.Array, jax.Array]:
-        """A block's tokens, int32 [M * P, Q], and their lengths, int32 [M * P]."""
+        """Returns the tokens of a block, int32 [M * P, Q], and their lengths, int32 [M * P]."""
         first = block * self._size
         nodes: list[Sequence[int]] = []
         for lane in self._tokens:
@@ -66,6 +73,6 @@ class ProblemBlocks:
         width = next(width for width in self._widths if width >= longest)
         return sharding.place_rows(pad_right(nodes, width), self._mesh)
 
-    def prefill(self, block: int, params: Any, config: DecoderConfig, system: KVCache) -> KVCache:
-        """The cache of a block, under the cache of the M system prompts."""
-        return decode.prefill(params, config, *self.padded(block), system, mesh=self._mesh)
+    def prefill(self, block: int, params: Any, decoder: DecoderConfig, system: KVCache) -> KVCache:
+        """Returns the KV cache of a block, given that of the M system prompts."""
+        return decode.prefill(params, decoder, *self.padded(block), system, mesh=self._mesh)

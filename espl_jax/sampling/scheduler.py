@@ -1,8 +1,8 @@
-"""The rows of one tree on their way: admitted into slots, decoded in chunks, extended, and done.
+"""Continuous batching: admits the rows of a tree into slots, decodes them in chunks, and extends them.
 
-One lane per system prompt shares that prompt's cache; its rows are independent of each other. The host keeps
-every row's state and decides everything; the device holds the slots. A row may lose its slot, to others while
-it waits or because it has outgrown it, and is prefilled into another one when its time comes.
+The rows of a lane share the cache of its system prompt and are otherwise independent. The host keeps the
+state of every row and makes all decisions; the device holds the slots. A row loses its slot when it outgrows
+it, or to another row while it waits for an answer, and is later prefilled again in another slot.
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ from espl_jax.sampling.slots import SlotTable
 
 
 class Scheduler:
-    """All rows of one `sample_tree`, by their number in [M * B * N].
+    """State of all rows of one `sample_tree` call, indexed by row number in [M * B * N].
 
     Attributes:
-      running: bool [rows], in a slot and to be decoded. Other rows in slots wait for an answer.
-      idle: int [rows], chunks that a row in a slot has waited.
+      running: bool [rows], the row has a slot and is decoded. Other rows in slots wait for an answer.
+      idle: int [rows], chunks for which a row in a slot has waited.
       position: int32 [rows], tokens since the prompt.
-      limit: int32 [rows], most of them.
-      tokens: int32 [rows, T]; logprobs, untruncated_logprobs, cutoffs: float32 [rows, T]; drawn: bool [rows,
-        T]: what came after the prompt, as in `Samples`.
-      row_steps: decode steps times the rows in them, idle ones included.
+      limit: int32 [rows], largest allowed `position`.
+      tokens: int32 [rows, T], tokens after the prompt, as in `Samples`.
+      logprobs, untruncated_logprobs, cutoffs: float32 [rows, T], as in `Samples`.
+      drawn: bool [rows, T], as in `Samples`.
+      row_steps: total decode steps times rows per step, idle rows included.
     """
 
     def __init__(
         self,
         params: Any,
-        config: DecoderConfig,
+        decoder: DecoderConfig,
         system_tokens: Sequence[Sequence[int]],
         problem_tokens: Sequence[Sequence[Sequence[int]]],
         keys: np.ndarray,
@@ -54,19 +55,20 @@ class Scheduler:
         constraint: Constraint | None,
         mesh: Mesh | None,
     ):
-        """Prefills the system prompts and reserves the slots.
+        """Prefills the system prompts and allocates the slots of the first stage.
 
         Args:
-          params, config, system_tokens, problem_tokens: as for `sample_tree`; params laid out for sampling.
+          params, decoder: as returned by `layout.for_sampling`.
+          system_tokens, problem_tokens: as for `sample_tree`.
           keys: uint32 [rows, 2].
-          limits: int32 [rows], most new tokens of each.
-          stages: what is reserved, one after another.
-          sampling: `max_new_tokens` is the largest of the limits, T.
-          constraint: decides what each token may be.
-          mesh: of devices.
+          limits: int32 [rows], most new tokens of each row.
+          stages: sizes of the stages, in order.
+          sampling: temperature, truncation and stop tokens; `max_new_tokens` is an int, T.
+          constraint: masks tokens before every step, or None.
+          mesh: the mesh, or None.
         """
         max_new_tokens = sampling.max_new_tokens
-        self.params, self.config, self.mesh = params, config, mesh
+        self.params, self.decoder, self.mesh = params, decoder, mesh
         self.temperature, self.truncation = sampling.temperature, sampling.truncation
         self.constraint = constraint
         self.stop_ids = jnp.asarray(sorted(sampling.stop_ids or ()) or [-1], jnp.int32)
@@ -90,39 +92,41 @@ class Scheduler:
         self.drawn = np.zeros((count, max_new_tokens), bool)
         self.row_steps = 0
 
-        self.system = decode.prefill(params, config, *pad_right(system_tokens), mesh=mesh)
+        self.system = decode.prefill(params, decoder, *pad_right(system_tokens), mesh=mesh)
         self.stages = collections.deque(stages)
         self._begin_stage()
         self.queue = collections.deque(row for row in self.blocks.rows(group) if limits[row])
         self.queued = collections.Counter(self._block(row) for row in self.queue)
         self.problems: dict[int, Any] = {}
-        # Rows that lost their slots: those to be prefilled again, and those too long for this stage.
+        # Rows without a slot: those to be prefilled again, and those too long for this stage.
         self.returning: collections.deque[int] = collections.deque()
         self.outgrown: list[int] = []
 
     @property
     def done(self) -> bool:
-        """Whether no row is left, but for those that wait."""
+        """Whether no row is left, except rows that wait for an answer."""
         return not (self.queue or self.returning or self.outgrown or self.running.any())
 
     def _begin_stage(self) -> None:
         self.sizes = self.stages.popleft()
         self.slots = None  # before the next ones are reserved
-        self.slots = decode.reserve(self.config, self.sizes.slots, self.sizes.capacity, self.mesh)
+        self.slots = decode.reserve(self.decoder, self.sizes.slots, self.sizes.capacity, self.mesh)
         self.table = SlotTable(self.sizes.shards, self.sizes.per_shard, self.sizes.coarse)
 
     def _block(self, row: int) -> int:
         return self.blocks.place(int(self.node[row]))[0]
 
     def admit(self) -> None:
-        """Fills free slots: with rows that return, then from the queue. With none of either left, and nothing
-        running, goes on to the next stage that holds any of the outgrown rows; others stay outgrown."""
+        """Fills free slots with returning rows, then with rows from the queue.
+
+        If there are neither and no row runs, starts the next stage that is long enough for some outgrown row.
+        """
         for row in np.flatnonzero(self.running & self._too_long(self.length)).tolist():
             self.release(row)
             self.outgrown.append(row)
         if self.outgrown and not (self.queue or self.returning or self.running.any()):
             filled = [(row, self._filled(row)) for row in self.outgrown]
-            # An answer may have carried rows past several stages: those that hold none of them are left out.
+            # A long answer can carry rows past several stages: skip stages too short for all of them.
             while len(self.stages) > 1 and min(columns for _, columns in filled) >= self.stages[0].longest:
                 self.stages.popleft()
             self._begin_stage()
@@ -140,7 +144,7 @@ class Scheduler:
         while self.queue and self.table.free:
             block = self._block(self.queue[0])
             if block not in self.problems:
-                self.problems[block] = self.blocks.prefill(block, self.params, self.config, self.system)
+                self.problems[block] = self.blocks.prefill(block, self.params, self.decoder, self.system)
             nodes, into = np.zeros((2, *self.table.row.shape), np.int32)
             counts = np.zeros(len(nodes), np.int32)
             while self.queue and self.table.free and self._block(self.queue[0]) == block:
@@ -156,7 +160,7 @@ class Scheduler:
                 del self.problems[block]
 
     def decode(self) -> list[tuple[int, int, bool]]:
-        """Runs one chunk. Returns (row, tokens drawn, whether it drew a stop token) of every row that ran."""
+        """Runs one chunk. Returns (row, tokens sampled, whether it stopped) for every row that ran."""
         width, moves, counts = self.table.narrow(self.running)
         if counts.any():
             self.slots = decode.move(self.slots, moves[..., 0], moves[..., 1], counts, mesh=self.mesh)
@@ -165,7 +169,7 @@ class Scheduler:
         constrained = self._constrained(numbers, live)
         self.slots, drawn = decode.decode_chunk(
             self.params,
-            self.config,
+            self.decoder,
             self.system,
             self.slots,
             self._rows(numbers, live),
@@ -200,7 +204,7 @@ class Scheduler:
         return ran
 
     def take_back(self, row: int, count: int) -> None:
-        """Undoes a row's last `count` tokens; at least one of its turn has to stay."""
+        """Discards the last `count` tokens of a row; at least one token of the current turn must remain."""
         where = slice(self.position[row] - count, self.position[row])
         for array, nothing in (
             (self.tokens, 0),
@@ -213,10 +217,11 @@ class Scheduler:
         self._move(row, -count)
 
     def append(self, answers: Mapping[int, Sequence[int]]) -> None:
-        """Prefills tokens behind rows, each at its own positions, and lets these rows run again."""
+        """Appends given tokens to rows, prefills them, and resumes these rows."""
         left = {}
         for row, answer in answers.items():
-            # Its last token is in no slot yet: it is fed first, and the answer's last one takes its place.
+            # The row's last token is not in the cache yet: it is fed first, and the answer's last token
+            # becomes the row's last token.
             fed = [int(self.token[row]), *answer[:-1]]
             self.tokens[row, self.position[row] : self.position[row] + len(answer)] = answer
             self.position[row] += len(answer)
@@ -232,12 +237,12 @@ class Scheduler:
         self._feed(left)
 
     def _feed(self, left: dict[int, list[int]]) -> None:
-        """Prefills tokens behind what slots hold, in pieces."""
+        """Prefills tokens at the end of slots, in pieces of at most `EXTENDED_TOKENS`. Empties `left`."""
         while left:
             self._extend({row: tokens[:EXTENDED_TOKENS] for row, tokens in left.items()}, left)
 
     def _extend(self, pieces: Mapping[int, Sequence[int]], left: dict[int, list[int]]) -> None:
-        """Feeds a piece to as many rows as go at once, and takes it off what is left of them."""
+        """Prefills one piece for as many rows as fit into one call, and removes it from `left`."""
         columns = self._columns(np.array(list(pieces)))
         most = self.sizes.extended_rows(columns)
         by_shard: list[list[tuple[int, int]]] = [[] for _ in self.table.row]
@@ -253,7 +258,7 @@ class Scheduler:
         tokens, lengths = pad_right(fed, SMALLEST if max(map(len, fed)) <= SMALLEST else EXTENDED_TOKENS)
         self.slots = decode.extend(
             self.params,
-            self.config,
+            self.decoder,
             self.system,
             self.slots,
             at.astype(np.int32),
@@ -275,19 +280,22 @@ class Scheduler:
         self.table.remove(row)
 
     def _free_slots_of_waiting_rows(self, wanted: int) -> None:
-        """So many beside those that are free; not of rows that may wait for less than prefilling them again
-        takes, unless nothing else can run."""
+        """Removes waiting rows from their slots until `wanted` slots are free or none can be removed.
+
+        Rows that have not waited for a full chunk keep their slots while other rows run, because their answer
+        may arrive sooner than prefilling them again would take.
+        """
         for row in self.table.row[self.table.row >= 0].tolist():
             patient = self.idle[row] < 1 and self.running.any()
             if not (self.running[row] or patient) and self.table.free < wanted:
                 self.table.remove(row)
 
     def _too_long(self, length: np.ndarray | int) -> np.ndarray | bool:
-        """Whether a row that fills so many columns has to go on in a later stage."""
+        """Returns whether a row with this many filled columns has to continue in a later stage."""
         return (length >= self.sizes.longest) & bool(self.stages)
 
     def _filled(self, row: int) -> int:
-        """Columns that a row fills once its slot holds all of it but its last token."""
+        """Returns the columns that a row fills when its slot holds all its tokens except the last."""
         return len(self.prompts[self.node[row]]) - 1 + int(self.position[row])
 
     def _move(self, row: int, count: int) -> None:
@@ -296,9 +304,9 @@ class Scheduler:
         self.token[row] = self.tokens[row, self.position[row] - 1]
 
     def _rows(self, numbers: np.ndarray, live: np.ndarray) -> decode.Rows:
-        """The rows of a call; where `live` is False there is nothing to decode.
+        """Returns the `Rows` of a call; where `live` is False there is nothing to decode.
 
-        A row that waits keeps its length: what a chunk writes for it then lies behind what it holds.
+        A row that waits keeps its length, so a chunk writes after its filled columns and not over them.
         """
         state = (self.lane, self.start, self.length, self.token, self.position, self.limit)
         there = (live, live, numbers >= 0, live, live, live)
@@ -306,26 +314,26 @@ class Scheduler:
         return sharding.place_rows(decode.Rows(*values, self.keys[numbers]), self.mesh)
 
     def _constrained(self, numbers: np.ndarray, live: np.ndarray) -> np.ndarray:
-        """Which rows of a chunk the constraint decides about: bool, in the shape of `numbers`."""
+        """Returns which rows of a chunk are constrained: bool, in the shape of `numbers`."""
         constrained = np.zeros_like(live)
         if self.constraint is not None:
             constrained[live] = self.constraint.active(numbers[live])
         return constrained
 
     def _allowed(self, numbers: np.ndarray, constrained: np.ndarray) -> np.ndarray | jax.Array | None:
-        """What the rows of a chunk may draw, as `decode_chunk` takes it: everything unless constrained."""
+        """Returns the token mask for `decode_chunk`, or None. Unconstrained rows allow all tokens."""
         if self.constraint is None or not constrained.any():
             return None
-        allowed = np.full((len(numbers), -(-self.config.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+        allowed = np.full((len(numbers), -(-self.decoder.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
         allowed[constrained] = self.constraint.allowed(numbers[constrained])
         return sharding.place_rows(allowed, self.mesh)
 
     def _columns(self, numbers: np.ndarray) -> int:
-        """How many columns these rows need, in steps that keep programs few."""
+        """Returns how many columns these rows need, rounded up to a compiled size."""
         return self.sizes.columns_for(int(self.length[numbers].max()))
 
     def _aligned(self, numbers: np.ndarray, live: np.ndarray) -> bool:
-        """Whether all slots run and their rows lie lane by lane, equally many each."""
+        """Returns whether the chunk covers all slots, with rows ordered by lane, equally many per lane."""
         if self.blocks.lanes == 1:
             return True
         each, rest = divmod(len(numbers), self.blocks.lanes)

@@ -1,4 +1,4 @@
-"""What all samplings share: how tokens are drawn, and what of the devices they may take."""
+"""Settings of sampling: the distribution and limits (`Sampling`), and memory and devices (`Capacity`)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn, and where rows end.
+    """Sampling distribution and limits of rows.
 
     Attributes:
-      max_new_tokens: most new tokens of each row, tokens appended between turns included. An int array that
-        broadcasts to [M, B, N] limits each row by itself; rows limited to 0 are never run.
-      temperature: logits are divided by it; 0 takes the most likely token.
-      truncation: top-k, top-p and min-p; by default nothing is cut.
-      stop_ids: ids of tokens that end a turn. None for those of the model, where there is one that knows
-        them, and else for none.
-      context_limit: most tokens of a row with its prompt; None for what the model was made for.
-      max_first_turn: most tokens of a row before anything is appended to it; a row that gets there ends,
+      max_new_tokens: most new tokens of each row, including tokens appended between turns. An int array that
+        broadcasts to [M, B, N] sets a limit per row; rows with limit 0 are never run.
+      temperature: divides the logits; 0 takes the most likely token.
+      truncation: top-k, top-p and min-p; nothing is cut by default.
+      stop_ids: ids of tokens that end a turn. None means the model's own for callers that have the model
+        (`collect_rollouts`), and no stop tokens in `sample_tree`.
+      context_limit: most tokens of a prompt and its row together; None for the model's `max_positions`.
+      max_first_turn: most tokens of a row before tokens are appended to it; a row that reaches this limit ends,
         truncated. None for no such limit.
     """
 
@@ -45,18 +45,18 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """What sampling may take of the devices, and which programs it shares.
+    """Memory and devices that sampling may use, and the shapes it compiles for.
 
     Attributes:
-      max_rows: M times as many rows are in flight at once, whatever their system prompts. None for as many
-        as fit into memory, reckoned from its size, whatever else runs on the machine; see `choose_sizes`.
-      held_bytes: memory of each device that stays taken. None for that of the params and of their copy that
-        is laid out for sampling.
-      longest_problem: tokens of the longest problem that this call and later ones may bring; such calls share
-        their programs.
-      chunk: decode steps between two looks at which rows are done; 1 while a row is constrained.
-      coarse: compile fewer programs, see `Sizes`; always so under a constraint.
-      mesh: rows are sharded over its data axes; None for one device.
+      max_rows: at most M * max_rows rows are in flight, over all lanes together. None fits as many as the
+        device memory holds, computed from its total size, not from what is free; see `choose_sizes`.
+      held_bytes: bytes per device that are not available to rows. None counts the params and their copy in
+        the sampling layout.
+      longest_problem: tokens of the longest problem in this call and later ones, so that all of them share
+        compiled programs.
+      chunk: decode steps between two looks by the host; 1 while any row is constrained.
+      coarse: compile fewer programs (see `Sizes`); always on under a constraint.
+      mesh: rows are sharded over its data axes; None for a single device.
     """
 
     max_rows: int | None = None

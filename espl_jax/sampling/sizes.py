@@ -1,10 +1,10 @@
-"""The sizes that a sampling compiles for: slots, their columns, and the widths of its chunks.
+"""Chooses the shapes that sampling compiles for: slots, their columns, and the widths of chunks.
 
-They follow from what is known beforehand (the longest prompt, the limits, the size of the memory) and not
-from the moment, so that every iteration of a run, and a resumed one, has the same.
+They depend only on what is known in advance (the longest prompt, the limits, the total memory), so every
+iteration of a run uses the same shapes, and so does a resumed run.
 
-Where memory does not hold all rows at the longest they may get, rows run in stages: many slots of few columns
-first, then, for the rows that have outgrown them, fewer and longer slots.
+If memory does not hold all rows at full length, rows run in stages: first many short slots, then fewer and
+longer ones for the rows that outgrow them.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ from espl_jax.parallel.memory import device_memory
 from espl_jax.sampling.buckets import bucket
 
 CHUNK = 32
-"""Decode steps between two looks at which rows are done."""
+"""Decode steps between two looks by the host."""
 
 SMALLEST = 32
-"""The fewest columns of a short slot, and what its columns are a multiple of."""
+"""Slots of up to `TPU_LANES` columns have a multiple of this many columns."""
 
 TPU_LANES = 128
-"""What the columns of a longer slot are a multiple of, and those of it that a chunk attends to: how TPUs lay
-out the last axis of an array. Any other number of columns cannot be read in place: for a chunk of 32 or 192
-columns the compiler copies all keys, half of what is reserved."""
+"""Longer slots have a multiple of this many columns, and chunks attend to a multiple of it: the tile size of
+the last axis of an array on TPU. Other numbers of columns cannot be read in place: for a chunk of 32 or 192
+columns, the compiler copies all keys, half of the slots' memory."""
 
 EXTENDED_ROWS, EXTENDED_TOKENS = 8, 256
-"""Most rows of a shard, and most tokens of each, that are prefilled at once behind what their slots hold."""
+"""Most rows of a shard, and most tokens of each, that one call of `decode.extend` prefills."""
 
 EXTENDED_COLUMNS = 16_384
-"""Most columns that these rows together attend to, which bounds the scores of long conversations."""
+"""Most columns that these rows attend to in total, to bound the attention scores of long conversations."""
 
 SHARE = 0.8
-"""Part of a device's memory to plan with; the rest is for caches of prompts and problems, and temporaries."""
+"""Fraction of a device's memory to plan with; the rest is for shared caches and temporaries."""
 
 FEWEST_ROWS = 4
-"""The narrowest chunk of a coarse ladder, unless there are fewer rows. One row alone runs faster on CPUs, but
-its program takes seconds to compile."""
+"""Narrowest chunk of a coarse ladder, unless there are fewer rows. A single row runs faster on CPU, but its
+program takes seconds to compile."""
 
 _LOGITS = 3 * 4
-"""Bytes that drawing needs for each row and token of the vocabulary: float32 logits and two copies."""
+"""Bytes that sampling a token needs per row and vocabulary entry: float32 logits and two copies."""
 
 
 def rungs(most: int, coarse: bool = False) -> list[int]:
-    """The widths that chunks come in: `most`, and 3/4, 1/2, 3/8, 1/4, ... of it, rounded up; ascending.
+    """Returns the chunk widths: 1, 3/4, 1/2, 3/8, 1/4, ... of `most`, rounded up, ascending.
 
-    Neighbours are at most a half apart, so that few rows are run for nothing and few programs compiled. A
-    `coarse` ladder has `most`, 1/4, 1/16, ... alone, down to `FEWEST_ROWS`.
+    Neighbouring widths differ by a factor of at most 1.5 (before rounding), a trade-off between idle rows and
+    compiled programs. A `coarse` ladder only has 1, 1/4, 1/16, ... of `most`, down to `FEWEST_ROWS`.
     """
     if coarse:
         sizes, width = {most}, most
@@ -70,17 +70,17 @@ def rungs(most: int, coarse: bool = False) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What one stage of a sampling reserves, and what its chunks are compiled for.
+    """Shapes of one stage: the slots it allocates, and the chunks it compiles.
 
     Attributes:
-      shards: groups of devices that share the rows.
-      per_shard: slots of each.
+      shards: number of row shards.
+      per_shard: slots of each shard.
       capacity: columns of a slot.
-      longest: columns that a row of this stage can fill before a chunk.
+      longest: most columns that a row of this stage may have filled when a chunk starts.
       problem: columns that hold any problem.
-      steps: of a chunk.
-      coarse: whether chunks come in few widths and columns, for samplings that are short: compiling more of
-        them would take longer than they save.
+      steps: decode steps of a chunk.
+      coarse: use few chunk widths and column counts. For short runs of sampling, where compiling more
+        programs takes longer than they save.
     """
 
     shards: int
@@ -93,35 +93,35 @@ class Sizes:
 
     @property
     def slots(self) -> int:
-        """Rows in flight at most."""
+        """Slots of all shards: the most rows in flight."""
         return self.shards * self.per_shard
 
     @property
     def widths(self) -> list[int]:
-        """Rows of a chunk, ascending."""
+        """Possible numbers of rows of a chunk, ascending."""
         return [self.shards * width for width in rungs(self.per_shard, self.coarse)]
 
     @property
     def columns(self) -> list[int]:
-        """Columns that a chunk attends to, ascending."""
+        """Possible numbers of columns that a chunk attends to, ascending."""
         return sorted({self.columns_for(filled) for filled in range(self.longest)})
 
     @property
     def problem_widths(self) -> list[int]:
-        """Columns that a block of problems is padded to, ascending: `problem` and its halves."""
+        """Widths that a block of problems is padded to, ascending: `problem` halved repeatedly."""
         widths = [self.problem]
         while widths[0] % 2 == 0 and widths[0] // 2 >= SMALLEST:
             widths.insert(0, widths[0] // 2)
         return widths
 
     def columns_for(self, filled: int) -> int:
-        """The columns that a chunk attends to when its longest row has filled so many."""
+        """Returns the columns that a chunk attends to when its longest row fills `filled` columns."""
         if self.coarse:
             return min(self.capacity, max(TPU_LANES, 1 << (filled - 1).bit_length()))
         return min(self.capacity, bucket(filled, _unit(self.capacity)))
 
     def extended_rows(self, columns: int) -> int:
-        """Most rows of a shard that are extended at once, where the longest attends to this many columns."""
+        """Returns the most rows of a shard to extend at once when they attend to `columns` columns."""
         return min(EXTENDED_ROWS, max(1, EXTENDED_COLUMNS // columns))
 
     def __str__(self) -> str:
@@ -134,12 +134,13 @@ class Sizes:
 
     @property
     def programs(self) -> int:
-        """Most decode programs ever compiled: all widths and columns, the full width in two forms."""
+        """Most decode programs that can be compiled: every width and column count, full width twice
+        (`aligned` or not)."""
         return (len(self.widths) + 1) * len(self.columns)
 
 
 def _unit(capacity: int) -> int:
-    """What the columns of a slot are a multiple of."""
+    """Returns the number that the columns of a slot are a multiple of."""
     return TPU_LANES if capacity > TPU_LANES else SMALLEST
 
 
@@ -148,14 +149,14 @@ def _listed(numbers: list[int]) -> str:
 
 
 def describe(stages: Sequence[Sizes]) -> str:
-    """All stages in a sentence."""
+    """Describes all stages in one sentence."""
     if len(stages) == 1:
         return str(stages[0])
     return "; ".join(f"stage {number}: {sizes}" for number, sizes in enumerate(stages, 1))
 
 
 def choose_sizes(
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     *,
     lanes: int,
     rows: int,
@@ -170,39 +171,40 @@ def choose_sizes(
     memory: int | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Sizes, ...]:
-    """Sizes of every stage for `rows` rows under `lanes` system prompts; the last one holds the longest row.
+    """Returns the sizes of every stage; the slots of the last one hold the longest row.
 
     Args:
-      config: the decoder.
-      lanes: M; rows: M * B * N.
-      longest_problem: tokens.
+      decoder: the model's configuration.
+      lanes: M, the number of system prompts.
+      rows: M * B * N.
+      longest_problem: tokens of the longest problem.
       max_new_tokens: most tokens after a prompt.
-      context_limit: most tokens of a row with its prompt; the model's `max_positions` by default.
-      chunk: decode steps at a time.
+      context_limit: most tokens of a prompt and its row together; the model's `max_positions` by default.
+      chunk: decode steps of a chunk.
       turns: whether tokens may be appended to rows.
       coarse: see `Sizes`.
-      max_rows: M times as many slots are there for all lanes, in one stage; by default as many as fit into
-        memory.
-      held: bytes on one device that stay taken while rows are sampled, params included.
-      memory: bytes that it has; those of the devices at hand by default.
-      mesh: of devices.
+      max_rows: allocate M * max_rows slots for all lanes together, in a single stage; by default as many as
+        fit into memory.
+      held: bytes per device that are not available to rows, params included.
+      memory: total bytes of a device; by default measured on the devices of this run.
+      mesh: the mesh, or None.
 
     Raises:
       ValueError: if memory does not hold a single row.
     """
     shards = sharding.row_shards(mesh)
     steps = min(chunk, max_new_tokens)
-    context = min(context_limit or config.max_positions, config.max_positions)
+    context = min(context_limit or decoder.max_positions, decoder.max_positions)
     problem = bucket(longest_problem, SMALLEST)
 
     def stage(longest: int, extended: bool) -> Sizes:
-        # What is written behind a row is written whole, however little of it will count.
+        # A chunk or an extension always writes all its columns, even if few of them are valid.
         behind = max(steps, EXTENDED_TOKENS if extended else 0)
         unit = _unit(longest + behind)
         capacity = -(-(longest + behind) // unit) * unit
         if max_rows is None:
             wanted = slots_that_fit(
-                config, capacity, steps, extended, held, device_memory() if memory is None else memory, mesh
+                decoder, capacity, steps, extended, held, device_memory() if memory is None else memory, mesh
             )
         else:
             wanted = lanes * max_rows
@@ -211,7 +213,7 @@ def choose_sizes(
     longest = min(problem + max_new_tokens, max(problem, context))
     stages = [stage(longest, turns)]
     if max_rows is None and stages[0].slots < rows:
-        # Rows that come to another stage are prefilled there, in pieces.
+        # Rows that move to another stage are prefilled there, in pieces, with `decode.extend`.
         stages = [stage(longest, True)]
         least = problem + max(steps, EXTENDED_TOKENS)
         while stages[0].slots < rows and stages[0].longest // 2 >= least:
@@ -220,7 +222,7 @@ def choose_sizes(
 
 
 def slots_that_fit(
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     capacity: int,
     steps: int,
     extended: bool,
@@ -228,25 +230,33 @@ def slots_that_fit(
     memory: int,
     mesh: Mesh | None,
 ) -> int:
-    """Most slots of `capacity` columns beside the `held` of the `memory` bytes of a device; at least one for
-    each shard.
+    """Returns how many slots of `capacity` columns fit into memory, over all shards; at least one per shard.
 
-    Each needs room for the columns of a chunk and for drawing too; where rows are extended, what these attend
-    to is copied.
+    Each slot also needs the staging columns of a chunk and the buffers of token sampling. `decode.extend`
+    copies the columns that its rows attend to.
+
+    Args:
+      decoder: the model's configuration.
+      capacity: columns of a slot.
+      steps: decode steps of a chunk.
+      extended: whether `decode.extend` will be used.
+      held: bytes per device that are not available to slots.
+      memory: total bytes of a device.
+      mesh: the mesh, or None.
 
     Raises:
-      ValueError: if not even one fits.
+      ValueError: if not even one slot fits.
     """
     shards = sharding.row_shards(mesh)
-    shape = (config.num_layers, config.num_kv_heads, shards, 1, config.head_dim)
+    shape = (decoder.num_layers, decoder.num_kv_heads, shards, 1, decoder.head_dim)
     if mesh is not None:
         shape = sharding.cache_sharding(mesh, shape).shard_shape(shape)
-    column = 2 * math.prod(shape) * jnp.dtype(config.dtype).itemsize
-    slot = (capacity + steps) * column + _LOGITS * config.vocab_size
+    column = 2 * math.prod(shape) * jnp.dtype(decoder.dtype).itemsize
+    slot = (capacity + steps) * column + _LOGITS * decoder.vocab_size
     if memory < held + slot:
         raise ValueError(
-            f"no rollout fits: of a device's {memory / 2**30:.2f} GiB {held / 2**30:.2f} are taken, and one "
-            f"rollout of {capacity} tokens needs {slot / 2**30:.2f}; spread the model over more devices, or "
+            f"no rollout fits: {held / 2**30:.2f} of a device's {memory / 2**30:.2f} GiB are in use, and one "
+            f"rollout of {capacity} tokens needs {slot / 2**30:.2f}; shard the model over more devices, or "
             "lower max_new_tokens or context_limit"
         )
     free = SHARE * memory - held - (EXTENDED_COLUMNS * column if extended else 0)

@@ -1,4 +1,4 @@
-"""Which row is in which slot, decided on the host."""
+"""The host's table of which row is in which slot."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ from espl_jax.sampling.sizes import rungs
 
 
 class SlotTable:
-    """Rows in slots. A row stays in its shard of the slots, and moves only when chunks become narrower.
-
-    Widths of chunks are `rungs` of a shard's slots, `coarse` or not.
+    """Assigns rows to slots. A row never leaves its shard, and moves only when chunks become narrower.
 
     Attributes:
-      row: int64 [shards, slots of a shard], each slot's row number, -1 for none.
+      row: int64 [shards, slots of a shard], the row number in each slot, -1 for none.
     """
 
     def __init__(self, shards: int, per_shard: int, coarse: bool = False):
+        """Creates an empty table; chunk widths are `rungs(per_shard, coarse)`."""
         self._widths = rungs(per_shard, coarse)
         self.row = np.full((shards, per_shard), -1)
 
     @property
     def free(self) -> int:
-        """Slots without a row."""
+        """Number of slots without a row."""
         return int((self.row < 0).sum())
 
     def put(self, number: int) -> tuple[int, int]:
-        """Gives a row a slot: that of its number if there is one shard, else one of the emptiest shard.
+        """Puts a row into a free slot.
+
+        With a single shard, row i takes slot i if that is free. Otherwise the row takes the first free slot
+        of the emptiest shard.
 
         Returns:
-          (shard, slot of the shard).
+          (shard, slot within the shard).
         """
         shards, per_shard = self.row.shape
         shard = int((self.row < 0).sum(axis=1).argmax())
@@ -39,12 +41,12 @@ class SlotTable:
         return shard, slot
 
     def place(self, number: int) -> tuple[int, int]:
-        """(shard, slot of the shard) of a row."""
+        """Returns (shard, slot within the shard) of a row."""
         shard, slot = np.argwhere(self.row == number)[0]
         return int(shard), int(slot)
 
     def holds(self, number: int) -> bool:
-        """Whether a row has a slot."""
+        """Returns whether a row has a slot."""
         return bool((self.row == number).any())
 
     def remove(self, number: int) -> None:
@@ -52,14 +54,15 @@ class SlotTable:
         self.row[self.row == number] = -1
 
     def narrow(self, running: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
-        """Moves the rows that run into the first slots of their shards, where these are empty.
+        """Chooses the narrowest chunk that holds all running rows, and moves those beyond it into free slots.
 
         Args:
-          running: bool [rows], whether a row runs in the next chunk; others stay where they are.
+          running: bool [rows], whether a row runs in the next chunk; other rows are not moved.
 
         Returns:
-          (width, moves, counts): slots of each shard in the next chunk; int32 [shards, k, 2], from which slot
-          of the shard to which, k = slots of a shard; int32 [shards], how many of the k.
+          (width, moves, counts): slots per shard in the next chunk; int32 [shards, k, 2], source and target
+          slots within the shard, where k is the slots of a shard; int32 [shards], how many of the k moves to
+          make.
         """
         empty = self.row < 0
         runs = ~empty & running[self.row]
@@ -79,5 +82,5 @@ class SlotTable:
         return width, moves, counts
 
     def first(self, width: int) -> np.ndarray:
-        """Row numbers of the first `width` slots of each shard, -1 for none. int64 [shards * width]."""
+        """Returns the rows in the first `width` slots of each shard, -1 for none. int64 [shards * width]."""
         return self.row[:, :width].reshape(-1)

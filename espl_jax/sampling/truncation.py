@@ -1,8 +1,8 @@
-"""Which tokens truncated sampling keeps: top-k, top-p and min-p as one cut-off a row.
+"""Truncated sampling: top-k, top-p and min-p as a single cut-off logit per row.
 
-The vocabulary is never sorted. A kept set is `{v: logits[v] >= cutoff}`, so the cut-off is found by
-bisection: each step is one comparison and one sum, over the blocks of tokens with the largest maxima, and
-over all blocks only where those cannot settle it.
+The vocabulary is never sorted. The kept set is `{v: logits[v] >= cutoff}`, and bisection finds the cut-off.
+Each step compares and sums over the blocks of tokens with the largest maxima; all blocks are searched only
+for rows that those blocks do not decide.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ import jax.numpy as jnp
 BLOCK = 64
 """Tokens in a block."""
 CANDIDATES = 192
-"""Blocks searched first: enough for any kept set of fewer tokens, and for most that are somewhat larger."""
+"""Blocks searched first: enough for any kept set of fewer tokens, and for most slightly larger ones."""
 
-# Logs of probabilities relative to the most likely token's:
-_FLOOR = -87.0  # about where they become zero in float32
-NEGLIGIBLE = -30.0  # where a whole vocabulary of them is less than the rounding of their sum
+# Log probabilities relative to the most likely token:
+_FLOOR = -87.0  # exp underflows to about zero in float32
+NEGLIGIBLE = -30.0  # a whole vocabulary of such tokens weighs less than the rounding error of the sum
 
 HALVINGS = 40
-"""Most steps of a search: they take any bracket to neighbouring float32 numbers."""
+"""Most bisection steps: enough to shrink any bracket to neighbouring float32 numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Truncation:
-    """Which tokens may be drawn; a static argument of jitted functions. False where nothing is cut.
+    """Truncation of the sampling distribution; a static argument under jit. Falsy if nothing is cut.
 
     Attributes:
-      top_k: only so many most likely tokens (Fan et al. 2018, arXiv 1805.04833); 0 for all.
-      top_p: only the smallest set of most likely tokens that holds so much of the probability that top-k left
-        (Holtzman et al. 2020, arXiv 1904.09751); 1 for all.
-      min_p: only tokens at least so likely, relative to the most likely one (Nguyen et al. 2024, arXiv
-        2407.01082); 0 for all.
+      top_k: keeps the k most likely tokens (Fan et al. 2018, arXiv 1805.04833); 0 keeps all.
+      top_p: keeps the smallest set of most likely tokens whose probability, renormalized after top-k, is at
+        least p (Holtzman et al. 2020, arXiv 1904.09751); 1 keeps all.
+      min_p: keeps tokens at least this likely relative to the most likely one (Nguyen et al. 2024, arXiv
+        2407.01082); 0 keeps all.
 
     Raises:
       ValueError: if a field is out of its range.
@@ -58,30 +58,31 @@ class Truncation:
 
 
 UNTRUNCATED = Truncation()
-"""Every token may be drawn."""
+"""Keeps every token."""
 
 
 def in_blocks(logits: jax.Array) -> jax.Array:
-    """[R, V] -> [R, ceil(V / BLOCK), BLOCK], the last block filled up with -inf."""
+    """Splits logits into blocks, padded with -inf. [R, V] -> [R, ceil(V / BLOCK), BLOCK]."""
     rows, vocab = logits.shape
     padded = jnp.pad(logits, ((0, 0), (0, -vocab % BLOCK)), constant_values=-jnp.inf)
     return padded.reshape(rows, -1, BLOCK)
 
 
 def cutoff(logits: jax.Array, temperature: jax.Array | float, truncation: Truncation) -> jax.Array:
-    """Where to cut: the kept set is exactly `{v: logits[v] >= cutoff}`.
+    """Returns the cut-off logit of each row: the kept set is exactly `{v: logits[v] >= cutoff}`.
 
-    The cut-off is the mean of the least likely token kept and the most likely one cut, so that logits that
-    were rounded otherwise are cut alike; where no float32 lies between the two, it is the one kept. Tokens
-    as likely as the least likely one kept are kept too, and the most likely token always is.
+    The cut-off is the midpoint between the least likely kept token and the most likely cut token, so that
+    small rounding differences in the logits do not change the kept set. If no float32 is between the two, it
+    is the logit of the kept one. Ties with the least likely kept token are kept, and so is the most likely
+    token, always.
 
     Args:
       logits: float32 [R, V].
       temperature: above zero; probabilities are softmax(logits / temperature).
-      truncation: applied in the order top-k, top-p over what is left, min-p.
+      truncation: applied in the order top-k, top-p over the remaining tokens, min-p.
 
     Returns:
-      float32 [R], in the unit of the logits; -inf where nothing is cut that could be drawn.
+      float32 [R], in units of the logits; -inf where no token of nonzero probability is cut.
     """
     blocks = in_blocks(logits)
     if not truncation:
@@ -99,11 +100,12 @@ def cutoff(logits: jax.Array, temperature: jax.Array | float, truncation: Trunca
     if maxima.shape[1] > CANDIDATES and truncation.top_k <= CANDIDATES:
         tops, places = jax.lax.top_k(maxima, CANDIDATES)
         candidates = jnp.take_along_axis(blocks, places[:, :, None], axis=1, mode="clip")
-        # No token left out is above the least of these maxima. (Read as a slice, XLA sorts them all on CPU.)
+        # No left-out token exceeds the least of these maxima. (`tops[:, -1]` would make XLA's CPU backend
+        # sort all of them.)
         kept, cut, exact = search(candidates, tops.min(axis=1))
 
         def mend() -> tuple[jax.Array, jax.Array]:
-            # Only where it has to be: a row's cut-off must not depend on its company.
+            # Replace only the inexact rows: a row's cut-off must not depend on the other rows of the batch.
             return tuple(jnp.where(exact, x, y) for x, y in zip((kept, cut), search_all(), strict=True))
 
         kept, cut = jax.lax.cond(exact.all(), lambda: (kept, cut), mend)
@@ -121,18 +123,18 @@ def _search(
     temperature: jax.Array | float,
     truncation: Truncation,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The least likely token kept and the most likely one cut.
+    """Finds the logits of the least likely kept token and of the most likely cut token.
 
     Args:
-      blocks: float32 [R, C, BLOCK], logits, the largest among them.
-      left_out: float32 [R], the largest logit of the vocabulary that is not in the blocks; -inf if all are.
+      blocks: float32 [R, C, BLOCK], logits, including the largest of each row.
+      left_out: float32 [R], an upper bound on the logits that are not in the blocks; -inf if all are.
       largest: float32 [R], the largest logit.
       total: float32 [R], sum over the vocabulary of exp((logit - largest) / temperature).
       temperature, truncation: see `cutoff`.
 
     Returns:
-      (kept, cut, exact): logits [R], `cut` being -inf where nothing is cut, and bool [R], False where a token
-      left out may have to be kept.
+      (kept, cut, exact): float32 [R] logits, with `cut` -inf where nothing is cut; and bool [R], False where
+      a left-out token might have to be kept.
     """
     probs = jnp.exp((blocks - largest[:, None, None]) / temperature)
     outside = (left_out - largest) / temperature
@@ -151,7 +153,7 @@ def _search(
     if truncation.top_p < 1:
         low = jnp.maximum(bound, NEGLIGIBLE)
         bound = _bisect(lambda bound: held(above(bound, probs)), truncation.top_p * total, jnp.exp, low)
-    # The most likely token, which has 1, is kept however the rest was rounded.
+    # Relative probabilities are at most 1, so the most likely token is kept however the bound was rounded.
     least = jnp.minimum(jnp.maximum(jnp.exp(bound), truncation.min_p), 1.0)
     kept = jnp.where(probs >= least[:, None, None], blocks, jnp.inf).min(axis=1).min(axis=1)
     cut = jnp.where(blocks >= kept[:, None, None], -jnp.inf, blocks).max(axis=1).max(axis=1)
@@ -164,17 +166,17 @@ def _bisect(
     unit: Callable[[jax.Array], jax.Array],
     low: jax.Array,
 ) -> jax.Array:
-    """The largest bound at which enough is kept, or one that keeps the same tokens; `low` if none is.
+    """Returns the largest bound at which enough is kept, or one that keeps the same tokens; else `low`.
 
     Args:
-      measure: bound [R] -> how much the tokens at or above it hold, [R].
-      wanted: float32 [R], what they are to hold at least.
-      unit: bound [R] -> the least that one token at or above it holds, [R].
-      low: float32 [R], where the search begins; it ends at 0, the most likely token.
+      measure: bound [R] -> [R], the mass (or number) of the tokens at or above it.
+      wanted: float32 [R], the least mass to keep.
+      unit: bound [R] -> [R], the least mass of a single token at or above it.
+      low: float32 [R], lower end of the search; the upper end is 0, the most likely token.
     """
 
     def decided(low, high, held, held_high):
-        # Every token kept is needed, or only one lies between the bounds.
+        # Every kept token is needed, or at most one token is between the bounds.
         return (held - wanted < unit(low)) | (held - held_high < 2 * unit(low)) | (low >= high)
 
     def undecided(state):
@@ -185,7 +187,7 @@ def _bisect(
         step, low, high, held, held_high = state
         middle = (low + high) / 2
         measured = measure(middle)
-        # A row that is decided stays as it is, however long others take.
+        # Decided rows do not change while other rows are still being searched.
         open_ = ~decided(low, high, held, held_high)
         raised, lowered = open_ & (measured >= wanted), open_ & (measured < wanted)
         return (

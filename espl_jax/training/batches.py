@@ -1,4 +1,4 @@
-"""`Rollouts` into the batches of their updates, padded to few static shapes."""
+"""Turns `Rollouts` into training batches, padded to few static shapes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from espl_jax.types import Rollouts, TrainBatch
 
 
 def prompt_numbers(rollouts: Rollouts) -> np.ndarray:
-    """int32 [M], equal for slots that hold copies of one prompt; for `advantages(prompt_ids=...)`."""
+    """Returns int32 [M], equal for copies of one prompt; for `advantages(prompt_ids=...)`."""
     ids = list(rollouts.slots())
     return np.array([ids.index(prompt.id) for prompt in rollouts.prompts], np.int32)
 
@@ -26,32 +26,32 @@ def train_batches(
     every_group: bool = False,
     mask_truncated: bool = False,
 ) -> list[TrainBatch]:
-    """The trees of an iteration's updates: all rollouts in one, or in minibatches of whole groups.
+    """Returns the batches of an iteration's updates: all rollouts in one, or minibatches of whole groups.
 
-    Groups without a gradient are left out. The rollouts of the others are cut into equal shards, a group in
-    two if need be: its advantages are known by now.
+    Groups without a gradient are left out. The remaining rollouts are split into equal shards. A group may be
+    split between two shards, since its advantages are already computed.
 
     Args:
-      rollouts: the iteration's.
+      rollouts: the rollouts of one iteration.
       advantages: float32 [M, B, N].
       shards: D, groups of devices that share rows (`sharding.row_shards`).
-      microbatch_rows: the rollouts of a shard are padded to a multiple of it that holds every group, so that
-        the number of groups does not change the shapes; 0 pads them to all, 1/2, 1/4 ... of the rollouts.
-      minibatches: how many updates share the rollouts; groups are dealt out to them at random.
-      rng: consumed to deal them out; needed for more than one.
-      every_group: keep groups without an advantage too, for losses that have a gradient there (KL).
-      mask_truncated: rollouts that a limit ended give no gradient (the overlong filtering of Yu et al. 2025,
-        arXiv 2503.14476); baselines, `num_rollouts` and `num_tokens` count them still.
+      microbatch_rows: pads the rows of a shard to a multiple of this number that holds every group, so that
+        shapes do not change with the number of groups left; 0 pads to all, 1/2, 1/4 ... of the rollouts.
+      minibatches: number of updates; groups are assigned to them at random.
+      rng: assigns groups to minibatches; required, and advanced, if there is more than one.
+      every_group: keep groups whose advantages are all zero, for objectives with another term (KL).
+      mask_truncated: mask rollouts that a limit ended (overlong filtering, Yu et al. 2025, arXiv 2503.14476);
+        they still count in baselines, `num_rollouts` and `num_tokens`.
 
     Returns:
-      A batch for each minibatch that has a gradient; none at all where nothing can be learned.
+      One batch per minibatch that has a gradient; an empty list if none has.
 
     Raises:
       ValueError: if the rollouts are greedy.
     """
     if rollouts.temperature == 0:
         raise ValueError(
-            "rollouts.temperature=0: greedy rollouts cannot be trained on, they were not drawn from the "
+            "rollouts.temperature=0: greedy rollouts cannot be trained on, as they are not samples of the "
             "policy; sample with a positive temperature"
         )
     counts = rollouts.drawn.any(axis=-1)
@@ -83,14 +83,15 @@ def abstract_batch(
     shards: int = 1,
     microbatch_rows: int = 0,
 ) -> TrainBatch:
-    """Shapes of an update in which every group has a gradient, to compile for.
+    """Returns the shapes of a batch in which every group has a gradient, for ahead-of-time compilation.
 
     Args:
       prompts: M.
       groups: pairs of system prompt and problem, M * B.
       group_size: N.
-      system_tokens, problem_tokens, new_tokens: the longest of each level; 0 for a tree without the level.
-      cutoffs: whether sampling was truncated.
+      system_tokens, problem_tokens, new_tokens: most tokens of a node of each level; 0 if the tree has no
+        such level.
+      cutoffs: whether sampling is truncated.
       shards, microbatch_rows: as in `train_batches`.
     """
     rows = rows_of_a_shard(groups, groups, group_size, shards, microbatch_rows)
@@ -123,10 +124,10 @@ def abstract_batch(
 
 
 def rows_of_a_shard(groups: int, most: int, group_size: int, shards: int, microbatch_rows: int) -> int:
-    """R, the rows reserved for this many groups out of `most`.
+    """Returns R, the rows of a shard in a batch of `groups` groups out of `most`.
 
-    With microbatches R is the same for any number of groups, because a step skips the microbatches that are
-    empty. Otherwise it is all rows, a half, a quarter ... of them, rounded up.
+    With microbatches, R does not depend on `groups`: a step skips empty microbatches. Without, R is all, a
+    half, a quarter ... of the rows, rounded up.
     """
     rows = -(-most * group_size // shards)
     if microbatch_rows:
@@ -137,7 +138,7 @@ def rows_of_a_shard(groups: int, most: int, group_size: int, shards: int, microb
 
 
 def problems_of_a_shard(rows: int, group_size: int, shards: int, microbatch_rows: int = 0) -> int:
-    """P, the most groups that one shard's rows belong to, however many of its microbatches are in use."""
+    """Returns P, the most groups that the rows of a shard belong to, for any number of used microbatches."""
     in_use = np.arange(min(microbatch_rows, rows), rows + 1, microbatch_rows) if microbatch_rows else [rows]
     starts = np.multiply.outer(in_use, np.arange(shards))
     ends = starts + np.reshape(in_use, (-1, 1)) - 1
@@ -158,11 +159,11 @@ def _batch(
     shards: int,
     microbatch_rows: int,
 ) -> TrainBatch:
-    """One update. `share` int [.., 2] are its groups (m, b); `useful` [U, 2] those with a gradient."""
+    """Builds a batch. `share`, int [.., 2], are its groups (m, b); `useful` [U, 2] those with a gradient."""
     group_size = advantages.shape[2]
     rows = rows_of_a_shard(len(useful), most, group_size, shards, microbatch_rows)
-    # Shards take equally many rows each, in whole microbatches. Row i of all shards together belongs to group
-    # i // N; rows beyond a shard's share or the last group have an empty mask.
+    # Every shard takes the same number of rows, in whole microbatches. Row i, counted over all shards,
+    # belongs to group i // N; rows beyond a shard's share or the last group have an empty mask.
     share_rows = rows
     if microbatch_rows:
         share_rows = min(rows, _round_up(-(-len(useful) * group_size // shards), min(microbatch_rows, rows)))

@@ -1,4 +1,4 @@
-"""The optax chain of the policy-gradient step."""
+"""Optimizers of the policy-gradient step, as optax chains."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import optax
 from espl_jax.choices import OPTIMIZERS, SCHEDULES
 
 DECAYED = ("weight", "lora_a", "lora_b")
-"""Names of the leaves that weight decay shrinks: what products use, not norm scales and biases."""
+"""Names of the leaves with weight decay: matmul weights, but not norm scales and biases."""
 MIN_FACTORED = 128
-"""Adafactor factors an array by its two longest axes if both have this size: more than models have layers."""
+"""Adafactor factors an array over its two longest axes if both have at least this size. It exceeds the number
+of layers of the supported models, so the layer axis is never factored."""
 
 
 @functools.cache  # jit compares optimizers by identity: equal settings share the compiled step
@@ -30,40 +31,38 @@ def make_optimizer(
     decay_steps: int = 0,
     final_rate: float = 0.0,
 ) -> optax.GradientTransformation:
-    """Gradients clipped by their global norm, then an optimizer; the defaults are the paper's settings.
+    """Returns an optimizer that first clips gradients by their global norm. Defaults follow the paper.
 
-    Adafactor keeps no mean of the gradients. Of their squares it keeps sums over rows and over columns where
-    an array's two longest axes have 128 or more, and all of them elsewhere. A stacked weight [layers, in,
-    out...] is factored over the two longest of in and out..., each layer, and each index of another axis, by
-    itself: the query [layers, embed, heads, head] over embed and head, once for every head. Norm scales,
-    biases, adapters of a rank below 128 and heads of less than 128 are not factored. Updates of an array, all
-    layers together, are scaled down to a root mean square of one before the learning rate multiplies them,
-    which is a step size as for Adam and not relative to the size of the weights.
+    Adafactor keeps no first moment. It stores the second moment as row and column sums for arrays whose two
+    longest axes both have at least 128 entries, and in full for other arrays. A stacked weight [layers, in,
+    out...] is factored over the two longest of in and out..., separately for each index of the other axes:
+    the query weight [layers, embed, heads, head] over embed and head, for every layer and head. Norm scales,
+    biases, adapters with a rank below 128 and heads of less than 128 are not factored. The update of an
+    array, over all its layers, is scaled down to a root mean square of at most 1 before it is multiplied by
+    the learning rate. The learning rate is thus a step size as in Adam, not relative to the weights' scale.
 
     Args:
-      learning_rate: after the warm-up.
+      learning_rate: peak learning rate, after the warm-up.
       kind: `adam` (Kingma and Ba 2015, arXiv 1412.6980), `adamw` (Loshchilov and Hutter 2019, arXiv
-        1711.05101), or `adafactor` (Shazeer and Stern 2018, arXiv 1804.04235), with less state.
-      b1, b2, eps: decays of the gradients' mean and of their squares' mean, and what is added to the root of
-        the latter; of Adam and AdamW. Adafactor has constants of its own.
-      weight_decay: of `adamw`: each step takes rate * weight_decay times the weight from leaves named as in
-        `DECAYED`.
-      max_grad_norm: clip gradients to this norm over all tensors; 0 leaves them alone.
-      schedule: of the rate after the warm-up: `constant`, or falling by a line (`linear`) or half a cosine
-        (`cosine`).
-      warmup_steps: updates over which the rate rises linearly from `learning_rate / warmup_steps`.
-      decay_steps: updates of the whole run, warm-up included. The rate would reach final_rate * learning_rate
-        in the first update after them, and stays there. A constant schedule does not look at it.
-      final_rate: where a schedule ends, as a part of the learning rate.
+        1711.05101), or `adafactor` (Shazeer and Stern 2018, arXiv 1804.04235), which has less state.
+      b1, b2, eps: decay rates of the first and second moments, and the term added to the denominator, for
+        Adam and AdamW. Adafactor uses its own constants.
+      weight_decay: for `adamw`, decoupled decay of the leaves named in `DECAYED`.
+      max_grad_norm: clips gradients to this global norm; 0 disables clipping.
+      schedule: of the learning rate after the warm-up: `constant`, `linear` or `cosine` decay.
+      warmup_steps: updates over which the rate rises linearly, starting at `learning_rate / warmup_steps`.
+      decay_steps: updates of the whole run, warm-up included. The rate reaches final_rate * learning_rate
+        right after the last of them, and stays there. Ignored by the constant schedule.
+      final_rate: final learning rate as a fraction of `learning_rate`.
 
     Raises:
-      ValueError: for an unknown kind or schedule, a weight decay of another kind than `adamw`, or a schedule
-        with no updates between warm-up and end.
+      ValueError: if the kind or schedule is unknown, `weight_decay` is set for a kind other than `adamw`, or
+        a schedule has no updates between warm-up and end.
     """
     if kind not in OPTIMIZERS:
         raise ValueError(f"optimizer kind={kind!r} is unknown; choose one of {OPTIMIZERS}")
     if weight_decay and kind != "adamw":
-        raise ValueError(f"weight_decay={weight_decay}: {kind} has none; give kind='adamw', or 0")
+        raise ValueError(f"weight_decay={weight_decay}: {kind} has no weight decay; use kind='adamw', or 0")
     rate = _rate(learning_rate, schedule, warmup_steps, decay_steps, final_rate)
     if kind == "adafactor":
         optimizer = optax.adafactor(
@@ -80,14 +79,14 @@ def make_optimizer(
 def _rate(
     learning_rate: float, schedule: str, warmup_steps: int, decay_steps: int, final_rate: float
 ) -> optax.ScalarOrSchedule:
-    """The rate of each update, counted from 0; a number where it never changes."""
+    """Returns the learning rate as a function of the update, counted from 0; a number if it is constant."""
     if schedule not in SCHEDULES:
         raise ValueError(f"optimizer schedule={schedule!r} is unknown; choose one of {SCHEDULES}")
     falling = decay_steps - warmup_steps
     if schedule != "constant" and falling < 1:
         raise ValueError(
-            f"decay_steps={decay_steps}: schedule={schedule!r} falls after warmup_steps={warmup_steps}; "
-            "give the updates of the whole run, which are more"
+            f"decay_steps={decay_steps}: schedule={schedule!r} decays after warmup_steps={warmup_steps}; "
+            "set it to the updates of the whole run, which must be more"
         )
     if schedule == "linear":
         after = optax.linear_schedule(learning_rate, final_rate * learning_rate, falling)
@@ -104,5 +103,5 @@ def _rate(
 
 
 def _is_decayed(params: optax.Params) -> optax.Params:
-    """A bool for every leaf."""
+    """Returns a tree of bools: whether weight decay applies to the leaf."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)

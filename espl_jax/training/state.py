@@ -1,4 +1,4 @@
-"""The trainable weights and their optimizer's state."""
+"""The train state: trainable weights and optimizer state."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from espl_jax.parallel import sharding
 
 @struct.dataclass
 class TrainState:
-    """What a step changes.
+    """The arrays that an update replaces.
 
     Attributes:
-      step: int32 [], updates made.
-      trainable: all params (full fine-tuning), or the adapters alone.
-      opt_state: of the optax chain.
+      step: int32 [], number of updates applied.
+      trainable: all params (full fine-tuning), or only the adapters.
+      opt_state: state of the optax chain.
     """
 
     step: jax.Array
@@ -33,20 +33,20 @@ class TrainState:
 
 
 def init_train_state(trainable: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """A state before its first step."""
+    """Returns the state before the first update."""
     return TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
 
 
 def abstract_train_state(
     trainable: Params, optimizer: optax.GradientTransformation, mesh: Mesh | None
 ) -> TrainState:
-    """Shapes of a train state, with the shardings of its arrays where there is a mesh.
+    """Returns the shapes of a train state, with shardings if there is a mesh.
 
     Args:
-      trainable: shapes of what is trained.
-      optimizer: its averages lie where the weights do; its counters, and what has another shape than its
-        weight, everywhere.
-      mesh: of devices.
+      trainable: shapes and shardings of the trainable weights.
+      optimizer: its moments are sharded like their weights; counters, and moments whose shape or dtype
+        differs from the weight's, are replicated.
+      mesh: the mesh, or None.
     """
     state = jax.eval_shape(functools.partial(init_train_state, optimizer=optimizer), trainable)
     everywhere = functools.partial(sharding.replicate, mesh=mesh)
@@ -62,29 +62,29 @@ def abstract_train_state(
 
 
 def whole_params(trainable: Params, frozen: Params | None) -> Params:
-    """The policy's params: adapters attached to their frozen base, or the trainable params themselves."""
+    """Returns the policy's params: the frozen base with adapters attached, or the trainable params."""
     return trainable if frozen is None else lora.attach(frozen, trainable)
 
 
 def sampling_params(
-    trainable: Params, frozen: Params | None, declared: Any, config: DecoderConfig, mesh: Mesh | None
+    trainable: Params, frozen: Params | None, declared: Any, decoder: DecoderConfig, mesh: Mesh | None
 ) -> Params:
-    """The policy's params as sampling wants them: what is trained, moved there by the rules of that phase.
+    """Returns the policy's params, cast and resharded for the sampling phase.
 
     Args:
       trainable: adapters, or all params.
-      frozen: the base of the adapters, which lies so already; None for full fine-tuning.
-      declared: of what is trained.
-      config: the decoder; weights are rounded as its products round them.
-      mesh: of devices, or None.
+      frozen: the base of the adapters, already sharded for sampling; None for full fine-tuning.
+      declared: the `Weight` declarations of `trainable`.
+      decoder: the model's configuration; matmul weights are cast to its compute dtype where that is smaller.
+      mesh: the mesh, or None.
     """
 
     def rounded(weight: Weight, x: jax.Array) -> jax.Array:
         if not weight.inputs:
             return x
         if isinstance(x, jax.ShapeDtypeStruct):  # to compile for
-            return jax.eval_shape(functools.partial(layers.rounded, config=config), x)
-        return layers.rounded(x, config)
+            return jax.eval_shape(functools.partial(layers.rounded, decoder=decoder), x)
+        return layers.rounded(x, decoder)
 
     moved = sharding.place(jax.tree.map(rounded, declared, trainable), declared, mesh, "sampling")
     return whole_params(moved, frozen)

@@ -1,8 +1,8 @@
-"""Updates by the policy gradient over the prefix tree.
+"""Policy-gradient updates over the prefix tree.
 
-Rollouts go by in microbatches of rows. The two shared levels run forward once, every microbatch attends to
-their caches, and they run backward once, over the sum of the microbatches' cotangents; so the gradient does
-not depend on how rows are cut up.
+Rollouts are processed in microbatches of rows. The two shared levels run forward once, every microbatch
+attends to their caches, and the sum of the microbatches' cotangents is sent backward through them once. The
+gradient therefore does not depend on the split into microbatches.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from espl_jax.types import TrainBatch
 
 
 def place_batch(batch: TrainBatch, mesh: Mesh | None) -> TrainBatch:
-    """Puts a batch on the mesh: system prompts on every device, each shard of the rest on its own."""
+    """Puts a batch on the mesh: system prompts replicated, problems and rollouts sharded."""
     shared = ("system_tokens", "system_lengths", "num_rollouts", "num_tokens")
     return TrainBatch(
         **{
@@ -42,35 +42,36 @@ def gradients(
     frozen: Params | None,
     reference: Params | None,
     batch: TrainBatch,
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     objective: Objective = Objective(),
     *,
     microbatch_rows: int = 0,
 ) -> tuple[Params, dict[str, jax.Array]]:
-    """Gradient of the objective: loss and `kl_coef` times KL, over the denominator of the loss.
+    """Returns the gradient of the objective: (loss sum + `kl_coef` * KL sum) / denominator of the loss.
 
     Args:
       trainable: adapters, or all params.
       frozen: the base of the adapters; None for full fine-tuning.
-      reference: params of the reference policy; needed when `objective.kl_coef` is not 0.
-      batch: the tree.
-      config: the decoder; `config.remat` says which activations are recomputed.
-      objective: what the gradient is of.
-      microbatch_rows: how many rollouts of each shard go at a time, 0 for all. It has to divide them.
+      reference: params of the reference policy; required if `objective.kl_coef` is not 0.
+      batch: the prefix tree of the update.
+      decoder: the model's configuration; `decoder.remat` selects which activations are recomputed.
+      objective: the loss and the KL penalty.
+      microbatch_rows: rows of each shard per microbatch, 0 for all. Must divide the rows of a shard.
 
     Returns:
-      (gradients like `trainable`, metrics: `loss`; per token `entropy`, those of `policy_gradient_loss`, with
-      cut-offs `cut_disagreements`, the share of tokens that the trainer would have cut, and with a
-      coefficient `kl`).
+      (gradients, metrics): gradients with the structure of `trainable`; the metric `loss`, and means over
+      tokens of `entropy`, the metrics of `policy_gradient_loss`, `cut_disagreements` (with cut-offs: the
+      fraction of tokens that the trainer would have cut) and `kl` (if `kl_coef` is not 0).
 
     Raises:
-      ValueError: for a `microbatch_rows` that does not divide the rollouts of a shard.
+      ValueError: if `microbatch_rows` does not divide the rows of a shard, or a sample-based `kl_estimator`
+        is used with truncated sampling.
     """
     rows = batch.inputs.shape[1]
     size = min(microbatch_rows or rows, rows)
     if rows % size:
         raise ValueError(
-            f"microbatch_rows={size} does not divide the {rows} rollouts of a shard; pad the batch to a "
+            f"microbatch_rows={size}: does not divide the {rows} rollouts of a shard; pad the batch to a "
             "multiple, as train_batches does"
         )
     kl_coef = objective.kl_coef
@@ -81,10 +82,10 @@ def gradients(
         )
 
     def shared(trainable: Params) -> tuple[Arrays, Places]:
-        return shared_levels(whole_params(trainable, frozen), batch, config)
+        return shared_levels(whole_params(trainable, frozen), batch, decoder)
 
     policy_arrays, pull_back, places = jax.vjp(shared, trainable, has_aux=True)
-    reference_arrays = shared_levels(reference, batch, config)[0] if kl_coef else None
+    reference_arrays = shared_levels(reference, batch, decoder)[0] if kl_coef else None
     loss = functools.partial(
         _microbatch_loss,
         frozen=frozen,
@@ -92,7 +93,7 @@ def gradients(
         reference_arrays=reference_arrays,
         places=places,
         batch=batch,
-        config=config,
+        decoder=decoder,
         objective=objective,
     )
 
@@ -116,22 +117,22 @@ def _microbatch_loss(
     reference_arrays: Arrays | None,
     places: Places,
     batch: TrainBatch,
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     objective: Objective,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns a microbatch's share of the objective, and its metrics as sums over tokens.
 
     Args:
-      trainable, frozen, reference, batch, config, objective: as for `gradients`.
-      arrays, reference_arrays: the shared levels of the policy, and of the reference policy.
+      trainable, frozen, reference, batch, decoder, objective: as for `gradients`.
+      arrays, reference_arrays: keys and values of the shared levels, of the policy and the reference policy.
       micro: arrays of the microbatch's rollouts.
-      places: of the shared levels.
+      places: `start` and `length` of the nodes of the shared levels.
     """
     loss, temperature = objective.loss, objective.temperature
     divisor = denominator(loss, batch.num_rollouts, batch.num_tokens)
     params, mask, cutoffs = whole_params(trainable, frozen), micro["mask"], micro.get("cutoffs")
-    hidden = hidden_states(params, arrays, places, batch, micro, config)
-    stats = target_logprobs(params, config, hidden, micro["targets"], temperature, cutoffs)
+    hidden = hidden_states(params, arrays, places, batch, micro, decoder)
+    stats = target_logprobs(params, decoder, hidden, micro["targets"], temperature, cutoffs)
     old = micro.get("old_logprobs")
     if old is None and loss.needs_old_logprobs:
         old = stats.logprobs
@@ -150,12 +151,12 @@ def _microbatch_loss(
     if cutoffs is not None:
         metrics["cut_disagreements"] = (stats.cut & mask).sum().astype(jnp.float32)
     if objective.kl_coef:
-        other = hidden_states(reference, reference_arrays, places, batch, micro, config)
+        other = hidden_states(reference, reference_arrays, places, batch, micro, decoder)
         other = jax.lax.stop_gradient(other)
         if objective.kl_estimator == "exact":
-            kl = token_kl(params, hidden, reference, other, config, temperature)
+            kl = token_kl(params, hidden, reference, other, decoder, temperature)
         else:
-            theirs = target_logprobs(reference, config, other, micro["targets"], temperature).logprobs
+            theirs = target_logprobs(reference, decoder, other, micro["targets"], temperature).logprobs
             three = stats.logprobs, theirs, micro["sampler_logprobs"]
             ours, theirs, sampler = (jnp.where(mask, x, 0.0) for x in three)
             kl = kl_estimate(ours, theirs, objective.kl_estimator, sampler)
@@ -164,33 +165,35 @@ def _microbatch_loss(
     return total / divisor, jax.lax.stop_gradient(metrics | {"loss": total / divisor})
 
 
-@functools.partial(jax.jit, static_argnames=("config", "microbatch_rows"))
+@functools.partial(jax.jit, static_argnames=("decoder", "microbatch_rows"))
 def batch_logprobs(
     trainable: Params,
     frozen: Params | None,
     batch: TrainBatch,
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     *,
     temperature: float = 1.0,
     microbatch_rows: int = 0,
 ) -> jax.Array:
-    """Logprobs of a batch's targets before its first update, for `TrainBatch.old_logprobs`.
+    """Returns the logprobs of a batch's targets before its first update, for `TrainBatch.old_logprobs`.
 
     Args:
-      As those of `gradients`.
+      trainable, frozen, batch, decoder, microbatch_rows: as for `gradients`.
+      temperature: divides the logits.
 
     Returns:
-      float32 [D, R, T], under the distributions drawn from; 0 in microbatches without a token that counts.
+      float32 [D, R, T], under the sampling distribution (after truncation); 0 in microbatches with an empty
+      mask.
     """
     shards, rows, steps = batch.inputs.shape
     size = min(microbatch_rows or rows, rows)
     params = whole_params(trainable, frozen)
-    arrays, places = shared_levels(params, batch, config)
+    arrays, places = shared_levels(params, batch, decoder)
 
     def score(micro: dict[str, jax.Array]) -> jax.Array:
-        hidden = hidden_states(params, arrays, places, batch, micro, config)
+        hidden = hidden_states(params, arrays, places, batch, micro, decoder)
         targets, cutoffs = micro["targets"], micro.get("cutoffs")
-        return target_logprobs(params, config, hidden, targets, temperature, cutoffs).logprobs
+        return target_logprobs(params, decoder, hidden, targets, temperature, cutoffs).logprobs
 
     def score_or_skip(micro: dict[str, jax.Array]) -> jax.Array:
         empty = jnp.zeros(micro["targets"].shape, jnp.float32)
@@ -202,7 +205,7 @@ def batch_logprobs(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "optimizer", "microbatch_rows"),
+    static_argnames=("decoder", "optimizer", "microbatch_rows"),
     donate_argnames="state",
 )
 def policy_gradient_step(
@@ -210,26 +213,26 @@ def policy_gradient_step(
     frozen: Params | None,
     reference: Params | None,
     batch: TrainBatch,
-    config: DecoderConfig,
+    decoder: DecoderConfig,
     optimizer: optax.GradientTransformation,
     objective: Objective = Objective(),
     *,
     microbatch_rows: int = 0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update. `state` is donated; see `gradients` for the other arguments.
+    """Applies one update. `state` is donated; see `gradients` for the other arguments.
 
-    A loss or gradient that is not finite changes nothing: the state that comes back is the one given.
+    If the loss or the gradient norm is not finite, the update is skipped and the state returned unchanged.
 
     Returns:
-      (state, metrics): those of `gradients`, `grad_norm` before clipping, and `skipped`, 1 where the update
-      was left out and else 0.
+      (state, metrics): the new state; the metrics of `gradients`, `grad_norm` before clipping, and `skipped`,
+      1.0 if the update was skipped, else 0.0.
     """
     grads, metrics = gradients(
         state.trainable,
         frozen,
         reference,
         batch,
-        config,
+        decoder,
         objective,
         microbatch_rows=microbatch_rows,
     )

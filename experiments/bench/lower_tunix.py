@@ -2,8 +2,9 @@
 
 Run by bench_tpu.py in tunix's environment with a request as JSON on standard input; writes the optimized HLO
 to `hlo` and prints memory and seconds as JSON. Weights and caches are sharded as tunix shards them for
-sampling, and a cache has room for just what is filled, because its sampler attends to all of it. The state is
-donated, which the sampler itself does not do, so that a cache need not be copied at the loop's entry.
+sampling. The cache has room only for the filled tokens, because tunix's sampler attends to all of its
+columns. The state is donated, unlike in the sampler itself, so that the cache is not copied at the loop's
+entry.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from tunix.models.qwen3 import model as qwen3
 
 
 class Tokenizer:
-    """What a decode step asks a tokenizer for."""
+    """The part of a tokenizer that a decode step uses."""
 
     def pad_id(self) -> int:
         """The padding token."""
@@ -43,16 +44,16 @@ mesh = Mesh(devices.reshape(1, -1), ("fsdp", "tp"))
 
 
 def at(*spec: str | None) -> NamedSharding:
-    """A sharding on the mesh."""
+    """Returns a sharding on the mesh."""
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def array(shape: tuple[int, ...], dtype: jnp.dtype, *spec: str | None) -> jax.ShapeDtypeStruct:
-    """An abstract array on the mesh."""
+    """Returns an abstract array on the mesh."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=at(*spec))
 
 
-# tunix leaves its constraints on activations out where the process itself runs on a CPU.
+# tunix omits its sharding constraints on activations if the process runs on a CPU.
 qwen3.shard = lambda x, spec: jax.lax.with_sharding_constraint(x, at(*spec))
 config = qwen3.ModelConfig(
     num_layers=described["num_hidden_layers"],
@@ -77,7 +78,7 @@ params = jax.tree.map(
     nnx.get_partition_spec(state),
 )
 
-sampler = object.__new__(sampling.Sampler)  # its constructor wants arrays, of which there are none
+sampler = object.__new__(sampling.Sampler)  # its constructor needs real arrays
 sampler.tokenizer = Tokenizer()
 sampler.cache_config = sampling.CacheConfig(filled, config.num_layers, config.num_kv_heads, config.head_dim)
 sampler.eos_ids = jnp.array([described["eos_token_id"]])

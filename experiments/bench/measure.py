@@ -1,6 +1,6 @@
-"""What every measured process does: read its request, time whole calls, print one line of JSON.
+"""Shared by all measured processes: reads the request, times whole calls, prints one line of JSON.
 
-It runs in the environments of peers and needs the standard library alone.
+It also runs in the environments of peers, so it uses only the standard library.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ LEARNING_RATE = 4e-5
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a process is asked for: to sample, or to train on given rollouts.
+    """The request to a process: to sample, or to train on given rollouts.
 
     Attributes:
       model: folder with config.json and safetensors.
-      prompts: [M][B] token lists; those of one m begin with the same system prompt.
-      group_size: continuations of every prompt.
+      prompts: [M][B] token lists; those of one m start with the same system prompt.
+      group_size: continuations per prompt.
       max_new_tokens: tokens of every continuation, whatever they are.
       greedy: the first tokens of the most likely continuations of `checked`, in float32.
       repeats: calls after the first one.
@@ -51,12 +51,12 @@ class Request:
 
     @property
     def flat(self) -> list[list[int]]:
-        """The prompts, one after another."""
+        """All prompts in one list."""
         return [prompt for lane in self.prompts for prompt in lane]
 
     @property
     def checked(self) -> list[list[int]]:
-        """The shortest and the longest prompt: side by side, one of them is padded."""
+        """The shortest and the longest prompt, so that a batch of both needs padding."""
         return checked(self.prompts)
 
     @property
@@ -77,7 +77,7 @@ def checked(prompts: list[list[list[int]]]) -> list[list[int]]:
 
 
 def read_request() -> Request:
-    """The request out of the command line: the workload's folder, and repeats and settings as JSON."""
+    """Reads the request from the command line: the workload's folder, and repeats and settings as JSON."""
     folder, asked = Path(sys.argv[1]), json.loads(sys.argv[2])
     workload = json.loads((folder / "workload.json").read_text(encoding="utf-8"))
     return Request(model=str(folder / "model"), adapter=str(folder / "adapter"), **workload, **asked)
@@ -106,7 +106,7 @@ def measured(
 
 
 def peak_bytes() -> int:
-    """Most memory that this process has had so far."""
+    """Returns the peak memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -126,8 +126,8 @@ def report(
     """
     counts, result = measured(sample, request.repeats, packages)
     if wrong := set(counts) - {request.new_tokens}:
-        raise RuntimeError(f"a call drew {wrong.pop()} tokens and not {request.new_tokens}")
-    # After the measurement: the check of greedy decoding compiles programs of its own.
+        raise RuntimeError(f"a call sampled {wrong.pop()} tokens, expected {request.new_tokens}")
+    # After the measurement, because the check of greedy decoding compiles more programs.
     result["greedy"] = [[int(t) for t in row] for row in greedy(request.checked, len(request.greedy[0]))]
     print(json.dumps(result), flush=True)
 

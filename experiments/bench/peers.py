@@ -1,4 +1,4 @@
-"""The environments of peers, and how a benchmark's processes are run."""
+"""Creates the virtual environments of peers, and runs the processes of benchmarks."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ REQUIREMENTS = {
 
 
 def make_folder() -> None:
-    """Makes `.bench` in this checkout, which ignores itself in git."""
+    """Creates `.bench` in this checkout, with a .gitignore for itself."""
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / ".gitignore").write_text("*\n", encoding="utf-8")
 
 
 def python(peer: str) -> str:
-    """The Python of a peer's environment."""
+    """Returns the Python executable of a peer's environment."""
     return str(FOLDER / peer / "bin" / "python")
 
 
 def install(peer: str, first: Sequence[str] = ()) -> None:
-    """Makes the environment of a peer, unless it is there and was made of the same.
+    """Creates the environment of a peer, unless it exists with the same requirements.
 
     Args:
       peer: one of `REQUIREMENTS`.
@@ -54,7 +54,7 @@ def install(peer: str, first: Sequence[str] = ()) -> None:
 
 
 def run(command: list[str], timeout: float | None = None) -> str:
-    """The standard output of a command that succeeds.
+    """Runs a command and returns its standard output.
 
     Our own scripts import espl_jax from PYTHONPATH or this checkout; the environments of peers see neither.
 
@@ -70,7 +70,7 @@ def run(command: list[str], timeout: float | None = None) -> str:
             command, capture_output=True, text=True, env=environment, cwd=FOLDER, timeout=timeout
         )
     except subprocess.TimeoutExpired as late:
-        raise RuntimeError(f"not done after {timeout:.0f} s") from late
+        raise RuntimeError(f"not finished after {timeout:.0f} s") from late
     if done.returncode:
         tail = (done.stderr or done.stdout).strip().splitlines()[-5:]
         if done.returncode < 0 or not tail:  # killed, by a lack of memory perhaps, it says nothing itself

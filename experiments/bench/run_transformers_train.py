@@ -3,9 +3,9 @@
 Every rollout is a row with its whole prompt, padded on the right, so that attention needs no mask but the
 causal one. Logits are computed from the first completion of a microbatch on. Adam is torch's fused one.
 
-With `probe` among the settings, a list of microbatch sizes, nothing is updated: the result is the seconds a
-row that forward and backward take in microbatches of each size. Sizes that would not fit into memory are
-left out, and what follows two sizes in a row that are slower than a smaller one.
+With the setting `probe`, a list of microbatch sizes, nothing is updated: the result is the seconds per row of
+forward and backward for each microbatch size. Sizes that would not fit into memory are skipped, and so are
+all sizes after two consecutive ones that are slower than a smaller one.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def step() -> tuple[float, float]:
 
 
 def probe(sizes: list[int]) -> dict[int, float]:
-    """Seconds a row in microbatches of each size."""
+    """Measures the seconds per row for each microbatch size."""
     empty, available = peak_bytes(), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     backward(0, 1)
     found, worse = {}, 0

@@ -84,12 +84,12 @@ class Shapes:
     mesh: Mesh
 
     def array(self, shape: tuple[int, ...], dtype: Any, axes: tuple[str | None, ...] = ()) -> Any:
-        """One array, whole on every device but for the logical axes given."""
+        """Returns an array, sharded by the given logical axes and otherwise replicated."""
         axes = axes + (None,) * (len(shape) - len(axes))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.named(self.mesh, axes, shape))
 
     def params(self) -> Any:
-        """The decoder's weights, as sampling has them."""
+        """Returns the decoder's weights in the sampling phase."""
         declared = abstract(self.config)
         shapes = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.dtype(w.dtype)), declared)
         return sharding.place(shapes, declared, self.mesh, "sampling")
@@ -121,7 +121,7 @@ class Shapes:
         return self._exact(batch, system, problem - 1, new)
 
     def flat_batch(self, rows: int, tokens: int) -> TrainBatch:
-        """Sequences that share nothing, lengths not rounded up."""
+        """Returns a batch of sequences without shared prefixes, lengths not rounded up."""
         levels = {"system_tokens": 0, "problem_tokens": 0, "new_tokens": tokens, "cutoffs": False}
         return self._exact(self._batch(1, rows, 1, **levels), 0, 0, tokens)
 
@@ -145,7 +145,7 @@ class Shapes:
         return abstract_train_state(trainable, optimizer, self.mesh)
 
     def weight_bytes(self, with_head: bool) -> int:
-        """Weights that a program uses whole, on one device: embeddings only where they are the head."""
+        """Returns the bytes per device of the weights that a program reads (embeddings only as a head)."""
         params = self.params()
         embedding = params.pop("embedding")
         head = params.pop("head", embedding)

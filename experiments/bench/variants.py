@@ -1,4 +1,4 @@
-"""What benchmarks of several variants share: the command line, the workload, a process for each variant."""
+"""Shared by benchmarks with several variants: command line, workload, and a process for each variant."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Variant:
 def arguments(
     description: str, known: Sequence[str], repeats: int, timeout: float, cases: Sequence[str] = ()
 ) -> argparse.Namespace:
-    """The command line, checked.
+    """Parses and checks the command line.
 
     Args:
       description: for `--help`.
@@ -42,13 +42,15 @@ def arguments(
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--peers", default=",".join(known), help="what to measure, with commas")
+    parser.add_argument("--peers", default=",".join(known), help="peers to measure, comma-separated")
     if cases:
-        parser.add_argument("--cases", default=",".join(cases), help="in which cases, with commas")
+        parser.add_argument("--cases", default=",".join(cases), help="cases to measure, comma-separated")
     parser.add_argument("--repeats", type=int, default=repeats, help="calls after the first one")
-    parser.add_argument("--torch", default="torch==2.13.0", help="the build of torch, as pip takes it")
-    parser.add_argument("--timeout", type=float, default=timeout, help="seconds that one variant may take")
-    parser.add_argument("--out", type=Path, help="a file for the results as JSON")
+    parser.add_argument("--torch", default="torch==2.13.0", help="build of torch, for pip install")
+    parser.add_argument(
+        "--timeout", type=float, default=timeout, help="time limit of one variant, in seconds"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     args = parser.parse_args()
     for flag, choices in {"peers": known, "cases": cases}.items():
         if choices:
@@ -75,12 +77,12 @@ def write_workload(*options: str) -> dict[str, Any]:
 def install(peer: str, torch: str) -> None:
     """Makes the environment of a peer, if it needs one; `torch` is the build of it that was asked for."""
     if peer in peers.REQUIREMENTS:
-        # torch by itself and first: its options are not meant for what the others need.
+        # Install torch first and separately, because its pip options must not apply to other packages.
         peers.install(peer, {"transformers": shlex.split(torch)}.get(peer, ()))
 
 
 def call(script: str, peer: str, repeats: int, settings: dict[str, Any], timeout: float) -> dict[str, Any]:
-    """What a variant's process reports; see bench/measure.py.
+    """Runs a variant's process and returns its report; see bench/measure.py.
 
     Raises:
       RuntimeError: if it fails or takes longer than `timeout` seconds.
@@ -92,7 +94,7 @@ def call(script: str, peer: str, repeats: int, settings: dict[str, Any], timeout
 
 
 def write_results(out: Path | None, rows: list[dict[str, Any]], **more: Any) -> None:
-    """Writes what was measured so far, and on which machine, to the file that was asked for, if any was."""
+    """Writes the results so far, and a description of the machine, to `out` if it is given."""
     if out:
         described = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
         results = described | {"instructions": instructions(), **more, "rows": rows}
@@ -100,7 +102,7 @@ def write_results(out: Path | None, rows: list[dict[str, Any]], **more: Any) -> 
 
 
 def instructions() -> list[str]:
-    """Which sets of instructions for products this processor has, as Linux tells; empty elsewhere."""
+    """Returns the matmul-related instruction sets of this CPU, from /proc/cpuinfo; empty except on Linux."""
     told = Path("/proc/cpuinfo")
     flags = told.read_text(encoding="utf-8").split() if told.exists() else []
     return [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]

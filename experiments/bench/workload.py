@@ -75,7 +75,7 @@ def training(model: Pretrained, tree: list[list[list[int]]]) -> dict[str, Any]:
     shape = (len(tree), len(tree[0]), GROUP_SIZE)
     completions = rng.integers(model.config.vocab_size, size=(*shape, MAX_NEW_TOKENS))
     width = max(len(prompt) for lane in tree for prompt in lane) + MAX_NEW_TOKENS
-    score = jax.jit(espl_jax.token_logprobs, static_argnames="config")
+    score = jax.jit(espl_jax.token_logprobs, static_argnames="decoder")
     logprobs = np.zeros(completions.shape, np.float32)
     for m, b in np.ndindex(*shape[:2]):
         end = len(tree[m][b])

@@ -345,6 +345,6 @@ def test_nothing_is_shown_where_nothing_was_done(loaded, monkeypatch, tmp_path, 
 
 def test_a_mesh_that_does_not_fit_is_refused(loaded, monkeypatch):
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"--mesh=.*tensor.*does not hold the 8 devices"):
+    with pytest.raises(ValueError, match=r"--mesh=.*tensor.*does not match the 8 devices"):
         compare(request("", mesh={"tensor": 3}))
     assert jax.device_count() == 8

@@ -60,5 +60,5 @@ def test_a_command_that_is_killed_says_so(tmp_path, monkeypatch):
 
 def test_a_command_that_takes_too_long_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "FOLDER", tmp_path)
-    with pytest.raises(RuntimeError, match="not done after 1 s"):
+    with pytest.raises(RuntimeError, match="not finished after 1 s"):
         peers.run([peers.sys.executable, "-c", "import time; time.sleep(60)"], timeout=1)

@@ -53,7 +53,7 @@ def test_if_the_first_settings_fail_others_are_taken():
 def test_what_is_measured_has_to_compute_the_same(settings, close, far, name):
     other = FLOAT32 | {"settings": settings}
     bench_train.check(other | {name: FLOAT32[name] * close}, FLOAT32)
-    with pytest.raises(RuntimeError, match=f"its {name} is .* and not {FLOAT32[name]:g}"):
+    with pytest.raises(RuntimeError, match=f"its {name} is .*, expected {FLOAT32[name]:g}"):
         bench_train.check(other | {name: FLOAT32[name] * far}, FLOAT32)
 
 

@@ -74,7 +74,7 @@ def test_against_one_query_at_a_time(monkeypatch, block, window):
 
 @pytest.mark.parametrize("window", [0, 3])
 def test_rows_in_any_order_name_their_ancestor(window):
-    """Shuffled rows that say whose they are get what they get side by side."""
+    """Shuffled rows with owners get the same results as adjacent rows."""
     level, ancestors, start = inputs()
     expected = attend(*level, ancestors, tiny.CONFIG, start, window)
     order = np.array([4, 0, 5, 2, 1, 3])
@@ -140,7 +140,7 @@ def test_gradients_are_summed_over_blocks_of_queries_in_float32(monkeypatch):
 @pytest.mark.parametrize("window", [0, 3])
 @pytest.mark.parametrize("steps", [STEPS, 1])
 def test_owners_within_parts_are_copies_of_their_nodes(steps, window):
-    """Rows in any order over nodes that lie in parts, against a node for each row; gradients too."""
+    """Compares shuffled rows over nodes split into parts with a node per row; gradients included."""
     level, ancestors, start = inputs()
     level = tuple(x[:, :steps] for x in level)
     nodes = np.array([[1, 1, 0], [0, 1, 1]]), np.array([[2, 0, 2], [1, 1, 0]])  # in the two parts

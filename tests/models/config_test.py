@@ -13,7 +13,7 @@ from tests.support import tiny
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_kv_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3"),
+        ({"num_kv_heads": 3}, "num_heads=4: is not a multiple of num_kv_heads=3"),
         ({"matmul_precision": "half"}, "matmul_precision='half' is unknown"),
         ({"dtype": "float16"}, "dtype='float16' is unknown"),
         ({"param_dtype": "int8"}, "param_dtype='int8' is unknown"),
@@ -23,8 +23,8 @@ from tests.support import tiny
         ({"dtype": None}, "dtype=None is unknown"),
         ({"dtype": torch.float32}, "dtype=torch.float32 is unknown; choose one of"),
         ({"activation": "relu"}, "activation='relu' is unknown"),
-        ({"windows": (4,)}, "windows=\\(4,\\): give one for each of the 2 layers"),
-        ({"windows": (4, -1)}, "0 where a layer sees everything"),
+        ({"windows": (4,)}, "windows=\\(4,\\): give one number for each of the 2 layers"),
+        ({"windows": (4, -1)}, r"\(0 for a layer without a window\)"),
     ],
 )
 def test_impossible_records_are_refused(change, message):

@@ -20,7 +20,7 @@ from tests.support import families, ragged_tree, tiny
 
 QUICKLY = {"xla_backend_optimization_level": 0}  # compiling is nearly all that these tests do
 run, run_tree, logits, unembed = (
-    jax.jit(f, static_argnames="config", compiler_options=QUICKLY)
+    jax.jit(f, static_argnames="decoder", compiler_options=QUICKLY)
     for f in (forward, tiny.forward_tree, transformer.logits, transformer.unembed)
 )
 

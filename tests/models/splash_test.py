@@ -95,7 +95,7 @@ def test_rows_and_heads_are_spread_over_the_mesh():
     """Where the kernel runs, each device holds a part of the rows and of the kv heads."""
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     placed = sharding.replicate(level(), mesh)
-    run = jax.jit(functools.partial(splash.splash_attend, ancestors=[], config=CONFIG, interpret=True))
+    run = jax.jit(functools.partial(splash.splash_attend, ancestors=[], decoder=CONFIG, interpret=True))
     assert run(*placed).sharding.is_equivalent_to(
         NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert"), None, "tensor")), 4
     )
@@ -129,7 +129,7 @@ def test_what_fits():
 
 
 def test_windows_into_ancestors_are_refused():
-    with pytest.raises(ValueError, match="window=40 may reach into ancestors"):
+    with pytest.raises(ValueError, match="window=40: may reach into ancestors"):
         splash.splash_attend(*level(), ancestors()[0], CONFIG, 40)
 
 

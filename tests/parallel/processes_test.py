@@ -100,16 +100,18 @@ def test_two_processes():
     assert "pickle" in unsent
     assert zero["only_first_error"] == "ValueError: no key"
     assert zero["differ"] == ["bits", "dtype", "shape", "nesting", "number", "order"]
-    assert zero["message"].startswith("RuntimeError: iteration 3 differs between process 0 and 1: give all")
+    assert zero["message"].startswith(
+        "RuntimeError: iteration 3 differs between process 0 and 1: restart all"
+    )
     assert zero["beside"] == "reply to 0" and zero["beside_error"] == "RuntimeError: 401"
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("host:1", 0, 0), "coordinator_address=host:1 with num_processes=0"),
-        (("host:1", 2, 2), "process_id=2: give the number"),
-        (("", 2, 0), "num_processes=2 without coordinator_address"),
+        (("host:1", 0, 0), "coordinator_address=host:1, num_processes=0"),
+        (("host:1", 2, 2), "process_id=2: process_id must"),
+        (("", 2, 0), "num_processes=2: coordinator_address is missing"),
     ],
 )
 def test_what_makes_no_sense_is_refused(args, message):

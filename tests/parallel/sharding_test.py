@@ -61,11 +61,11 @@ class TestMesh:
         ("sizes", "message"),
         [
             ({"model": 8}, r"mesh axes \['model'\] are unknown"),
-            ({"data": 3, "fsdp": -1}, "'data': 3.*does not hold the 8 devices"),
-            ({"data": 2}, "does not hold the 8 devices"),
-            ({"data": 16, "fsdp": -1}, "does not hold the 8 devices"),
-            ({"data": 0, "fsdp": 8}, "does not hold the 8 devices"),
-            ({"data": -1, "fsdp": -1}, "does not hold the 8 devices"),
+            ({"data": 3, "fsdp": -1}, "'data': 3.*does not match the 8 devices"),
+            ({"data": 2}, "does not match the 8 devices"),
+            ({"data": 16, "fsdp": -1}, "does not match the 8 devices"),
+            ({"data": 0, "fsdp": 8}, "does not match the 8 devices"),
+            ({"data": -1, "fsdp": -1}, "does not match the 8 devices"),
         ],
     )
     def test_what_does_not_fit_is_refused(self, sizes, message):
@@ -77,7 +77,7 @@ class TestMesh:
         mesh = sharding.make_mesh({"data": 2, "tensor": -1}, devices)
         assert tuple(mesh.shape.values()) == (2, 1, 2, 1) and set(mesh.devices.flat) == set(devices)
         assert sharding.make_mesh({}, devices[:1]).size == 1
-        with pytest.raises(ValueError, match="does not hold the 4 devices"):
+        with pytest.raises(ValueError, match="does not match the 4 devices"):
             sharding.make_mesh({"tensor": 8}, devices)
 
     def test_one_device_needs_no_mesh(self, monkeypatch, params):

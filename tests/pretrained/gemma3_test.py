@@ -96,7 +96,7 @@ def test_loss(path, tokenizer):
 
     tokens = np.array([tokenizer.encode(TEXT)], np.int32)
     params, config, _ = gguf_cache.unpack(path, remat="none")
-    own = jax.jit(token_logprobs, static_argnames="config")(params, config, tokens, 1.0)
+    own = jax.jit(token_logprobs, static_argnames="decoder")(params, config, tokens, 1.0)
     ours = -float(np.mean(own))
 
     model = Gemma3ForCausalLM(AutoConfig.from_pretrained(path.parent, gguf_file=path.name)).float().eval()

@@ -165,7 +165,7 @@ def test_incomplete_rope_settings(rope, missing, value):
         ({"rope_scaling": 4.0}, r"rope_scaling=4\.0 is no JSON object"),
         (
             {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}},
-            r"low_freq_factor=4\.0: give one below high_freq",
+            r"low_freq_factor=4\.0: give a number below high_freq",
         ),
         ({"rope_scaling": YARN | {"attention_factor": "1"}}, r"attention_factor='1': rope_type='yarn' needs"),
     ],

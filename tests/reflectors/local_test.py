@@ -26,7 +26,7 @@ from tests.support import flat
 from tests.support.fakes import TEMPLATE, model, tokenizer
 
 NEW_TOKENS = 8
-logits = jax.jit(transformer.logits, static_argnames="config")
+logits = jax.jit(transformer.logits, static_argnames="decoder")
 SYSTEM = {"role": "system", "content": "Say what happened."}
 
 

@@ -50,7 +50,7 @@ def kl(scores, reference_scores):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_means_over_what_the_policy_draws(seed):
-    """What the docstring says of each, computed with the derivatives of the two divergences themselves."""
+    """Checks the docstring's claims about each estimator against the exact gradients of both divergences."""
     scores, reference = jnp.asarray(np.random.default_rng(seed).normal(size=(2, 11)), jnp.float32)
     wanted, reverse = jax.grad(kl)(scores, reference), jax.grad(kl, argnums=1)(reference, scores)
     assert np.abs(wanted - reverse).max() > 0.02

@@ -19,12 +19,12 @@ TEMPERATURE = 0.7
 
 
 def policy(seed):
-    """Params of which the head alone matters, its weight carrying an adapter."""
+    """Params of which only the head is used, with an adapter on its weight."""
     return lora.attach(tiny.params(CONFIG, seed), tiny.adapters(CONFIG, seed=seed, targets=("head",)))
 
 
 def with_head(head):
-    """Params of which nothing but the head is read."""
+    """Params of which only the head is used."""
     return {"embedding": None, "head": head}
 
 
@@ -157,7 +157,7 @@ def test_a_target_that_alone_is_kept_is_certain(monkeypatch):
 
 @pytest.mark.parametrize("truncation", [Truncation(top_p=0.9), Truncation(top_k=5), Truncation(min_p=0.1)])
 def test_the_samplers_cutoffs_survive_rounding(truncation):
-    """Hidden states a little off: the sampler's tokens are all kept, and as likely as before."""
+    """With slightly perturbed hidden states, all sampled tokens are kept, with nearly the same logprobs."""
     head, hidden = policy(0)["head"], hidden_states(1)
     rows = jnp.repeat(hidden, 20, axis=0)
     uniform = jnp.tile(jnp.linspace(0.0, 0.999, 20), TOKENS)

@@ -241,7 +241,7 @@ def test_unknown_kinds_are_refused():
 
 
 def test_weights_without_old_logprobs_are_refused():
-    with pytest.raises(ValueError, match=r"sampler_weight_cap=2.0: weights compare .* give old_logprobs"):
+    with pytest.raises(ValueError, match=r"sampler_weight_cap=2.0: weights compare .* pass old_logprobs"):
         policy_gradient_loss(LOGPROBS, SAMPLER, ADVANTAGES, MASK, sampler_weight_cap=2.0)
 
 
@@ -270,10 +270,10 @@ def test_denominators():
             {"aggregation": "constant_length"},
             "constant_length=0: aggregation='constant_length' divides by it",
         ),
-        ({"sampler_weight_cap": -1.0}, "sampler_weight_cap=-1.0: give a positive one"),
+        ({"sampler_weight_cap": -1.0}, "sampler_weight_cap=-1.0: give a positive cap"),
     ]
     + [
-        ({"kind": kind, "aggregation": "token_mean"}, f"'token_mean': kind='{kind}' has one term a rollout")
+        ({"kind": kind, "aggregation": "token_mean"}, f"'token_mean': kind='{kind}' has one term per rollout")
         for kind in SEQUENCE_LOSSES
     ],
     ids=str,
@@ -296,7 +296,7 @@ def test_a_loss_is_a_static_argument():
 
 
 class TestShapes(chex.TestCase):
-    """What is checked at the edge, with and without jit."""
+    """Checks of the arguments, with and without jit."""
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_hand_values(self):

@@ -28,7 +28,7 @@ TOLERANCE = 5e-6
 
 
 class Accelerator:
-    """One process: a sum or a gathering over processes is what this one has."""
+    """A fake accelerator with one process, for which reductions and gathers are the identity."""
 
     num_processes = 1
 
@@ -98,7 +98,7 @@ def trl_loss(arrays, *, loss_type, level="token", low=0.2, high=0.2, weights=Non
 
 
 def our_loss(arrays, loss, beta=0.0):
-    """The same of ours, with the KL penalty added as TRL adds it."""
+    """Returns the same from our losses, with the KL penalty added as TRL does."""
     mask = jnp.asarray(arrays["mask"])
 
     def value(logprobs):

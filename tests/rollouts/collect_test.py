@@ -204,7 +204,7 @@ def test_records_hold_every_rollout_once(rollouts):
 
 
 class TestTurns:
-    """A dialogue: what is said to the model stands in turns as the template writes them."""
+    """With a dialogue, the environment's messages are formatted as turns of the chat template."""
 
     STOPS = tuple("etaoinshrdlucm01")
 

@@ -1,4 +1,4 @@
-"""Intervals over problems: hand values, properties, and how often they hold the truth."""
+"""Intervals over problems: worked examples, properties and coverage."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ KINDS = {"even": (1, 1), "hard": (0.1, 2), "either": (0.2, 0.2), "alike": (300, 
 
 
 def coverage(kind, problems, samples, k):
-    """How often the interval of pass@k holds the truth; the truth is the mean of 1 - (1 - p)^k."""
+    """Returns the coverage of the interval of pass@k, whose true value is the mean of 1 - (1 - p)^k."""
     a, b = KINDS[kind]
     rng = np.random.default_rng([problems, samples, k, list(KINDS).index(kind)])
     truth = 1 - scipy.special.beta(a, b + k) / scipy.special.beta(a, b)
@@ -38,7 +38,7 @@ def test_coverage_of_shares(kind):
 
 
 def test_the_usual_interval_would_not_hold():
-    """Why `of_share` is not `of_mean`: on hard problems that one is far too narrow."""
+    """Shows why shares need `of_share`: on hard problems, `of_mean` is far too narrow."""
     rng = np.random.default_rng(0)
     drawn = rng.binomial(4, rng.beta(0.1, 2, (TRIES, 30))) / 4
     ends = [intervals.of_mean(row) for row in drawn]
@@ -90,12 +90,12 @@ def test_alike_problems_count_by_their_samples_at_most():
 
 @pytest.mark.parametrize("values", [(1, 1, 1 - 1e-14), (0, 1e-14, 0), (1e-200, 0), (1 - 1e-16, 1, 1, 1)])
 def test_values_that_are_alike_but_for_rounding(values):
-    """They count as often as equal ones: by their samples."""
+    """The effective number of trials is that of equal problems: the number of samples."""
     worth = 4 * len(values)
     expected = interval(round(values[0]) * worth, worth, scipy.stats.t.ppf(0.975, len(values) - 1))
     assert intervals.of_share(np.array(values), worth) == pytest.approx(expected, abs=1e-12)
 
 
 def test_what_is_not_a_share_is_refused():
-    with pytest.raises(ValueError, match=r"values from -1 to 2: a share is between 0 and 1"):
+    with pytest.raises(ValueError, match=r"values from -1 to 2: shares must be between 0 and 1"):
         intervals.of_share(np.array([2, -1]), 2)

@@ -1,4 +1,4 @@
-"""A search agent from template to gradient: what it is told and learns from, and what retrievers cost it."""
+"""A search agent from chat template to gradient: messages, masks and failing retrievers."""
 
 import concurrent.futures
 import json
@@ -24,7 +24,7 @@ LIMIT = 12_000
 
 
 class Script:
-    """In place of the sampler: every row writes what a policy says, turn by turn, and hears the answers."""
+    """Replaces the sampler: a scripted policy writes each turn of a row and receives the answers."""
 
     def __init__(self, policy):
         self.policy = policy
@@ -154,7 +154,7 @@ def test_calls_that_cannot_be_read_are_answered_and_counted(run):
 
 
 class TestBrokenServers:
-    """What they do costs the rollouts that asked them at most their reward."""
+    """Failures affect only the rewards of the rollouts that made the request."""
 
     @pytest.fixture
     def address(self):

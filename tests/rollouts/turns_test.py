@@ -1,4 +1,4 @@
-"""What an environment reads of a conversation; `rollout_test` and `search_agent_test` show what is said."""
+"""Transcripts that an environment receives; `collect_test` and `search_agent_test` cover its answers."""
 
 import concurrent.futures
 
@@ -49,7 +49,7 @@ def tokens(text):
 
 
 def said_then(turns, text, more):
-    """All tokens of a row that has ended a turn, been answered, and gone on."""
+    """Returns all tokens of a row with two turns and an answer between them."""
     first = tokens(text)
     return np.concatenate([first, turns.respond(PLACE, first), tokens(more)])
 

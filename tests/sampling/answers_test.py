@@ -1,4 +1,4 @@
-"""When answers are taken, and conversations in two processes: the first one alone asks."""
+"""When answers are appended; with two processes, only the first one requests them."""
 
 import concurrent.futures
 import hashlib
@@ -22,7 +22,7 @@ STOPS = tuple(range(0, 61, 3))
 
 
 def converse(delays):
-    """Samples rows whose turns are answered after so many seconds, and returns all that was said."""
+    """Samples rows whose turns are answered after the given delays. Returns a summary of the samples."""
     mesh = sharding.make_mesh({"fsdp": 8})
     asked = []
 
@@ -73,7 +73,7 @@ def test_two_processes_hold_the_same_conversations():
 
 
 def asked_for(rows):
-    """`Answers` that has asked for each of these rows, and the futures that it waits for."""
+    """Returns an `Answers` with a pending request for each row, and its futures."""
     futures = {row: concurrent.futures.Future() for row in rows}
     asked = Answers(lambda place, tokens: futures[place[2]])
     ended = {row: ((0, 0, row), np.zeros(1, np.int32)) for row in rows}

@@ -1,4 +1,4 @@
-"""Rows whose tokens the host decides about: what is drawn is allowed, and drawn as it should be."""
+"""Constrained sampling: tokens are always allowed, and follow the renormalized distribution."""
 
 import jax
 import numpy as np
@@ -78,7 +78,7 @@ def company():
 
 
 def scores(place, tokens):
-    """Uncached logits [T, V] where each of a row's new tokens was drawn."""
+    """Returns the logits [T, V] from which each new token of a row was sampled, computed without cache."""
     prompt = SYSTEMS[place[0]] + PROBLEMS[place[0]][place[1]]
     whole = np.array([*prompt, *tokens, *[0] * (48 - len(prompt) - len(tokens))])
     return np.asarray(tiny.logits(tiny.params(), tiny.CONFIG, whole[None])[0])[len(prompt) - 1 :][
@@ -91,7 +91,7 @@ class TestDraws:
         "truncation", [UNTRUNCATED, Truncation(top_p=0.8), Truncation(top_k=5)], ids=["all", "top-p", "top-k"]
     )
     def test_five_thousand_under_one_mask(self, truncation):
-        """The distribution among the allowed tokens, exactly as if the model knew no others."""
+        """Tokens follow the distribution renormalized over the allowed tokens."""
         count, context, temperature = 5_000, [5, 6, 7, 9, 10], 0.8
 
         class Same(RandomThirds):
@@ -204,7 +204,7 @@ class TestRows:
         np.testing.assert_array_equal(alone.tokens[0, 0, 0], company[1].tokens[1, 0, 2])
 
     def test_ends_by_text_are_refused(self):
-        with pytest.raises(ValueError, match="constraint: constrained rows end by their stop tokens alone"):
+        with pytest.raises(ValueError, match="constraint: constrained rows end only at stop tokens"):
             sample(in_order(), find_end=lambda *_: None)
 
 

@@ -82,7 +82,7 @@ def test_a_single_token_kept_is_certain(uniform):
 
 @pytest.mark.parametrize("truncation", TRUNCATIONS[:2], ids=str)
 def test_only_draws_near_a_boundary_depend_on_rounding(uniform, truncation):
-    """Logits a little off draw another token only where the uniform lies next to a boundary."""
+    """Slightly perturbed logits give another token only if the uniform is next to a boundary."""
     tiled = jnp.tile(LOGITS, (COUNT, 1))
     same = draw_many(tiled, uniform, 1.0, truncation).token
     shaken = tiled + 1e-4 * jax.random.normal(jax.random.key(1), tiled.shape)
@@ -119,7 +119,7 @@ LARGEST = np.nextafter(np.float32(1), np.float32(0))
     temperature=st.sampled_from([0.3, 1.0, 2.0]),
 )
 def test_impossible_tokens_are_never_drawn(likely, seed, temperature):
-    """Not even where the uniform lies on a boundary of the distribution, or as near to one as it can."""
+    """Even for uniforms at, or right next to, a boundary of the cumulative distribution."""
     logits = np.full(VOCAB, -np.inf, np.float32)
     order = sorted(likely)
     logits[order] = np.random.default_rng(seed).normal(size=len(order))
@@ -168,7 +168,7 @@ def test_tokens_of_almost_no_probability_are_not_drawn_where_sums_are_rounded():
 
 
 def test_impossible_tokens_in_a_large_vocabulary():
-    """Sums of many numbers, each rounded: every boundary between two possible tokens is tried."""
+    """With rounded sums of many numbers; tests every boundary between two possible tokens."""
     vocab, rng = 40_000, np.random.default_rng(1)
     logits = np.where(rng.random(vocab) < 0.02, rng.normal(size=vocab) * 3, -np.inf).astype(np.float32)
     possible = np.isfinite(logits)

@@ -45,13 +45,13 @@ def samples(params):
 
 
 def sequences(samples):
-    """Every row's prompt and new tokens: (index, prompt, tokens)."""
+    """Yields the index, the prompt and the new tokens of every row."""
     for m, b, n in np.ndindex(samples.lengths.shape):
         yield (m, b, n), SYSTEMS[m] + PROBLEMS[m][b], samples.tokens[m, b, n, : samples.lengths[m, b, n]]
 
 
 def rescored(params, config, samples, temperature):
-    """Logprobs [M, B, N, T] of the tokens drawn, from plain sequences without caches."""
+    """Returns logprobs [M, B, N, T] of the sampled tokens, from separate sequences without caches."""
     width = max(len(s) + max(map(len, p)) for s, p in zip(SYSTEMS, PROBLEMS, strict=True)) + NEW
     rows = [np.append(prompt, tokens) for _, prompt, tokens in sequences(samples)]
     tokens = np.stack([np.pad(row, (0, width - len(row))) for row in rows]).astype(np.int32)
@@ -99,7 +99,7 @@ class TestEnds:
 
 
 class TestLogprobs:
-    """Sampled over caches, scored without."""
+    """Tokens are sampled with caches and scored without."""
 
     @pytest.mark.parametrize(
         ("changes", "temperature", "tolerance"),
@@ -136,7 +136,7 @@ class TestLogprobs:
 
 
 class TestLayout:
-    """What is drawn depends on its keys, not on rows, chunks, capacities or devices."""
+    """Samples depend on their keys, not on rows, chunks, capacities or devices."""
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ class TestLayout:
 
 
 class TestDistribution:
-    """What the sampler draws at a fixed context against the exact distribution."""
+    """Compares samples at a fixed context with the exact distribution."""
 
     @pytest.mark.parametrize(
         ("temperature", "truncation"),
@@ -260,7 +260,7 @@ class TestGenerate:
     SETTINGS = {"key": KEY, "group_size": 2, "max_new_tokens": 8}  # noqa: RUF012
 
     def test_prompts_that_share_a_start(self, params):
-        """Flat prompts are one lane, and where their shared start is cut does not show."""
+        """Flat prompts form one lane; the length of their common prefix does not affect samples."""
         prompts = [[1, 2, 3, 4], [1, 2, 5], [1, 2, 3]]
         flat = generate(params, tiny.CONFIG, prompts, **self.SETTINGS)
         assert flat.tokens.shape == (3, 2, 8)
@@ -279,9 +279,9 @@ class TestGenerate:
             ({"temperature": -0.1}, "temperature=-0.1"),
             ({"max_new_tokens": 0}, "max_new_tokens=0: give at least 1"),
             ({"prompts": [[1] * 256]}, "a prompt of 256 tokens leaves no room in a context of 256"),
-            ({"prompts": []}, "prompts: give at least one"),
-            ({"prompts": [[1], []]}, "prompts: give at least one"),
-            ({"prompts": [[[1], [2]], [[3]]]}, "equally many"),
+            ({"prompts": []}, "prompts: lists are missing, empty or of unequal number"),
+            ({"prompts": [[1], []]}, "prompts: lists are missing, empty or of unequal number"),
+            ({"prompts": [[[1], [2]], [[3]]]}, "the same number of lists"),
             (
                 {"prompts": [[1, 2], [1, 61]]},
                 "prompts: token id 61 is outside the model's vocabulary, vocab_size=61",

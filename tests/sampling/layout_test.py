@@ -1,4 +1,4 @@
-"""How weights are laid out while sampling: by layer on a CPU, and once as long as they live."""
+"""The layout of weights while sampling: unstacked on a CPU, and only once while the weights are alive."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""Rows on their way: how many steps run for nothing, what turns say, and what limits end."""
+"""Continuous batching: wasted steps, multi-turn rows, stages and limits."""
 
 import concurrent.futures
 import threading
@@ -34,7 +34,7 @@ def sample(shape=(2, 2, 3), config=tiny.CONFIG, **settings):
 
 
 class Places:
-    """Which row it is that a `find_end` is asked about, told by its first draws."""
+    """Identifies the row that `find_end` is called with by its first tokens."""
 
     def __init__(self, samples):
         self.of = {tuple(tokens[:6]): index for index, tokens in self.rows(samples)}
@@ -125,7 +125,7 @@ class TestPrograms:
 
     @pytest.mark.parametrize("sizes", [None, {"data": 2, "fsdp": 1, "tensor": 4}], ids=["one", "eight"])
     def test_no_program_copies_the_slots(self, sizes):
-        """What a program needs beside its arguments is far less than the slots."""
+        """A program's temporaries are far smaller than the slots."""
         mesh = sizes and sharding.make_mesh(sizes)
         config = tiny.CONFIG.replace(num_kv_heads=4, head_dim=64)
         slots = decode.abstract_slots(config, 64, 1024, mesh)
@@ -194,11 +194,11 @@ def rescored(config, samples, systems, problems):
 
 
 ONE_OR_EIGHT = None, pytest.param({"data": 2, "fsdp": 1, "tensor": 4}, marks=pytest.mark.slow)
-"""Meshes; turns on eight devices have a fast test of their own."""
+"""Meshes; a separate fast test covers turns on eight devices."""
 
 
 class TestTurns:
-    """Tokens appended between turns: read at their own positions, drawn by nobody."""
+    """Tokens appended between turns are read at the right positions and not marked as drawn."""
 
     SYSTEMS, PROBLEMS = [[5, 6, 7, 8], [9, 4]], [[[9, 10], [11, 12, 13]], [[12, 13, 14], [15]]]
     STOP = 3
@@ -257,7 +257,7 @@ class TestTurns:
         np.testing.assert_array_equal(spread.tokens, samples.tokens)
 
     def test_a_row_that_waits_holds_back_nobody(self, samples):
-        """One row's answer comes only when all others are done."""
+        """The answer of one row arrives only after all other rows are done."""
         slow, others = (1, 0, 2), set(np.ndindex(samples.lengths.shape)) - {(1, 0, 2)}
         release = threading.Event()
 
@@ -316,7 +316,7 @@ class TestTurns:
 
     @pytest.mark.parametrize("mesh", ONE_OR_EIGHT, ids=["one", "eight"])
     def test_rows_that_wait_make_room_for_the_queue(self, samples, mesh):
-        """All of the first rows' tools are slow, and there are two slots: the others get them meanwhile."""
+        """With two slots and slow tools for the first rows, other rows use the slots while these wait."""
         release, asked = threading.Event(), []
 
         def respond(place, tokens):
@@ -363,7 +363,7 @@ class TestTurns:
 
 
 class TestStages:
-    """Memory for four rows of full length: they begin in more and shorter slots, and change over."""
+    """With memory for four rows of full length, rows start in more, shorter slots and move to longer ones."""
 
     @pytest.fixture(scope="class")
     def samples(self):
@@ -406,7 +406,7 @@ class TestStages:
 
 
 class TestOutgrownRows:
-    """Rows that answers carry past a stage, or past two at once; nothing is computed, only written."""
+    """Rows whose answers carry them past one stage or two; the model is replaced by a stub."""
 
     PROMPT, LIMIT, STOP = 400, 4096, 3
     LONGEST = 1152, 2304, 4608  # before a chunk, in slots of 1408, 2560 and 4864 columns
@@ -475,7 +475,7 @@ class TestOutgrownRows:
 
 class TestEnds:
     def test_what_comes_after_an_end_found_by_the_host_is_taken_back(self):
-        """Ends at the second even token, found after the chunk."""
+        """Ends a turn at its second even token, after the chunk."""
 
         def find_end(tokens, looked_at):
             even = np.flatnonzero(np.asarray(tokens) % 2 == 0)
@@ -518,7 +518,7 @@ class TestArguments:
         [
             ({"max_rows": 0}, "max_rows=0: give at least 1"),
             ({"chunk": 0}, "chunk=0: give at least 1"),
-            ({"context_limit": 1000}, "context_limit=1000: the model was made for 256"),
+            ({"context_limit": 1000}, "context_limit=1000: exceeds the model's max_positions=256"),
             ({"temperature": -1.0}, "temperature=-1.0"),
         ],
     )

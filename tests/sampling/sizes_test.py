@@ -21,7 +21,7 @@ def test_rungs():
 
 
 def only(**changes):
-    """The sizes of a tree that runs in one stage."""
+    """Returns the sizes of a tree that runs in one stage."""
     (stage,) = choose_sizes(tiny.CONFIG, **TREE | changes)
     return stage
 
@@ -51,7 +51,7 @@ def test_columns_hold_what_is_filled_and_little_more(filled):
 
 
 def test_longer_slots_are_read_in_whole_tiles():
-    """Of any other width a TPU's compiler copies them; see tests/plan/plan_test.py."""
+    """The TPU compiler copies slots of any other width; see tests/plan/plan_test.py."""
     config = tiny.CONFIG.replace(max_positions=10_000)
     (longer,) = choose_sizes(config, **TREE | {"max_new_tokens": 2000})
     assert longer.columns == [128, 256, 384, 512, 768, 1024, 1536, 2048, 2176]
@@ -80,7 +80,7 @@ class TestMemory:
         assert only(max_rows=5).slots == 15
         assert only(max_rows=1000).slots == 60
         with pytest.raises(
-            ValueError, match=r"no rollout fits: of a device's 0.00 GiB .* lower max_new_tokens"
+            ValueError, match=r"no rollout fits: .* of a device's 0.00 GiB .* lower max_new_tokens"
         ):
             only(held=12 * slot)
 

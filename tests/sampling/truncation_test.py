@@ -1,4 +1,4 @@
-"""The cut-off against a plain sort in float64."""
+"""Compares cut-offs with a plain sort in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ def test_temperature_and_a_constant_change_the_cutoff_as_they_change_logits():
 
 
 def test_a_cutoff_does_not_depend_on_other_rows():
-    """Beside a row that needs the whole vocabulary, others are cut as they are alone."""
+    """Rows get the same cut-off alone and in a batch with a row that needs the whole vocabulary."""
     rng = np.random.default_rng(0)
     logits = (4 * rng.normal(size=(64, module.CANDIDATES * BLOCK + 4000))).astype(np.float32)
     alone = cut(logits, Truncation(top_p=0.95))

@@ -1,6 +1,6 @@
-"""The data sets of the configs as the hub has them, with texts of our own; a process that loads them.
+"""Fake versions of the hub data sets that the configs use, and a process that loads them.
 
-Columns, types and nesting are those of the real sets; the problems are not.
+Columns, types and nesting are those of the real sets; the texts are made up.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def statement(kind, i):
 
 
 def dapo(count=120, copies=3):
-    """Rows of DAPO-Math-17k: every one several times, and statement 0 with two answers."""
+    """Rows of DAPO-Math-17k: each row several times, and statement 0 with two different answers."""
 
     def row(i, answer):
         content = DAPO_BEFORE + statement("harbor", i) + DAPO_AFTER
@@ -88,7 +88,7 @@ def gsm8k(kind, count):
 
 
 def flashrag(kind, count, split):
-    """Rows of FlashRAG's sets, whose ids begin anew in each; the last answer would do, too."""
+    """Rows of FlashRAG's sets, whose ids start again in each; the last answer is also correct."""
     return [
         {
             "id": f"{split}_{i}",
@@ -100,7 +100,7 @@ def flashrag(kind, count, split):
 
 
 def hub_rows():
-    """All that the configs name: data set -> split, or configuration and split -> rows."""
+    """All data sets that the configs name: data set -> split, or configuration and split -> rows."""
     return {
         DAPO: {"train": dapo()},
         "yentinglin/aime_2025": {"train": aime("mill", 30, year=2025)},

@@ -1,4 +1,4 @@
-"""The flags of XLA under which tests and the processes that they start run."""
+"""XLA flags for tests and the processes that they start."""
 
 OLDER_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 

@@ -1,4 +1,4 @@
-"""Small stand-ins that are real: a byte-level tokenizer with a chat template, and a two-layer decoder."""
+"""Small but working models and runs: a byte-level tokenizer with a chat template, and a two-layer decoder."""
 
 import concurrent.futures
 import dataclasses
@@ -70,21 +70,21 @@ def model(**numerics) -> Pretrained:
 
 
 def load_pretrained(source, dtype="float32", mesh=None, **numerics) -> Pretrained:
-    """In place of `espl_jax.pretrained.load.load_pretrained`."""
+    """Replaces `espl_jax.pretrained.load.load_pretrained`."""
     loaded = model(dtype=dtype, **numerics)
     params = sharding.place(loaded.params, transformer.abstract(loaded.config), mesh, "sampling")
     return dataclasses.replace(loaded, params=params)
 
 
 def take_over(monkeypatch):
-    """Runs are of the tiny model on one device, graded by letters."""
+    """Patches runs to use the tiny model on one device, graded by `Letters`."""
     monkeypatch.setattr(weights, "load_pretrained", load_pretrained)
     monkeypatch.setattr(tasks, "Arithmetic", Letters)
     monkeypatch.setattr(run_parts.sharding, "make_mesh", lambda sizes: None)
 
 
 class Letters:
-    """An environment for models that write noise: rewards of many values, decided by a reply's letters."""
+    """An environment for models that write noise: rewards are a function of a reply's letters."""
 
     def __init__(self, answer_format="boxed", instruction=None):
         pass
@@ -134,7 +134,7 @@ PROMPTS = (
 
 
 def config(**changes):
-    """A run of two iterations in few shapes, since each has to compile; `__` stands for a field's dots."""
+    """Returns the config of a two-iteration run with few shapes to compile; `__` in names stands for dots."""
     c = common.get_config()
     small = {
         "num_iterations": 2,
@@ -171,7 +171,7 @@ def config(**changes):
 
 
 def scripted_replies(conversations):
-    """Replies of use at every stage of reflection; what they say depends on the conversation alone."""
+    """Returns valid replies for every stage of reflection, as a function of the conversation only."""
     return [_scripted(conversation) for conversation in conversations]
 
 
@@ -186,7 +186,7 @@ def _scripted(conversation):
 
 
 def workdir(path, **changes):
-    """A run as two iterations leave it, made without running any: every trained number is 0.5 more."""
+    """Creates the work directory of a two-iteration run without training; trained numbers grow by 0.5."""
     c = config(**changes)
     roots = [SystemPrompt(text=text) for text in ("Reply.", "Reply with the sum.", "Think {{ twice }}.")]
     members = populations.start(roots, c.population.max_size).with_ratings({"p0": (25, 3), "p1": (28, 2)})

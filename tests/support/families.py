@@ -19,7 +19,7 @@ VOCABULARY, LENGTH = 97, 40
 
 
 def draw_hf_config(family, seed):
-    """A tiny configuration of transformers, everything about it that the family leaves open drawn.
+    """Draws a tiny transformers configuration, randomizing everything that the family leaves open.
 
     Neighbouring seeds take turns in tying the head, in RoPE's scaling and in windows, so that any four of
     them show all.

@@ -1,4 +1,4 @@
-"""Functions of the package with all their settings side by side, so that a test can change one in a dict."""
+"""Functions of the package with flat keyword arguments, so that a test can change one setting in a dict."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from espl_jax.training import step
 
 
 def take(cls, settings):
-    """Makes a dataclass of those settings that are its fields, and removes them."""
+    """Pops the settings that are fields of a dataclass, and constructs it from them."""
     names = {field.name for field in dataclasses.fields(cls)} & settings.keys()
     return cls(**{name: settings.pop(name) for name in names})
 
@@ -36,20 +36,20 @@ def collect_rollouts(*args, **settings):
     return collect.collect_rollouts(*args, **given, chat=take(ChatFormat, settings), **settings)
 
 
-def gradients(trainable, frozen, reference, batch, config, **settings):
+def gradients(trainable, frozen, reference, batch, decoder, **settings):
     """`training.step.gradients`."""
     objective = take(Objective, settings)
-    return step.gradients(trainable, frozen, reference, batch, config, objective, **settings)
+    return step.gradients(trainable, frozen, reference, batch, decoder, objective, **settings)
 
 
 compiled_gradients = jax.jit(
-    gradients, static_argnames=("config", "loss", "kl_coef", "kl_estimator", "microbatch_rows")
+    gradients, static_argnames=("decoder", "loss", "kl_coef", "kl_estimator", "microbatch_rows")
 )
 
 
-def policy_gradient_step(state, frozen, reference, batch, config, optimizer, **settings):
+def policy_gradient_step(state, frozen, reference, batch, decoder, optimizer, **settings):
     """`training.step.policy_gradient_step`."""
     objective = take(Objective, settings)
     return step.policy_gradient_step(
-        state, frozen, reference, batch, config, optimizer, objective, **settings
+        state, frozen, reference, batch, decoder, optimizer, objective, **settings
     )

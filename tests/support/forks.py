@@ -1,4 +1,4 @@
-"""Runs commands in forks of one process, which has imported what they import before jax.
+"""Runs commands in forks of a process that has already imported the modules they need, except jax.
 
 A process for each command would cost two seconds of imports. Standard input has a line of JSON for each,
 `[module, argument, ...]`; standard output has a line for each result, `[exit status, output, errors]`.

@@ -1,4 +1,4 @@
-"""Compares what a run compiles with the list that plan and a dry run have."""
+"""Compares the programs that a run compiles with those that plan and a dry run list."""
 
 import contextlib
 import logging
@@ -26,7 +26,7 @@ LONGEST_PROMPT = 300
 """Tokens that system prompts grow to at most in these runs."""
 
 UNLISTED = {"row_keys"}
-"""Jitted functions of a few numbers."""
+"""Jitted functions whose memory is negligible."""
 
 
 def _bytes(tree):
@@ -35,8 +35,7 @@ def _bytes(tree):
 
 
 def _described(function, arguments, keywords):
-    """A call by what the list has to have: function and static arguments; columns and bytes, or more. A few
-    numbers more are none."""
+    """Describes a call for comparison with the list: function and static arguments, columns and bytes."""
     static = {name: keywords.get(name) for name in ("steps", "greedy", "truncation", "aligned")}
     return (function, str(static)), keywords.get("columns", 0), _bytes((arguments, keywords))
 
@@ -50,7 +49,7 @@ def _jitted():
 
 @contextlib.contextmanager
 def nothing_else(config, monkeypatch, caplog):
-    """Fails unless all that runs of this configuration call is listed, and nothing else is compiled.
+    """Fails if a run of this configuration calls a program that is not listed, or compiles anything else.
 
     Yields:
       A set that gets what was called: names of functions, and `constrained`.

@@ -1,4 +1,4 @@
-"""A server on this machine that speaks as much of Google Cloud Storage as gcsfs and tensorstore do.
+"""A local server for the part of the Google Cloud Storage API that gcsfs and tensorstore use.
 
 https://docs.cloud.google.com/storage/docs/json_api. Every change of an object is one step of a history, so
 that tests can go back to what a kill between any two of them would have left.
@@ -54,7 +54,7 @@ class ObjectStore:
             thread.join()
 
     def environment(self):
-        """Variables that lead gcsfs and tensorstore here, without any credentials."""
+        """Returns environment variables that point gcsfs and tensorstore here, without credentials."""
         return {
             "STORAGE_EMULATOR_HOST": self.url,
             "TENSORSTORE_GCS_HTTP_URL": self.url,
@@ -87,7 +87,7 @@ class ObjectStore:
             return len(self.history)
 
     def copy_history(self, bucket, steps, to):
-        """Makes another bucket as the first so many changes of one had left it."""
+        """Creates a bucket with the state of another after its first `steps` changes."""
         changes = [(name, x) for name, x in self.history if name.startswith(f"{bucket}/")]
         for name, content in changes[:steps]:
             self.change(to + name.removeprefix(bucket), content)

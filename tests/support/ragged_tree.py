@@ -58,7 +58,7 @@ class Tree(NamedTuple):
 
 
 class Flat(NamedTuple):
-    """The rollouts of a tree as sequences of their own.
+    """The rollouts of a tree as separate sequences.
 
     Attributes:
       tokens: int32 [R, width], prompt and new tokens, right padded with zeros.

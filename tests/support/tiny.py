@@ -1,4 +1,4 @@
-"""A decoder so small that programs compile in a second, and its functions jitted once for all tests."""
+"""A decoder small enough to compile in a second, with functions that are jitted once for all tests."""
 
 import jax
 import jax.numpy as jnp
@@ -24,23 +24,23 @@ CONFIG = DecoderConfig(
     sampling_layout="stacked",  # half as long to compile; some tests sample as CPUs do by default
 )
 
-forward = jax.jit(transformer.forward, static_argnames="config")
-logits = jax.jit(transformer.logits, static_argnames="config")
-token_logprobs = jax.jit(token_logprobs, static_argnames="config")
-unembed = jax.jit(transformer.unembed, static_argnames="config")
+forward = jax.jit(transformer.forward, static_argnames="decoder")
+logits = jax.jit(transformer.logits, static_argnames="decoder")
+token_logprobs = jax.jit(token_logprobs, static_argnames="decoder")
+unembed = jax.jit(transformer.unembed, static_argnames="decoder")
 
 
-def forward_tree(params, config, levels, lengths):
+def forward_tree(params, decoder, levels, lengths):
     """All levels of a tree, each over those above: (hidden states of each, their caches)."""
     hidden, caches = [], []
     for tokens, length in zip(levels, lengths, strict=True):
-        out, cache = transformer.forward(params, config, tokens, length, tuple(caches))
+        out, cache = transformer.forward(params, decoder, tokens, length, tuple(caches))
         hidden.append(out)
         caches.append(cache)
     return hidden, caches
 
 
-jitted_forward_tree = jax.jit(forward_tree, static_argnames="config")
+jitted_forward_tree = jax.jit(forward_tree, static_argnames="decoder")
 
 
 def params(config=CONFIG, seed=0):
@@ -55,7 +55,7 @@ def params(config=CONFIG, seed=0):
 
 
 def adapters(config=CONFIG, rank=3, seed=1, targets=LORA_TARGETS[:7]):
-    """Adapters of which neither A nor B is zero."""
+    """Random adapters in which neither A nor B is zero."""
     rng = np.random.default_rng(seed)
     declared = lora.abstract_adapters(config, rank, targets)
     return jax.tree.map(lambda weight: jnp.asarray(rng.normal(0, 0.3, weight.shape), weight.dtype), declared)

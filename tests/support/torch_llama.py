@@ -1,4 +1,4 @@
-"""The same decoder and the same loss in transformers and torch: the independent opinion."""
+"""The same decoder and loss in transformers and torch, as an independent reference."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Two real processes on this machine, with four CPU devices each, that run one program together."""
+"""Runs a program in two real processes on this machine, with four CPU devices each."""
 
 import contextlib
 import os
@@ -40,7 +40,7 @@ def run_pair(source_or_module: str, *args: object, timeout: float = 240) -> list
       Both standard outputs, of process 0 and of process 1.
 
     Raises:
-      AssertionError: one of them failed or took too long; it has everything that both of them said.
+      AssertionError: one of them failed or took too long; the message contains the output of both.
     """
     address = f"localhost:{_free_port()}"
     with contextlib.ExitStack() as stack:
@@ -64,7 +64,7 @@ def run_pair(source_or_module: str, *args: object, timeout: float = 240) -> list
 
 
 def _text(file: IO[bytes]) -> str:
-    """What was written, without what the collectives of jax say to standard output."""
+    """Returns the written text without the lines that jax collectives print to standard output."""
     file.seek(0)
     lines = file.read().decode(errors="replace").splitlines(keepends=True)
     return "".join(line for line in lines if not line.startswith("[Gloo]"))
@@ -101,7 +101,7 @@ def _start(
 
 
 def _wait(children: list[subprocess.Popen[bytes]], deadline: float) -> None:
-    """Until both have ended, or a little longer than the first that fails."""
+    """Waits until both have ended, the deadline passes, or 10 seconds after one has failed."""
     while any(child.poll() is None for child in children):
         if any(child.poll() for child in children):
             deadline = min(deadline, time.monotonic() + 10)

@@ -1,4 +1,4 @@
-"""Rollouts into the trees of their updates: by hand, by what every cut must keep, and by the gradient."""
+"""Training batches from rollouts: worked examples, invariants of every split, and gradients."""
 
 import dataclasses
 import itertools
@@ -79,7 +79,7 @@ def one_batch(rollouts, **settings):
 
 class TestByHand:
     def test_groups_without_a_gradient_are_left_out(self):
-        """One group of each slot is mixed: the last problem of the first, the middle one of the second."""
+        """One group per prompt has mixed rewards: the last of prompt 0, the middle one of prompt 1."""
         hand = by_hand([[[1, 1], [0, 0], [1, 0]], [[0, 0], [1, 0], [1, 1]]])
         batch = one_batch(hand)
         # Of twelve rollouts four are left, and half of twelve is the least that holds them.
@@ -464,7 +464,7 @@ class TestGradient:
         assert total == batch.targets[:, 8:12].sum()
 
     def test_parts_and_minibatches_add_up_to_it(self, rollouts):
-        """The loss is a sum over rollouts, divided by how many there are, however they are cut."""
+        """The loss is a sum over rollouts divided by their number, however they are split."""
         weights = advantages_of(rollouts)
         expected = scored(*train_batches(rollouts, weights))[0]
         (cut,) = train_batches(rollouts, weights, shards=5, microbatch_rows=2)

@@ -14,7 +14,7 @@ GRADS = {"a": jnp.array([3.0, -4.0]), "b": jnp.array([12.0])}  # norm 13
 
 
 def first_momentum(optimizer):
-    """Adam's mean after one step, over one minus its decay: the gradient that it was given."""
+    """Recovers the gradient that Adam received, from its first moment after one step."""
     _, state = optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS)
     return optax.tree.get(state, "mu")
 
@@ -173,11 +173,11 @@ def test_state_can_be_mapped_over_the_params(kind):
     [
         ({"kind": "sgd"}, "kind='sgd' is unknown; choose one of"),
         ({"schedule": "step"}, "schedule='step' is unknown; choose one of"),
-        ({"weight_decay": 0.1}, "weight_decay=0.1: adam has none; give kind='adamw'"),
-        ({"schedule": "linear"}, "decay_steps=0: schedule='linear' falls after warmup_steps=0"),
+        ({"weight_decay": 0.1}, "weight_decay=0.1: adam has no weight decay; use kind='adamw'"),
+        ({"schedule": "linear"}, "decay_steps=0: schedule='linear' decays after warmup_steps=0"),
         (
             {"schedule": "cosine", "decay_steps": 3, "warmup_steps": 3},
-            "decay_steps=3: schedule='cosine' falls after warmup_steps=3",
+            "decay_steps=3: schedule='cosine' decays after warmup_steps=3",
         ),
     ],
     ids=str,

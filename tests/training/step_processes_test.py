@@ -46,14 +46,14 @@ def three_steps(mesh, microbatch_rows):
 
 
 def fetched(tree, mesh):
-    """Whole arrays on this host."""
+    """Returns whole arrays on this host."""
     if mesh is not None:
         tree = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
     return jax.device_get(tree)
 
 
 def run(path):
-    """What each of two processes does."""
+    """The program of each of the two processes."""
     results = [three_steps(sharding.make_mesh(sizes), size) for sizes, size in CASES]
     if processes.is_first():
         Path(path).write_bytes(pickle.dumps(results))

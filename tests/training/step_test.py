@@ -17,7 +17,7 @@ CONFIG = tiny.CONFIG.replace(lora_scale=0.5)
 
 
 def full_gradients(params, batch, temperature=TEMPERATURE):
-    """By the one program that most tests share: all weights, microbatches of two groups."""
+    """Computes gradients with the program that most tests share: all weights, microbatches of two groups."""
     return compiled_gradients(
         params, None, None, batch.train_batch(), CONFIG, temperature=temperature, microbatch_rows=4
     )
@@ -112,7 +112,7 @@ class TestMicrobatches:
             assert metrics[name] == pytest.approx(float(value), rel=1e-5), name
 
     def test_a_size_that_does_not_divide_is_refused(self, params, batch):
-        with pytest.raises(ValueError, match="microbatch_rows=3 does not divide the 16 rollouts of a shard"):
+        with pytest.raises(ValueError, match="microbatch_rows=3: does not divide the 16 rollouts of a shard"):
             gradients(params, None, None, batch.train_batch(), CONFIG, microbatch_rows=3)
 
     def test_more_rows_than_there_are_means_all(self, params, batch):
@@ -155,7 +155,7 @@ class TestMeaning:
         tiny.assert_trees_close(grads, expected, 1e-6)
 
     def test_groups_without_a_gradient_can_be_left_out(self, params, batch):
-        """No advantage, or nothing under the mask: all the same to the gradient."""
+        """Zero advantages and empty masks both give no gradient."""
         gone = np.arange(4)[None, :, None] >= 2
         still, _ = full_gradients(params, batch._replace(advantages=np.where(gone, 0, batch.advantages)))
         empty, _ = full_gradients(params, batch._replace(mask=batch.mask & ~gone[..., None]))
