@@ -10,8 +10,8 @@ import numpy as np
 class Constraint(Protocol):
     """Restricts the tokens of each row; rows are numbered in [M * B * N].
 
-    Before each step, the sampler calls `allowed` for the running rows that are active; after it, `accept` with
-    the sampled tokens. Other rows sample freely. Rows with a limit of 0 are never passed.
+    Before each step, the sampler calls `allowed` for the active rows that run; after it, `accept` with the
+    sampled tokens. Other rows sample freely. Rows with a limit of 0 are never passed.
     """
 
     def active(self, rows: np.ndarray) -> np.ndarray:

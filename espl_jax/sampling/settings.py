@@ -23,7 +23,7 @@ class Sampling:
       stop_ids: ids of tokens that end a turn. None means the model's own for callers that have the model
         (`collect_rollouts`), and no stop tokens in `sample_tree`.
       context_limit: most tokens of a prompt and its row together; None for the model's `max_positions`.
-      max_first_turn: most tokens of a row before tokens are appended to it; a row that reaches this limit ends,
+      max_first_turn: most tokens of a row before anything is appended to it; a row that reaches it ends,
         truncated. None for no such limit.
     """
 
