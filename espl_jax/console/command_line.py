@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 def define_config() -> flags.FlagHolder[ConfigDict]:
     """Defines `--config=FILE.py` or `--config=FILE.py:PRESET`, whose fields `--config.field=value` sets."""
-    holder = config_flags.DEFINE_config_file("config", None, "File of the run's configuration.")
+    holder = config_flags.DEFINE_config_file("config", None, "Configuration file of the run.")
     flags.FLAGS["config"].parser = _ConfigFile()
     return holder
 
