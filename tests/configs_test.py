@@ -168,12 +168,12 @@ def test_configs_pass_the_checks_that_come_before_loading(name):
 
 def test_search_needs_a_retriever_or_an_encyclopedia():
     config = importlib.import_module("configs.search").get_config()
-    with pytest.raises(ValueError, match=r"environment\.search\.retriever='': say where to search: http"):
+    with pytest.raises(ValueError, match=r"environment\.search\.retriever='': no retriever; give http"):
         check_config(config)
     config.environment.search.retriever = "http://localhost:8000/retrieve"
     check_config(config)
     config.environment.search.retriever = "no_such.jsonl"
-    with pytest.raises(ValueError, match=r"retriever='no_such\.jsonl': there is no such file"):
+    with pytest.raises(ValueError, match=r"retriever='no_such\.jsonl': file not found"):
         check_config(config)
     config.environment.search.retriever = ""
     config.data.train = config.data.validation = config.data.test = "encyclopedia"
@@ -183,7 +183,7 @@ def test_search_needs_a_retriever_or_an_encyclopedia():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("{}/there.jsonl + {}/none.parquet:count=3", "there is no such file as .*/none.parquet; correct"),
+        ("{}/there.jsonl + {}/none.parquet:count=3", ".*/none.parquet does not exist; correct"),
         ("{}/there.jsonl:count=3,split=test", "the option 'split=test' is not understood"),
         ("{}/there.json", "is not known; give the path of a .jsonl or .parquet file"),
         ("hub:org/name/part", "is not known; give the path"),

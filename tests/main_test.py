@@ -27,12 +27,12 @@ def run(*args, **environment):
         (["--config.optimiser.learning_rate=1"], "config.optimiser.learning_rate: there is no such field"),
         (["--config.mode.rl=1"], "config.mode.rl: there is no such field"),
         (["--config.batch_size=many"], "flag --config.batch_size=many: invalid literal"),
-        (["--config.batch_size=0"], "batch_size=0: give at least 1"),
+        (["--config.batch_size=0"], "batch_size=0: must be at least 1"),
         (["--config.mode=both"], "mode='both': choose one of espl, rl, evolution, reflection"),
-        (["--config.sampling.top_p=1.9"], "sampling.top_p=1.9: give a probability"),
-        (["--config.data.train=none.jsonl"], "data.train='none.jsonl': there is no such file"),
-        (["--config.data=none.jsonl"], "data.train='none.jsonl': there is no such file"),
-        (["quickly"], "not understood: quickly"),
+        (["--config.sampling.top_p=1.9"], "sampling.top_p=1.9: must be above 0"),
+        (["--config.data.train=none.jsonl"], "data.train='none.jsonl': none.jsonl does not exist"),
+        (["--config.data=none.jsonl"], "data.train='none.jsonl': none.jsonl does not exist"),
+        (["quickly"], "unexpected argument quickly"),
         (["--wrokdir=x"], "Unknown command line flag 'wrokdir'"),
         ([], "--workdir is missing"),
     ],
@@ -148,7 +148,7 @@ def test_what_only_loading_finds_out_is_said_without_a_traceback(tmp_path):
     ]
     args += ["--config.model.source=smollm2", "--config.mesh.fsdp=1", "--config.mesh.data=-1"]
     done = run(*args)
-    assert done.returncode == 1 and "batch_size=9: data.train has 8 problems" in done.stderr
+    assert done.returncode == 1 and "batch_size=9: data.train has only 8 problems" in done.stderr
     assert "Traceback" not in done.stderr and "--verbosity=1" in done.stderr
     assert "Traceback" in run(*args, "--verbosity=1").stderr
 

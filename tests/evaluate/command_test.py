@@ -16,7 +16,7 @@ def run(*args, **environment):
     ("args", "message"),
     [
         (["--data=addition:digits=1,count=8"], "--model is missing; give at least one, e.g. --model=smollm2"),
-        (["quickly"], "not understood: quickly"),
+        (["quickly"], "unexpected argument quickly"),
         (["--modle=x"], "Unknown command line flag 'modle'"),
         (
             ["--model=a", "--data=addition:digits=1,count=3", "--environment=chess"],

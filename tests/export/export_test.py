@@ -150,7 +150,7 @@ def command(*args):
 def test_the_command_says_what_is_wrong(tmp_path):
     result = command(f"--workdir={tmp_path}", f"--out={tmp_path / 'out'}")
     assert result.returncode == 1
-    assert "has no config.json: give the --workdir of a run" in result.stderr
+    assert "has no config.json; give the --workdir of a run" in result.stderr
     assert "Traceback" not in result.stderr
 
 
