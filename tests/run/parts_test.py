@@ -87,7 +87,7 @@ def test_the_same_problem_in_two_splits_is_refused(tmp_path):
 
 def test_a_batch_larger_than_the_problems_is_refused_before_the_model_is_loaded(monkeypatch):
     monkeypatch.setattr(weights, "load_pretrained", None)
-    with pytest.raises(ValueError, match=r"batch_size=7: data.train has 6 problems"):
+    with pytest.raises(ValueError, match=r"batch_size=7: data.train has only 6 problems"):
         assemble(fakes.config(batch_size=7))
 
 
