@@ -1,4 +1,4 @@
-"""The command: `python -m espl_jax.export --workdir=runs/hmmt --out=exported`."""
+"""Exports a run: `python -m espl_jax.export --workdir=runs/hmmt --out=exported`."""
 
 from __future__ import annotations
 

@@ -50,4 +50,4 @@ def test_sums_by_smollm2(tmp_path):
     right = sum(each["success"] for each in rollouts) / len(rollouts)
     assert results[1][0]["evaluation"]["accuracy"] == right
     again = run(*common, f"--out={tmp_path / 'a.json'}")
-    assert again.returncode == 1 and "this file is there already" in again.stderr
+    assert again.returncode == 1 and "the file exists" in again.stderr

@@ -137,7 +137,7 @@ def test_every_model_prompt_and_problem_set(loaded, tmp_path, capsys):
 
     shown = capsys.readouterr()
     assert shown.out.startswith("| model |  prompt | data | problems |")
-    assert "Samples a problem: 2, temperature: 1, new tokens: 5 at most." in shown.out
+    assert "Samples per problem: 2, temperature: 1, max. new tokens: 5." in shown.out
     assert "y, one: 1 of 1 problems" in shown.err
 
 
@@ -185,7 +185,7 @@ def test_problems_that_can_be_graded(environment):
 @pytest.mark.parametrize(
     ("environment", "answer", "complaint"),
     [
-        (Math(), "{4", r"1 of 2 problems would be .* q1 with answer '\{4'"),
+        (Math(), "{4", r"gold answers of 1 of 2 problems as wrong, first that of q1, '\{4'"),
         (Arithmetic(), "four", "problem q1: answer='four' holds no number"),
     ],
 )
@@ -263,7 +263,7 @@ def test_models_are_looked_for_before_any_is_sampled(loaded, monkeypatch, tmp_pa
     monkeypatch.setattr(comparing, "find_model", find_model)
     (tmp_path / "model.gguf").write_bytes(b"")
     for missing, complaint in (
-        ("none.gguf", "there is no file none.gguf"),
+        ("none.gguf", "none.gguf does not exist"),
         ("no such model", "is no folder here"),
         (str(tmp_path), "config.json"),
     ):

@@ -89,8 +89,8 @@ def test_code_is_python():
 
 
 def test_before_the_end_and_without_a_test():
-    assert "there was no test yet" in card(iteration=1)
-    assert "was not finished when this was exported" in card()
+    assert "there are no test results" in card(iteration=1)
+    assert "Exported before the test at the end of the run" in card()
     nothing = fakes.config(data__test="")
     assert "no test problems" in card(config=nothing, results={"deployed": {"id": "p3"}, "test": {}})
 

@@ -77,7 +77,10 @@ def test_they_are_refused_by_id_or_dropped_and_counted(limit, changes, found, tm
         kept = {problem.id for problem in problem_set.problems}
         assert kept == {f"{split}{i}" for i in range(6)} - {*found.get(split, ())}
     assert len(left_out(parts)) == len(found)
-    assert not found or "data.train, too long for the context: 1 problems (train5)" in left_out(parts)[0]
+    assert (
+        not found
+        or "data.train: dropped 1 problems that are too long for the context (train5)" in left_out(parts)[0]
+    )
     with config.unlocked():
         config.data.too_long = "refuse"
     if not found:

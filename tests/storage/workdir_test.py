@@ -154,7 +154,7 @@ def test_no_arrays_at_all(tmp_path):
     [
         ({"params": jax.ShapeDtypeStruct((5,), jnp.float32)}, r"float32\[4\] saved, float32\[5\] now"),
         ({"params": jax.ShapeDtypeStruct((4,), jnp.bfloat16)}, r"float32\[4\] saved, bfloat16\[4\] now"),
-        ({"weights": jax.ShapeDtypeStruct((4,), jnp.float32)}, r"\['weights'\]: \(absent\) there"),
+        ({"weights": jax.ShapeDtypeStruct((4,), jnp.float32)}, r"\['weights'\]: \(absent\) saved"),
         ({}, r"\['params'\]: float32\[4\] saved, \(absent\) now"),
     ],
 )
@@ -269,7 +269,7 @@ def test_shortened_log_is_refused(tmp_path):
 def test_iterations_only_grow(tmp_path):
     with WorkDir(tmp_path, CONFIG) as workdir:
         advance(workdir, 2)
-        with pytest.raises(ValueError, match="iteration=2: .* already has a checkpoint of iteration 2"):
+        with pytest.raises(ValueError, match=r"iteration=2: .* already has a checkpoint of iteration 2"):
             workdir.save(2, {}, {})
 
 
@@ -303,7 +303,7 @@ def test_one_process_at_a_time(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert holder.stdout.readline() == b"open\n"
-        with pytest.raises(RuntimeError, match=rf"in use by process {holder.pid}: .*--workdir"):
+        with pytest.raises(RuntimeError, match=rf"in use by process {holder.pid}; .*--workdir"):
             WorkDir(tmp_path, CONFIG)
     finally:
         holder.kill()
