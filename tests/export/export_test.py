@@ -218,6 +218,6 @@ def test_a_run_that_began_with_an_adapter(tmp_path, monkeypatch):
     source.mkdir()
     (source / "adapter_config.json").touch()
     run = fakes.workdir(tmp_path / "run", model__source=str(source))
-    with pytest.raises(ValueError, match="started from the adapter .*, merged into its base"):
+    with pytest.raises(ValueError, match=r"started from the adapter .*, merged into its base"):
         export(run, tmp_path / "out", format="adapter", say=lambda line: None)
     export(run, tmp_path / "out", format="adapter", base="org/merged", say=lambda line: None)

@@ -67,7 +67,7 @@ def test_what_is_said():
         "2602.14697",
         "addition:digits=1,count=6",
         "optimizer.learning_rate",
-        "made by mutation in iteration 1, with a rating of 31.00 ± 2.00",
+        "created by mutation in iteration 1, with a rating of 31.00 ± 2.00",
         "temperature 1.0), with 95% intervals; the deployed prompt is p3",
         "0.25",
     ):
