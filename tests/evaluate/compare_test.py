@@ -264,7 +264,7 @@ def test_models_are_looked_for_before_any_is_sampled(loaded, monkeypatch, tmp_pa
     (tmp_path / "model.gguf").write_bytes(b"")
     for missing, complaint in (
         ("none.gguf", "none.gguf does not exist"),
-        ("no such model", "is no folder here"),
+        ("no such model", "neither a local folder nor a model name"),
         (str(tmp_path), "config.json"),
     ):
         with pytest.raises(ValueError, match=f"--model={missing}: .*{complaint}"):
@@ -325,7 +325,7 @@ def test_problems_without_room_are_named_before_any_is_sampled(loaded, monkeypat
     sets = {"four": ProblemSet(fakes.PROBLEMS, "four"), "some": ProblemSet((*fakes.PROBLEMS, *long), "some")}
     refusal = (
         r"--data=some: 2 of 7 problems are too long \(long1, long2\): with prompt 'Add\.' the longest "
-        r"makes 95 tokens, which leaves no room in a context of 94; raise --context_limit \(tiny supports 4096\)"
+        r"has 95 tokens, which leaves no room in a context of 94; raise --context_limit \(tiny supports 4096"
     )
     sampling = {**GIVEN, "context_limit": 94}
     with pytest.raises(ValueError, match=refusal):

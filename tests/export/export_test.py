@@ -138,7 +138,7 @@ def test_refusals(workdir, tmp_path):
     assert not (tmp_path / "out").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    with pytest.raises(FileExistsError, match="nothing is overwritten"):
+    with pytest.raises(FileExistsError, match="is not overwritten"):
         export(workdir, tmp_path / "full", say=lambda line: None)
 
 
