@@ -116,7 +116,7 @@ def test_gemma_3_4b_as_published():
         ({"partial_rotary_factor": 0.25}, "partial_rotary_factor=0.25"),
         (
             {"model_type": "qwen3", "layer_types": ["chunked_attention"] * 3},
-            "names chunked_attention, which is",
+            "has chunked_attention, which is",
         ),
         (
             {"model_type": "qwen3", "layer_types": ["full_attention"]},

@@ -167,7 +167,7 @@ class TestRows:
 
     def test_a_token_that_is_not_allowed_is_an_error(self):
         rows = rows_of(ADD, ADD)
-        with pytest.raises(RuntimeError, match="row 1 drew token 5, which was not allowed"):
+        with pytest.raises(RuntimeError, match="row 1 sampled token 5, which was not allowed"):
             rows.accept(np.array([0, 1]), np.array([*tokenizer().encode("{"), 5]))
         with pytest.raises(RuntimeError, match="the reply of row 1 cannot continue"):
             rows.allowed(np.array([0, 1]))
