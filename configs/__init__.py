@@ -1,1 +1,1 @@
-"""Configurations of runs."""
+"""Run configurations."""

@@ -1,7 +1,7 @@
-"""Every field of a run once, with its default and one comment. A run's file changes what it needs to.
+"""All configuration fields, with defaults. Each run has a short config file that overrides some of them.
 
-Fields are set on the command line too: `--config.optimizer.learning_rate=1e-4`. A `placeholder` is None until
-it is given a value of its type.
+The command line overrides fields too: `--config.optimizer.learning_rate=1e-4`. A `placeholder` is None by
+default and takes a value of its type.
 """
 
 from ml_collections import ConfigDict
@@ -9,203 +9,199 @@ from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
-    """The defaults, which are the paper's settings where it gives them."""
+    """Returns the defaults: the paper's settings where the paper gives them."""
     c = ConfigDict()
-    c.mode = "espl"  # espl (both), rl (weights only), evolution (prompts only), reflection (mutation alone)
-    c.seed = 0  # of everything drawn: problems, selection, tokens, adapters
-    c.num_iterations = 30  # policy-gradient steps, and generations of prompts
+    c.mode = "espl"  # espl (weights and prompts), rl (weights), evolution (prompts) or reflection (mutations)
+    c.seed = 0  # seeds problem order, selection, sampling and adapter initialization
+    c.num_iterations = 30  # one update of the weights and one generation of prompts each
 
     c.model = ConfigDict()
-    c.model.source = "smollm2"  # or qwen2.5-coder-0.5b, a .gguf file, a safetensors folder, org/name (hub)
-    # Each "auto" becomes what suits the machine; the values are recorded, and a resumed run keeps them.
-    c.model.dtype = "auto"  # KV cache and operands of products: float32 or bfloat16
-    c.model.param_dtype = "auto"  # how frozen weights are stored; trained ones are float32 always
+    c.model.source = "smollm2"  # or qwen2.5-coder-0.5b, a .gguf file, a safetensors folder, org/name (Hub)
+    # "auto" is resolved for the machine. The resolved values are recorded, and a resumed run keeps them.
+    c.model.dtype = "auto"  # dtype of the KV cache and of matmul operands: float32 or bfloat16
+    c.model.param_dtype = "auto"  # storage dtype of frozen weights; trained weights are always float32
     c.model.matmul_precision = (
-        "auto"  # default (as dtype), highest, or bfloat16 (operands of float32 products)
+        "auto"  # default (follows dtype), highest, or bfloat16 (rounds matmul operands)
     )
-    c.model.sampling_layout = "auto"  # stacked (all layers in one array) or unstacked (faster on CPUs)
-    c.model.scan_layers = True  # one program for all layers, or one for each
-    c.model.remat = "full"  # or none, attention, products, rounded, offload; see models/config.py
-    c.model.chat_template_kwargs = "{}"  # JSON, passed to the chat template: {"enable_thinking": false}
+    c.model.sampling_layout = "auto"  # stacked (one array for all layers) or unstacked (faster on CPUs)
+    c.model.scan_layers = True  # scan over layers (small programs); False unrolls them
+    c.model.remat = "full"  # full, none, attention, products, rounded or offload; see models/config.py
+    c.model.chat_template_kwargs = "{}"  # JSON arguments of the chat template: {"enable_thinking": false}
 
     c.lora = ConfigDict()
-    c.lora.rank = 32  # of the adapters; 0 trains all weights
+    c.lora.rank = 32  # adapter rank; 0 trains all weights
     c.lora.targets = ("query", "key", "value", "out", "gate", "up", "down")  # adapted weights; also: head
     c.lora.scale = 1.0  # alpha / rank
 
     c.data = ConfigDict()
     c.data.train = ""  # .jsonl or .parquet file, hub:org/name:split=train, or addition:digits=2,count=200
-    c.data.validation = ""  # likewise; empty holds out validation_count problems of train
-    c.data.test = ""  # likewise; empty means that there is no test
-    c.data.validation_count = 10  # problems held out of train where data.validation is empty
-    c.data.too_long = "refuse"  # problems that leave no room in the context: refuse, or drop (and count)
-    c.data.fields = ConfigDict()  # names of fields of all sources whose spec does not name them
-    c.data.fields.text = ""  # the statement's, e.g. prompt.0.content; empty finds problem or question
-    c.data.fields.answer = ""  # the answer's; empty finds answer
-    c.data.fields.id = ""  # the id's; empty finds id, or hashes the statement
+    c.data.validation = ""  # same formats; empty: hold out validation_count problems of train
+    c.data.test = ""  # same formats; empty: no test
+    c.data.validation_count = 10  # problems held out of train if data.validation is empty
+    c.data.too_long = "refuse"  # problems that do not fit into the context: refuse, or drop (and report)
+    c.data.fields = ConfigDict()  # field names, for sources whose spec does not give them
+    c.data.fields.text = ""  # field of the statement, e.g. prompt.0.content; empty: problem or question
+    c.data.fields.answer = ""  # field of the answer; empty: answer
+    c.data.fields.id = ""  # field of the id; empty: id if there is one, else a hash of the statement
 
     c.environment = ConfigDict()
-    c.environment.name = "math"  # math (math-verify), arithmetic (a number), search, or module:name
-    c.environment.answer_format = "boxed"  # boxed; math also: expression; arithmetic also: last_number
-    c.environment.instruction = placeholder(str)  # after each problem; None asks for a box if one is needed
-    c.environment.show_thinking = False  # let grader and reflection see thinking blocks too
-    c.environment.reward = ""  # module:function of problem, reply and grade, instead of its own
-    c.environment.options = "{}"  # JSON, arguments of an environment given as module:name
-    c.environment.tool_format = "auto"  # how calls are written: hermes, xml, mistral, llama, or by template
+    c.environment.name = "math"  # math (math-verify), arithmetic (one number), search, or module:name
+    c.environment.answer_format = "boxed"  # boxed; for math also expression; for arithmetic also last_number
+    c.environment.instruction = placeholder(str)  # appended to each problem; None: ask for a box if needed
+    c.environment.show_thinking = False  # show thinking blocks to the grader and the reflector
+    c.environment.reward = ""  # module:function of (problem, reply, grade) that replaces the reward
+    c.environment.options = "{}"  # JSON arguments of a module:name environment
+    c.environment.tool_format = "auto"  # call syntax: hermes, xml, mistral, llama; auto: by template
     c.environment.math = ConfigDict()
-    c.environment.math.timeout = 5.0  # seconds for one answer, which is wrong if it takes longer to compare
-    c.environment.math.workers = 2  # processes that compare answers
-    c.environment.math.memory_mib = 512  # MiB of address space for one answer
+    c.environment.math.timeout = 5.0  # seconds to compare one answer; slower answers count as wrong
+    c.environment.math.workers = 2  # grading processes
+    c.environment.math.memory_mib = 512  # address space per answer, in MiB
     c.environment.search = ConfigDict()
-    c.environment.search.retriever = ""  # http://host:port/retrieve, or .jsonl; encyclopedia has its own
-    c.environment.search.passages = 3  # found for each query
-    c.environment.search.max_turns = 4  # of the model's, the answer included
+    c.environment.search.retriever = ""  # http://host:port/retrieve or .jsonl; not needed for encyclopedia
+    c.environment.search.passages = 3  # passages returned per query
+    c.environment.search.max_turns = 4  # model turns per rollout, including the answer
     c.environment.search.max_passage_words = 150  # longer passages are cut
-    c.environment.search.timeout = 30.0  # seconds for one call, after which the model is told that it failed
-    c.environment.search.concurrency = 16  # calls at once
-    c.environment.search.rewards = ConfigDict()  # weights of what a reward is the sum of
-    c.environment.search.rewards.exact_match = 1.0  # 1 for the right answer
-    c.environment.search.rewards.f1 = 0.0  # of the answer's words
-    c.environment.search.rewards.answered = 0.0  # 1 for an answer of any kind
-    c.environment.search.rewards.searched = 0.0  # 1 for a search that found something
-    c.environment.search.rewards.malformed_calls = 0.0  # for each
-    c.environment.search.rewards.failed_searches = 0.0  # for each
+    c.environment.search.timeout = 30.0  # seconds per call; after that the model is told that the call failed
+    c.environment.search.concurrency = 16  # concurrent calls
+    c.environment.search.rewards = ConfigDict()  # the reward is the weighted sum of these terms
+    c.environment.search.rewards.exact_match = 1.0  # 1 for a correct answer
+    c.environment.search.rewards.f1 = 0.0  # word-level F1 of the answer
+    c.environment.search.rewards.answered = 0.0  # 1 for any answer
+    c.environment.search.rewards.searched = 0.0  # 1 if at least one search found something
+    c.environment.search.rewards.malformed_calls = 0.0  # per malformed call
+    c.environment.search.rewards.failed_searches = 0.0  # per failed search
 
     c.population = ConfigDict()
     c.population.text = ""  # prose of the root prompt
-    c.population.principles = ()  # principles of the root prompt; empty for the math tasks of the paper
-    c.population.start_from = ""  # a population.json, or first prompts of your own in a .jsonl, instead
-    c.population.max_size = 100  # members alive; the oldest leave first
+    c.population.principles = ()  # principles of the root prompt; empty for the paper's math tasks
+    c.population.start_from = ""  # population.json, or a .jsonl of initial prompts; replaces the root prompt
+    c.population.max_size = 100  # living members; the oldest are removed first
 
-    c.num_prompts = 3  # M, system prompts side by side in one iteration
-    c.batch_size = 10  # B, problems in one iteration
-    c.group_size = 5  # N, rollouts of each prompt on each problem
+    c.num_prompts = 3  # M, system prompts per iteration
+    c.batch_size = 10  # B, problems per iteration
+    c.group_size = 5  # N, rollouts per prompt and problem
 
     c.sampling = ConfigDict()
-    c.sampling.temperature = 0.7  # of rollouts
-    c.sampling.max_new_tokens = 15_000  # of one rollout, all turns and what tools say included
-    c.sampling.top_k = 0  # draw from so many most likely tokens only; 0 for all
-    c.sampling.top_p = 1.0  # then from the fewest that hold so much of the probability; 1 for all
-    c.sampling.min_p = 0.0  # then from those at least so likely, relative to the likeliest; 0 for all
-    c.sampling.stop_strings = ()  # texts that end a rollout, wherever tokens begin and end
-    c.sampling.context_limit = 0  # most tokens of a whole conversation; 0 for the model's own limit
-    c.sampling.max_rows = 0  # times M: rollouts in flight at once; 0 for as many as fit into memory
+    c.sampling.temperature = 0.7  # temperature of training rollouts
+    c.sampling.max_new_tokens = 15_000  # per rollout, over all turns, including tool output
+    c.sampling.top_k = 0  # sample from the k most likely tokens; 0 disables
+    c.sampling.top_p = 1.0  # then from the smallest set with this much of their probability; 1 disables
+    c.sampling.min_p = 0.0  # then from tokens with at least this ratio to the top probability; 0 disables
+    c.sampling.stop_strings = ()  # strings that end a rollout, regardless of token boundaries
+    c.sampling.context_limit = 0  # tokens per conversation; 0: the model's limit
+    c.sampling.max_rows = 0  # M times this many concurrent rollouts; 0: as many as memory holds
 
     c.selection = ConfigDict()
-    c.selection.strategy = "softmax"  # softmax (the paper's equation 4), uniform, ucb or lucb
-    c.selection.window = 10  # K, only so many newest members can be selected
-    c.selection.optimism = 2.0  # lambda, score = mu + lambda * sigma
-    c.selection.temperature = placeholder(float)  # of the softmax; None for the largest score, at least 1
+    c.selection.strategy = "softmax"  # softmax (equation 4 of the paper), uniform, ucb or lucb
+    c.selection.window = 10  # K, selection considers only the K newest members
+    c.selection.optimism = 2.0  # lambda in score = mu + lambda * sigma
+    c.selection.temperature = placeholder(float)  # softmax temperature; None: max(1, highest score)
 
     c.ratings = ConfigDict()
-    c.ratings.system = "trueskill"  # trueskill, or openskill (no patents)
-    c.ratings.tie_margin = 0.01  # mean rewards this close tie, and win nothing in a crossover
-    c.ratings.drift_sigma = 0.0  # what every uncertainty grows by when the weights have moved
+    c.ratings.system = "trueskill"  # trueskill, or openskill (patent-free)
+    c.ratings.tie_margin = 0.01  # mean rewards this close are a tie, and win nothing in a crossover
+    c.ratings.drift_sigma = 0.0  # added to every sigma (in quadrature) after an update of the weights
 
     c.evolution = ConfigDict()
-    c.evolution.form = "principles"  # what is edited: principles (a list) or prose (its sentences)
-    c.evolution.output = "edits"  # what mutations propose: edits, or rewrite (the whole prompt, in one stage)
-    c.evolution.mutation_sigma = 1.0  # what a mutated child's uncertainty grows by
-    c.evolution.crossover_sigma = 1.0  # likewise for crossover
-    c.evolution.crossover_prob = 0.2  # chance of a crossover in an iteration
-    c.evolution.max_edits = 2  # K_ops, edits that one critique may propose
-    c.evolution.max_words = 32  # of one principle; asked for, asked for again, then refused
-    c.evolution.word_retries = 1  # times that a reply with too long a principle is asked for again
-    c.evolution.max_principles = 32  # of one prompt; edits that would make more are refused
-    c.evolution.max_prompt_tokens = 4096  # of one prompt; likewise, or what the context leaves
-    c.evolution.copied_tokens = 12  # edits with such a run of a training problem are refused; 0 allows all
-    c.evolution.copied_answers = True  # refuse edits that hold an answer of the iteration's problems
-    c.evolution.copied_templates = True  # refuse edits that echo the reflector's own instructions
-    c.evolution.copied_members = True  # refuse mutations that repeat another member's principle
-    c.evolution.allow_duplicates = False  # let children enter that equal a living member
+    c.evolution.form = "principles"  # what edits change: principles (a list) or prose (its sentences)
+    c.evolution.output = "edits"  # what mutations propose: edits, or rewrite (whole prompts; needs stages=1)
+    c.evolution.mutation_sigma = 1.0  # added to sigma (in quadrature) of a mutated child
+    c.evolution.crossover_sigma = 1.0  # the same for crossover
+    c.evolution.crossover_prob = 0.2  # probability of a crossover per iteration
+    c.evolution.max_edits = 2  # K_ops, edits per critique
+    c.evolution.max_words = 32  # words per principle: requested, requested again, then dropped
+    c.evolution.word_retries = 1  # retries for a reply whose principle is too long
+    c.evolution.max_principles = 32  # per prompt; edits that would exceed it are dropped
+    c.evolution.max_prompt_tokens = 4096  # per prompt; likewise; lowered if the context is too small
+    c.evolution.copied_tokens = 12  # drop edits that share n-grams this long with training problems; 0: off
+    c.evolution.copied_answers = True  # drop edits that contain an answer of the iteration's problems
+    c.evolution.copied_templates = True  # drop edits that echo the reflector's instructions
+    c.evolution.copied_members = True  # drop mutations that repeat a principle of another member
+    c.evolution.allow_duplicates = False  # admit children identical to a living member
 
     c.deployment = ConfigDict()
-    c.deployment.rule = "ratings"  # ratings (best mu - 2 sigma), newest, or validation (best mean reward)
-    c.deployment.min_tournaments = 2  # ratings: only members with so many count
-    c.deployment.candidates = 5  # validation: so many members are tried
+    c.deployment.rule = "ratings"  # ratings (max mu - 2 sigma), newest, or validation (max mean reward)
+    c.deployment.min_tournaments = 2  # ratings: members with fewer tournaments are not considered
+    c.deployment.candidates = 5  # validation: number of members to evaluate
 
     c.reflection = ConfigDict()
-    c.reflection.reflector = "local"  # local (on device), openai (any compatible server) or replay (a record)
+    c.reflection.reflector = "local"  # local (on device), openai (a compatible server) or replay (a log)
     c.reflection.policy = "reference"  # local: reference (initial weights) or current (before the update)
-    c.reflection.source = ""  # local: another model as the reflector, as model.source; empty for the policy
-    c.reflection.chat_template_kwargs = "{}"  # JSON, passed to that model's chat template
-    c.reflection.problems = (
-        "mixed_or_failed"  # reflected on: mixed, failed, mixed_or_failed (see docs) or all
-    )
-    c.reflection.max_problems = 0  # problems of one mutation, drawn at random; 0 for all
-    c.reflection.max_attempts = (
-        0  # attempts shown per problem, drawn at random, half of them right; 0 for all
-    )
-    c.reflection.show = ("summary", "verdict", "gold", "feedback")  # of an attempt; also: trajectory
-    c.reflection.verbatim_chars = 2000  # attempts shorter than this are shown as they are, not summarized
-    c.reflection.rejected_edits = 8  # recently rejected edits shown to the reflector
+    c.reflection.source = ""  # local: another model as the reflector, as in model.source; empty: the policy
+    c.reflection.chat_template_kwargs = "{}"  # JSON arguments of that model's chat template
+    c.reflection.problems = "mixed_or_failed"  # problems to reflect on: mixed, failed, mixed_or_failed or all
+    c.reflection.max_problems = 0  # problems per mutation, drawn at random; 0: all
+    c.reflection.max_attempts = 0  # attempts shown per problem, drawn at random, half of them right; 0: all
+    c.reflection.show = ("summary", "verdict", "gold", "feedback")  # parts of an attempt; also: trajectory
+    c.reflection.verbatim_chars = 2000  # attempts shorter than this are shown verbatim instead of summarized
+    c.reflection.rejected_edits = 8  # recently rejected edits to show
     c.reflection.stages = 3  # 3 (summaries, critiques, revision) or 1 (one call for all problems)
-    c.reflection.reasoning = "none"  # before edits: none, brief (free text), or model (its thinking block)
-    c.reflection.reasoning_tokens = 512  # of reasoning before one reply; longer reasoning gives no edit
-    c.reflection.format = "auto"  # how edits are written: lines, json, or auto (json for openai)
+    c.reflection.reasoning = "none"  # before edits: none, brief (free text) or model (its thinking block)
+    c.reflection.reasoning_tokens = 512  # limit of reasoning per reply; longer reasoning gives no edit
+    c.reflection.format = "auto"  # format of edits: lines, json, or auto (json for openai, else lines)
     c.reflection.templates = ""  # folder of templates that replace built-in ones of the same name
-    c.reflection.constrained = True  # keep edits to their grammar: while decoding, or by the server
-    c.reflection.temperature = 0.7  # of summaries, critiques and revisions
-    c.reflection.max_new_tokens = 2048  # of one reply
+    c.reflection.constrained = True  # grammars for edits: constrained decoding, or JSON schemas for a server
+    c.reflection.temperature = 0.7  # temperature of summaries, critiques and revisions
+    c.reflection.max_new_tokens = 2048  # per reply
     c.reflection.max_input_tokens = 32_768  # local: longer conversations are cut in the middle
-    c.reflection.opening = False  # local: write the beginning of free replies for the model
-    c.reflection.base_url = "https://api.openai.com/v1"  # of the server
-    c.reflection.model = ""  # what the server calls its model
-    c.reflection.api_key_variable = "OPENAI_API_KEY"  # environment variable with the key; may be unset
-    c.reflection.concurrency = 8  # requests at once
-    c.reflection.timeout = 300.0  # seconds for one attempt at a request
-    c.reflection.max_retries = 5  # of a request that fails; after that its reply is missing
-    c.reflection.price_input = 0.0  # of a million tokens, for the metric `cost`
-    c.reflection.price_output = 0.0  # likewise
-    c.reflection.replay = ""  # the reflections.jsonl or replies.jsonl that `replay` answers from
+    c.reflection.opening = False  # local: prefill the beginning of unconstrained replies
+    c.reflection.base_url = "https://api.openai.com/v1"  # openai: server address
+    c.reflection.model = ""  # openai: model name on the server
+    c.reflection.api_key_variable = "OPENAI_API_KEY"  # environment variable that holds the key; may be unset
+    c.reflection.concurrency = 8  # concurrent requests
+    c.reflection.timeout = 300.0  # seconds per attempt
+    c.reflection.max_retries = 5  # retries per request; after that the reply is missing
+    c.reflection.price_input = 0.0  # price of a million input tokens, for the metric `cost`
+    c.reflection.price_output = 0.0  # price of a million output tokens
+    c.reflection.replay = ""  # replay: a reflections.jsonl or replies.jsonl
 
     c.loss = ConfigDict()
-    # The ratio of importance_sampling is policy / sampler, that of the other kinds policy / old policy: the
-    # trainer's own logprobs before the batch's first update, so the ratio is 1 in that update.
+    # Importance ratios are policy / sampler for importance_sampling, and policy / old policy for the other
+    # kinds. The old policy is the trainer's before the batch's first update, so that update has ratio 1.
     c.loss.kind = "importance_sampling"  # or sequence_importance_sampling, ppo, cispo, gspo
-    c.loss.clip_low = placeholder(float)  # ratios are kept above 1 - clip_low; None for the kind's own
-    c.loss.clip_high = placeholder(float)  # ratios are kept below 1 + clip_high; None for the kind's own
-    c.loss.aggregation = "seq_mean_token_sum"  # or token_mean, or constant_length (sampling.max_new_tokens)
-    c.loss.baseline = "per_prompt"  # per_prompt or marginalized (over prompts too)
-    c.loss.normalize_advantages = "none"  # none, std (of what the baseline is the mean of) or batch_std
-    c.loss.sampler_weight_cap = 0.0  # largest weight old policy / sampler of a term; 0 for no weights
-    c.loss.epochs = 1  # passes over a batch
-    c.loss.minibatches = 1  # parts of a batch, one update each
+    c.loss.clip_low = placeholder(float)  # ratios are clipped below 1 - clip_low; None: default of the kind
+    c.loss.clip_high = placeholder(float)  # ratios are clipped above 1 + clip_high; None: default of the kind
+    c.loss.aggregation = "seq_mean_token_sum"  # or token_mean, or constant_length (divides by max_new_tokens)
+    c.loss.baseline = "per_prompt"  # per_prompt, or marginalized (mean over prompts as well)
+    c.loss.normalize_advantages = "none"  # none, std (over the baseline's rewards) or batch_std (over all)
+    c.loss.sampler_weight_cap = 0.0  # cap on the importance weight old policy / sampler; 0: no weights
+    c.loss.epochs = 1  # passes over each batch
+    c.loss.minibatches = 1  # minibatches per epoch, one update each
     c.loss.kl_coef = 0.0  # weight of KL(policy || reference)
-    c.loss.kl_estimator = "exact"  # exact (whole vocabulary), or k2, k3 (tokens drawn, weighted)
-    c.loss.mask_truncated = False  # no gradient from rollouts that a limit ended (DAPO's overlong filtering)
-    c.loss.microbatch_rows = 0  # rollouts at a time in the backward pass; 0 for all at once
+    c.loss.kl_estimator = "exact"  # exact (full vocabulary), or k2, k3 (sampled tokens, importance-weighted)
+    c.loss.mask_truncated = False  # no gradient from truncated rollouts (DAPO's overlong filtering)
+    c.loss.microbatch_rows = 0  # rollouts per microbatch of gradient accumulation; 0: all
 
     c.optimizer = ConfigDict()
-    c.optimizer.kind = "adam"  # adam, adamw (with weight decay) or adafactor (with little state)
-    c.optimizer.learning_rate = 4e-5  # after the warm-up
-    c.optimizer.b1 = 0.9  # decay of the gradients' mean; of Adam and AdamW
-    c.optimizer.b2 = 0.95  # decay of their squares' mean; likewise
-    c.optimizer.eps = 1e-8  # Adam's epsilon; likewise
-    c.optimizer.weight_decay = 0.0  # adamw: the learning rate times this is taken off matrices in each update
-    c.optimizer.max_grad_norm = 1.0  # gradients are clipped to this norm; 0 leaves them alone
-    c.optimizer.schedule = "constant"  # constant, linear or cosine: the rate from the warm-up to the end
+    c.optimizer.kind = "adam"  # adam, adamw or adafactor (low memory)
+    c.optimizer.learning_rate = 4e-5  # peak, after warm-up
+    c.optimizer.b1 = 0.9  # adam, adamw: decay of the first moment
+    c.optimizer.b2 = 0.95  # adam, adamw: decay of the second moment
+    c.optimizer.eps = 1e-8  # adam, adamw: epsilon
+    c.optimizer.weight_decay = 0.0  # adamw: decoupled weight decay of matrices
+    c.optimizer.max_grad_norm = 1.0  # global gradient norm for clipping; 0 disables
+    c.optimizer.schedule = "constant"  # constant, linear or cosine decay after warm-up
     c.optimizer.warmup_steps = 0  # updates of linear warm-up
-    c.optimizer.final_rate = 0.0  # linear, cosine: where the rate ends, as a part of learning_rate
-    c.optimizer.max_skipped = 3  # updates in a row skipped for a NaN or infinity, before the run stops
+    c.optimizer.final_rate = 0.0  # linear, cosine: final rate as a fraction of learning_rate
+    c.optimizer.max_skipped = 3  # consecutive non-finite updates to skip before the run stops
 
     c.evaluation = ConfigDict()
-    c.evaluation.every = 5  # iterations between evaluations on validation; 0 for none
-    c.evaluation.validation_samples = 1  # rollouts of each validation problem
-    c.evaluation.test_samples = 10  # rollouts of each test problem, at the end
-    c.evaluation.temperature = 0.7  # of evaluation
+    c.evaluation.every = 5  # iterations between evaluations on validation; 0 disables
+    c.evaluation.validation_samples = 1  # rollouts per validation problem
+    c.evaluation.test_samples = 10  # rollouts per test problem, at the end of the run
+    c.evaluation.temperature = 0.7  # sampling temperature of evaluations
 
     c.mesh = ConfigDict()
-    c.mesh.data = 1  # devices that share rows; one of the four may be -1 and takes the rest
-    c.mesh.fsdp = -1  # devices that share rows and weights
-    c.mesh.tensor = 1  # devices that share heads
-    c.mesh.expert = 1  # devices that share the experts of a mixture; of other models, rows
+    c.mesh.data = 1  # data parallelism; one of the four axes may be -1: all remaining devices
+    c.mesh.fsdp = -1  # fully sharded data parallelism
+    c.mesh.tensor = 1  # tensor parallelism
+    c.mesh.expert = 1  # expert parallelism; models without experts use this axis as data parallelism
 
     c.resume = ConfigDict()
-    c.resume.changed_inputs = "refuse"  # refuse or allow (and log): files replaced since the run's checkpoint
+    c.resume.changed_inputs = "refuse"  # inputs replaced since the checkpoint: refuse, or allow (and warn)
 
     c.checkpoint_every = 1  # iterations between checkpoints
-    c.checkpoint_keep = 2  # checkpoints kept
-    c.compilation_cache = "~/.cache/espl_jax/xla"  # compiled programs, kept between runs; empty for none
-    c.profile_iteration = 0  # iteration to write a profile of, to <workdir>/profile; 0 for none
-    return c.lock()  # a run's file that sets a field by a wrong name is refused
+    c.checkpoint_keep = 2  # checkpoints to keep
+    c.compilation_cache = "~/.cache/espl_jax/xla"  # persistent compilation cache; empty disables
+    c.profile_iteration = 0  # iteration to profile, into <workdir>/profile; 0 disables
+    return c.lock()  # setting a field that does not exist is an error

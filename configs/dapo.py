@@ -1,22 +1,22 @@
-r"""100 problems of DAPO-Math-17k to AIME 2025, the paper's settings.
+r"""Trains on 100 problems of DAPO-Math-17k, tests on AIME 2025; the paper's settings.
 
     python -m espl_jax.main --config=configs/dapo.py --workdir=runs/dapo
 
-Every statement of DAPO-Math-17k is there about a hundred times, and a few with several answers: the first of
-each is kept, these are shuffled, and 100 taken. From files of your own, one problem a line with `problem` and
-`answer` (or dapo-math-17k.parquet as it is, with the options below):
+DAPO-Math-17k contains each statement about 100 times, a few of them with different answers. The first copy
+of each is kept, the rest dropped; then the problems are shuffled and 100 are taken. To use local files, with
+one JSON object per line (fields `problem` and `answer`), or dapo-math-17k.parquet with the options below:
 
     --config.data.train=dapo_100.jsonl --config.data.test=aime_2025.jsonl
 
-The paper reports 48.6% before training, 54.6% with reflection alone, 56.3% with weights alone (GRPO), 57.3%
-with prompts alone and 60.6% with both, for DeepSeek-V3.1.
+For DeepSeek-V3.1, the paper reports 48.6% before training, 54.6% with reflection only, 56.3% when training
+only the weights (GRPO), 57.3% when evolving only the prompts, and 60.6% with both.
 """
 
 from configs import hmmt
 
 
 def get_config():
-    """The settings of configs/hmmt.py with other problems and fewer iterations."""
+    """Returns the settings of configs/hmmt.py with different problems and fewer iterations."""
     c = hmmt.get_config()
     c.num_iterations = 16
     c.data.train = (

@@ -1,21 +1,22 @@
-r"""HMMT of February 2023, 2024 and 2025 to November 2025, the paper's settings on a TPU VM.
+r"""Trains on HMMT February 2023 to 2025, tests on HMMT November 2025; the paper's settings for a TPU VM.
 
     python -m espl_jax.main --config=configs/hmmt.py --workdir=runs/hmmt
 
-The problem texts are licensed CC BY-NC-SA and not shipped: they come from the hub, 30 of each contest, or
-from files of your own, one problem a line with `problem` and `answer`:
+The problem texts are licensed CC BY-NC-SA and are not shipped with this package. They are downloaded from
+the Hub (30 problems per contest). To use local files, with one JSON object per line (fields `problem` and
+`answer`):
 
     --config.data.train='feb_2023.jsonl + feb_2024.jsonl + feb_2025.jsonl' --config.data.test=nov_2025.jsonl
 
-The paper reports 39.3% before training, 47.0% with reflection alone, 50.0% with weights alone (GRPO), 48.6%
-with prompts alone and 52.7% with both, for DeepSeek-V3.1.
+For DeepSeek-V3.1, the paper reports 39.3% before training, 47.0% with reflection only, 50.0% when training
+only the weights (GRPO), 48.6% when evolving only the prompts, and 52.7% with both.
 """
 
 from configs import common
 
 
 def get_config():
-    """The paper's settings for its math tasks, said again where configs/common.py has them already."""
+    """Returns the paper's settings for its math tasks, repeating those that are defaults already."""
     c = common.get_config()
     c.num_iterations = 30
     c.model.source = "Qwen/Qwen3-8B"

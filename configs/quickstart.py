@@ -1,8 +1,8 @@
-r"""SmolLM2-135M learns two-digit addition on a CPU, and evolves its system prompt by its own reflection.
+r"""Trains SmolLM2-135M on two-digit addition on a CPU; the model itself evolves its system prompt.
 
     make quickstart MODEL=smollm2
 
-Expected on two cores, about 8 minutes with the installation: held-out accuracy from 0 to about half.
+Takes about 8 minutes on two cores, installation included. Held-out accuracy goes from 0 to about 50%.
 """
 
 from configs import common
@@ -11,10 +11,10 @@ MODELS = ("smollm2", "qwen2.5-coder-0.5b")
 
 
 def get_config(model="smollm2"):
-    """Small everything: one chunk of decoding, microbatches of four groups.
+    """Returns a small configuration: rollouts fit in one decode chunk, microbatches hold four groups.
 
     Args:
-      model: one of `MODELS`; `--config=configs/quickstart.py:MODEL` names another than the first.
+      model: one of `MODELS`; `--config=configs/quickstart.py:MODEL` selects another than the first.
     """
     if model not in MODELS:
         raise ValueError(f"model={model!r}: choose one of {', '.join(MODELS)}")

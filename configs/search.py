@@ -1,16 +1,16 @@
-r"""An agent that searches: questions of Natural Questions and HotpotQA, the paper's fourth data pair.
+r"""Trains a search agent on Natural Questions and HotpotQA, the paper's fourth task.
 
     python -m espl_jax.main --config=configs/search.py --workdir=runs/search \
         --config.environment.search.retriever=http://localhost:8000/retrieve
 
-The retriever is yours: a server that speaks Search-R1's protocol (which is how indexes of all of Wikipedia
-are run), or a file of passages, one JSON object a line with `title` and `text`. Without either, and without
-the hub, a generated encyclopedia has questions and passages:
+You provide the retriever: a server that implements Search-R1's protocol (as the common Wikipedia indexes do),
+or a file of passages, one JSON object per line with `title` and `text`. To run without a retriever and
+without the Hub, use the generated encyclopedia, which has questions and passages:
 
     python -m espl_jax.main --config=configs/search.py --workdir=runs/encyclopedia --config.data=encyclopedia
 
-The paper reports 6.6% before training, 44.2% with weights alone (GRPO), 34.0% with prompts alone and 48.6%
-with both, for gpt-oss-120b on 196 training and 64 test questions.
+For gpt-oss-120b with 196 training and 64 test questions, the paper reports 6.6% before training, 44.2% when
+training only the weights (GRPO), 34.0% when evolving only the prompts, and 48.6% with both.
 """
 
 from configs import hmmt
@@ -22,7 +22,7 @@ def _questions(config: str, split: str, count: int) -> str:
 
 
 def get_config():
-    """The settings of configs/hmmt.py; half of the questions from each set, chosen by a seed."""
+    """Returns the settings of configs/hmmt.py for search, with half of the questions from each data set."""
     c = hmmt.get_config()
     c.model.chat_template_kwargs = '{"enable_thinking": false}'
     c.data.train = f"{_questions('nq', 'train', 98)} + {_questions('hotpotqa', 'train', 98)}"

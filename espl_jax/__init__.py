@@ -1,7 +1,7 @@
 """espl_jax: evolving a language model's system prompt together with its weights, in JAX.
 
-The names below are the public face. Each is imported when it is first used, so that code which only handles
-prompts, ratings and problems needs neither jax nor the time to import it.
+The names below are the public API. Each is imported on first use, so that code which only handles prompts,
+ratings and problems does not import jax.
 """
 
 import importlib
@@ -9,7 +9,7 @@ import importlib
 __version__ = "0.1.0"
 
 _HOME = {
-    # Functions of arrays.
+    # Array functions.
     "load_pretrained": "espl_jax.pretrained.load",
     "save_pretrained": "espl_jax.pretrained.save",
     "forward": "espl_jax.models.transformer",
@@ -18,7 +18,7 @@ _HOME = {
     "token_logprobs": "espl_jax.rl.logprobs",
     "advantages": "espl_jax.rl.advantages",
     "policy_gradient_loss": "espl_jax.rl.losses",
-    # Functions of prompts, ratings and text; none of them imports jax.
+    # Prompts, ratings and text; none of these imports jax.
     "Problem": "espl_jax.types",
     "SystemPrompt": "espl_jax.types",
     "Rollouts": "espl_jax.types",
@@ -30,7 +30,7 @@ _HOME = {
     "apply_edits": "espl_jax.evolution.edits",
     "mutate": "espl_jax.evolution.mutation",
     "crossover": "espl_jax.evolution.crossover",
-    # Where the two meet.
+    # Both.
     "collect_rollouts": "espl_jax.rollouts.collect",
 }
 

@@ -1,4 +1,4 @@
-"""A look before a run: one problem, one answer, and what will be compiled. Nothing is trained or written."""
+"""`--dry_run`: shows a problem, a rollout and the programs of a run. Nothing is trained or written."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from espl_jax.train import choose, left_out
 from espl_jax.types import Problem, SystemPrompt
 
 LONGEST_ANSWER = 256
-"""New tokens of the answer shown, at most: enough to see what the model does, on any machine."""
+"""Maximum new tokens of the rollout shown: enough to see what the model does, and fast on any machine."""
 
 Say = Callable[[str], None]
 
 
 def dry_run(config: Config, console: Console | None = None) -> None:
-    """Shows what the first iteration would begin with, and the memory that its programs need.
+    """Shows the inputs of the first iteration and the memory that its programs need.
 
     Args:
-      config: the run's configuration, which `check_config` has passed.
-      console: where to show it; standard output by default.
+      config: the run's configuration; must have passed `check_config`.
+      console: console to print to; standard output by default.
 
     Raises:
-      ValueError: as a run would, also where prompt and answer could outgrow the model.
+      ValueError: as a run would, and if prompt and rollout could exceed the context of the model.
     """
     console = (console or Console()) if processes.is_first() else Console(quiet=True)
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
@@ -61,11 +61,11 @@ def dry_run(config: Config, console: Console | None = None) -> None:
 
 
 def show_problem(parts: Parts, prompt: SystemPrompt, problem: Problem, say: Say) -> None:
-    """The text of one conversation, and its tokens by level of the prefix tree."""
+    """Prints the text of a conversation, and its tokens by level of the prefix tree."""
     tokenizer, kwargs = parts.reference.tokenizer, parts.chat.template_arguments
     messages, kwargs = conversation(tokenizer, prompt, problem, parts.environment, kwargs)
     system, rest = encode_conversation(tokenizer, messages, **kwargs)
-    say(f"Problem {problem.id} under prompt {prompt.id}, as the model gets it:\n")
+    say(f"Problem {problem.id} under prompt {prompt.id}, as given to the model:\n")
     say(render(tokenizer, messages, **kwargs))
     say(f"\n--- system level: {len(system)} tokens, run once for each prompt")
     say(_pieces(tokenizer, system))
@@ -78,7 +78,7 @@ def _pieces(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 
 def show_answer(parts: Parts, prompt: SystemPrompt, problem: Problem, config: Config, say: Say) -> None:
-    """One answer, sampled and graded as in a run."""
+    """Prints a rollout, sampled and graded as in a run."""
     rollouts = collect_rollouts(
         parts.reference,
         [prompt],
@@ -94,7 +94,7 @@ def show_answer(parts: Parts, prompt: SystemPrompt, problem: Problem, config: Co
     )
     place = (0, 0, 0)
     tokens = rollouts.tokens[place][: rollouts.lengths[place]]
-    end = "cut off there" if rollouts.truncated[place] else "ended by itself"
+    end = "truncated" if rollouts.truncated[place] else "ended by the model"
     say(f"--- the model's turn: {len(tokens)} tokens, {end}")
     say(_pieces(parts.reference.tokenizer, tokens.tolist()))
     say(f"\nReply as graded: {rollouts.replies[0][0][0]!r}")
@@ -108,7 +108,7 @@ def show_answer(parts: Parts, prompt: SystemPrompt, problem: Problem, config: Co
 def show_programs(
     parts: Parts, prompts: Sequence[SystemPrompt], problems: Sequence[Problem], config: Config, say: Say
 ) -> None:
-    """Shapes and memory of the programs of the first iteration, compiled for the devices at hand."""
+    """Compiles the programs of the first iteration for the local devices, and prints shapes and memory."""
     model = parts.reference
     state = abstract_run_state(config, model.config, parts.optimizer, parts.mesh)
     say(f"Params: {_size(_bytes(model.params))} as {model.config.param_dtype}.")
@@ -125,20 +125,21 @@ def show_programs(
         memory = program.lower().compile().memory_analysis()
         sizes = (memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.output_size_in_bytes)
         rows.append([program.name, program.shape, *map(_size, sizes)])
-    say("\nMemory of one device; what a program is given and what it returns may be the same memory:\n")
+    say("\nMemory per device; outputs may alias arguments:\n")
     say(table(rows))
     for phase, named in later.items():
-        say(f"\nFor {phase}, compiled when first needed, at most: {'; '.join(named)}.")
+        say(f"\nFor {phase}, compiled when first needed (upper bounds): {'; '.join(named)}.")
 
 
 def programs_of(
     parts: Parts, prompts: Sequence[SystemPrompt], problems: Sequence[Problem], config: Config, say: Say
 ) -> Iterator[Program]:
-    """All programs of the run, for prompts and problems as long as those of the first iteration; of the
-    decode chunks of a stage the smallest and the largest.
+    """Yields all programs of the run, for prompts and problems as long as those of the first iteration.
+
+    Of the decode chunks of a stage, it yields only the smallest and the largest.
 
     Raises:
-      ValueError: if a prompt leaves no room for an answer.
+      ValueError: if a prompt leaves no room for a reply.
     """
     model, most = parts.reference, config.sampling.max_new_tokens
     kwargs = parts.chat.template_arguments

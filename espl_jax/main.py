@@ -10,31 +10,33 @@ from espl_jax.console import command_line
 from espl_jax.run.check_config import check_config
 
 _CONFIG = command_line.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command resumes it.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show one problem, one answer, shapes and memory, and stop.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Work directory; the same command resumes the run.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show one problem, one rollout, shapes and memory, then exit.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address",
     "",
-    "host:port of the first process, where several run together; TPU pods, Slurm and MPI need none.",
+    "host:port of the first of several processes; not needed on TPU pods, Slurm and MPI.",
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Number of processes, with --coordinator_address.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", 0, "Number of this process, from 0.")
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", 0, "Number of processes; used with --coordinator_address."
+)
+_PROCESS_ID = flags.DEFINE_integer("process_id", 0, "Index of this process, from 0.")
 flags.mark_flags_as_required(["config"])
 
 
 def main(argv: list[str]) -> None:
-    """Checks the configuration, and runs."""
+    """Checks the configuration and runs the training, or the dry run."""
     if len(argv) > 1:
-        sys.exit(f"not understood: {' '.join(argv[1:])}; fields are set as --config.name=value")
+        sys.exit(f"unexpected argument {' '.join(argv[1:])}; set fields with --config.field=value")
     config = _CONFIG.value
     try:
         check_config(config)
     except ValueError as error:
         sys.exit(str(error))
     if not _WORKDIR.value and not _DRY_RUN.value:
-        sys.exit("--workdir is missing: name a folder for checkpoints, logs and results")
+        sys.exit("--workdir is missing; name a folder for checkpoints, logs and results")
 
-    # jax is imported from here on, so that a wrong field costs no start-up.
+    # jax is imported only from here on, so that a wrong field is reported at once.
     command_line.enough_threads()
     command_line.use_compilation_cache(config.compilation_cache)
     with command_line.without_traceback():

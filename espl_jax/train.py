@@ -1,4 +1,4 @@
-"""The E-SPL loop (Zhang et al. 2026, arXiv 2602.14697): weights and prompts learn from the same rollouts."""
+"""The E-SPL loop (Zhang et al. 2026, arXiv 2602.14697): the same rollouts train weights and prompts."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ REMEMBERED = 64
 
 
 def train(config: Config, workdir: str | Path, console: Console | None = None) -> dict[str, Any]:
-    """Runs the whole loop and then the test, or goes on where a killed process stopped.
+    """Runs the training loop and the test, or resumes from the newest checkpoint in `workdir`.
 
     Args:
-      config: the run's configuration, which `check_config` has passed.
-      workdir: `run_state` says what is written there.
-      console: where progress is shown; standard output by default.
+      config: the run's configuration; must have passed `check_config`.
+      workdir: the work directory; see `storage.workdir` for its contents.
+      console: console for progress; standard output by default.
 
     Returns:
-      What `results.json` holds: the test by weights and prompt, and the prompt to deploy.
+      The contents of `results.json`: test results by weights and prompt, and the prompt to deploy.
     """
     config = settle_numerics(config, workdir)
     processes.agree("the configuration", config.to_dict())
@@ -81,15 +81,15 @@ def train(config: Config, workdir: str | Path, console: Console | None = None) -
 
 
 def left_out(parts: Parts) -> list[str]:
-    """A line for each split that lacks problems, too long for the context."""
+    """Returns a line for each split with problems that are too long for the context."""
     return [
-        f"Left out of data.{split}, too long for the context: {len(ids)} problems ({', '.join(ids)})."
+        f"data.{split}: dropped {len(ids)} problems that are too long for the context ({', '.join(ids)})."
         for split, ids in parts.left_out.items()
     ]
 
 
 def iterate(job: Job, run: Run, make_reflect: MakeReflect) -> Run:
-    """One iteration: rollouts, and the two branches that learn from them, weights and prompts."""
+    """Runs one iteration: rollouts, then the update of the weights and the evolution of the prompts."""
     config, parts = job.config, job.parts
     iteration = run.iteration + 1
     policy = parts.policy(run.train_state)
@@ -113,7 +113,7 @@ def iterate(job: Job, run: Run, make_reflect: MakeReflect) -> Run:
     if parts.evolves:
         rated = rate(rated, ids, values, config.ratings.tie_margin, config.ratings.system, iteration)
     reflect = make_reflect(policy, iteration)
-    del policy  # what of it was laid out for sampling makes room for the update
+    del policy  # frees the copy in the sampling layout before the update
     train_state, learned, offspring, times = learn(job, run, rated, rollouts, reflect, rng)
 
     children = [each.child for each in offspring.values() if each.child]
@@ -135,7 +135,7 @@ def iterate(job: Job, run: Run, make_reflect: MakeReflect) -> Run:
         "reflector": counts_of(reflect),
         "time": times,
     }
-    del reflect  # it holds what was laid out for sampling, which evaluation does again
+    del reflect  # holds a copy in the sampling layout; evaluation makes its own
     logs.write(job.workdir, iteration, rollouts, offspring, added)
     if config.evaluation.every and iteration % config.evaluation.every == 0:
         with job.progress.phase("evaluation"):
@@ -158,13 +158,13 @@ def iterate(job: Job, run: Run, make_reflect: MakeReflect) -> Run:
 
 
 class Beginning(NamedTuple):
-    """What an iteration begins with.
+    """The inputs of an iteration.
 
     Attributes:
-      prompts: M.
-      problems: B.
-      cursor: which problems come after these.
-      rng: draws the iteration's later choices.
+      prompts: the M system prompts.
+      problems: the B problems.
+      cursor: position of the next problems.
+      rng: random generator for later choices of the iteration.
     """
 
     prompts: tuple[SystemPrompt, ...]
@@ -174,7 +174,7 @@ class Beginning(NamedTuple):
 
 
 def choose(population: Population, cursor: Cursor, iteration: int, parts: Parts, config: Config) -> Beginning:
-    """Chooses what an iteration begins with."""
+    """Chooses the prompts and problems of an iteration."""
     rng = np.random.default_rng([config.seed, stable_hash("selection"), iteration])
     prompts = choose_prompts(population, parts, config, rng)
     problems, cursor = next_batch(parts.splits["train"], cursor, config.batch_size)
@@ -184,7 +184,7 @@ def choose(population: Population, cursor: Cursor, iteration: int, parts: Parts,
 def choose_prompts(
     population: Population, parts: Parts, config: Config, rng: np.random.Generator
 ) -> tuple[SystemPrompt, ...]:
-    """The M prompts of an iteration; the root alone in `rl`, the newest alone in `reflection`."""
+    """Returns the M prompts of an iteration; only the root in mode `rl`, only the newest in `reflection`."""
     if not parts.evolves:
         return population.members[:1]
     if config.mode == "reflection":
@@ -194,13 +194,13 @@ def choose_prompts(
 
 
 class Learned(NamedTuple):
-    """What both branches made of an iteration's rollouts.
+    """The results of the update and of evolution in an iteration.
 
     Attributes:
       state: the train state.
-      metrics: of the update.
-      offspring: by operator.
-      times: seconds of reflection that nothing else counts.
+      metrics: metrics of the update.
+      offspring: outcome of evolution, by operator.
+      times: seconds of reflection not covered by the phases.
     """
 
     state: TrainState | None
@@ -217,7 +217,7 @@ def learn(
     reflect: Reflect,
     rng: np.random.Generator,
 ) -> Learned:
-    """Both branches: the weights' update, and what evolution makes of the prompts."""
+    """Updates the weights and evolves the prompts."""
 
     def generation() -> dict[str, Offspring]:
         return evolve(population, rollouts, reflect, rng, job.parts.evolution, run.rejected)
@@ -233,7 +233,7 @@ def learn(
         with job.progress.phase("reflection"):
             offspring = beside.result()
         return Learned(state, metrics, offspring, beside.times())
-    # Reflection by the current weights comes before the update, which gives their memory away.
+    # Reflection may use the current weights, so it runs before the update donates them.
     with job.progress.phase("reflection"):
         offspring = generation()
     return Learned(*step(), offspring=offspring, times={})
@@ -241,7 +241,7 @@ def learn(
 
 @contextlib.contextmanager
 def profile(config: Config, workdir: WorkDir, iteration: int) -> Iterator[None]:
-    """Writes a trace of the iteration that `profile_iteration` names, for TensorBoard or Perfetto."""
+    """Writes a trace of iteration `profile_iteration`, for TensorBoard or Perfetto."""
     if iteration != config.profile_iteration:
         yield
         return

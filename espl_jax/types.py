@@ -1,8 +1,8 @@
-"""The records that pass between the two worlds, and nothing else.
+"""The types that pass between host code and device code.
 
-Host code (prompts, ratings, rewards) and device code (params, gradients) never import each other; both
-import this module, which needs numpy alone. Letters: M system prompts, B problems, N rollouts of each
-(prompt, problem) pair, T new tokens.
+Host code (prompts, ratings, rewards) and device code (params, gradients) never import each other. Both
+import this module, which needs only numpy. Dimensions: M system prompts, B problems, N rollouts per (prompt,
+problem) pair, T new tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Message = dict[str, Any]
 """One chat message, `{"role": "system" | "user" | "assistant" | "tool", "content": str}`."""
 
 Conversation = list[Message]
-"""Messages in order. A last message of the assistant's is an opening that the reply must continue."""
+"""Messages in order. If the last message is from the assistant, the reply must continue it (an opening)."""
 
 Schema = dict[str, Any]
 """A JSON schema as plain values."""
@@ -26,10 +26,10 @@ Grammar = Schema | str
 """What a reply is kept to: a JSON schema, or a grammar in llguidance's Lark."""
 
 Reflect = Callable[[Sequence[Conversation]], list[str | None]]
-"""Conversations in, one reply each out, in order; None where no reply was to be had (a server that fails).
+"""Conversations -> one reply each, in order; None if there is no reply (e.g. a server failed).
 
-A reply includes the opening, if one was given. The same conversation asked again gets another reply. A
-reflector may also be an `Answerer` or a `CountsRequests`.
+A reply includes the opening, if one was given. The same conversation gets a new reply each time. A reflector
+may also be an `Answerer` or a `CountsRequests`.
 """
 
 
@@ -38,10 +38,10 @@ class Question:
     """One question to a reflector.
 
     Attributes:
-      conversation: what is asked. Without reasoning its last message may be an opening.
-      grammar: what the reply is kept to; None for free text.
-      reasoning: `none`; `brief`, free text in a turn of its own, after which `request` is asked; or `model`,
-        the model's own thinking block.
+      conversation: what to reply to. Without reasoning its last message may be an opening.
+      grammar: constrains the reply; None for free text.
+      reasoning: `none`; `brief`, free text in a turn of its own, followed by `request`; or `model`, the
+        model's thinking block.
       request: the user turn that asks for the reply after brief reasoning.
     """
 
@@ -56,9 +56,9 @@ class Reply:
     """The answer to a `Question`.
 
     Attributes:
-      text: the reply, without its reasoning; empty where the reasoning was cut off.
-      reasoning: what the reflector wrote before, as far as it shows it.
-      ended: whether reasoning and reply ended by themselves, and not by a limit.
+      text: the reply, without its reasoning; empty if the reasoning was cut off.
+      reasoning: the reasoning before it, as far as the reflector returns it.
+      ended: whether reasoning and reply ended by themselves, and not at a limit.
     """
 
     text: str
@@ -67,30 +67,30 @@ class Reply:
 
 
 class Answerer(Protocol):
-    """A reflector that can reason first, keep a grammar, and say whether a reply was cut off."""
+    """A reflector that can reason first, follow a grammar, and tell whether a reply was cut off."""
 
     def ask(self, questions: Sequence[Question]) -> list[Reply | None]:
-        """One reply each, in order; None where none was to be had."""
+        """Returns one reply per question, in order; None if there is no reply."""
         ...
 
 
 class CountsRequests(Protocol):
-    """A reflector that counts what it asked for: requests, retries, tokens, costs.
+    """A reflector that counts its requests, retries, tokens and costs.
 
     Attributes:
-      counts: numbers by name, of this object.
+      counts: counts by name, for this object.
     """
 
     counts: dict[str, float]
 
 
 def is_answerer(reflect: Any) -> TypeGuard[Answerer]:
-    """Whether a reflector has a method `ask`."""
+    """Returns whether a reflector has a method `ask`."""
     return callable(getattr(reflect, "ask", None))
 
 
 def counts_of(reflect: Any) -> dict[str, float]:
-    """What a `CountsRequests` counted; nothing for other reflectors."""
+    """Returns the counts of a `CountsRequests`; empty for other reflectors."""
     return getattr(reflect, "counts", {})
 
 
@@ -99,10 +99,10 @@ class Problem:
     """One problem.
 
     Attributes:
-      id: stable name, unique in its problem set; random keys are folded from it.
-      text: the statement as the user turn gives it.
-      answer: the gold answer, for the grader and for reflection, never for the policy.
-      aliases: other answers that are as right.
+      id: stable name, unique in its problem set; random keys are derived from it.
+      text: the statement, as in the user turn.
+      answer: the gold answer, for the grader and the reflector; the policy never sees it.
+      aliases: other answers that are also correct.
     """
 
     id: str
@@ -113,11 +113,11 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Passage:
-    """What a search finds.
+    """A search result.
 
     Attributes:
-      title: of the page that it is from; may be empty.
-      text: the passage itself.
+      title: title of its page; may be empty.
+      text: text of the passage.
     """
 
     title: str
@@ -126,20 +126,20 @@ class Passage:
 
 @dataclasses.dataclass(frozen=True)
 class SystemPrompt:
-    """One member of the population: what is said to the model, how good it is believed to be, whence it came.
+    """A system prompt with its rating and lineage; a member of the population.
 
     Attributes:
-      id: unique in a run (`p0`, `p1`, ...), never given twice; empty for a child not yet in a population.
-      text: prose that comes before the principles; may be empty.
-      principles: numbered G0, G1, ... by their place in this tuple.
-      mu, sigma: mean and standard deviation of the rating (25 and 25/3 at first).
+      id: unique in a run (`p0`, `p1`, ...), never reused; empty for a child that is not in a population yet.
+      text: prose before the principles; may be empty.
+      principles: numbered G0, G1, ... by position.
+      mu, sigma: mean and standard deviation of the rating (initially 25 and 25/3).
       parents: ids of the parents; empty for a root.
       operator: `root`, `mutation` or `crossover`.
-      iteration: the iteration that made it.
-      edits: the edits that made it, in the order applied, as plain dicts.
-      evidence: what the operator went by (problems won, suggestions), as plain JSON values.
-      tournaments: those it was rated in, oldest first: `{"iteration", "value", "rank", "players", "mu",
-        "sigma"}`, the rank counted from 0 and the rating the one after it.
+      iteration: the iteration that created it.
+      edits: the edits that created it, in the order applied, as plain dicts.
+      evidence: inputs of the operator (problems won, suggestions), as plain JSON values.
+      tournaments: its rated tournaments, oldest first: `{"iteration", "value", "rank", "players", "mu",
+        "sigma"}`, with ranks from 0 and the rating after the tournament.
     """
 
     text: str = ""
@@ -155,22 +155,22 @@ class SystemPrompt:
     tournaments: tuple[dict[str, Any], ...] = ()
 
     def render(self) -> str:
-        """The system turn's content; empty means that there is no system turn at all."""
+        """Returns the content of the system turn; empty means that there is no system turn."""
         numbered = "\n".join(f"G{i}. {principle}" for i, principle in enumerate(self.principles))
         return "\n\n".join(part for part in (self.text, numbered) if part)
 
 
 @dataclasses.dataclass(frozen=True)
 class Grade:
-    """What an environment says of one reply.
+    """The grade of one reply.
 
     Attributes:
-      reward: what the gradient and the ratings see; any finite number.
-      success: whether it counts for pass@k and accuracy.
-      answer: the answer as the grader read it, or None where it found none.
-      metrics: other numbers about the reply, for reports; 0 where a name is missing.
-      feedback: what the environment knows about the reply in words, for reflection ("There is no answer in a
-        box."); empty where it has nothing to say. It must never name the gold answer.
+      reward: reward for the gradient and the ratings; any finite number.
+      success: whether the reply counts as correct for pass@k and accuracy.
+      answer: the answer that the grader extracted, or None.
+      metrics: other metrics of the reply, for reports; missing names count as 0.
+      feedback: what the environment knows about the reply, in words, for reflection ("There is no answer in a
+        box."); may be empty. It must not name the gold answer.
     """
 
     reward: float
@@ -182,34 +182,33 @@ class Grade:
 
 @dataclasses.dataclass(frozen=True)
 class Rollouts:
-    """One iteration's rollouts: the single thing handed from sampling to both branches.
+    """The rollouts of an iteration, the input of both the update and evolution.
 
-    A prompt may fill several of the M slots (copies, early in a run); whatever compares prompts goes by
+    A prompt may fill several of the M slots (copies, early in a run). Code that compares prompts uses
     `prompts[i].id`, so that copies are pooled.
 
     Attributes:
-      prompts: the system prompts, one a slot, [M].
+      prompts: the system prompts, one per slot, [M].
       problems: the problems, [B].
-      system_tokens: tokens of the shared start of every conversation of a slot, M lists.
-      problem_tokens: the rest of each prompt up to the model's turn, M lists of B lists, each at least one.
-      tokens: int32 [M, B, N, T], the new tokens, right padded with zeros.
-      lengths: int32 [M, B, N], tokens of each rollout after its prompt: those the model drew (the stop token
-        included) and those appended to the conversation, e.g. a tool's answers.
-      drawn: bool [M, B, N, T], True for tokens that the model drew; False for appended ones and padding.
-      logprobs: float32 [M, B, N, T], under the distribution drawn from; zero where nothing was drawn.
+      system_tokens: tokens of the prefix shared by all conversations of a slot, M lists.
+      problem_tokens: the rest of each prompt up to the model's turn, M lists of B non-empty lists.
+      tokens: int32 [M, B, N, T], new tokens, right-padded with zeros.
+      lengths: int32 [M, B, N], tokens of each rollout after its prompt: sampled tokens, including the stop
+        token, and tokens appended to the conversation, e.g. tool output.
+      drawn: bool [M, B, N, T], True for sampled tokens, False for appended tokens and padding.
+      logprobs: float32 [M, B, N, T], under the sampling distribution; zero for tokens that were not sampled.
       untruncated_logprobs: float32 [M, B, N, T], under softmax(logits / temperature).
-      cutoffs: float32 [M, B, N, T], the untruncated logprob below which truncated sampling drew nothing; -inf
-        where nothing was cut.
-      temperature: of sampling; 0 for greedy.
-      truncated: bool [M, B, N], ended by a limit (of new tokens or of the context) and not by itself.
-      replies: text of each rollout without its thinking blocks, [M][B][N]; of a conversation of several turns
-        all of them, with what was said between them.
-      answers: the answer that the grader read, or None, [M][B][N].
+      cutoffs: float32 [M, B, N, T], untruncated logprob below which truncated sampling excluded tokens; -inf
+        without truncation.
+      temperature: sampling temperature; 0 for greedy.
+      truncated: bool [M, B, N], True if a limit (new tokens or context) ended the rollout.
+      replies: text of each rollout without thinking blocks, [M][B][N]; for several turns the text of all
+        turns, including what was appended between them.
+      answers: the answer that the grader extracted, or None, [M][B][N].
       rewards: float32 [M, B, N].
       success: bool [M, B, N].
-      metrics: name -> float32 [M, B, N], other numbers of the grader's.
-      feedback: what the environment said about each rollout, [M][B][N]; empty texts where it said nothing,
-        and no lists at all where no environment was asked.
+      metrics: name -> float32 [M, B, N], other metrics of the grader.
+      feedback: [M][B][N], feedback on each rollout, or () if no environment gave any.
     """
 
     prompts: tuple[SystemPrompt, ...]
@@ -236,47 +235,47 @@ class Rollouts:
         return self.feedback[i][b][j] if self.feedback else ""
 
     def slots(self) -> dict[str, list[int]]:
-        """Slots of each distinct prompt: id -> indices on the M axis, in order of selection."""
+        """Returns the slots of each distinct prompt: id -> indices on the M axis, in order of selection."""
         slots: dict[str, list[int]] = {}
         for i, prompt in enumerate(self.prompts):
             slots.setdefault(prompt.id, []).append(i)
         return slots
 
     def distinct(self) -> list[SystemPrompt]:
-        """The distinct prompts, in order of selection."""
+        """Returns the distinct prompts, in order of selection."""
         return [self.prompts[slots[0]] for slots in self.slots().values()]
 
     def score_matrix(self) -> np.ndarray:
-        """Phi: float64 [distinct prompts, B], each prompt's mean reward on each problem, copies pooled."""
+        """Returns Phi, float64 [distinct prompts, B]: mean reward per prompt and problem, copies pooled."""
         rewards = self.rewards.astype(np.float64)
         return np.stack([rewards[slots].mean(axis=(0, 2)) for slots in self.slots().values()])
 
 
 class TrainBatch(NamedTuple):
-    """The prefix tree of one update, right padded. Arrays of numpy or jax.
+    """The right-padded prefix tree of one update, as numpy or jax arrays.
 
-    System prompts are on every device. Problems and rollouts lie in D equal shards, one for each group of
-    devices that shares rows (one on a single device); each rollout's problem is in its shard, so a problem
-    whose group is split is in several. Padding is rollouts with an empty mask, and problems that nobody has.
-    A rollout's inputs begin with the last token of its problem, so that column t of `inputs` predicts column
-    t of `targets`.
+    System prompts are replicated. Problems and rollouts are in D equal shards, one per group of devices that
+    shares rows (D = 1 on a single device). The problem of a rollout is in the same shard, so a problem whose
+    group is split across shards is in several. Padding consists of rollouts with an empty mask and problems
+    without rollouts. The inputs of a rollout begin with the last token of its problem, so that column t of
+    `inputs` predicts column t of `targets`.
 
     Attributes:
       system_tokens: int32 [M, S]; system_lengths: int32 [M]. S = 0 for a tree without this level.
-      problem_tokens: int32 [D, P, Q]; problem_lengths: int32 [D, P] (the last token of the prompt left out).
+      problem_tokens: int32 [D, P, Q]; problem_lengths: int32 [D, P], without the last token of the prompt.
         Q = 0 for a tree without this level.
-      problem_system: int32 [D, P], the system prompt of each problem.
-      rollout_problem: int32 [D, R], the problem of each rollout, counted within the shard.
+      problem_system: int32 [D, P], index of the system prompt of each problem.
+      rollout_problem: int32 [D, R], index of the problem of each rollout within the shard.
       inputs: int32 [D, R, T]; targets: int32 [D, R, T].
-      mask: bool [D, R, T], True where a target was drawn by the policy.
-      sampler_logprobs: float32 [D, R, T], under the distribution drawn from.
-      cutoffs: float32 [D, R, T], see `Rollouts`; None where nothing was cut.
+      mask: bool [D, R, T], True if the policy sampled the target.
+      sampler_logprobs: float32 [D, R, T], under the sampling distribution.
+      cutoffs: float32 [D, R, T], see `Rollouts`; None without truncation.
       advantages: float32 [D, R].
-      num_rollouts: float32 [], rollouts that the update stands for, those left out included: the 1/(NMB) of
-        the paper.
-      num_tokens: float32 [], tokens that the policy drew in them.
-      old_logprobs: float32 [D, R, T], under the params before the first update of several; None for a single
-        one, and for a loss that does not need them.
+      num_rollouts: float32 [], number of rollouts including those left out of the batch: the NMB in the
+        paper's 1/(NMB).
+      num_tokens: float32 [], number of tokens that the policy sampled in these rollouts.
+      old_logprobs: float32 [D, R, T], under the params before the first of several updates; None for a single
+        update, and for losses that do not need them.
     """
 
     system_tokens: Any

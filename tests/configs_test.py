@@ -50,7 +50,7 @@ def renamed_column(name, rows):
     return (
         "train",
         changed,
-        (f"no field '{field}'; the fields are [", "'gold'", "holds the answer by the option answer=FIELD"),
+        (f"no field '{field}'; the fields are [", "'gold'", "holds the answer with the option answer=FIELD"),
     )
 
 
@@ -59,7 +59,11 @@ def empty_split(name, rows):
     _, _, test, split = USED[name]
     last = split[1] if isinstance(split, tuple) else split
     changed = pa.Table.from_pylist(rows[test][split]).slice(0, 0)
-    return "test", changed, (f": the split '{last}' is empty; choose another one with the option split=NAME",)
+    return (
+        "test",
+        changed,
+        (f": the split '{last}' is empty; choose another split with the option split=NAME",),
+    )
 
 
 def overlapping_splits(name, rows):
@@ -168,12 +172,12 @@ def test_configs_pass_the_checks_that_come_before_loading(name):
 
 def test_search_needs_a_retriever_or_an_encyclopedia():
     config = importlib.import_module("configs.search").get_config()
-    with pytest.raises(ValueError, match=r"environment\.search\.retriever='': say where to search: http"):
+    with pytest.raises(ValueError, match=r"environment\.search\.retriever='': no retriever; give http"):
         check_config(config)
     config.environment.search.retriever = "http://localhost:8000/retrieve"
     check_config(config)
     config.environment.search.retriever = "no_such.jsonl"
-    with pytest.raises(ValueError, match=r"retriever='no_such\.jsonl': there is no such file"):
+    with pytest.raises(ValueError, match=r"retriever='no_such\.jsonl': file not found"):
         check_config(config)
     config.environment.search.retriever = ""
     config.data.train = config.data.validation = config.data.test = "encyclopedia"
@@ -183,10 +187,10 @@ def test_search_needs_a_retriever_or_an_encyclopedia():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("{}/there.jsonl + {}/none.parquet:count=3", "there is no such file as .*/none.parquet; correct"),
-        ("{}/there.jsonl:count=3,split=test", "the option 'split=test' is not understood"),
-        ("{}/there.json", "is not known; give the path of a .jsonl or .parquet file"),
-        ("hub:org/name/part", "is not known; give the path"),
+        ("{}/there.jsonl + {}/none.parquet:count=3", ".*/none.parquet does not exist; correct"),
+        ("{}/there.jsonl:count=3,split=test", "invalid or repeated option 'split=test'"),
+        ("{}/there.json", "not a data spec; give the path of a .jsonl or .parquet file"),
+        ("hub:org/name/part", "not a data spec; give the path"),
     ],
 )
 def test_specs_are_checked_before_anything_is_loaded(tmp_path, spec, message):

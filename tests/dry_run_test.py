@@ -151,7 +151,9 @@ def test_a_long_answer_is_cut(monkeypatch):
 
 
 def test_a_prompt_without_room_for_an_answer_is_refused():
-    with pytest.raises(ValueError, match=r"a prompt of \d+ tokens leaves no room in a context of 20"):
+    with pytest.raises(
+        ValueError, match=r"the longest prompt has \d+ tokens, which leaves no room in a context of 20"
+    ):
         shown(fakes.config(sampling__context_limit=20))
 
 

@@ -22,17 +22,17 @@ def run(*args, **environment):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--config.learning_rate=1"], "config.learning_rate: there is no such field"),
-        (["--config.optimizer.lr=1"], "config.optimizer.lr: there is no such field"),
-        (["--config.optimiser.learning_rate=1"], "config.optimiser.learning_rate: there is no such field"),
-        (["--config.mode.rl=1"], "config.mode.rl: there is no such field"),
+        (["--config.learning_rate=1"], "config.learning_rate: unknown field"),
+        (["--config.optimizer.lr=1"], "config.optimizer.lr: unknown field"),
+        (["--config.optimiser.learning_rate=1"], "config.optimiser.learning_rate: unknown field"),
+        (["--config.mode.rl=1"], "config.mode.rl: unknown field"),
         (["--config.batch_size=many"], "flag --config.batch_size=many: invalid literal"),
-        (["--config.batch_size=0"], "batch_size=0: give at least 1"),
+        (["--config.batch_size=0"], "batch_size=0: must be at least 1"),
         (["--config.mode=both"], "mode='both': choose one of espl, rl, evolution, reflection"),
-        (["--config.sampling.top_p=1.9"], "sampling.top_p=1.9: give a probability"),
-        (["--config.data.train=none.jsonl"], "data.train='none.jsonl': there is no such file"),
-        (["--config.data=none.jsonl"], "data.train='none.jsonl': there is no such file"),
-        (["quickly"], "not understood: quickly"),
+        (["--config.sampling.top_p=1.9"], "sampling.top_p=1.9: must be above 0"),
+        (["--config.data.train=none.jsonl"], "data.train='none.jsonl': none.jsonl does not exist"),
+        (["--config.data=none.jsonl"], "data.train='none.jsonl': none.jsonl does not exist"),
+        (["quickly"], "unexpected argument quickly"),
         (["--wrokdir=x"], "Unknown command line flag 'wrokdir'"),
         ([], "--workdir is missing"),
     ],
@@ -57,7 +57,7 @@ def test_a_config_file_that_is_not_there(command, without_jax):
     config = "--config=configs/none.py"
     done = run(f"espl_jax.{command}", config, "--config.batch_size=4")
     assert done.returncode == 1
-    assert done.stderr == f"{config}: there is no such file; {CONFIGS}\n"
+    assert done.stderr == f"{config}: file not found; {CONFIGS}\n"
 
 
 class TestConfigFiles:
@@ -68,13 +68,13 @@ class TestConfigFiles:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            ("configs/hmm.py", f"there is no such file; {CONFIGS}"),
-            ("confgis/hmmt.py", f"there is no such file; {CONFIGS}"),
-            ("configs", f"this is a folder; {CONFIGS}"),
-            ("", f"there is no such file; {CONFIGS}"),
+            ("configs/hmm.py", f"file not found; {CONFIGS}"),
+            ("confgis/hmmt.py", f"file not found; {CONFIGS}"),
+            ("configs", f"is a folder; {CONFIGS}"),
+            ("", f"file not found; {CONFIGS}"),
             (
                 "configs/hmmt.py:small",
-                "does not take what is given (too many positional arguments); leave out :small",
+                "get_config cannot be called (too many positional arguments); leave out :small",
             ),
             ("LICENSE", "LICENSE, line 2: IndentationError: unexpected indent; correct the file"),
         ],
@@ -91,7 +91,7 @@ class TestConfigFiles:
             ("def get_config(name):\n    return {'a': 1}[name]", ":b", "line 3: KeyError: 'b'"),
             ("def get_config(name): ...", "", "'name'); name a preset, --config="),
             ("def get_config(): ...", "", "get_config returns None; return a ConfigDict"),
-            ("get_confg = 1", "", "the file has no get_config; define one"),
+            ("get_confg = 1", "", "the file does not define get_config; define one"),
             (
                 "def get_config():\n    c = common.get_config()\n    c.optimizer.lr = 1",
                 "",
@@ -137,7 +137,7 @@ def test_configurations_of_an_installed_package(tmp_path):
     )
     first, second = done.stdout.splitlines()
     assert first.startswith("hub:") and first.endswith(" espl"), done.stderr
-    assert second.startswith("there is no such file; ") and "hmmt.py" in second
+    assert second.startswith("file not found; ") and "hmmt.py" in second
 
 
 def test_what_only_loading_finds_out_is_said_without_a_traceback(tmp_path):
@@ -148,7 +148,7 @@ def test_what_only_loading_finds_out_is_said_without_a_traceback(tmp_path):
     ]
     args += ["--config.model.source=smollm2", "--config.mesh.fsdp=1", "--config.mesh.data=-1"]
     done = run(*args)
-    assert done.returncode == 1 and "batch_size=9: data.train has 8 problems" in done.stderr
+    assert done.returncode == 1 and "batch_size=9: data.train has only 8 problems" in done.stderr
     assert "Traceback" not in done.stderr and "--verbosity=1" in done.stderr
     assert "Traceback" in run(*args, "--verbosity=1").stderr
 

@@ -291,7 +291,7 @@ def test_a_finished_run_does_not_train_again(straight, monkeypatch):
 def test_another_configuration_is_refused(straight):
     path, before = straight
     assert {"data.train", "data.validation", "data.test"} < set(read_checkpoint(path, None)[2]["inputs"])
-    with pytest.raises(ValueError, match=r"optimizer.learning_rate: 0.01 there, 0.5 now"):
+    with pytest.raises(ValueError, match=r"optimizer.learning_rate: 0.01 saved, 0.5 now"):
         run(path, num_iterations=4, optimizer__learning_rate=0.5)
     assert outcome(path) == before
 

@@ -1,4 +1,4 @@
-"""What all commands of the package do alike."""
+"""Code shared by the commands of the package."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from ml_collections import ConfigDict, config_flags
 
 def define_config() -> flags.FlagHolder[ConfigDict]:
     """Defines `--config=FILE.py` or `--config=FILE.py:PRESET`, whose fields `--config.field=value` sets."""
-    holder = config_flags.DEFINE_config_file("config", None, "File of the run's configuration.")
+    holder = config_flags.DEFINE_config_file("config", None, "Configuration file of the run.")
     flags.FLAGS["config"].parser = _ConfigFile()
     return holder
 
 
 class _ConfigFile(flags.ArgumentParser):
-    """Ends the command with one sentence for a file that is of no use.
+    """Exits with a one-sentence message if the configuration file is unusable.
 
-    The library's own parser answers with tracebacks, or with an object that raises when it is read.
+    The parser of ml_collections raises tracebacks, or returns an object that raises when it is read.
     """
 
     def parse(self, argument: str) -> ConfigDict:
-        """The configuration."""
+        """Returns the configuration."""
         try:
             return read_config_file(argument)
         except ValueError as error:
             sys.exit(f"--config={argument}: {error}")
 
     def flag_type(self) -> str:
-        """What help calls it."""
+        """Returns the type shown in --help."""
         return "config file"
 
 
@@ -46,31 +46,31 @@ def read_config_file(argument: str) -> ConfigDict:
     """Runs a configuration file.
 
     Args:
-      argument: `FILE.py`, or `FILE.py:PRESET` for a file whose `get_config` takes one. Where there is no such
-        file, `configs/NAME.py` is the configuration of that name that is installed with the package.
+      argument: `FILE.py`, or `FILE.py:PRESET` if its `get_config` takes an argument. If there is no file
+        `configs/NAME.py`, the configuration of that name installed with the package is used.
 
     Returns:
-      What `get_config` returns, locked.
+      The ConfigDict returned by `get_config`, locked.
 
     Raises:
-      ValueError: if there is no such file, its code fails, or it has no `get_config` that fits.
+      ValueError: if there is no such file, its code fails, or it has no suitable `get_config`.
     """
     file, *preset = argument.split(":", 1)
     if not Path(file).is_file() and (shipped := _shipped(file)):
         file = str(shipped)
     if not Path(file).is_file():
-        what = "this is a folder" if file and Path(file).is_dir() else "there is no such file"
+        what = "is a folder" if file and Path(file).is_dir() else "file not found"
         raise ValueError(f"{what}; {_config_files(Path(file))}")
     _find_shared_configs()
     with _faults_of(file):
         get_config = runpy.run_path(file).get("get_config")
     if get_config is None:
-        raise ValueError("the file has no get_config; define one that returns a ConfigDict")
+        raise ValueError("the file does not define get_config; define one that returns a ConfigDict")
     try:
         inspect.signature(get_config).bind(*preset)
     except TypeError as error:
         fix = f"leave out :{preset[0]}" if preset else f"name a preset, --config={file}:PRESET"
-        raise ValueError(f"get_config does not take what is given ({error}); {fix}") from error
+        raise ValueError(f"get_config cannot be called ({error}); {fix}") from error
     with _faults_of(file):
         config = get_config(*preset)
     if not isinstance(config, ConfigDict):
@@ -79,19 +79,19 @@ def read_config_file(argument: str) -> ConfigDict:
 
 
 def _shipped(file: str) -> Path | None:
-    """The configuration of that name, such as configs/hmmt.py, that an installed package has."""
+    """Returns the installed configuration for a path such as configs/hmmt.py, if there is one."""
     folder = Path(__file__).resolve().parents[1] / "configs"
     return folder / Path(file).name if Path(file).parent.name == "configs" and folder.is_dir() else None
 
 
 def _find_shared_configs() -> None:
-    """Lets configuration files import `configs.common` outside of the repository, too."""
+    """Makes `configs.common` importable by configuration files outside the repository."""
     if importlib.util.find_spec("configs") is None and importlib.util.find_spec("espl_jax.configs"):
         sys.modules["configs"] = importlib.import_module("espl_jax.configs")
 
 
 def _config_files(missing: Path) -> str:
-    """Which configuration files there are in the folder of one that is missing, or else in configs/."""
+    """Lists the configuration files in the folder of a missing file, or else in configs/, for a message."""
     for folder in (missing, missing.parent, Path("configs")):
         files = [file for file in folder.glob("*.py") if file.name != "common.py"]
         if names := sorted(
@@ -103,47 +103,47 @@ def _config_files(missing: Path) -> str:
 
 @contextlib.contextmanager
 def _faults_of(file: str) -> Iterator[None]:
-    """Raises ValueError for whatever the file's code raises, with the line of the file that it came from."""
+    """Raises ValueError for any exception in the code of the file, with its line number."""
     try:
         yield
     except Exception as error:
         lines = [
             frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file
         ]
-        said, where = " ".join(str(error).split()), f"line {lines[-1]}" if lines else "this file"
+        said, where = " ".join(str(error).split()), f"line {lines[-1]}" if lines else "the file"
         if isinstance(error, SyntaxError):
             said, where = error.msg, f"{error.filename}, line {error.lineno}"
         raise ValueError(f"{where}: {type(error).__name__}: {said}; correct the file") from error
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Reads the flags; a field that the configuration does not have is refused by its full name.
+    """Parses the flags; exits with the full name of an unknown configuration field.
 
-    `--config.data=encyclopedia` takes all three splits from a set that has them all.
+    `--config.data=encyclopedia` sets data.train, data.validation and data.test.
     """
-    # In place, since ml_collections looks for the fields of a configuration in sys.argv itself.
+    # In place, since ml_collections reads the overrides from sys.argv.
     argv[:] = [part for arg in argv for part in _every_split(arg)]
     try:
         return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError) as error:  # what ml_collections raises for unknown fields
+    except (AttributeError, KeyError, TypeError) as error:  # raised by ml_collections for unknown fields
         unknown = str(error).strip("\"'")
         given = [arg.split("=")[0].lstrip("-") for arg in argv if arg.lstrip("-").startswith("config.")]
         named = [field for field in given if unknown in field.split(".")] or given
-        sys.exit(f"{' or '.join(named)}: there is no such field; configs/common.py lists all of them")
+        sys.exit(f"{' or '.join(named)}: unknown field; configs/common.py lists all fields")
 
 
 def _every_split(arg: str) -> list[str]:
-    """`--config.data=x` for each split; every other argument as it stands."""
+    """Expands `--config.data=x` to all splits; returns other arguments unchanged."""
     given = re.fullmatch(r"--?config\.data=(.*)", arg, re.DOTALL)
     splits = ("train", "validation", "test")
     return [f"--config.data.{split}={given[1]}" for split in splits] if given else [arg]
 
 
 def enough_threads() -> None:
-    """Gives several virtual CPU devices a thread each and more, before jax is imported.
+    """Raises the number of XLA threads for virtual CPU devices. Must be called before jax is imported.
 
-    A collective holds a thread of each device until all have come to it. XLA would have no more threads than
-    the machine has cores, which two collectives at a time can take all of and then wait for ever.
+    A collective blocks one thread per device until all devices have joined. By default XLA has one thread per
+    core, so two concurrent collectives can block all threads and deadlock.
     """
     forced = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     if forced:
@@ -151,8 +151,8 @@ def enough_threads() -> None:
 
 
 def use_compilation_cache(folder: str) -> None:
-    """Keeps compiled programs in a folder between processes; an empty name keeps none."""
-    import jax  # late, so that a wrong flag costs no start-up
+    """Sets the persistent compilation cache; an empty name disables it."""
+    import jax  # late, so that a wrong flag is reported at once
 
     if folder:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
@@ -160,10 +160,10 @@ def use_compilation_cache(folder: str) -> None:
 
 @contextlib.contextmanager
 def without_traceback() -> Iterator[None]:
-    """Ends the command with the message of an error that says what to mend, and logs warnings only.
+    """Exits with the message of an expected error, without traceback, and sets the log level to warnings.
 
-    Such errors are data that does not fit, a missing file, a folder in use, a full disk, a NaN. The same
-    command repeats whatever happened, so `--verbosity=1` gives the traceback if it is wanted after all.
+    Expected errors are e.g. unusable data, a missing file, a folder in use, a full disk, or a NaN. To see the
+    traceback, run the command again with `--verbosity=1`.
     """
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
@@ -172,4 +172,4 @@ def without_traceback() -> Iterator[None]:
     except (ValueError, RuntimeError, OSError) as error:
         if logging.level_debug():
             raise
-        sys.exit(f"{type(error).__name__}: {error}\n(for the traceback add --verbosity=1)")
+        sys.exit(f"{type(error).__name__}: {error}\n(add --verbosity=1 for the traceback)")

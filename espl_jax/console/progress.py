@@ -1,4 +1,4 @@
-"""What a run tells while it runs: one JSON record an iteration, and progress for whoever watches."""
+"""Progress of a run: one JSON record per iteration, and a live display."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from espl_jax.console.tables import duration
 
 
 class Progress:
-    """Records iterations and shows them: a live bar on a terminal, plain lines anywhere else.
+    """Records iterations and shows progress: a live bar on a terminal, plain lines elsewhere.
 
-    Used as a context manager around the loop:
+    Use it as a context manager around the loop:
 
         with Progress(num_iterations, append=workdir.append) as progress:
             for iteration in range(1, num_iterations + 1):
@@ -30,11 +30,11 @@ class Progress:
                 progress.report(iteration, {"reward": 0.4, "best_prompt": best})
 
     Args:
-      num_iterations: of the whole run.
+      num_iterations: iterations of the whole run.
       append: called as `append("metrics", record)`.
-      done: iterations that an earlier process did.
-      console: where to show it; standard output by default.
-      clock: seconds, for tests.
+      done: iterations done by earlier processes.
+      console: console to print to; standard output by default.
+      clock: returns seconds; replaced in tests.
     """
 
     def __init__(
@@ -76,15 +76,15 @@ class Progress:
         self._bar.stop()
 
     def say(self, text: str) -> None:
-        """Shows a line of text, above the bar where there is one."""
+        """Prints a line of text, above the bar if there is one."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         self._console.file.flush()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Shows the part of the iteration that is under way, and adds its seconds to `time` of the record.
+        """Shows the current phase of the iteration, and adds its seconds to `time` of the record.
 
-        Phases of one name add up; a phase inside another counts in both.
+        Phases of the same name add up; a nested phase counts in both.
         """
         self._phases.append(name)
         self._show_phase()
@@ -100,13 +100,13 @@ class Progress:
             self._show_phase()
 
     def report(self, iteration: int, record: dict[str, Any]) -> None:
-        """Ends an iteration: appends its record to the log `metrics` and shows a line.
+        """Ends an iteration: appends its record to the log `metrics` and prints a line.
 
         Args:
           iteration: counted from 1.
-          record: plain values. Shown are `reward` (mean over the iteration), and where they are there
-            `held_out` (accuracy) and `best_prompt` (`{"id", "mu", "sigma"}`). The clock's own numbers are
-            added under `time`, seconds by phase and `total`: records are comparable without that key.
+          record: plain values. The line shows `reward` (mean over the iteration) and, if present, `held_out`
+            (accuracy) and `best_prompt` (`{"id", "mu", "sigma"}`). The key `time` is added, with seconds by
+            phase and `total`; it is the only key that differs between repeated runs.
         """
         seconds = self._clock() - self._start
         clocked = {**record.get("time", {}), **self._seconds, "total": seconds}
@@ -123,9 +123,9 @@ class Progress:
         self._show_phase()
 
     def seconds_left(self) -> float | None:
-        """Median of the last iterations' durations times the iterations left; None before the first one.
+        """Returns the median duration of recent iterations times the iterations left; None before the first.
 
-        A median, since the first iteration compiles and those with an evaluation take longer.
+        A median, because compilation and evaluations make some iterations longer.
         """
         if not self._durations:
             return None

@@ -1,4 +1,4 @@
-"""Figures and tables as text."""
+"""Formats numbers and tables as text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import rich.text
 
 
 def duration(seconds: float) -> str:
-    """`8.3 s`, `4 min 05 s` or `2 h 07 min`."""
+    """Formats seconds as `8.3 s`, `4 min 05 s` or `2 h 07 min`."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes = round(seconds) // 60
@@ -23,15 +23,12 @@ def duration(seconds: float) -> str:
 
 
 def percent(share: float, low: float, high: float) -> str:
-    """A share and its interval as text: `80.0% [49.0, 94.3]`."""
+    """Formats a fraction and its interval: `80.0% [49.0, 94.3]`."""
     return f"{100 * share:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as aligned text (a Markdown table), the first row being the head.
-
-    For the comparison of {initial, trained} weights with {root, deployed} system prompt, and the like.
-    """
+    """Formats rows of cells as an aligned Markdown table; the first row is the header."""
     head, *body = rows
     grid = rich.table.Table(box=rich.box.MARKDOWN)
     for i, title in enumerate(head):

@@ -1,4 +1,4 @@
-"""Generated sums of two numbers."""
+"""A generated data set of two-number additions."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from espl_jax.data.problems import ProblemSet
 from espl_jax.types import Problem
 
 SPLITS = {"train": (0.0, 0.6), "validation": (0.6, 0.8), "test": (0.8, 1.0)}
-"""Each split's share of all unordered pairs."""
+"""Range of unordered pairs in each split, as fractions of all pairs."""
 
 
 def addition(digits: int, count: int, split: str = "train", seed: int = 0) -> ProblemSet:
-    """Sums of two numbers of so many digits ("What is 27 + 58?"), in either order, no pair twice.
+    """Returns problems that add two numbers ("What is 27 + 58?"), without repeated pairs.
 
-    A pair of numbers belongs to one split for good, whatever the seed and the order (3 + 5 and 5 + 3 are one
-    pair), so that splits never overlap.
+    Each unordered pair of numbers (3 + 5 and 5 + 3 are one pair) belongs to the same split for every seed, so
+    splits never overlap.
 
     Args:
-      digits: of each number, at least 1; one digit means 0 to 9, two digits 10 to 99.
-      count: problems wanted; at most the split's share of the pairs (one digit: 55 pairs, 33, 11 and 11).
+      digits: digits of each number, at least 1; one digit means 0 to 9, two digits 10 to 99.
+      count: number of problems, at most the pairs in the split (one digit: 33, 11 and 11 of 55 pairs).
       split: `train`, `validation` or `test`.
-      seed: chooses pairs, their sequence, and the order of the two numbers.
+      seed: determines the pairs, their order, and the order of the two numbers in a pair.
 
     Raises:
-      ValueError: for an unknown split, or a count that is not at least 1 or more than the split has.
+      ValueError: for an unknown split, or a count below 1 or above the pairs in the split.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is unknown; choose one of {', '.join(SPLITS)}")
     if digits < 1:
-        raise ValueError(f"digits={digits} must be at least 1")
+        raise ValueError(f"digits={digits}: must be at least 1")
     lowest = 10 ** (digits - 1) if digits > 1 else 0
     numbers = 10**digits - lowest
     pairs = numbers * (numbers + 1) // 2
@@ -52,7 +52,7 @@ def addition(digits: int, count: int, split: str = "train", seed: int = 0) -> Pr
 
 
 def _scatter(pairs: int) -> int:
-    """A factor that spreads neighbouring pairs over [0, pairs) evenly: near the golden section, coprime."""
+    """Returns a multiplier coprime to `pairs`, near the golden ratio, which scatters neighbouring pairs."""
     factor = round(pairs * (math.sqrt(5) - 1) / 2)
     while math.gcd(factor, pairs) != 1:
         factor += 1
@@ -60,6 +60,6 @@ def _scatter(pairs: int) -> int:
 
 
 def _pair(rank: int) -> tuple[int, int]:
-    """The unordered pair (low <= high) with this number: (0, 0), (0, 1), (1, 1), (0, 2), ..."""
+    """Returns the unordered pair (low <= high) of this rank: (0, 0), (0, 1), (1, 1), (0, 2), ..."""
     high = (math.isqrt(8 * rank + 1) - 1) // 2
     return rank - high * (high + 1) // 2, high

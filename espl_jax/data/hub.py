@@ -1,6 +1,6 @@
-"""Data sets of the Hugging Face hub, through the `datasets` package and its cache.
+"""Data sets from the Hugging Face Hub, via the `datasets` package and its cache.
 
-`datasets` takes seconds to import, so it is imported where it is needed.
+`datasets` takes seconds to import, so it is imported only where it is used.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ def read_hub(
     repeats: str = "merge",
     prefix: str = "",
 ) -> ProblemSet:
-    """Reads a split of a data set, one problem a row.
+    """Reads a split of a data set, one problem per row.
 
-    What is in the cache needs no network. The address of the hub is HF_ENDPOINT's, or huggingface.co.
+    Cached data sets need no network. HF_ENDPOINT sets the address of the Hub; the default is huggingface.co.
 
     Args:
       repository: `org/name`.
-      split: its split; the slices of `datasets` serve too (`train[:100]`).
-      config: its configuration, where it has several (GSM8K's `main`).
+      split: the split; slices in the syntax of `datasets` also work (`train[:100]`).
+      config: the configuration, if the data set has several (GSM8K's `main`).
       revision: branch, tag or commit; the main branch by default.
       fields, repeats: as for `read_problems`.
-      prefix: put before ids that are numbers; the name of the data set by default.
+      prefix: prefix of numeric ids; the name of the data set by default.
 
     Raises:
-      FileNotFoundError: if the hub has no such data set or revision, or no data in it.
-      PermissionError: if it is gated.
-      ConnectionError: if it is not in the cache and the hub cannot be reached.
-      ValueError: for an unknown split or configuration, data that cannot be read, and as `read_table` does.
+      FileNotFoundError: if the Hub has no such data set or revision, or the data set has no data.
+      PermissionError: if the data set is gated, or the access token is rejected.
+      ConnectionError: if the data set is not cached and the Hub cannot be reached.
+      ValueError: for an unknown split or configuration, unreadable data, and as in `read_table`.
     """
     source = f"hub:{repository}"
     data = _load(repository, split, config, revision)
@@ -58,7 +58,7 @@ def _load(repository: str, split: str, config: str | None, revision: str | None)
     if not sys.stderr.isatty():
         disable_progress_bars()
         datasets.disable_progress_bars()
-    # With this prefix, a local folder with the name of the data set is not taken for it.
+    # This prefix keeps `datasets` from loading a local folder of the same name.
     load = functools.partial(
         datasets.load_dataset, f"hf://datasets/{repository}", config, split=split, revision=revision
     )
@@ -66,7 +66,7 @@ def _load(repository: str, split: str, config: str | None, revision: str | None)
         try:
             return load()
         except DatasetGenerationError as error:
-            # Of a parquet file without rows, their number, 0, is taken for the size of batches.
+            # For a parquet file without rows, `datasets` uses the number of rows, 0, as the batch size.
             if "BatchSize must be greater than 0" not in str(error.__cause__):
                 raise
             return load(batch_size=1000)
@@ -89,14 +89,14 @@ def _load(repository: str, split: str, config: str | None, revision: str | None)
 
 @dataclasses.dataclass(frozen=True)
 class _Case:
-    """An error of the libraries, and what is raised in its place.
+    """An error of the libraries, and the error raised in its place.
 
     Attributes:
-      errors: types of the error.
-      pattern: regular expression of its text.
-      raised: type of what is raised.
-      message: its text, with the names that `_load` fills in.
-      statuses: HTTP statuses of the error's response, if it must have one of them.
+      errors: types of the library's error.
+      pattern: regular expression found in its message.
+      raised: type of the error to raise.
+      message: message of that error; `_load` fills in the names.
+      statuses: HTTP statuses that the error's response may have; empty for any.
     """
 
     errors: tuple[type[Exception], ...]
@@ -106,7 +106,7 @@ class _Case:
     statuses: tuple[int, ...] = ()
 
     def fits(self, error: Exception) -> bool:
-        """Returns whether an error is of this case."""
+        """Returns whether this case applies to an error."""
         status = getattr(getattr(error, "response", None), "status_code", None)
         return (
             isinstance(error, self.errors)
@@ -116,7 +116,7 @@ class _Case:
 
 
 def _cases() -> tuple[_Case, ...]:
-    """Returns the errors that are explained; the first that fits counts."""
+    """Returns the known errors; the first case that fits applies."""
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
@@ -125,68 +125,68 @@ def _cases() -> tuple[_Case, ...]:
             (DatasetNotFoundError,),
             "gated",
             PermissionError,
-            "{source} is gated: accept its terms at {where}, then log in with `hf auth login` or set "
+            "{source} is gated; accept its terms at {where}, then log in with `hf auth login` or set "
             "HF_TOKEN",
         ),
         _Case(
             (DatasetNotFoundError,),
             "^Revision",
             FileNotFoundError,
-            "{source} has no revision {revision!r}: give a branch, tag or commit listed at {where}",
+            "{source} has no revision {revision!r}; give a branch, tag or commit listed at {where}",
         ),
         _Case(
             (DatasetNotFoundError,),
             "",
             FileNotFoundError,
-            "there is no data set {repository} at {where}, or it is private: correct the name, or log in "
+            "{source} does not exist at {where}, or it is private; correct the name, or log in "
             "with `hf auth login` or set HF_TOKEN",
         ),
         _Case(
             (HfHubHTTPError,),
             "",
             PermissionError,
-            "{where} refuses the access token ({error}): log in with `hf auth login`, or correct HF_TOKEN",
+            "{where} rejects the access token ({error}); log in with `hf auth login`, or correct HF_TOKEN",
             statuses=(401, 403),
         ),
         _Case(
             (HfHubHTTPError, ConnectionError, LocalEntryNotFoundError, HTTPError),
             "",
             ConnectionError,
-            "{source} is not in the cache {cache}, and {where} cannot be reached ({error}): connect, unset "
+            "{source} is not in the cache {cache}, and {where} cannot be reached ({error}); connect, unset "
             "HF_HUB_OFFLINE if it is set, or give a local .jsonl or .parquet file",
         ),
         _Case(
             (FileNotFoundError,),
             "",
             FileNotFoundError,
-            "{source} has no data that can be read ({error}): choose another data set, or give a local "
+            "{source} has no readable data ({error}); choose another data set, or give a local "
             ".jsonl or .parquet file",
         ),
         _Case(
             (DatasetGenerationError,),
             "",
             ValueError,
-            "{source}: its data cannot be read ({cause}); choose another data set, or another version with "
+            "{source}: the data cannot be read ({cause}); choose another data set, or another revision with "
             "the option revision=NAME",
         ),
         _Case(
             (RuntimeError,),
             "scripts are no longer supported",
             ValueError,
-            "{source} is generated by a script, which is not run ({error}); try the option "
+            "{source} needs a loading script, which is never run ({error}); try the option "
             "revision=refs/convert/parquet",
         ),
         _Case(
             (ValueError,),
             "corresponds to no data",
             ValueError,
-            "{source}: the split {split!r} is empty; choose another one with the option split=NAME",
+            "{source}: the split {split!r} is empty; choose another split with the option split=NAME",
         ),
         _Case(
             (ValueError,),
             "",
             ValueError,
-            "{source}: {error}; choose with the options split=NAME and config=NAME",
+            "{source}: {error}; set the options split=NAME and config=NAME",
         ),
     )
 

@@ -1,4 +1,4 @@
-"""Problem sets in JSON lines."""
+"""Problem sets in JSON Lines files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from espl_jax.storage import json_values
 def read_jsonl(
     path: str | Path, fields: Mapping[str, str] | None = None, repeats: str = "refuse"
 ) -> ProblemSet:
-    """Reads one problem a line; blank lines are skipped.
+    """Reads one problem per line; blank lines are skipped.
 
     Args:
       path: the file.
@@ -23,22 +23,22 @@ def read_jsonl(
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: naming file, line and field, if something is missing, of the wrong kind, or there twice.
+      ValueError: with file, line and field, for missing, invalid or repeated data.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"data: there is no file {path}; correct the path")
+        raise FileNotFoundError(f"data: {path} does not exist; correct the path")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8 text ({error}); convert the file") from error
+        raise ValueError(f"{path}, line {line}: not UTF-8 ({error}); convert the file") from error
     read = read_problems(_records(text, path), str(path), fields, repeats, prefix=path.stem)
     return dataclasses.replace(read, name=path.name)
 
 
 def _records(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    # Not splitlines, which also splits at characters that JSON strings may hold.
+    # Not splitlines, which also splits at characters that are valid inside JSON strings.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -48,5 +48,5 @@ def _records(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         except ValueError as error:
             raise ValueError(f"{where}: not JSON ({error}); each line must be one JSON object") from error
         if not isinstance(record, dict):
-            raise ValueError(f"{where}: a {type(record).__name__}, but each line must be one JSON object")
+            raise ValueError(f"{where}: a {type(record).__name__}; each line must be one JSON object")
         yield f"line {number}", record

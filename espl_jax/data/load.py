@@ -1,4 +1,4 @@
-"""Problem sets: where they come from, how they are split, in which order they are drawn."""
+"""Loads problem sets from data specs."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ def load(
 ) -> ProblemSet:
     """Loads a problem set.
 
-    Files are taken whole, and of a data set of the hub the split that the spec names, `train` by default.
-    Of both, `shuffle=SEED` shuffles the problems, then `skip=N` leaves out the first of them, then `count=N`
-    takes so many. `text=`, `answer=` and `id=` name fields, `repeats=` is that of `read_problems`; `config=`
-    and `revision=` choose of the hub, see `read_hub`. The options of generated sets are the parameters of
-    `addition` and `encyclopedia.questions`.
+    A file is loaded in full. For a data set on the Hub, the option `split=` selects the split (default
+    `train`), `config=` and `revision=` the version; see `read_hub`. For both, `shuffle=SEED` shuffles the
+    problems, then `skip=N` drops the first N, then `count=N` keeps N. `text=`, `answer=` and `id=` name
+    fields, and `repeats=` is as in `read_problems`. Generated sets take the parameters of `addition` and
+    `encyclopedia.questions` as options.
 
     Args:
-      spec: where the problems come from, see `specs`.
-      split: which part of a generated set, unless its options say: `train`, `validation` or `test`.
-      seed: draws the problems of a generated set, unless its options say.
-      fields: names of fields, as for `read_problems`; options of a source go before them.
+      spec: the data spec; see `specs`.
+      split: split of a generated set, unless set by its options: `train`, `validation` or `test`.
+      seed: seed of a generated set, unless set by its options.
+      fields: names of fields, as for `read_problems`; options of a source override them.
 
     Raises:
-      OSError: if a file or a data set is not there, or cannot be reached; see `read_hub`.
-      ValueError: for a spec of another form, data that cannot be used, or sources that share a problem.
+      OSError: if a file or a data set does not exist or cannot be reached; see `read_hub`.
+      ValueError: for an invalid spec, unusable data, or sources that share a problem.
     """
     return join([(source.name, _load(source, split, seed, fields)) for source in parse(spec)])
 
 
 def passages(spec: str, seed: int = 0) -> tuple[Passage, ...]:
-    """The passages that hold what the questions of a generated set ask for.
+    """Returns the passages that answer the questions of a generated encyclopedia.
 
     Args:
-      spec: as for `load`; one of its sources is an encyclopedia.
-      seed: draws it, unless its options say.
+      spec: as for `load`; one of its sources must be an encyclopedia.
+      seed: seed of the encyclopedia, unless set by its options.
 
     Raises:
-      ValueError: if there is none.
+      ValueError: if no source is an encyclopedia.
     """
     from espl_jax.data.encyclopedia import problems
 
@@ -57,7 +57,7 @@ def passages(spec: str, seed: int = 0) -> tuple[Passage, ...]:
             given = _arguments(problems.questions, source, {"seed": seed})
             taken = inspect.signature(problems.passages).parameters
             return problems.passages(**{name: given[name] for name in taken if name in given})
-    raise ValueError(f"data={spec!r} has no passages to search in; give a retriever, or data=encyclopedia")
+    raise ValueError(f"data={spec!r}: no passages to search; give a retriever, or data=encyclopedia")
 
 
 def _load(source: Source, split: str, seed: int, fields: Mapping[str, str] | None) -> ProblemSet:
@@ -84,7 +84,7 @@ def _generate(generator: Callable[..., ProblemSet], source: Source, split: str, 
 
 
 def _arguments(generator: Callable[..., Any], source: Source, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a source, of the types that the parameters of a generator are annotated with."""
+    """Returns the options of a source, converted to the annotated types of the generator's parameters."""
     parameters = inspect.signature(generator).parameters
     options: dict[str, Any] = dict(defaults)
     for name, value in source.options.items():
@@ -93,10 +93,12 @@ def _arguments(generator: Callable[..., Any], source: Source, defaults: Mapping[
             options[name] = int(value) if whole else value
         except (KeyError, ValueError):
             raise ValueError(
-                f"data={source.spec!r}: the option {f'{name}={value}'!r} is not understood; "
-                f"options: {', '.join(parameters)}, each as name=value, numbers whole"
+                f"data={source.spec!r}: invalid option {f'{name}={value}'!r}; "
+                f"options are {', '.join(parameters)}, as name=value with integer numbers"
             ) from None
     needed = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
     if lacking := needed - set(options):
-        raise ValueError(f"data={source.spec!r}: {' and '.join(sorted(lacking))} missing; write name=value")
+        raise ValueError(
+            f"data={source.spec!r}: missing option {' and '.join(sorted(lacking))}; write name=value"
+        )
     return options

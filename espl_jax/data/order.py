@@ -1,4 +1,4 @@
-"""The order in which problems are drawn: shuffled epochs without end, resumable from two numbers."""
+"""The order of training problems: endless shuffled epochs, resumable from a seed and a position."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from espl_jax.types import Problem
 
 @dataclasses.dataclass(frozen=True)
 class Cursor:
-    """Where drawing stands.
+    """A position in the sequence of problems.
 
     Attributes:
-      seed: of all shuffles.
+      seed: seed of all shuffles.
       position: problems drawn so far, over all epochs.
     """
 
@@ -29,16 +29,16 @@ def next_batch(
 ) -> tuple[tuple[Problem, ...], Cursor]:
     """Draws the next problems.
 
-    Every epoch is a new permutation of the set. A batch may span the end of an epoch; it holds no problem
-    twice even then, because the new epoch begins with problems that are not in the batch already.
+    Every epoch is a new permutation of the set. A batch may span two epochs; it still has no repeated
+    problem, because the new epoch begins with problems that are not in the batch yet.
 
     Args:
-      problem_set: what to draw from.
-      cursor: where to begin; `Cursor(seed)` at first.
-      batch_size: B, the same throughout a run for epochs to be whole.
+      problem_set: the problems to draw from.
+      cursor: the position to start at; initially `Cursor(seed)`.
+      batch_size: B. Epochs are complete only if it stays the same throughout a run.
 
     Returns:
-      (problems, the cursor after them); a function of the arguments alone.
+      (problems, the cursor after them). Deterministic.
 
     Raises:
       ValueError: if the batch is larger than the set, or smaller than 1.
@@ -46,8 +46,8 @@ def next_batch(
     size = len(problem_set)
     if not 1 <= batch_size <= size:
         raise ValueError(
-            f"batch_size={batch_size} cannot be drawn without repetition from the {size} problems of "
-            f"{problem_set.name}; choose 1 to {size}, or give more problems"
+            f"batch_size={batch_size}: {problem_set.name} has {size} problems; choose 1 to {size}, or give "
+            "more problems"
         )
     offset = cursor.position % batch_size
     drawn = []
@@ -59,13 +59,13 @@ def next_batch(
 
 @functools.lru_cache(maxsize=4)
 def _order(size: int, seed: int, batch_size: int, offset: int, epoch: int) -> tuple[int, ...]:
-    """The epoch's permutation; batches begin at positions that leave `offset` modulo `batch_size`."""
+    """Returns the permutation of an epoch; batches start at positions equal to `offset` mod `batch_size`."""
 
     def begun(epoch: int) -> int:
-        """How many problems of the batch that spans the start of an epoch come from the epoch before."""
+        """Returns how many problems of the batch at the start of an epoch come from the previous epoch."""
         return (epoch * size - offset) % batch_size if epoch else 0
 
-    # An epoch depends on the end of the one before only where a batch spans the two.
+    # An epoch depends on the previous one only if a batch spans both.
     first = epoch
     while begun(first):
         first -= 1

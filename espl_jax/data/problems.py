@@ -1,4 +1,4 @@
-"""Problem sets, and keeping them apart."""
+"""Problem sets, and checks that they are disjoint."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class ProblemSet:
 
     Attributes:
       problems: at least one; their ids are distinct.
-      name: whence they come, for messages and reports.
+      name: the source, for messages and reports.
 
     Raises:
-      ValueError: for an empty set, or an id that occurs twice.
+      ValueError: for an empty set, or a repeated id.
     """
 
     problems: tuple[Problem, ...]
@@ -32,11 +32,11 @@ class ProblemSet:
 
     def __post_init__(self):
         if not self.problems:
-            raise ValueError(f"{self.name} has no problems; give it at least one")
+            raise ValueError(f"{self.name}: no problems; give at least one")
         seen = set()
         for problem in self.problems:
             if problem.id in seen:
-                raise ValueError(f"{self.name}: the id {problem.id!r} occurs twice; make ids distinct")
+                raise ValueError(f"{self.name}: repeated id {problem.id!r}; make ids unique")
             seen.add(problem.id)
 
     def __len__(self) -> int:
@@ -44,25 +44,25 @@ class ProblemSet:
 
 
 def hold_out(problem_set: ProblemSet, count: int, seed: int) -> tuple[ProblemSet, ProblemSet]:
-    """Takes a validation set out of a problem set.
+    """Splits a validation set off a problem set.
 
-    Of statements that `statements.comparable` cannot tell apart none is held out.
+    Problems whose statements are equal under `statements.comparable` are never held out.
 
     Args:
-      problem_set: what to divide.
-      count: problems held out, at least one and fewer than all.
-      seed: chooses them.
+      problem_set: the problems to split.
+      count: number of problems to hold out, at least one and fewer than all.
+      seed: determines which problems are held out.
 
     Returns:
       (train, validation), both in the order of the set.
 
     Raises:
-      ValueError: if `count` leaves nothing on either side.
+      ValueError: if either side would be empty, or too few problems have a unique statement.
     """
     if not 0 < count < len(problem_set):
         raise ValueError(
-            f"cannot hold out count={count} of the {len(problem_set)} problems of {problem_set.name}; "
-            f"choose 1 to {len(problem_set) - 1}"
+            f"count={count}: cannot hold out that many of the {len(problem_set)} problems of "
+            f"{problem_set.name}; choose 1 to {len(problem_set) - 1}"
         )
     texts = [comparable(problem.text) for problem in problem_set.problems]
     copies = collections.Counter(texts)
@@ -70,8 +70,8 @@ def hold_out(problem_set: ProblemSet, count: int, seed: int) -> tuple[ProblemSet
     chosen = set([i for i in order if copies[texts[i]] == 1][:count])
     if len(chosen) < count:
         raise ValueError(
-            f"cannot hold out count={count} problems of {problem_set.name}: only {len(chosen)} of its "
-            "statements are there once; choose at most so many"
+            f"count={count}: cannot hold out that many problems of {problem_set.name}, of which only "
+            f"{len(chosen)} have a unique statement; choose at most {len(chosen)}"
         )
     parts: tuple[list[Problem], list[Problem]] = ([], [])
     for i, problem in enumerate(problem_set.problems):
@@ -83,16 +83,16 @@ def hold_out(problem_set: ProblemSet, count: int, seed: int) -> tuple[ProblemSet
 def choose(
     problem_set: ProblemSet, shuffle: int | None = None, skip: int | None = None, count: int | None = None
 ) -> ProblemSet:
-    """A part of a problem set.
+    """Returns a subset of a problem set.
 
     Args:
-      problem_set: what to choose from.
-      shuffle: seed of a permutation, the one of `datasets.Dataset.shuffle`; None leaves the order.
-      skip: then so many are left out at the beginning.
-      count: then so many are taken; None for all.
+      problem_set: the problems to choose from.
+      shuffle: seed of a permutation, the same as in `datasets.Dataset.shuffle`; None keeps the order.
+      skip: number of problems to drop from the beginning, after shuffling.
+      count: number of problems to keep after that; None for all.
 
     Raises:
-      ValueError: if there are not so many.
+      ValueError: if there are fewer problems.
     """
     problems, size = problem_set.problems, len(problem_set)
     if shuffle is not None:
@@ -102,20 +102,20 @@ def choose(
     count = left if count is None else count
     if not 0 < count <= left:
         raise ValueError(
-            f"skip={skip}, count={count}: {problem_set.name} has {size} problems; choose together at most "
-            "so many, and a count of at least 1"
+            f"skip={skip}, count={count}: {problem_set.name} has {size} problems; lower skip or count, and "
+            "give a count of at least 1"
         )
     return dataclasses.replace(problem_set, problems=problems[skip : skip + count])
 
 
 def join(problem_sets: Sequence[tuple[str, ProblemSet]]) -> ProblemSet:
-    """Several problem sets as one, in their order.
+    """Concatenates problem sets.
 
     Args:
-      problem_sets: what goes before ids that occur in several, and the set.
+      problem_sets: pairs of a prefix, for ids that occur in several sets, and a set.
 
     Raises:
-      ValueError: if two have a statement in common, or ids that are not distinct even so.
+      ValueError: if two sets share a statement, or if ids are not unique even with prefixes.
     """
     if len(problem_sets) == 1:
         return problem_sets[0][1]
@@ -131,10 +131,10 @@ def join(problem_sets: Sequence[tuple[str, ProblemSet]]) -> ProblemSet:
 
 
 def check_disjoint(**splits: ProblemSet) -> None:
-    """Checks that no problem is in two splits, by its id or by its text as `statements.comparable` sees it.
+    """Checks that no problem is in two splits, by id or by text as normalized by `statements.comparable`.
 
     Raises:
-      ValueError: naming the problem and the two splits.
+      ValueError: with the problem and the two splits.
     """
     for (one, ones), (other, others) in itertools.combinations(splits.items(), 2):
         _refuse_shared(f"{one} ({ones.name})", ones, f"{other} ({others.name})", others, keys=_all_keys)
@@ -149,7 +149,7 @@ def _refuse_shared(
             if key in known:
                 raise ValueError(
                     f"problem {problem.id!r} of {other} has the same {key[0]} as {known[key].id!r} of {one}; "
-                    "remove it from one of them, or choose parts without it"
+                    "remove it from one of them, or choose subsets without it"
                 )
 
 

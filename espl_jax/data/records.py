@@ -1,4 +1,4 @@
-"""From records, which are dicts as JSON has them, to problems."""
+"""Converts records (JSON-like dicts) to problems."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from espl_jax.storage import json_values
 from espl_jax.types import Problem
 
 CANDIDATES = {"text": ("problem", "question"), "answer": ("answer",), "id": ("id",)}
-"""Fields of a Problem -> where they are looked for."""
+"""Field of a Problem -> default field names in a record."""
 
 _MOST_DIGITS = 640
-"""Digits of a number, as many as Python converts whatever its limit is set to."""
+"""Maximum digits of a number: as many as Python always converts, whatever its limit is set to."""
 
 _EXACT_FLOAT = 2**53
-"""From here on a float holds other digits than those that were written."""
+"""From this magnitude on, floats do not represent all integers exactly."""
 
 REPEATS = ("refuse", "merge", "first")
-"""What becomes of a statement that a source has twice, see `read_problems`."""
+"""How to treat repeated statements of a source; see `read_problems`."""
 
 
 def read_problems(
@@ -33,29 +33,28 @@ def read_problems(
     repeats: str = "refuse",
     prefix: str = "",
 ) -> ProblemSet:
-    """Makes a problem of each record.
+    """Converts each record to a problem.
 
-    Statements lose DAPO's instruction, answers GSM8K's solution (`statements`). Of a list of answers the
-    first is the answer and the others are its aliases. A number counts as its text, 42.0 as 42. A problem
-    without id gets it from a hash of its statement; an id that is only a number gets the prefix before it,
-    since other sources count from 1 too.
+    DAPO's instruction is removed from statements, and GSM8K's worked solution from answers (`statements`). In
+    a list of answers, the first is the answer and the others are its aliases. Numbers become text, 42.0 as
+    42. A problem without an id gets a hash of its statement. A numeric id gets the prefix, since ids of other
+    sources may also count from 1.
 
     Args:
-      records: where each is, such as "line 3", and the record.
-      source: whence they come, for messages.
-      fields: names of the fields for some of `text`, `answer` and `id`, where they are not the usual ones
-        (CANDIDATES). A name with dots reaches into dicts and lists: `prompt.0.content`. An empty name of `id`
-        leaves the ids of the source alone.
-      repeats: `refuse` takes a statement that is there twice for an error, `merge` only if its answers
-        differ, `first` never; the first of them is kept.
-      prefix: see above; the source by default.
+      records: pairs of a place, such as "line 3", and a record.
+      source: name of the source, for messages.
+      fields: field names of `text`, `answer` and `id` that differ from CANDIDATES. Dots reach into dicts and
+        lists: `prompt.0.content`. An empty name for `id` ignores the ids of the source.
+      repeats: treatment of repeated statements. `refuse`: always an error; `merge`: an error only if the
+        answers differ; `first`: never an error. Otherwise the first one is kept.
+      prefix: prefix of numeric ids; the source by default.
 
     Raises:
-      ValueError: naming source, place and field, if something is missing, of the wrong kind, or there twice,
-        and for a source without records.
+      ValueError: with source, place and field, for missing, invalid or repeated data, and for a source
+        without records.
     """
     if repeats not in REPEATS:
-        raise ValueError(f"{source}: repeats={repeats!r} is not known; choose one of {', '.join(REPEATS)}")
+        raise ValueError(f"{source}: unknown repeats={repeats!r}; choose one of {', '.join(REPEATS)}")
     names = candidates(fields)
     statements: dict[str, tuple[str, Problem]] = {}
     ids: dict[str, str] = {}
@@ -66,56 +65,56 @@ def read_problems(
             continue
         if problem.id in ids:
             raise ValueError(
-                f"{source}, {place}: the same id as in {ids[problem.id]} (id {problem.id!r}); make ids "
-                "distinct, or give the option id= (and no name) for ids from the statements"
+                f"{source}, {place}: same id as in {ids[problem.id]} (id {problem.id!r}); make ids "
+                "unique, or give the option id= with an empty name to use hashes of the statements"
             )
         statements[problem.text], ids[problem.id] = (place, problem), place
     if not statements:
-        raise ValueError(f"{source} is empty; it needs one record a problem")
+        raise ValueError(f"{source} is empty; give at least one record")
     return ProblemSet(tuple(problem for _, problem in statements.values()), source)
 
 
 def candidates(fields: Mapping[str, str] | None) -> dict[str, tuple[str, ...]]:
-    """Fields of a Problem -> names of fields of a record, the first of which that is there counts.
+    """Returns field of a Problem -> field names of a record; the first name that a record has is used.
 
     Raises:
-      ValueError: for a field that a problem does not have.
+      ValueError: for a field that Problem does not have, or an empty name for `text` or `answer`.
     """
     if unknown := set(fields or {}) - set(CANDIDATES):
         raise ValueError(
-            f"fields={sorted(unknown)} are not those of a problem; choose from {list(CANDIDATES)}"
+            f"fields={sorted(unknown)}: unknown fields of a problem; choose from {list(CANDIDATES)}"
         )
     given = {name: (field,) if field else () for name, field in (fields or {}).items()}
     if empty := [name for name in ("text", "answer") if given.get(name) == ()]:
-        raise ValueError(f"fields: {' and '.join(empty)} has an empty name; give one, or leave it out")
+        raise ValueError(f"fields: empty name for {' and '.join(empty)}; give a name, or leave it out")
     return {**CANDIDATES, **given}
 
 
 def is_required(name: str, fields: tuple[str, ...]) -> bool:
-    """Whether a field of a problem has to be there: ids only where they were asked for by another name."""
+    """Returns whether a record must have the field; ids are required only under a name given by the user."""
     return name != "id" or fields not in ((), CANDIDATES["id"])
 
 
 def missing(where: str, name: str, tried: Iterable[str], there: str) -> ValueError:
-    """The error for a field of a problem that a record does not have; `there` says what it has instead."""
+    """Returns the error for a missing field; `there` says what the record has instead."""
     wanted = " or ".join(repr(field) for field in tried)
     return ValueError(
-        f"{where}: no field {wanted}; {there}; say which one holds the {name} by the option {name}=FIELD of "
-        f"this source, or by data.fields.{name} for all sources"
+        f"{where}: no field {wanted}; {there}; name the field that holds the {name} with the option "
+        f"{name}=FIELD of this source, or with data.fields.{name} for all sources"
     )
 
 
 def _check_repeat(problem: Problem, where: str, place: str, earlier: Problem, repeats: str) -> None:
     if repeats == "refuse":
         raise ValueError(
-            f"{where}: the same text as in {place} (id {earlier.id!r}); keep one, or give the option "
+            f"{where}: same text as in {place} (id {earlier.id!r}); remove one, or give the option "
             "repeats=merge"
         )
     here, there = ({each.answer, *each.aliases} for each in (problem, earlier))
     if repeats == "merge" and here != there:
         raise ValueError(
-            f"{where}: the same text as in {place} with another answer, {problem.answer!r} here and "
-            f"{earlier.answer!r} there; correct the data, or give the option repeats=first to keep the first"
+            f"{where}: same text as in {place}, but a different answer, {problem.answer!r} instead of "
+            f"{earlier.answer!r}; correct the data, or give the option repeats=first to keep the first"
         )
 
 
@@ -138,10 +137,10 @@ def _problem(
                 raise missing(where, name, fields, there)
     text = without_instruction(values["text"][0])
     if not text:
-        raise ValueError(f"{where}: there is an instruction but no statement; correct the data")
+        raise ValueError(f"{where}: the text is an instruction without a statement; correct the data")
     answers = tuple(dict.fromkeys(map(final_answer, values["answer"])))
     if not all(answers):
-        raise ValueError(f"{where}: nothing follows {GSM8K_MARK} in the answer; correct the data")
+        raise ValueError(f"{where}: the answer has nothing after {GSM8K_MARK}; correct the data")
     (identity,) = values.get("id") or [hashlib.sha256(text.encode()).hexdigest()[:12]]
     if "id" in values and identity.isdigit():
         identity = f"{prefix}-{identity}"
@@ -149,7 +148,7 @@ def _problem(
 
 
 def _find(record: Mapping[str, Any], field: str) -> Any:
-    """The value of a field; LookupError says which fields there are where the path ends early."""
+    """Returns the value of a field. Raises LookupError with the available fields where the path ends."""
     if field in record:
         return record[field]
     value: Any = record
@@ -176,17 +175,17 @@ def _texts(value: Any, where: str, several: bool) -> list[str]:
 
 
 def _text(value: Any, where: str) -> str:
-    while isinstance(value, list) and len(value) == 1:  # a loop, since a file may nest them deeply
+    while isinstance(value, list) and len(value) == 1:  # a loop, not recursion: lists may be nested deeply
         value = value[0]
     if isinstance(value, json_values.LongNumber):
         shown = reprlib.repr(value)
         raise ValueError(f"{where} is the number {shown}, which a float cannot hold exactly; give it as text")
     readable = isinstance(value, str | int | float | Decimal) and not isinstance(value, bool)
     if isinstance(value, float | Decimal):
-        readable = Decimal(value).is_finite()  # math.isfinite would take a huge Decimal for infinity
+        readable = Decimal(value).is_finite()  # math.isfinite treats a huge Decimal as infinite
     if not readable or (isinstance(value, str) and not value.strip()):
         shown = reprlib.repr(value)
-        raise ValueError(f"{where} is {shown}, but must be text that is not blank, or a number")
+        raise ValueError(f"{where} is {shown}; it must be non-blank text or a number")
     if isinstance(value, str):
         json_values.check_characters(value, where)
         return value.strip()

@@ -1,11 +1,11 @@
-"""How problem sets are named on a command line.
+"""Data specs, which name problem sets in the configuration and on the command line.
 
-    problems.jsonl                            a file: .jsonl, or .parquet
-    hub:org/name:split=test                   a data set of the Hugging Face hub
+    problems.jsonl                            a .jsonl or .parquet file
+    hub:org/name:split=test                   a data set on the Hugging Face Hub
     addition:digits=2,count=200               a generated set
-    a.jsonl + hub:org/name                    several as one
+    a.jsonl + hub:org/name                    a concatenation
 
-Options follow a colon, as name=value with commas between them.
+Options follow a colon, as comma-separated name=value pairs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OPTIONS = {
     "parquet": _CHOICE,
     "hub": ("split", "config", "revision", *_CHOICE),
 }
-"""Kind of source -> its options; those of a generated set are the parameters of its function."""
+"""Kind of source -> its options; the options of a generated set are the parameters of its function."""
 _NUMBERS = ("count", "skip", "shuffle")
 
 _FILE = re.compile(r"(?P<place>.+\.(?P<kind>jsonl|parquet))(?::(?P<options>.*))?", re.DOTALL)
@@ -37,9 +37,9 @@ class Source:
 
     Attributes:
       kind: `jsonl`, `parquet`, `hub`, or the name of a generated set.
-      place: path of the file, `org/name` on the hub, or empty.
-      options: what was given after the colon, as text.
-      spec: as it was written.
+      place: path of the file, `org/name` on the Hub, or empty.
+      options: the options, as text.
+      spec: the spec as written.
     """
 
     kind: str
@@ -49,35 +49,35 @@ class Source:
 
     @property
     def name(self) -> str:
-        """A short name, which ids that are not distinct get before them."""
+        """Short name, used as a prefix of ids that are not unique."""
         if self.kind == "hub":
-            # Other splits and configurations of the same data set may count from 1 too.
+            # Ids of other splits and configurations of the same data set may also count from 1.
             parts = self.place.partition("/")[2], self.options.get("config"), self.options.get("split")
             return "-".join(filter(None, parts))
         return Path(self.place).stem or self.kind
 
     def number(self, option: str) -> int | None:
-        """The value of an option that is a whole number, or None where it is not given."""
+        """Returns the value of an integer option, or None if it is not given."""
         return int(self.options[option]) if option in self.options else None
 
 
 def parse(spec: str, name: str = "data") -> tuple[Source, ...]:
-    """Reads a spec; the grammar is at the top of this module.
+    """Parses a spec; the grammar is at the top of this module.
 
-    A path ends with its last `.jsonl` or `.parquet`, so that its name may have colons and equal signs.
+    A path ends at the last `.jsonl` or `.parquet`, so it may contain colons and equal signs.
 
     Args:
       spec: one source, or several joined by ` + `.
-      name: what a message calls the spec.
+      name: name of the spec in error messages.
 
     Raises:
-      ValueError: for a source of another form, or an option that is not one of its kind.
+      ValueError: for an invalid source, or an unknown option.
     """
     return tuple(_parse(part, name) for part in re.split(r"\s+\+\s+", spec.strip()))
 
 
 def files(spec: str, name: str = "data") -> tuple[Path, ...]:
-    """The files that a spec names; raises as `parse` does."""
+    """Returns the files that a spec names. Raises like `parse`."""
     return tuple(Path(source.place).expanduser() for source in parse(spec, name) if source.kind in FILES)
 
 
@@ -90,7 +90,7 @@ def _parse(spec: str, name: str) -> Source:
         kind, place = match["kind"], match["place"]
     else:
         raise ValueError(
-            f"{name}={spec!r} is not known; give the path of a .jsonl or .parquet file, hub:org/name, "
+            f"{name}={spec!r}: not a data spec; give the path of a .jsonl or .parquet file, hub:org/name, "
             "or a generated set such as addition:digits=2,count=100"
         )
     options: dict[str, str] = {}
@@ -100,10 +100,10 @@ def _parse(spec: str, name: str) -> Source:
         if kind in OPTIONS:
             understood &= key in OPTIONS[kind] and (key not in _NUMBERS or value.isdecimal())
         if not understood or key in options:
-            known = f"; options: {', '.join(OPTIONS[kind])}" if kind in OPTIONS else ""
+            known = f"; options are {', '.join(OPTIONS[kind])}" if kind in OPTIONS else ""
             raise ValueError(
-                f"{name}={spec!r}: the option {option!r} is not understood, or there twice{known}, "
-                "each as name=value, numbers whole"
+                f"{name}={spec!r}: invalid or repeated option {option!r}{known}, as name=value with integer "
+                "numbers"
             )
         options[key] = value
     return Source(kind, place, options, spec)

@@ -1,4 +1,4 @@
-r"""Statements and answers as data sets write them, and what they amount to."""
+r"""Normalizes the statements and answers of public data sets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import unicodedata
 
 GSM8K_MARK = "####"
-"""GSM8K writes the worked solution, with <<sums>> for a calculator, then this mark and the number."""
+"""GSM8K answers have a worked solution with <<calculator annotations>>, then this mark and the number."""
 
 _DAPO_BEFORE = re.compile(
     r"\s*Solve the following math problem step by step\.\s.{0,120}?"
@@ -25,30 +25,31 @@ _LOOSE_SPACE = re.compile(r"(?<!\w) | (?!\w)")
 
 
 def without_instruction(text: str) -> str:
-    """A statement without the instruction that DAPO-Math-17k puts before and after each of them.
+    """Removes the instruction that DAPO-Math-17k puts before and after each statement.
 
-    The set (Yu et al. 2025, https://arxiv.org/abs/2503.14476) asks for a last line `Answer: ...`, in words
-    that come from OpenAI's simple-evals; an environment has an instruction of its own. The two parts are
-    looked for separately, and a text without them is returned as it is, but for white space at its ends.
+    The instruction (Yu et al. 2025, https://arxiv.org/abs/2503.14476; wording from OpenAI's simple-evals)
+    asks for a last line `Answer: ...`, while an environment adds its own instruction. The two parts are
+    removed independently. A text without them is only stripped of surrounding whitespace.
     """
     before = _DAPO_BEFORE.match(text)
     return _DAPO_AFTER.sub("", text[before.end() :] if before else text).strip()
 
 
 def final_answer(answer: str) -> str:
-    """The number after GSM8K's mark (Cobbe et al. 2021, https://arxiv.org/abs/2110.14168), or the answer.
+    """Returns the number after GSM8K's mark, or the whole answer if it has no mark.
 
-    Empty where nothing follows the mark.
+    The mark is from Cobbe et al. 2021, https://arxiv.org/abs/2110.14168. Returns an empty string if nothing
+    follows the mark.
     """
     return answer.rpartition(GSM8K_MARK)[2].strip()
 
 
 def comparable(text: str) -> str:
-    r"""A form in which copies of a statement are equal though they are set in type differently.
+    r"""Normalizes a statement so that differently typeset copies become equal.
 
-    Letter case, white space, punctuation between words, quotation marks, and LaTeX's dollar signs, `\left`,
-    `\right`, spacing and sizes of fractions do not count. Decimal points, `!` and `'`, which mean something
-    in mathematics, do.
+    Ignores letter case, whitespace, punctuation between words, quotation marks, and LaTeX's dollar signs,
+    `\left`, `\right`, spacing and fraction sizes. Keeps decimal points, `!` and `'`, which are meaningful in
+    mathematics.
     """
     plain = _FRACTION.sub(r"\\", _NOTHING.sub("", unicodedata.normalize("NFKC", text)))
     words = " ".join(_SPACE.sub(" ", plain).casefold().split())

@@ -1,6 +1,6 @@
-"""Problem sets in tables of pyarrow: parquet files, and what the hub's data sets are loaded as.
+"""Problem sets in pyarrow tables: parquet files and data sets loaded from the Hub.
 
-pyarrow is imported where it is needed, since most runs do not need it.
+pyarrow is imported only where it is used, since most runs do not need it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from espl_jax.data.records import candidates, is_required, missing, read_problem
 def read_parquet(
     path: str | Path, fields: Mapping[str, str] | None = None, repeats: str = "refuse"
 ) -> ProblemSet:
-    """Reads one problem a row, and of the columns only those that hold it.
+    """Reads one problem per row, and only the columns that are needed.
 
     Args:
       path: the file.
@@ -28,32 +28,32 @@ def read_parquet(
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: for a file of another kind, and as `read_table` does.
+      ValueError: if the file is not parquet, and as in `read_table`.
     """
     import pyarrow as pa
     from pyarrow import parquet
 
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"data: there is no file {path}; correct the path")
+        raise FileNotFoundError(f"data: {path} does not exist; correct the path")
     try:
         with parquet.ParquetFile(path) as file:
             table = file.read(columns=columns(file.schema_arrow.names, str(path), fields))
     except (pa.ArrowException, OSError) as error:  # OSError: damaged pages, columns nested too deeply
-        raise ValueError(f"{path} cannot be read as parquet ({error}); write it again") from error
+        raise ValueError(f"{path}: cannot be read as parquet ({error}); write the file again") from error
     return dataclasses.replace(read_table(table, str(path), fields, repeats, path.stem), name=path.name)
 
 
 def read_table(
     table: Any, source: str, fields: Mapping[str, str] | None, repeats: str, prefix: str
 ) -> ProblemSet:
-    """Makes a problem of each row; arguments, result and errors as for `read_problems`.
+    """Converts each row to a problem; arguments, result and errors as in `read_problems`.
 
-    Where repeated statements are wanted once, rows that repeat both statement and answer are left out by
-    pyarrow: DAPO-Math-17k has each of its 17,000 a hundred times.
+    Unless `repeats` is "refuse", pyarrow first drops rows that repeat both statement and answer, for speed:
+    DAPO-Math-17k contains each of its 17,000 problems 100 times.
 
     Args:
-      table: a pyarrow.Table that has at least the columns that `columns` names.
+      table: a pyarrow.Table with at least the columns returned by `columns`.
     """
     rows = np.arange(len(table))
     if repeats != "refuse":
@@ -66,10 +66,10 @@ def read_table(
 
 
 def columns(names: Sequence[str], source: str, fields: Mapping[str, str] | None) -> list[str]:
-    """Those of a table's columns that hold statement, answer and id.
+    """Returns the columns of a table that hold statement, answer and id.
 
     Raises:
-      ValueError: if there are none for one of them, with those that there are.
+      ValueError: if a required column is missing; the message lists the existing ones.
     """
     needed = []
     for name, options in candidates(fields).items():
@@ -102,20 +102,20 @@ def _records(table: Any, rows: np.ndarray, source: str) -> Iterator[tuple[str, d
 
 
 def _record(batch: Any, row: int, where: str) -> dict[str, Any]:
-    """One row of a batch. Raises ValueError where a value is none of Python's, such as text not in UTF-8."""
+    """Returns a row of a batch. Raises ValueError if a value cannot be converted, e.g. text not in UTF-8."""
     record = {}
     for name in batch.schema.names:
         try:
             record[name] = batch.column(name)[row].as_py()
         except ValueError as error:
             raise ValueError(
-                f"{where}: the field {name!r} cannot be read ({error}); write it again"
+                f"{where}: the field {name!r} cannot be read ({error}); correct the data"
             ) from error
     return record
 
 
 def _distinct(table: Any, fields: Sequence[str]) -> np.ndarray:
-    """Numbers of the rows that are the first with their values of the fields; of all where it cannot tell."""
+    """Returns the index of the first row with each combination of values; all rows if pyarrow cannot tell."""
     import pyarrow as pa
 
     everything = np.arange(len(table))
@@ -124,7 +124,7 @@ def _distinct(table: Any, fields: Sequence[str]) -> np.ndarray:
         keyed = pa.table({**values, "row": everything}).group_by(list(values), use_threads=False)
         return np.sort(keyed.aggregate([("row", "min")])["row_min"].to_numpy())
     except (pa.ArrowException, LookupError):
-        # Lists of different lengths or values of other types; `read_problems` looks at them one by one.
+        # Lists of different lengths or mixed types; `read_problems` checks the rows one by one.
         return everything
 
 

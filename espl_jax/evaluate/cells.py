@@ -1,4 +1,4 @@
-"""Cells of a comparison, one model under one prompt on one problem set each, and how they are shown."""
+"""Cells of a comparison (one model, one prompt, one problem set each), and their display."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from espl_jax.rollouts.evaluation import Evaluation, estimate
 from espl_jax.types import Rollouts
 
 HEADS = ("model", "prompt", "data", "problems")
-"""Columns that say what a cell is of."""
+"""Columns that identify a cell."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +20,11 @@ class Cell:
     """One model under one prompt on one problem set.
 
     Attributes:
-      model, prompt, data: what they are called.
+      model, prompt, data: display names.
       system_prompt: text of the prompt.
-      evaluation: of its rollouts.
-      truncated: share of the rollouts that reached the limit of new tokens.
-      new_tokens: those that the model drew, mean over the rollouts; what tools said is not counted.
+      evaluation: results of its rollouts.
+      truncated: fraction of truncated rollouts.
+      new_tokens: mean number of tokens that the model sampled per rollout; tool output is not counted.
     """
 
     model: str
@@ -37,12 +37,12 @@ class Cell:
 
 
 def make_cells(batches: Sequence[Rollouts], model: str, prompts: Sequence[str], data: str) -> list[Cell]:
-    """One cell for each prompt.
+    """Returns one cell per prompt.
 
     Args:
-      batches: at least one, of different problems and the same M prompts.
-      model, data: what they are called.
-      prompts: what each prompt is called, M names.
+      batches: at least one batch, with different problems and the same M prompts.
+      model, data: display names.
+      prompts: display names of the M prompts.
     """
 
     def whole(field: str) -> np.ndarray:
@@ -65,7 +65,7 @@ def make_cells(batches: Sequence[Rollouts], model: str, prompts: Sequence[str], 
 
 
 def show(cells: Sequence[Cell]) -> str:
-    """What all cells have in common as lines, then the rest as a Markdown table; a single cell as lines."""
+    """Formats the shared columns as lines and the rest as a Markdown table; a single cell as lines only."""
     rows = [_columns(cell) for cell in cells]
     shared = list(rows[0])
     if len(rows) > 1:

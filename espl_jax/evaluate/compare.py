@@ -1,4 +1,4 @@
-"""Samples and grades what a command line asks for."""
+"""Runs the evaluation that a command line asks for."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ from espl_jax.types import Problem, Rollouts, SystemPrompt
 
 
 def compare(request: Request) -> list[Cell]:
-    """Evaluates every model under every prompt on every problem set, shows the results and writes the files.
+    """Evaluates every model under every prompt on every problem set, prints the results and writes the files.
 
-    A model is loaded once; its prompts are sampled side by side, so that what they share is run once. Where
-    something fails on the way, the cells that were done by then are shown and written all the same.
+    Each model is loaded once, and its prompts are sampled in the same batches. If an error occurs, the cells
+    finished by then are still printed and written.
 
     Returns:
-      The cells, prompts within problem sets within models.
+      The cells, ordered by model, problem set and prompt.
 
     Raises:
-      ValueError: for problems that the environment cannot grade, and models that are not there; both before
-        anything is sampled. Else as loading and sampling do.
+      ValueError: before sampling, for problems that the environment cannot grade and models that do not
+        exist; otherwise as loading and sampling do.
     """
     with naming("environment", request.environment):
         environment = make_environment(
@@ -72,7 +72,7 @@ def compare(request: Request) -> list[Cell]:
     try:
         for source in request.models:
             for cell in evaluate_model(source, request, environment, mesh):
-                cells.append(cell)  # one by one, so that an error leaves those before it
+                cells.append(cell)  # one by one, so that an error keeps the earlier cells
     finally:
         if cells:
             report(cells, request)
@@ -80,7 +80,7 @@ def compare(request: Request) -> list[Cell]:
 
 
 def report(cells: Sequence[Cell], request: Request) -> None:
-    """Shows the cells, at least one, and writes the `.json` files."""
+    """Prints the cells (at least one) and writes the `.json` files."""
     print(show(cells))
     print(f"\n{_footnote(request)}", flush=True)
     for path in request.out:
@@ -92,7 +92,7 @@ def report(cells: Sequence[Cell], request: Request) -> None:
 
 
 def find_model(source: str) -> None:
-    """Makes sure that a model can be loaded as far as its small files say; one of the hub is downloaded.
+    """Checks a model by its small files; a model on the Hub is downloaded.
 
     Args:
       source: as for `load_model`.
@@ -113,22 +113,22 @@ def find_model(source: str) -> None:
 
 
 def check_gradable(environment: Environment, problem_set: ProblemSet) -> None:
-    """Raises ValueError unless every problem's own answer, put into a box, is graded as a success."""
+    """Raises ValueError unless the gold answer of every problem, in a box, is graded as correct."""
     problems = problem_set.problems
     grades = checked_grades(environment, problems, [rf"\boxed{{{problem.answer}}}" for problem in problems])
     wrong = [problem for problem, grade in zip(problems, grades, strict=True) if not grade.success]
     if wrong:
         raise ValueError(
-            f"{len(wrong)} of {len(problems)} problems would be graded wrong when given their own answer, "
-            f"the first one {wrong[0].id} with answer {wrong[0].answer!r}; correct the data, or choose "
-            "another --environment or --answer_format"
+            f"the environment grades the gold answers of {len(wrong)} of {len(problems)} problems as wrong, "
+            f"first that of {wrong[0].id}, {wrong[0].answer!r}; correct the data, or choose another "
+            "--environment or --answer_format"
         )
 
 
 def evaluate_model(
     source: str, request: Request, environment: Environment, mesh: jax.sharding.Mesh | None
 ) -> Iterator[Cell]:
-    """The cells of one model, which is loaded here and given up at the end."""
+    """Loads one model and yields its cells."""
     tell(f"{source}: loading")
     model = load_model(source, mesh, request.numerics)
     chat = chat_format(source, request.sampling)
@@ -137,8 +137,8 @@ def evaluate_model(
             check_room(request, source, model, problem_set, environment, chat)
     for name, problem_set in request.problem_sets.items():
         tell(
-            f"{source}, {name}: problems {len(problem_set)}, prompts {len(request.prompts)}, samples of each "
-            f"{request.sampling['group_size']}; the first batch takes longer, since it compiles"
+            f"{source}, {name}: {len(problem_set)} problems, {len(request.prompts)} prompts, "
+            f"{request.sampling['group_size']} samples each; the first batch takes longer, since it compiles"
         )
         batches = []
         start, done = time.monotonic(), 0
@@ -159,7 +159,7 @@ def evaluate_model(
             seconds = time.monotonic() - start
             left = seconds / done * (len(problem_set) - done)
             tell(
-                f"{source}, {name}: {done} of {len(problem_set)} problems, mean reward of these "
+                f"{source}, {name}: {done} of {len(problem_set)} problems, mean reward of this batch "
                 f"{rollouts.rewards.mean():.3f}, {duration(seconds)}, {duration(left)} left"
             )
             for path in request.out:
@@ -176,13 +176,13 @@ def check_room(
     environment: Environment,
     chat: ChatFormat,
 ) -> None:
-    """Raises ValueError, naming problems, unless all prompts and problems leave room for an answer.
+    """Raises ValueError if a prompt and a problem leave no room for a reply; the message names the problems.
 
     Args:
-      request: its prompts and its context limit are looked at.
-      source: of the model, for messages.
+      request: gives the prompts and the context limit.
+      source: source of the model, for messages.
       model, environment, chat: as for `collect_rollouts`.
-      problem_set: all its problems are looked at.
+      problem_set: the problems to check.
     """
     most = model.config.max_positions
     context, arguments = request.sampling["context_limit"] or most, chat.template_arguments
@@ -197,8 +197,8 @@ def check_room(
             named = ", ".join(list(long)[:10]) + (f" and {len(long) - 10} more" if len(long) > 10 else "")
             raise ValueError(
                 f"{len(long)} of {len(problems)} problems are too long ({named}): with prompt {name!r} the "
-                f"longest makes {max(long.values())} tokens, which leaves no room in a context of {context}; "
-                f"raise --context_limit ({source} takes {most}), shorten the prompt, or leave them out"
+                f"longest has {max(long.values())} tokens, which leaves no room in a context of {context}; "
+                f"raise --context_limit ({source} supports {most}), shorten the prompt, or leave them out"
             )
 
 
@@ -207,8 +207,8 @@ def load_model(source: str, mesh: jax.sharding.Mesh | None, numerics: Mapping[st
 
     Args:
       source: the work directory of a run, for its trained weights, or as for `load_pretrained`.
-      mesh: devices that share the params.
-      numerics: DecoderConfig fields; what is left out is as in the run, or what suits the devices.
+      mesh: mesh for the params.
+      numerics: DecoderConfig fields; missing fields are those of the run, or chosen for the devices.
 
     Raises:
       As `read_run` and `load_pretrained`.
@@ -219,11 +219,11 @@ def load_model(source: str, mesh: jax.sharding.Mesh | None, numerics: Mapping[st
 
 
 def chat_format(source: str, given: Mapping[str, Any]) -> ChatFormat:
-    """How conversations become text: as in the run that the model comes from, unless it is given.
+    """Returns the chat format: that of the run that the model comes from, overridden by `given`.
 
     Args:
       source: as for `load_model`.
-      given: as `Request.sampling`; each of `chat_template_kwargs` goes before the run's.
+      given: as `Request.sampling`; its `chat_template_kwargs` override those of the run.
     """
     arguments, show_thinking = {}, False
     if is_run(source):
@@ -241,7 +241,7 @@ def chat_format(source: str, given: Mapping[str, Any]) -> ChatFormat:
 
 
 def sampling_of(given: Mapping[str, Any]) -> Sampling:
-    """How rollouts are drawn: the same for all models that are compared."""
+    """Returns the sampling settings, the same for all models."""
     return Sampling(
         max_new_tokens=given["max_new_tokens"],
         temperature=given["temperature"],
@@ -261,15 +261,15 @@ def sample_in_batches(
     capacity: Capacity,
     **settings: Any,
 ) -> Iterator[Rollouts]:
-    """All prompts on all problems, side by side, at most `batch_size` problems at a time.
+    """Samples all prompts on all problems, at most `batch_size` problems at a time.
 
     Args:
       model, prompts, problems, environment, chat, capacity: as for `collect_rollouts`.
-      batch_size: problems whose rollouts are held at once. What is drawn does not depend on it.
+      batch_size: maximum problems per batch. It does not affect what is sampled.
       **settings: further arguments of `collect_rollouts`.
 
     Yields:
-      Rollouts [M, b, N], b being nearly the same in all, since every size is compiled.
+      Rollouts [M, b, N] with b nearly constant, since every size is compiled.
     """
     longest = longest_problem(model.tokenizer, problems, environment, chat.template_arguments)
     capacity = dataclasses.replace(capacity, longest_problem=longest)
@@ -279,7 +279,7 @@ def sample_in_batches(
 
 
 def append(path: Path, rollouts: Rollouts, model: str, prompts: Sequence[str], data: str) -> None:
-    """Adds one JSON line for each rollout to a file, with what model, prompt and data are called."""
+    """Appends one JSON line per rollout to a file, with the names of model, prompt and data."""
     lines = []
     for record in records(rollouts):
         named = {**record, "model": model, "prompt": prompts[record["slot"]], "data": data}
@@ -289,13 +289,13 @@ def append(path: Path, rollouts: Rollouts, model: str, prompts: Sequence[str], d
 
 
 def settings(request: Request) -> dict[str, Any]:
-    """What decides the results beside model, prompt and data; what is None is the model's own."""
+    """Returns the settings that affect the results besides model, prompt and data; None: from the model."""
     names = ("environment", "answer_format", "instruction", "options", "reward", "seed", "numerics")
     return {name: getattr(request, name) for name in names} | request.sampling
 
 
 def tell(text: str) -> None:
-    """Shows progress, apart from the results."""
+    """Prints progress to standard error."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -307,6 +307,6 @@ def _footnote(request: Request) -> str:
         if sampling[name] != all_tokens
     )
     return (
-        f"Samples a problem: {sampling['group_size']}, temperature: {sampling['temperature']:g}, {cut}"
-        f"new tokens: {sampling['max_new_tokens']} at most. In brackets: 95% intervals over problems."
+        f"Samples per problem: {sampling['group_size']}, temperature: {sampling['temperature']:g}, {cut}"
+        f"max. new tokens: {sampling['max_new_tokens']}. In brackets: 95% intervals over problems."
     )

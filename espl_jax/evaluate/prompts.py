@@ -1,4 +1,4 @@
-"""System prompts as a command line names them: the text itself, a text file, a member of a population."""
+"""Reads system prompts given on a command line: text, a text file, or a member of a population."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ DEFAULT = "(the template's default)"
 
 
 def read_prompt(given: str) -> SystemPrompt:
-    """The system prompt that is meant.
+    """Returns the system prompt given on the command line.
 
     Args:
-      given: the path of a `.txt` file; the path of a `population.json`, `#` and the id of a member; or else
-        the prompt's own text. A blank one means no system turn: the chat template's default stands.
+      given: the path of a `.txt` file; the path of a `population.json` followed by `#` and the id of a
+        member; otherwise the text of the prompt. A blank text means no system turn, so the default of the
+        chat template applies.
 
     Returns:
-      The prompt; its id is made from its text, since random keys are, so that one text draws the same
-      rollouts however it was named.
+      The prompt. Its id is a hash of its text: random keys are derived from the id, so the same text gets the
+      same rollouts however it was given.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: for a file that is not a population, or an id that is not in it.
+      ValueError: if the file is not a population, or has no member with that id.
     """
     path, _, member = given.rpartition("#")
     if path.endswith(".json") and _may_be_path(path):
@@ -35,7 +36,7 @@ def read_prompt(given: str) -> SystemPrompt:
     elif given.endswith(".json") and _may_be_path(given):
         prompt = _member(given, "")
     elif given.endswith(".txt") and _may_be_path(given):
-        # Editors end a file with a newline.
+        # Text editors add a final newline.
         prompt = SystemPrompt(_read(given).removesuffix("\n"))
     else:
         prompt = SystemPrompt(given)
@@ -44,13 +45,13 @@ def read_prompt(given: str) -> SystemPrompt:
 
 
 def label(given: str) -> str:
-    """What a table calls it: the path, or the beginning of the text."""
+    """Returns the display name of a prompt: the path, or the beginning of the text."""
     line = " ".join(given.split())
     return (line if len(line) <= 40 else f"{line[:37]}...") or DEFAULT
 
 
 def _may_be_path(text: str) -> bool:
-    # The most bytes that Linux takes in a path, and in one name of it.
+    # The limits of Linux, in bytes, for a path and for a file name.
     path = os.fsencode(text)
     return "\n" not in text and len(path) < 4096 and max(map(len, path.split(b"/"))) <= 255
 
@@ -59,7 +60,7 @@ def _read(path: str) -> str:
     file = folders.parse(path) if folders.is_remote(path) else Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(
-            f"there is no file {path}; correct the path, or, if this is the prompt itself, end it otherwise"
+            f"{path} does not exist; correct the path, or end a prompt in another way than a file name"
         )
     return file.read_text(encoding="utf-8")
 
@@ -68,12 +69,14 @@ def _member(path: str, member: str) -> SystemPrompt:
     try:
         population = populations.from_json(json_values.parse(_read(path)))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"not the population.json of a run ({error}); give one") from error
+        raise ValueError(
+            f"not the population.json of a run ({error}); give the population.json of a run"
+        ) from error
     for prompt in population.members:
         if prompt.id == member:
             return prompt
     ids = ", ".join(prompt.id for prompt in population.members)
     raise ValueError(
-        f"{f'there is no member {member!r}' if member else 'no member is named'}; write {path}#ID with one "
-        f"of {ids}; the best by rating is {best_rated(population).prompt.id}"
+        f"{f'no member {member!r}' if member else 'no member given'}; write {path}#ID with one of {ids} "
+        f"(the best by rating is {best_rated(population).prompt.id})"
     )

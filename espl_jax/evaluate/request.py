@@ -1,4 +1,4 @@
-"""What a command line asks for, read and checked before jax is imported."""
+"""Reads and checks the flags of an evaluation, before jax is imported."""
 
 from __future__ import annotations
 
@@ -19,20 +19,19 @@ from espl_jax.types import SystemPrompt
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Every model is evaluated under every prompt on every problem set.
+    """An evaluation of every model under every prompt on every problem set.
 
     Attributes:
-      models: where they come from.
-      prompts: what each is called -> the prompt.
-      problem_sets: what each is called -> the problems.
-      numerics: DecoderConfig fields that were given on the command line.
+      models: sources of the models.
+      prompts: display name -> prompt.
+      problem_sets: display name -> problems.
+      numerics: DecoderConfig fields given on the command line.
       mesh: devices by axis.
-      environment, answer_format, instruction, options, reward: what words the user turn and grades, as for
-        `task.make_environment`.
-      sampling: how every model is sampled: arguments of `collect_rollouts`, with `top_k`, `top_p` and `min_p`
-        in place of `truncation`; `show_thinking` is None where it is left to the model.
-      seed: of the random keys.
-      batch_size: problems side by side.
+      environment, answer_format, instruction, options, reward: as for `tasks.make_environment`.
+      sampling: sampling settings of all models: arguments of `collect_rollouts`, with `top_k`, `top_p` and
+        `min_p` in place of `truncation`; `show_thinking` is None to use the setting of the model's run.
+      seed: seed of the random keys.
+      batch_size: problems per batch.
       out: files to write.
     """
 
@@ -53,36 +52,36 @@ class Request:
 
 
 def read_request(f: Any) -> Request:
-    """Reads everything that the flags name but the models.
+    """Loads everything that the flags name, except the models.
 
     Args:
-      f: the values of the flags of `__main__`.
+      f: the flag values of `__main__`.
 
     Raises:
-      ValueError: naming the flag, its value and the fix.
+      ValueError: with the flag, its value and the fix.
     """
     for flag, example in (("model", "smollm2"), ("data", "addition:digits=2,count=100")):
         if not getattr(f, flag):
             raise ValueError(f"--{flag} is missing; give at least one, e.g. --{flag}={example}")
     if f.environment not in ENVIRONMENTS and ":" not in f.environment:
         raise ValueError(
-            f"--environment={f.environment}: choose one of {', '.join(ENVIRONMENTS)}, or a module:name"
+            f"--environment={f.environment}: choose one of {', '.join(ENVIRONMENTS)}, or give module:name"
         )
     formats = ENVIRONMENTS.get(f.environment, ())
     if formats and f.answer_format not in formats:
         raise ValueError(
-            f"--answer_format={f.answer_format}: choose one of {', '.join(formats)}, which "
-            f"--environment={f.environment} reads"
+            f"--answer_format={f.answer_format}: not supported by --environment={f.environment}; choose one "
+            f"of {', '.join(formats)}"
         )
     if f.temperature == 0 and f.samples > 1:
         raise ValueError(
-            f"--samples={f.samples}: greedy samples are all the same; give --samples=1, or a --temperature "
+            f"--samples={f.samples}: greedy samples are identical; give --samples=1, or a --temperature "
             "above 0"
         )
-    for flag, least in (("top_p", "a probability above 0"), ("min_p", "a ratio of at least 0")):
+    for flag, least in (("top_p", "above 0"), ("min_p", "at least 0")):
         value = getattr(f, flag)
         if not 0 <= value <= 1 or (flag == "top_p" and value == 0):
-            raise ValueError(f"--{flag}={value:g}: give {least} and at most 1")
+            raise ValueError(f"--{flag}={value:g}: must be {least} and at most 1")
     numerics = {name: getattr(f, name) for name in ("dtype", "param_dtype", "matmul_precision")}
     return Request(
         models=tuple(dict.fromkeys(f.model)),
@@ -117,7 +116,7 @@ def read_request(f: Any) -> Request:
 
 @contextlib.contextmanager
 def naming(flag: str, value: str) -> Iterator[None]:
-    """An error inside says which flag it is about."""
+    """Prefixes the message of an error with the flag."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -131,8 +130,8 @@ def _prompts(given: Sequence[str]) -> dict[str, SystemPrompt]:
             prompt, name = read_prompt(each), label(each)
             for other in prompts:
                 if prompts[other].id == prompt.id:
-                    raise ValueError(f"the same text as {other}; leave one of them out")
-        # Different texts may begin alike.
+                    raise ValueError(f"same text as {other}; remove one of them")
+        # Different texts may have the same label.
         prompts[f"{name} ({prompt.id})" if name in prompts else name] = prompt
     return prompts
 
@@ -158,7 +157,7 @@ def _mesh(given: Sequence[str]) -> dict[str, int]:
 def _pair(flag: str, given: Sequence[str], pair: str, example: str, value: str = ".+") -> tuple[str, str]:
     match = re.fullmatch(rf"(\w+)=({value})", pair)
     if not match:
-        raise ValueError(f"--{flag}={','.join(given)}: {pair!r} is not understood; write it as in {example}")
+        raise ValueError(f"--{flag}={','.join(given)}: cannot parse {pair!r}; write it as in {example}")
     return match[1], match[2]
 
 
@@ -166,7 +165,7 @@ def _json_object(flag: str, given: str) -> dict[str, Any]:
     with naming(flag, given):
         value = json_values.parse(given)
         if not isinstance(value, dict):
-            raise ValueError('give a JSON object, e.g. {"enable_thinking": false}')
+            raise ValueError('not a JSON object; give one, e.g. {"enable_thinking": false}')
         return value
 
 
@@ -175,9 +174,11 @@ def _new_files(given: Sequence[str]) -> tuple[Path, ...]:
         path = Path(name).expanduser()
         with naming("out", name):
             if path.suffix not in (".json", ".jsonl"):
-                raise ValueError("give a name that ends with .json (results) or .jsonl (rollouts)")
+                raise ValueError(
+                    "unknown format; give a name that ends with .json (results) or .jsonl (rollouts)"
+                )
             if path.exists():
-                raise ValueError("this file is there already; name another one, or remove it")
+                raise ValueError("the file exists; choose another name, or remove it")
             if not path.parent.is_dir():
-                raise ValueError(f"there is no folder {path.parent}; make it, or name another one")
+                raise ValueError(f"the folder {path.parent} does not exist; create it, or choose another one")
     return tuple(Path(name).expanduser() for name in given)

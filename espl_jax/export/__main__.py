@@ -1,4 +1,4 @@
-"""The command: `python -m espl_jax.export --workdir=runs/hmmt --out=exported`."""
+"""Exports a run: `python -m espl_jax.export --workdir=runs/hmmt --out=exported`."""
 
 from __future__ import annotations
 
@@ -8,23 +8,27 @@ from absl import app, flags
 
 from espl_jax.console import command_line
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, which may be going on; only read.")
-_OUT = flags.DEFINE_string("out", None, "Folder to write; new or empty.")
-_FORMAT = flags.DEFINE_string("format", "merged", "merged (whole weights) or adapter (LoRA, for PEFT).")
-_PROMPT = flags.DEFINE_string("prompt", "deployed", "deployed, root, or the id of a prompt.")
-_DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Of merged weights: bfloat16 or float32.")
-_BASE = flags.DEFINE_string("base", "", "What others call the base model; empty: the run's model.source.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Work directory of the run, which may still be running; read-only."
+)
+_OUT = flags.DEFINE_string("out", None, "Output folder; must be new or empty.")
+_FORMAT = flags.DEFINE_string("format", "merged", "merged (full weights) or adapter (LoRA, for PEFT).")
+_PROMPT = flags.DEFINE_string(
+    "prompt", "deployed", "deployed, root, or the id of a prompt in the population."
+)
+_DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Dtype of merged weights: bfloat16 or float32.")
+_BASE = flags.DEFINE_string("base", "", "Public name of the base model; empty: the run's model.source.")
 flags.mark_flags_as_required(["workdir", "out"])
 
 
 def main(argv: list[str]) -> None:
     """Exports a run."""
     if len(argv) > 1:
-        sys.exit(f"not understood: {' '.join(argv[1:])}; see --help")
+        sys.exit(f"unexpected argument {' '.join(argv[1:])}; see --help")
 
     import jax
 
-    # The devices may be busy with the run itself, and there is next to nothing to compute.
+    # The run itself may be using the devices, and export computes next to nothing.
     jax.config.update("jax_platforms", "cpu")
     from espl_jax.export.export import export
 

@@ -1,4 +1,4 @@
-"""A run leaves: weights, evolved system prompt and a model card, as a folder that others load."""
+"""Exports the weights, the evolved system prompt and a model card of a run, for use by other libraries."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ def export(
     base: str = "",
     say: Callable[[str], None] = print,
 ) -> None:
-    """Writes the newest checkpoint of a run, which may be going on, in a format that others load.
+    """Writes the newest checkpoint of a run, which may still be running, in a standard format.
 
     Args:
-      workdir: of the run; only read.
-      out: the folder to write; appears whole or not at all, must be new or empty.
-      format: `merged`, whole weights for transformers and the servers that read its folders; `adapter`, the
-        LoRA adapters alone, for PEFT.
+      workdir: work directory of the run; read-only.
+      out: the output folder, written atomically; must be new or empty.
+      format: `merged`, full weights for transformers and compatible servers; `adapter`, only the LoRA
+        adapters, for PEFT.
       prompt: `deployed`, `root`, or the id of a member of the population.
-      dtype: of merged weights, float32 or bfloat16, as a name or a dtype of jax or numpy; adapters are
-        float32.
-      base: what others call the model that the run began with; by default `model.source`.
-      say: shows a line of progress.
+      dtype: dtype of merged weights, float32 or bfloat16, as a name or a jax or numpy dtype; adapters are
+        always float32.
+      base: public name of the model that the run started from; by default `model.source`.
+      say: prints a line of progress.
 
     Raises:
       FileExistsError: if `out` is not empty.
-      FileNotFoundError: if there is no run, no checkpoint yet, or its model is gone.
-      ValueError: for an unknown prompt or format, adapters of a run that has none, or damaged files.
+      FileNotFoundError: if there is no run or no checkpoint, or the model of the run is missing.
+      ValueError: for an unknown prompt or format, the adapters of a run without adapters, or damaged files.
     """
     dtype = dtype_name(dtype)
     for name, value, choices in (("format", format, FORMATS), ("dtype", dtype, tuple(DTYPES_WRITTEN))):
@@ -114,25 +114,25 @@ def export(
 
 
 def _check_adapters(run: SavedRun, base: str) -> None:
-    """Raises ValueError unless the run has adapters for a base that others can load."""
+    """Raises ValueError unless the run has adapters, for a base that others can load."""
     if run.adapters is None:
-        why = "trains all weights (lora.rank=0)" if trains(run.config) else "changes prompts alone"
+        why = "trains all weights (lora.rank=0)" if trains(run.config) else "changes only prompts"
         raise ValueError(
             f"format='adapter': a run of mode={run.config.mode} that {why} has no adapters; use format=merged"
         )
     source = run.config.model.source
     if not base and (Path(source).expanduser() / "adapter_config.json").is_file():
         raise ValueError(
-            f"format='adapter': the run began with {source}, itself an adapter, merged into its base; export "
-            "merged weights, or give as base the folder or hub name of those merged weights"
+            f"format='adapter': the run started from the adapter {source}, merged into its base; use "
+            "format=merged, or give the folder or Hub name of these merged weights as base"
         )
 
 
 def _generation(run: SavedRun) -> dict[str, Any]:
-    """Returns the generation config: how the run drew.
+    """Returns the generation config, with the sampling settings of the run.
 
-    Of its makers' settings only the ids stay, since the run drew without their penalties. Its stop strings
-    are in the model card: servers refuse them here.
+    Of the original settings only the token ids are kept, since the run sampled without penalties. Stop
+    strings are in the model card, because servers reject them here.
     """
     sampling = run.config.sampling
     names = ("temperature", "top_p", "top_k", "min_p")
@@ -145,7 +145,7 @@ def _generation(run: SavedRun) -> dict[str, Any]:
 
 
 def _tools(run: SavedRun, say: Callable[[str], None]) -> tuple[Schema, ...]:
-    """The tools of the run's environment; none if its module is missing here, which weights do not need."""
+    """Returns the tools of the run's environment; none if its module is not installed here."""
     try:
         return tools_of(run.config)
     except ValueError as error:
@@ -154,7 +154,7 @@ def _tools(run: SavedRun, say: Callable[[str], None]) -> tuple[Schema, ...]:
 
 
 def _results(run: SavedRun) -> dict[str, Any] | None:
-    """What `results.json` says, if it is of this checkpoint: the test is made at the end of a run."""
+    """Returns the contents of `results.json`, if it belongs to this checkpoint (the last of the run)."""
     path = run.path / "results.json"
     if run.iteration < run.config.num_iterations or not path.is_file():
         return None
@@ -162,6 +162,6 @@ def _results(run: SavedRun) -> dict[str, Any] | None:
 
 
 def _metrics(run: SavedRun) -> dict[str, Any] | None:
-    """The checkpoint's line of `metrics.jsonl`; a run that goes on may have written more."""
+    """Returns the line of `metrics.jsonl` for this checkpoint; the run may have written later lines."""
     lines = read_log(run.path, "metrics")
     return json.loads(lines[run.iteration - 1]) if len(lines) >= run.iteration else None

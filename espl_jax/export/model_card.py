@@ -1,4 +1,4 @@
-"""The README.md of an exported folder: what it is, how it was made, and how well it did."""
+"""Writes the model card (README.md) of an exported folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from espl_jax.types import Schema, SystemPrompt
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@(.+))?")
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Largest ranks that vLLM can be told to make room for."""
+"""Values that vLLM accepts for --max-lora-rank."""
 
 _SETTINGS = (
     "mode",
@@ -42,20 +42,20 @@ _SETTINGS = (
     "environment.name",
     "environment.answer_format",
 )
-"""Fields that say most about a run; the whole configuration follows them."""
+"""The most important fields of a run; the full configuration follows them."""
 
 _METHODS = {
     "espl": "the weights by policy gradients and the system prompt by evolution, both from the same rollouts",
     "rl": "the weights by policy gradients, under one system prompt",
     "evolution": "the system prompt by evolution; the weights are those of the base model",
-    "reflection": "the system prompt, rewritten again and again by reflection on the model's own rollouts; "
+    "reflection": "the system prompt, rewritten in every iteration by reflection on rollouts; "
     "the weights are those of the base model",
 }
 
 
 def hub_name(source: str) -> str:
-    """What others call the model of `model.source`: its name on the Hugging Face hub (and revision, if it has
-    one), or an absolute path.
+    """Returns the public name of `model.source`: its name on the Hugging Face Hub (with the revision, if
+    given), or an absolute path.
     """
     if source in BASES:
         return BASES[source]
@@ -64,8 +64,10 @@ def hub_name(source: str) -> str:
 
 
 def serve_adapter(base: str, folder: str, rank: int, template_file: str = "chat_template.jinja") -> str:
-    """The command that serves an adapter with vLLM under its folder's `template_file`; requests name the
-    model `evolved`."""
+    """Returns the command that serves an adapter with vLLM and the chat template in `template_file`.
+
+    Requests name the model `evolved`.
+    """
     name, revision = _name_and_revision(base)
     words = ["vllm serve", name, *([f"--revision {revision}"] if revision else []), "--enable-lora"]
     words += [f"--max-lora-rank {next((r for r in _VLLM_RANKS if r >= rank), rank)}"]
@@ -86,18 +88,18 @@ def model_card(
     results: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> str:
-    """A model card in Markdown, with the front matter that the Hugging Face hub reads.
+    """Returns a model card in Markdown, with front matter for the Hugging Face Hub.
 
     Args:
-      config: of the run, nested dicts.
-      prompt: the system prompt that is exported.
-      base: what others call the model that the run began with.
+      config: the run's configuration, as nested dicts.
+      prompt: the exported system prompt.
+      base: public name of the model that the run started from.
       iteration: iterations done.
-      folder: what to call the exported folder.
-      adapter: whether it holds LoRA adapters for PEFT, and not whole weights.
-      template_file: the chat template of the run's conversations, as a file of the folder.
-      tools: of the run's environment, as JSON schemas.
-      results: the run's `results.json`, if it came to its test.
+      folder: name of the exported folder.
+      adapter: whether the folder holds LoRA adapters for PEFT instead of full weights.
+      template_file: file name of the chat template in the folder.
+      tools: tools of the run's environment, as JSON schemas.
+      results: contents of the run's `results.json`, if the run has ended.
       metrics: the iteration's record in `metrics.jsonl`.
     """
     sections = [
@@ -108,7 +110,7 @@ def model_card(
         f"## Results\n\n{_results(config, iteration, results, metrics)}",
         f"## Data\n\n{_data(config['data'])}",
         f"## Settings\n\n{_settings(config)}",
-        "## Licence\n\nThat of the base model, whose terms hold for everything derived from it.",
+        "## License\n\nThe license of the base model, whose terms apply to all derivatives.",
         "## Citation\n\nZhang, Chen and Stadie (2026): Evolutionary System Prompt Learning. "
         "[arXiv 2602.14697](https://arxiv.org/abs/2602.14697)",
     ]
@@ -128,13 +130,13 @@ def _front_matter(base: str, adapter: bool) -> str:
 
 
 def _summary(config: Mapping[str, Any], base: str, iteration: int, adapter: bool) -> str:
-    what = "LoRA adapters for" if adapter else "A model made from"
+    what = "LoRA adapters for" if adapter else "A model trained from"
     return (
-        f"{what} `{base}` by Evolutionary System Prompt Learning (E-SPL), with espl_jax.\n\n"
-        "In E-SPL several system prompts answer the same problems. Rewards, less the mean of their group, "
-        "give a policy gradient for the weights; the ranking of the prompts gives each a TrueSkill rating; "
-        "and the model, reflecting on its own rollouts, writes new prompts by mutation and crossover. "
-        f"Learned here, in {iteration} of {config['num_iterations']} iterations (mode `{config['mode']}`): "
+        f"{what} `{base}` with Evolutionary System Prompt Learning (E-SPL), using espl_jax.\n\n"
+        "In E-SPL, rollouts of the same problems are sampled under several system prompts. Rewards minus the "
+        "mean of their group give a policy gradient for the weights; the ranking of the prompts updates "
+        "their ratings; and a reflector writes new prompts from the rollouts, by mutation and crossover. "
+        f"Trained here, in {iteration} of {config['num_iterations']} iterations (mode `{config['mode']}`): "
         f"{_METHODS[config['mode']]}."
     )
 
@@ -142,16 +144,16 @@ def _summary(config: Mapping[str, Any], base: str, iteration: int, adapter: bool
 def _prompt(prompt: SystemPrompt) -> str:
     text = prompt.render()
     if not text.strip():
-        return f"Prompt {prompt.id} is empty: the chat template is the base model's own."
+        return f"Prompt {prompt.id} is empty, so the chat template is that of the base model."
     return (
-        f"The chat template says it unasked wherever a conversation has no system message of its own "
-        f"(`system_prompt.txt` has it too). It is prompt {prompt.id}, made by {prompt.operator} in iteration "
+        f"The chat template inserts it into every conversation without a system message (it is also in "
+        f"`system_prompt.txt`). It is prompt {prompt.id}, created by {prompt.operator} in iteration "
         f"{prompt.iteration}, with a rating of {prompt.mu:.2f} ± {prompt.sigma:.2f}.\n\n{_fenced(text)}"
     )
 
 
 def _fenced(text: str, language: str = "") -> str:
-    """A code block that nothing in the text can end."""
+    """Returns a code block with a fence longer than any in the text."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"
@@ -175,17 +177,15 @@ def _use(
     if tools:
         blocks = [_fenced(json.dumps(tool, indent=2), "json") for tool in tools]
         these = "this tool" if len(tools) == 1 else "these tools"
-        notes.append("\n\n".join([f"In training it had {these}:", *blocks]))
+        notes.append("\n\n".join([f"In training the model had {these}:", *blocks]))
     if adapter and base != config["model"]["source"]:
         notes.append(
-            f"The adapters were trained on `{config['model']['source']}`, a copy that may be rounded."
+            f"The adapters were trained on `{config['model']['source']}`, a copy that may be quantized."
         )
     if instruction:
-        notes.append(f"Each problem was followed, in the user's turn, by:\n\n{_fenced(instruction)}")
+        notes.append(f"In training, each problem was followed in the user turn by:\n\n{_fenced(instruction)}")
     if kwargs := json.loads(config["model"]["chat_template_kwargs"]):
-        notes.append(
-            f"Unless told otherwise, the chat template takes `{json.dumps(kwargs)}`, as in training."
-        )
+        notes.append(f"The chat template defaults to the arguments of training, `{json.dumps(kwargs)}`.")
     loading = "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
     if adapter:
         loading = "from peft import PeftModel\n" + loading
@@ -200,7 +200,7 @@ def _use(
     code = (
         f'{loading}tokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
         f"model = {model}\n"
-        'messages = [{"role": "user", "content": "..."}]  # no system message: the template has it\n'
+        'messages = [{"role": "user", "content": "..."}]  # no system message: the template adds it\n'
         'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", '
         "return_dict=True)\n"
         "reply = model.generate(**inputs, max_new_tokens=512)\n"
@@ -230,14 +230,14 @@ def _results(
             f"{results['deployed']['id']}:\n\n{table(rows)}"
         )
     elif iteration < config["num_iterations"]:
-        parts.append("Exported while the run was going on: there was no test yet.")
+        parts.append("Exported before the end of the run: there are no test results.")
     elif config["data"]["test"]:
-        parts.append("The test at the end of the run was not finished when this was exported.")
+        parts.append("Exported before the test at the end of the run had finished.")
     else:
         parts.append("The run had no test problems.")
     if metrics:
         names = ("reward", "success", "held_out", "entropy", "kl", "grad_norm")
-        rows = [["of iteration", str(metrics["iteration"])]]
+        rows = [["iteration", str(metrics["iteration"])]]
         rows += [[name, f"{metrics[name]:.4g}"] for name in names if metrics.get(name) is not None]
         parts.append(f"Training rollouts, and validation (`held_out`):\n\n{table(rows)}")
     return "\n\n".join(parts)
@@ -257,4 +257,4 @@ def _settings(config: Mapping[str, Any]) -> str:
             value = value[name]
         rows.append([field, ", ".join(value) if isinstance(value, list | tuple) else str(value)])
     whole = _fenced(json.dumps(config, indent=2, sort_keys=True), "json")
-    return f"{table(rows)}\n\n<details><summary>The whole configuration</summary>\n\n{whole}\n\n</details>"
+    return f"{table(rows)}\n\n<details><summary>Full configuration</summary>\n\n{whole}\n\n</details>"

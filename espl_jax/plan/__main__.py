@@ -1,21 +1,24 @@
-"""Says whether a run fits on a TPU slice, and how long an iteration takes at least, before one is paid for.
+"""Tells whether a run fits on a TPU slice, with a lower bound on the time of an iteration; needs no TPU.
 
     python -m espl_jax.plan --config=configs/hmmt.py --topology=v5e:4x4
     python -m espl_jax.plan --config=configs/hmmt.py --topology=v5p:2x2x2 --config.mesh.tensor=4
 
-Every program of the run is compiled for that topology, by the compiler that TPUs have, on this machine, up
-to where memory is assigned, or with `--codegen` to the end. Of rollouts these are prefill, the decode chunk
-of every bucket at its full width, and what admits, moves and extends rows; of reflection on device and of
-evaluation the same at the largest bucket, with constrained decoding; of updates the policy-gradient step, and
-scoring where there are several. For each it prints what a device needs of HBM, what it computes and moves,
-and the larger of the two bounds that follow. As in the run, sampling reserves as many slots as the chip has
-room for. No weight is allocated, and of a model on the hub config.json alone is fetched.
+This machine compiles every program of the run for that topology with the TPU compiler, up to buffer
+assignment, or with `--codegen` to the end. The programs are:
 
-An iteration is reckoned at its longest: every rollout draws all tokens that it may, every group has a
-gradient, and prompts are as long as the flags say. The time of reflection and evaluation is not in it. A
-bound is what the chip could do at best, and leaves out what devices send each other.
+- rollouts: prefill, the decode chunk of every bucket at full width, and admitting, moving and extending rows;
+- reflection on device and evaluation: the same at the largest bucket, with constrained decoding;
+- updates: the policy-gradient step, and scoring if a batch has several updates.
 
-The exit code is 0 if everything fits, else 1; then other settings are tried, and those that fit are
+For each program it prints the HBM of a device, the flops, the bytes moved, and the larger of the two time
+bounds that follow. As in the run, sampling reserves as many slots as memory holds. No weights are allocated;
+for a model on the Hub, only config.json is downloaded.
+
+The iteration is the longest possible: every rollout draws max_new_tokens, every group has a gradient, and
+prompts have the lengths given by the flags. Reflection and evaluation are not included. The bounds assume the
+peak rates of the chip and ignore communication between devices.
+
+The exit code is 0 if everything fits, else 1. In that case other settings are tried, and those that fit are
 printed.
 """
 
@@ -34,24 +37,24 @@ from espl_jax.run.check_config import check_config
 from espl_jax.run.workloads import Lengths
 
 _CONFIG = command_line.define_config()
-_TOPOLOGY = flags.DEFINE_string("topology", None, "The slice, e.g. v5e:4x4, v5p:2x2x2, v6e:2x4.")
-_SYSTEM = flags.DEFINE_integer("system_tokens", 1024, "Tokens of the longest system prompt.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice, e.g. v5e:4x4, v5p:2x2x2, v6e:2x4.")
+_SYSTEM = flags.DEFINE_integer("system_tokens", 1024, "Length of the longest system prompt, in tokens.")
 _PROBLEM = flags.DEFINE_integer(
-    "problem_tokens", 512, "Tokens of the longest problem, its turn's frame included."
+    "problem_tokens", 512, "Length of the longest problem, including its chat template tokens."
 )
 _EVALUATED = flags.DEFINE_integer(
-    "evaluated_problems", EVALUATED, "Problems of the validation set, and of the test set."
+    "evaluated_problems", EVALUATED, "Size of the validation set, and of the test set."
 )
 _CODEGEN = flags.DEFINE_bool(
-    "codegen", False, "Generate code too: takes ten times as long, and finds kernels too large for the chip."
+    "codegen", False, "Also generate code: ten times slower, but finds kernels that exceed VMEM."
 )
-_ADVICE = flags.DEFINE_bool("advice", True, "Try other settings where these do not fit.")
+_ADVICE = flags.DEFINE_bool("advice", True, "If the run does not fit, try other settings.")
 
 
 def main(argv: list[str]) -> None:
     """Prints the plan; exits with 1 if the run does not fit."""
     if len(argv) > 1:
-        sys.exit(f"not understood: {' '.join(argv[1:])}; fields are set as --config.name=value")
+        sys.exit(f"unexpected argument {' '.join(argv[1:])}; set fields with --config.field=value")
     config, topology = _CONFIG.value, _TOPOLOGY.value
     try:
         check_config(config, files=False)
@@ -73,7 +76,7 @@ def main(argv: list[str]) -> None:
             return
         found = advice(config, topology, lengths, _EVALUATED.value) if _ADVICE.value else []
         if _ADVICE.value:
-            print("\nThese would fit:" if found else "\nNothing that was tried would fit.")
+            print("\nThese settings would fit:" if found else "\nNone of the settings tried would fit.")
         for line in found:
             print(f"  {line}")
     sys.exit(1)

@@ -1,4 +1,4 @@
-"""Other settings, where the ones given do not fit."""
+"""Suggests other settings for a run that does not fit."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from espl_jax.run.workloads import Lengths
 
 
 def alternatives(config: Config, topology: str) -> Iterator[tuple[str, Any, str]]:
-    """Other settings for a run that does not fit, those first that change the least: (words, Config,
-    topology)."""
+    """Yields (description, config, topology) of other settings to try, smallest changes first."""
     kind, _, shape = topology.partition(":")
     chip = find_chip(topology)
     devices = _count(shape)
@@ -61,7 +60,7 @@ def _count(shape: str) -> int:
 def advice(
     config: Config, topology: str, lengths: Lengths, evaluated: int = EVALUATED, most: int = 3
 ) -> list[str]:
-    """The first settings that fit, found by compiling the largest programs with each."""
+    """Returns the first settings that fit, found by compiling the largest programs with each."""
     found = []
     for words, other, where in alternatives(config, topology):
         if least_memory(other, where, lengths) > find_chip(where).memory:

@@ -1,7 +1,7 @@
-"""What TPUs can do, by the names that topologies are called: figures of one jax device.
+"""Specifications of TPU chips, per jax device, keyed by the name used in topologies.
 
-From https://cloud.google.com/tpu/docs/system-architecture-tpu-vm; memory is what the compiler lets programs
-have, which is a little less than what the chip has. Chips of tpu7x are two devices each.
+From https://cloud.google.com/tpu/docs/system-architecture-tpu-vm. Memory is what the compiler makes available
+to programs, slightly less than the chip has. A tpu7x chip is two devices.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ class Chip:
     """One device.
 
     Attributes:
-      memory: bytes of HBM that programs can have.
-      flops: bfloat16 operations a second at most.
-      bandwidth: bytes a second between HBM and the chip at most.
-      slices: topologies that can be had, with their devices, smallest first.
+      memory: bytes of HBM available to programs.
+      flops: peak bfloat16 flops per second.
+      bandwidth: peak HBM bandwidth, in bytes per second.
+      slices: available topologies, smallest first.
     """
 
     memory: float
@@ -38,15 +38,15 @@ CHIPS = {
 
 
 def find_chip(topology: str) -> Chip:
-    """The chip of a topology such as `v5e:4x4`.
+    """Returns the chip of a topology such as `v5e:4x4`.
 
     Raises:
-      ValueError: for a chip or a form of the name that is unknown.
+      ValueError: for an unknown chip or a malformed topology.
     """
     kind, separator, _ = topology.partition(":")
     if kind not in CHIPS or not separator:
         raise ValueError(
-            f"topology={topology!r} is unknown; give a chip out of {', '.join(CHIPS)} and its devices, such "
-            "as v5e:4x4 or v5p:2x2x2"
+            f"topology={topology!r}: unknown topology; give one of {', '.join(CHIPS)} and a shape, such as "
+            "v5e:4x4 or v5p:2x2x2"
         )
     return CHIPS[kind]

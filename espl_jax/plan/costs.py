@@ -1,4 +1,4 @@
-"""What the programs of a run cost on a TPU slice."""
+"""Memory and time of the programs of a run on a TPU slice."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ from espl_jax.sampling.sizes import Sizes, describe
 GIB = 2**30
 
 EVALUATED = 64
-"""Problems of the validation set, and of the test set, unless a flag says."""
+"""Default size of the validation set, and of the test set."""
 
 CHARS_PER_TOKEN = 3
-"""Fewer than most tokenizers take of English instructions."""
+"""Characters per token: lower than with most tokenizers on English, so lengths are overestimated."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a program needs of one device.
+    """Memory and time of a program on one device.
 
     Attributes:
-      program: which one.
-      arguments, temporaries, outputs: bytes; outputs without those that take the place of arguments.
-      beside: bytes of what the run holds meanwhile.
-      flops, moved: operations and bytes of HBM in one execution.
-      error: why it could not be compiled, or nothing.
-      seconds: that compiling took.
+      program: the program.
+      arguments, temporaries, outputs: bytes; outputs without those that alias arguments.
+      beside: other bytes that the run holds while the program runs.
+      flops, moved: flops and HBM traffic in bytes of one execution.
+      error: why it could not be compiled, or empty.
+      seconds: compile time in seconds.
     """
 
     program: Program
@@ -61,15 +61,15 @@ class Cost:
 
     @property
     def total(self) -> float:
-        """Bytes of HBM while it runs."""
+        """Bytes of HBM in use while the program runs."""
         return self.arguments + self.temporaries + self.outputs + self.beside
 
     def fits(self, chip: Chip) -> bool:
-        """Whether the chip has room for it."""
+        """Returns whether the program fits into the memory of the chip."""
         return not self.error and self.total <= chip.memory
 
     def bound(self, chip: Chip) -> float:
-        """Seconds that one execution takes at least."""
+        """Returns a lower bound on the seconds of one execution."""
         return max(self.flops / chip.flops, self.moved / chip.bandwidth)
 
 
@@ -80,9 +80,10 @@ class Plan:
     Attributes:
       topology, chip: the slice.
       mesh: devices by axis.
-      held: bytes of one device by what they are for.
-      slots: what sampling reserves, in words; why nothing can be, where `error` is set.
-      costs: of every program.
+      held: bytes per device that the run holds throughout, by purpose.
+      slots: description of the slots that sampling reserves; the reason if it cannot reserve any.
+      costs: costs of every program.
+      error: why sampling cannot reserve any slots, or empty.
     """
 
     topology: str
@@ -95,17 +96,17 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every program does."""
+        """Whether every program fits."""
         return not self.error and all(cost.fits(self.chip) for cost in self.costs)
 
     @property
     def largest(self) -> float:
-        """Most bytes of HBM that any program needs."""
+        """Bytes of HBM of the largest program."""
         return max((cost.total for cost in self.costs), default=0.0)
 
     @property
     def iteration(self) -> float:
-        """Seconds that an iteration takes at least."""
+        """Lower bound on the seconds of an iteration."""
         return sum(cost.program.runs * cost.bound(self.chip) for cost in self.costs)
 
 
@@ -120,20 +121,20 @@ def plan(
     codegen: bool = False,
     say: Callable[[str], None] = print,
 ) -> Plan:
-    """Compiles a run's programs for a slice.
+    """Compiles the programs of a run for a slice.
 
     Args:
       config: the run's configuration.
       topology: the slice.
-      lengths: of prompts and problems; what is drawn follows from the configuration.
-      phases: whose programs.
-      every_bucket: all decode chunks, or the smallest and the largest in the place of all.
-      evaluated: problems of the validation set, and of the test set.
+      lengths: maximum tokens of system prompts, problems and rollouts.
+      phases: the phases whose programs are compiled.
+      every_bucket: whether to compile all decode chunks, or only the smallest and the largest.
+      evaluated: size of the validation set, and of the test set.
       codegen: see `tpu_compiler.compile_each`.
-      say: told about each program when it is compiled.
+      say: called with a line of progress for each program.
 
     Raises:
-      ValueError: for an unknown topology, a mesh that it does not hold, or a model that cannot be read.
+      ValueError: for an unknown topology, a mesh that does not fit it, or a model that cannot be read.
     """
     chip = find_chip(topology)
     asked = config, topology, lengths, phases, every_bucket, evaluated
@@ -152,8 +153,8 @@ def plan(
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """A run on a slice: devices by axis, bytes held by what they are for, what sampling reserves, or why it
-    cannot reserve anything, and all programs."""
+    """A run on a slice: devices by axis, bytes held by purpose, the slots that sampling reserves (or the
+    reason why it cannot), and all programs."""
 
     mesh: dict[str, int]
     sizes: dict[str, int]
@@ -163,7 +164,7 @@ class _Run:
 
 
 def on_tpu(config: Config) -> dict[str, Any]:
-    """The DecoderConfig fields that the run would have on a TPU."""
+    """Returns the DecoderConfig fields that the run would have on a TPU."""
 
     def unread() -> DecoderConfig:
         raise AssertionError("on a TPU no default depends on the model's size")
@@ -210,14 +211,14 @@ def _run(
 
 
 def _lower(*asked: Any) -> jax.stages.Lowered:
-    """The program of a number, the last of what is given, for a process that compiles it."""
+    """Lowers one program, by its number (the last argument), in the process that compiles it."""
     *run, number = asked
     return _run(*run).programs[number].lower()
 
 
 def least_memory(config: Config, topology: str, lengths: Lengths) -> float:
-    """Bytes that a device needs at least for an update: what is held, the gradient, and the stored inputs of
-    all layers for one microbatch. What exceeds the chip need not be compiled."""
+    """Returns a lower bound on the bytes per device of an update: what the run holds, the gradient, and the
+    stored layer inputs of one microbatch. If it exceeds the chip, compilation is unnecessary."""
     mesh = sharding.make_mesh(dict(config.mesh), tpu_compiler.devices(topology))
     decoder = load.read_config(config.model.source, **on_tpu(config))
     sizes = programs.held(config, decoder, make_optimizer_of(config), mesh).sizes()
@@ -231,8 +232,8 @@ def least_memory(config: Config, topology: str, lengths: Lengths) -> float:
 
 
 def resident(config: Config, sizes: dict[str, float], phase: str) -> float:
-    """Bytes of `Held.sizes` that a device holds in a phase: what was laid out for sampling is gone when
-    reference weights reflect and when weights are updated, unless the current weights reflect in between."""
+    """Returns the bytes of `Held.sizes` that a device holds in a phase. The copy in the sampling layout is
+    freed before reflection and update, unless the current weights reflect."""
     kept = phase in ("rollouts", "evaluation") or (
         config.mode != "rl" and config.reflection.policy == "current"
     )

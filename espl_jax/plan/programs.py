@@ -1,4 +1,4 @@
-"""The programs of a run, from shapes alone: what `plan` and `--dry_run` compile, and a run will."""
+"""Lists the programs that a run compiles, from shapes alone, for `plan` and `--dry_run`."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ class Program:
     """One program.
 
     Attributes:
-      name, shape: what it is, and what of, to read.
-      lower: traces it for its shapes; `.compile()` of the result gives the program.
+      name, shape: description, for display.
+      lower: lowers it for its shapes; `.compile()` of the result gives the program.
       phase: one of `PHASES`.
-      runs: how often it runs in an iteration in which every rollout is as long as it may be; 0 for reflection
-        and evaluation, and for what takes no time to speak of.
-      uses: bytes of what the run holds (`Held`) that are among its arguments.
-      beside: bytes of what rollouts hold while it runs and that are not.
-      loops: how often its loops run, where the program does not say, as `hlo_traffic.traffic` takes it.
-      function: the name of the jitted function.
+      runs: executions in an iteration with rollouts of maximum length; 0 for reflection and evaluation, and
+        for programs of negligible time.
+      uses: bytes of `Held` that are among its arguments.
+      beside: bytes that rollouts hold while it runs and that are not among its arguments.
+      loops: trip counts of loops that the HLO does not contain, as for `hlo.traffic.traffic`.
+      function: name of the jitted function.
     """
 
     name: str
@@ -66,18 +66,18 @@ class Program:
 
     @property
     def shapes(self) -> str:
-        """All that the function is called with, as text: equal for one program under two names."""
+        """All arguments of the function, as text: equal for two names of the same program."""
         return repr((self.lower.args, self.lower.keywords))
 
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """What a run holds on its devices between programs, as shapes with their places.
+    """What a run holds on its devices between programs, as abstract arrays with shardings.
 
     Attributes:
       base: the model as loaded: the reference policy, and the frozen base of adapters.
-      state: the train state; None where only prompts change.
-      policy: the params that sampling is given; shares the base where adapters are trained.
+      state: the train state; None if only prompts change.
+      policy: the params used for sampling; shares the base if adapters are trained.
     """
 
     base: Params
@@ -86,14 +86,14 @@ class Held:
 
     @property
     def copies(self) -> Params:
-        """What of the policy is not the base."""
+        """Params of the policy that are not shared with the base."""
         if self.policy is self.base:
             return {}
         _, adapters = lora.detach(self.policy)
         return adapters or self.policy
 
     def sizes(self) -> dict[str, int]:
-        """Bytes on one device, by what they are."""
+        """Returns bytes per device, by purpose."""
         state = self.state
         return {
             "weights": bytes_per_device(self.base),
@@ -106,7 +106,7 @@ class Held:
 def held(
     config: Config, decoder: DecoderConfig, optimizer: optax.GradientTransformation, mesh: Mesh | None
 ) -> Held:
-    """Shapes of all that a run of this configuration holds."""
+    """Returns the abstract arrays that a run of this configuration holds."""
     declared = abstract(decoder)
     shapes = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.dtype(w.dtype)), declared)
     base = sharding.place(shapes, declared, mesh, "sampling")
@@ -130,21 +130,21 @@ def run_programs(
     stop_ids: int = 2,
     every_bucket: bool = True,
 ) -> Iterator[Program]:
-    """Every program of a run, each once; the programs of `sampling_programs` stand for smaller ones.
+    """Yields every program of a run once; those of `sampling_programs` also represent smaller variants.
 
-    Left out are those that move or draw a few numbers, and those that make the first state.
+    Leaves out programs that move or draw a few numbers, and those that create the initial state.
 
     Args:
       config: the run's configuration.
-      decoder: the model's shape.
-      held: shapes of what the run holds.
-      optimizer: of the run.
-      stages: the samplings of the run, rollouts first, and what each reserves.
-      mesh: of devices.
-      phases: whose programs.
-      stop_ids: how many tokens end a turn.
-      every_bucket: of rollouts all lengths of the chunks, or the shortest and the longest in the place of
-        all.
+      decoder: the model's configuration.
+      held: abstract arrays that the run holds.
+      optimizer: the optimizer of the run.
+      stages: sampling workload -> sizes that it reserves; rollouts first.
+      mesh: the device mesh.
+      phases: the phases whose programs to yield.
+      stop_ids: number of tokens that end a turn.
+      every_bucket: whether to yield the decode chunks of rollouts for all numbers of columns, or only for the
+        smallest and the largest.
     """
     seen = set()
     rollouts = next(iter(stages))
@@ -171,20 +171,20 @@ def sampling_programs(
     stop_ids: int = 2,
     every_bucket: bool = True,
 ) -> Iterator[Program]:
-    """Prefill of both shared levels; of every stage the decode chunks at their full width; what puts rows
-    into slots, moves them between slots, and prefills behind them.
+    """Yields the programs of a sampling workload: prefill of both shared levels; for every stage the decode
+    chunks at full width; and the programs that admit, move and extend rows.
 
-    Narrower chunks, of which there are more, need less of everything, but for those whose rows do not lie
-    lane by lane: the widest of these is listed too.
+    Narrower chunks need less time and memory, except for those whose rows are not ordered by lane; the widest
+    of these is yielded too.
 
     Args:
-      sampling: what is sampled.
-      decoder: the model's shape.
-      params: shapes of what is sampled from.
-      stages: what it reserves.
-      mesh: of devices.
-      stop_ids: how many tokens end a turn.
-      every_bucket: all lengths of the chunks, or the shortest and the longest in the place of all.
+      sampling: the workload.
+      decoder: the model's configuration.
+      params: abstract params.
+      stages: the sizes that it reserves.
+      mesh: the device mesh.
+      stop_ids: number of tokens that end a turn.
+      every_bucket: whether to yield chunks for all numbers of columns, or only the smallest and largest.
     """
     params, decoder = for_sampling(params, decoder, mesh)
     lanes, lengths, counted = sampling.lanes, sampling.lengths, sampling.phase == "rollouts"
@@ -271,7 +271,7 @@ def sampling_programs(
     free_until = filled + sampling.reasoning if sampling.constrained else most
     for number, sizes in enumerate(stages, 1):
         of_stage = f" of stage {number}" if len(stages) > 1 else ""
-        # As chunks are where nothing has ended yet.
+        # Rows are ordered by lane as long as no row has ended.
         aligned = lanes == 1 or (sizes.shards == 1 and sizes.slots == sampling.rows)
         kinds = {"decode chunk" if counted else "chunk": (False, min(free_until, sizes.longest))}
         kinds["constrained step"] = (True, sizes.longest)
@@ -307,8 +307,8 @@ def _in_place(
     block: KVCache,
     mesh: Mesh | None,
 ) -> Iterator[Program]:
-    """The programs that change the slots of a stage between its chunks: all rows are admitted in the first
-    one, and those that return, or are answered, are extended."""
+    """Yields the programs that change the slots of a stage between chunks: rows are admitted in the first
+    stage, and extended when they enter a later stage or get tool output."""
     sizes = stages[number]
     of_stage = f" of stage {number + 1}" if len(stages) > 1 else ""
     slots = decode.abstract_slots(decoder, sizes.slots, sizes.capacity, mesh)
@@ -346,8 +346,8 @@ def _in_place(
 
 
 def _ends(runs: dict[int, float]) -> dict[int, float]:
-    """Runs of the fewest and the most columns, in the place of all between them: what a chunk takes grows
-    with its columns as a line does."""
+    """Returns equivalent runs of only the smallest and largest chunks: the time of a chunk is linear in its
+    columns."""
     low, high = min(runs), max(runs)
     if low == high:
         return runs
@@ -363,8 +363,8 @@ def update_programs(
     lengths: Lengths,
     mesh: Mesh | None,
 ) -> Iterator[Program]:
-    """The policy-gradient step on a batch in which every group counts and every rollout is as long as it may
-    be, and with several steps the scoring before the first."""
+    """Yields the policy-gradient step on the largest batch (all groups, rollouts of maximum length), and the
+    scoring before the first of several steps."""
     prompts = lanes_of(config)
     groups = prompts * config.batch_size
     truncated = bool(Truncation(config.sampling.top_k, config.sampling.top_p, config.sampling.min_p))

@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""Formats a plan as text."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from espl_jax.plan.costs import GIB, Plan
 
 
 def report(result: Plan) -> str:
-    """The plan as text: what is held, a line for each program, and the verdict."""
+    """Formats a plan: memory held, a table row for each program, and whether the run fits."""
     chip, axes = result.chip, ", ".join(f"{axis}={size}" for axis, size in result.mesh.items() if size > 1)
     held = ", ".join(f"{name} {size / GIB:.2f}" for name, size in result.held.items() if size)
-    lines = [f"{result.topology}, {axes or 'one device'}: {chip.memory / GIB:.2f} GiB of HBM a device."]
-    lines += [f"Held throughout, GiB a device: {held}."]
+    lines = [f"{result.topology}, {axes or 'one device'}: {chip.memory / GIB:.2f} GiB of HBM per device."]
+    lines += [f"Held throughout, GiB per device: {held}."]
     if result.error:
         return "\n".join([*lines, f"It does not fit: {result.error}"])
     lines += [f"Rollouts: {result.slots}.", ""]

@@ -1,9 +1,8 @@
-"""Compiles programs for TPUs on a machine that has none, as far as it takes to know what they need.
+"""Compiles programs for TPUs on a machine without TPUs, up to buffer assignment.
 
-Which memory a program needs, and which operations it runs, the compiler settles within seconds; nearly all
-of its time goes into the code that follows. So each program is compiled in a process of its own, several at
-a time, and the process is ended when the compiler, told to dump what it does, has written down what it
-assigned.
+The compiler determines the memory and the operations of a program within seconds; code generation takes most
+of the compile time. So each program is compiled in a separate process, several in parallel, with dumps
+enabled, and the process is killed once the compiler has dumped its buffer assignment.
 """
 
 from __future__ import annotations
@@ -24,19 +23,18 @@ import jax
 from jax.experimental import topologies
 
 MOST_AT_ONCE = 8
-"""Processes at a time, where there are as many cores; each needs 1 to 3 GiB."""
+"""Maximum parallel processes, limited by the number of cores; each needs 1 to 3 GiB."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a program.
+    """A compiled program.
 
     Attributes:
-      arguments, temporaries, outputs: bytes of HBM of one device; outputs without those that take the place
-        of arguments.
-      text: the optimized, scheduled program, as `hlo_traffic.traffic` takes it.
-      error: why it could not be compiled, or nothing.
-      seconds: that tracing and compiling took.
+      arguments, temporaries, outputs: bytes of HBM per device; outputs without those that alias arguments.
+      text: the optimized, scheduled HLO, as for `hlo.traffic.traffic`.
+      error: why it could not be compiled, or empty.
+      seconds: duration of tracing and compiling.
     """
 
     arguments: int = 0
@@ -48,7 +46,7 @@ class Compiled:
 
 
 def compile_only() -> None:
-    """Lets libtpu compile in this process and those it starts, beside other processes, without a TPU.
+    """Configures libtpu to compile without a TPU in this process and its children, alongside other processes.
 
     `devices` and `compile_each` call it before they load libtpu.
     """
@@ -62,13 +60,13 @@ def compile_only() -> None:
 
 
 def devices(topology: str) -> list[jax.Device]:
-    """The devices of a slice, to compile for.
+    """Returns the devices of a slice, as a compilation target.
 
     Raises:
-      ValueError: for a topology that libtpu does not know.
+      ValueError: if libtpu does not know the topology.
     """
     compile_only()
-    # As runs see them: the two cores of a v4 are one device.
+    # As in runs: the two cores of a v4 chip are one device.
     options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
@@ -82,21 +80,20 @@ def compile_each(
     codegen: bool = False,
     preload: Sequence[str] = ("jax",),
 ) -> Iterator[Compiled]:
-    """Compiles programs for TPUs; yields them in order. As whatever starts processes, it is called below
+    """Compiles programs for TPUs, and yields them in order. It starts processes, so call it below
     `if __name__ == "__main__":`.
 
     Args:
-      lower: traces the program of a number; pickled, since other processes call it.
-      count: how many programs there are.
-      codegen: generate their code too, which takes many times as long. It would find a kernel that needs more
-        of the chip's own memory than there is.
+      lower: lowers the program with a given number; must be picklable, since other processes call it.
+      count: number of programs.
+      codegen: whether to generate code too. This takes many times longer, but finds kernels that exceed VMEM.
       preload: modules that `lower` needs, imported once for all processes.
 
     Raises:
-      RuntimeError: if a process ends without a word.
+      RuntimeError: if a process dies.
     """
     compile_only()
-    # Forks of a process that has imported jax and started nothing of it.
+    # Forks of a process that has imported jax without initializing a backend.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(list(preload))
 
@@ -132,14 +129,14 @@ _STDERR = "stderr.txt"
 def _compile(
     lower: Callable[[int], jax.stages.Lowered], number: int, sender: Connection, folder: str, codegen: bool
 ) -> None:
-    """Compiles one program and sends what came of it; or dumps into the folder, and is killed."""
-    # libtpu says in each process that it finds no TPU.
+    """Compiles one program and sends the result, or dumps into the folder until it is killed."""
+    # Each process prints that libtpu finds no TPU.
     with open(Path(folder) / _STDERR, "wb") as stderr:
         os.dup2(stderr.fileno(), 2)
-    jax.config.update("jax_enable_compilation_cache", False)  # holds programs for devices at hand
+    jax.config.update("jax_enable_compilation_cache", False)  # it is for local devices
     try:
         compiled = lower(number).compile(compiler_options=None if codegen else {"xla_dump_to": folder})
-    except jax.errors.JaxRuntimeError as error:  # too much memory, among others
+    except jax.errors.JaxRuntimeError as error:  # e.g. out of memory
         said = next((line for line in str(error).splitlines() if "hbm" in line.lower()), str(error))
         sender.send(Compiled(error=said.strip()[:200]))
         return
@@ -150,12 +147,12 @@ def _compile(
 
 
 def _wait(receiver: Connection, folder: Path) -> Compiled:
-    """What the process sends or the compiler has written, whichever comes first.
+    """Returns what the process sends or the compiler dumps, whichever comes first.
 
     Raises:
-      EOFError: when neither will come.
+      EOFError: if the process dies without either.
     """
-    # The last of what the compiler writes before it generates code.
+    # The last dump before code generation.
     last = ".after_optimizations_after_buffer_assignment.txt"
     while not receiver.poll(0.05):
         for path in folder.glob(f"*{last}"):
@@ -170,9 +167,9 @@ _ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (.*):$", re.MULTILINE)
 
 
 def assigned_bytes(text: str) -> tuple[int, int, int]:
-    """Bytes of arguments, temporaries and outputs in HBM, from the compiler's dump of its buffer assignment.
+    """Returns bytes of arguments, temporaries and outputs in HBM, from a dump of the buffer assignment.
 
-    Other memories have a color. Outputs that take the place of arguments are arguments.
+    Allocations in other memories have a color. Outputs that alias arguments count as arguments.
     """
     sizes = {"parameter": 0, "preallocated-temp": 0, "maybe-live-out": 0}
     for size, what in _ALLOCATION.findall(text):

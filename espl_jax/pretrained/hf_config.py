@@ -1,7 +1,7 @@
-"""Between Hugging Face's `config.json` and DecoderConfig, both ways.
+"""Converts between Hugging Face's `config.json` and DecoderConfig.
 
-A file leaves out what its family takes for granted, and older ones spell RoPE and windows in other ways. What
-it says is put in our terms here, or refused where our decoder does not compute it.
+Files omit the defaults of their family, and older files write RoPE and windows differently. Features that the
+decoder does not support are rejected.
 """
 
 from __future__ import annotations
@@ -76,23 +76,23 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
 }
-"""model_type -> (family, the class that transformers builds, what a file may leave out)."""
+"""model_type -> (family, class in transformers, defaults of the family)."""
 
 SUPPORTED = (*_FAMILIES, "gemma3")
-"""Values of `model_type` that can be read; of `gemma3`, which sees images too, the text half is."""
+"""Supported values of `model_type`; of the multimodal `gemma3`, only the text model is read."""
 
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 def from_hf_config(hf: dict[str, Any], **numerics: Any) -> DecoderConfig:
-    """The decoder that a parsed `config.json` describes.
+    """Returns the DecoderConfig for a parsed `config.json`.
 
     Args:
       hf: the file as a dict.
-      **numerics: DecoderConfig fields of our own (`dtype`, `matmul_precision`, ...).
+      **numerics: DecoderConfig fields that are not in the file (`dtype`, `matmul_precision`, ...).
 
     Raises:
-      ValueError: for another family, or for a feature that this decoder does not compute.
+      ValueError: for an unsupported family or feature.
     """
     model_type = hf.get("model_type")
     if model_type == "gemma3":
@@ -115,7 +115,7 @@ def from_hf_config(hf: dict[str, Any], **numerics: Any) -> DecoderConfig:
 
     width, heads = c["hidden_size"], c["num_attention_heads"]
     rope, local_rope = _ropes(c, gemma)
-    # The others' code has no use for these fields, whatever a file says.
+    # The other families ignore these fields.
     bias = family in ("llama", "qwen3", "gemma3") and bool(c.get("attention_bias"))
     return DecoderConfig(
         family=family,
@@ -146,7 +146,7 @@ def from_hf_config(hf: dict[str, Any], **numerics: Any) -> DecoderConfig:
 
 
 class _Fields:
-    """Fields of a file; a missing one that its family does not take for granted is named."""
+    """Fields of a file; a missing field without a default raises an error with its name."""
 
     def __init__(self, model_type: str, fields: Mapping[str, Any]):
         self._model_type, self.get = model_type, fields.get
@@ -154,17 +154,17 @@ class _Fields:
     def __getitem__(self, name: str) -> Any:
         value = self.get(name)
         if value is None:
-            raise ValueError(f"config.json of a {self._model_type} has no {name}; it is not whole")
+            raise ValueError(f"config.json of a {self._model_type} has no {name}; download the file again")
         return value
 
 
 def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
-    """The `config.json` of a decoder: what `from_hf_config` and transformers read it back from.
+    """Returns the `config.json` of a decoder, for `from_hf_config` and transformers.
 
-    RoPE is written in today's spelling and, for older readers, in the one before.
+    RoPE is written in the current format and, for older readers, in the previous one.
 
     Raises:
-      ValueError: if the family's configuration has no words for some value of the decoder.
+      ValueError: if the format of the family cannot represent a value of the decoder.
     """
     model_type, architecture = next(
         (name, architecture)
@@ -215,8 +215,8 @@ def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
         wanted, got = getattr(config, field.name), getattr(read_back, field.name)
         if not _same(wanted, got, config):
             raise ValueError(
-                f"{field.name}={wanted!r}: a {model_type} config.json has no words for it (it reads back as "
-                f"{got!r}); the decoder is not of the family {config.family!r}"
+                f"{field.name}={wanted!r}: a {model_type} config.json cannot represent it (it reads back as "
+                f"{got!r}); the decoder does not belong to the family {config.family!r}"
             )
     older = {name: value for name, value in rope.items() if name != "rope_theta"}
     return {
@@ -236,11 +236,13 @@ def _windows(c: _Fields, family: str) -> tuple[int, ...]:
         window = None
     if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
         raise ValueError(
-            f"layer_types names {', '.join(sorted(unknown))}, which is not supported; supported: "
+            f"layer_types has {', '.join(sorted(unknown))}, which is not supported; supported: "
             "full_attention, sliding_attention"
         )
     if kinds and len(kinds) != layers:
-        raise ValueError(f"layer_types has {len(kinds)} entries for num_hidden_layers={layers}; give as many")
+        raise ValueError(
+            f"layer_types has {len(kinds)} entries, but num_hidden_layers={layers}; give one entry per layer"
+        )
     if "sliding_attention" in kinds and not window:
         raise ValueError(
             "sliding_window is missing, or switched off by use_sliding_window, but layer_types names "
@@ -258,14 +260,16 @@ def _windows(c: _Fields, family: str) -> tuple[int, ...]:
 
 
 def _ropes(c: _Fields, gemma: bool) -> tuple[Rope, Rope | None]:
-    """RoPE of the model and, for Gemma 3, of its layers with a window, from any of three spellings:
-    `rope_parameters` (by kind of layer for Gemma), or `rope_theta` with or without `rope_scaling`."""
+    """Returns the RoPE of the model and, for Gemma 3, of its layers with a window. Reads three formats:
+    `rope_parameters` (by layer type for Gemma), or `rope_theta` with or without `rope_scaling`."""
     positions = c["max_position_embeddings"]
     given, scaling = c.get("rope_parameters") or {}, c.get("rope_scaling") or {}
     for name, value in (("rope_parameters", given), ("rope_scaling", scaling)):
         if not isinstance(value, Mapping):
-            raise ValueError(f"{name}={value!r} is no JSON object; take config.json of the original model")
-    # Where older files have them; transformers looks there too.
+            raise ValueError(
+                f"{name}={value!r}: must be a JSON object; use config.json of the original model"
+            )
+    # The place in older files; transformers reads it too.
     beside = (
         {}
         if c.get("partial_rotary_factor") is None
@@ -284,7 +288,7 @@ def _ropes(c: _Fields, gemma: bool) -> tuple[Rope, Rope | None]:
         **(given.get("full_attention") or {}),
     }
     if _kind(full) == "yarn":
-        # transformers looks for this one beside the kinds of layers, and not within them.
+        # transformers reads this field next to the layer types, not inside them.
         full["truncate"] = given.get("truncate", True)
     local = {
         "rope_theta": c.get("rope_local_base_freq") or 10_000.0,
@@ -300,7 +304,7 @@ _ROPE_NEEDS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
 }
-"""Kinds of RoPE that are computed, and what the parameters of each have to say."""
+"""Supported kinds of RoPE -> required parameters."""
 
 _ROPE_ALSO = {
     "llama3": ("original_max_position_embeddings",),
@@ -309,7 +313,7 @@ _ROPE_ALSO = {
         *("mscale", "mscale_all_dim", "truncate"),
     ),
 }
-"""What else they may say."""
+"""Kind of RoPE -> optional parameters."""
 
 
 def _kind(p: Mapping[str, Any]) -> str:
@@ -332,7 +336,7 @@ def _rope(p: dict[str, Any], max_positions: int) -> Rope:
         value = p.get(name)
         if not isinstance(value, int | float) or not value > 0:
             raise ValueError(
-                f"rope_parameters.{name}={value!r}: rope_type={kind!r} needs a number above 0; take "
+                f"rope_parameters.{name}={value!r}: rope_type={kind!r} needs a number above 0; use "
                 "config.json of the original model"
             )
         return float(value)
@@ -358,7 +362,7 @@ def _rope(p: dict[str, Any], max_positions: int) -> Rope:
 
 
 def _warn_unknown(where: str, keys: Collection[str]) -> None:
-    """Says which keys transformers, too, would ignore, with a warning."""
+    """Warns about unknown keys, which transformers ignores too."""
     if keys:
         warnings.warn(
             f"config.json: {where} has unknown keys {sorted(keys)}, which are ignored", stacklevel=2
@@ -366,7 +370,7 @@ def _warn_unknown(where: str, keys: Collection[str]) -> None:
 
 
 def _yarn_attention(p: Mapping[str, Any]) -> float:
-    """What YaRN multiplies cosines and sines with where it is not given."""
+    """Returns the default attention factor of YaRN."""
     if p.get("mscale") and p.get("mscale_all_dim"):
         weights = p["mscale"], p["mscale_all_dim"]
         return yarn_attention_factor(p["factor"], weights[0]) / yarn_attention_factor(p["factor"], weights[1])
@@ -389,7 +393,7 @@ def _rope_parameters(rope: Rope) -> dict[str, Any]:
 
 
 def _same(wanted: Any, got: Any, config: DecoderConfig) -> bool:
-    """Equality but for spellings of one thing: no local RoPE is the global one, scale 0 is H ** -0.5."""
+    """Returns whether values are equivalent: no local RoPE means the global one, scale 0 means H ** -0.5."""
     if isinstance(wanted, float) and isinstance(got, float):
         plain = config.head_dim**-0.5
         return wanted == got or math.isclose(wanted or plain, got or plain, rel_tol=1e-6)

@@ -1,4 +1,4 @@
-"""A folder as transformers' save_pretrained writes it: `config.json`, safetensors, tokenizer."""
+"""Reads folders in the format of transformers' save_pretrained: `config.json`, safetensors, tokenizer."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _BLOCK = 4096  # rows compared at once
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""Files of which a folder with a tokenizer has at least one."""
+"""A folder with a tokenizer has at least one of these files."""
 
 
 def read_config(folder: Path, **numerics: Any) -> DecoderConfig:
-    """The decoder that a folder's `config.json` and weights describe.
+    """Returns the DecoderConfig for a folder, from its `config.json` and weights.
 
     Args:
-      folder: a model's.
-      **numerics: DecoderConfig fields of our own.
+      folder: folder of the model.
+      **numerics: DecoderConfig fields that are not in the file.
 
     Raises:
       As `described`.
@@ -43,15 +43,15 @@ def read_config(folder: Path, **numerics: Any) -> DecoderConfig:
 
 
 def described(folder: Path, **numerics: Any) -> DecoderConfig:
-    """The decoder that `config.json` alone describes. The files may hold a head that it does not tell of.
+    """Returns the DecoderConfig from `config.json` only; the weights may have a head that it lacks.
 
     Args:
-      folder: a model's.
-      **numerics: DecoderConfig fields of our own.
+      folder: folder of the model.
+      **numerics: DecoderConfig fields that are not in the file.
 
     Raises:
       FileNotFoundError: if there is no config.json.
-      ValueError: if it is damaged, of an architecture that is not supported, or of a quantized model.
+      ValueError: if it is damaged, or of an unsupported architecture or a quantized model.
     """
     fields = read_json(folder / "config.json")
     text_fields = fields.get("text_config") or {}
@@ -59,7 +59,7 @@ def described(folder: Path, **numerics: Any) -> DecoderConfig:
     if quantization:
         raise ValueError(
             f"{folder}: quantization_config.quant_method={quantization.get('quant_method')!r} is not "
-            "supported, quantized safetensors are not read; take the model as it was before, or as .gguf"
+            "supported: quantized safetensors cannot be read; use the unquantized model, or a .gguf file"
         )
     try:
         return from_hf_config(fields, **numerics)
@@ -68,11 +68,11 @@ def described(folder: Path, **numerics: Any) -> DecoderConfig:
 
 
 def read_params(folder: Path, config: DecoderConfig, mesh: Mesh | None) -> Params:
-    """The folder's weights on their devices, in the config's `param_dtype`, streamed shard by shard.
+    """Loads the folder's weights onto their devices, in the config's `param_dtype`, streamed by shard.
 
     Raises:
       FileNotFoundError: if files are missing.
-      ValueError: if a file is truncated or damaged, or its tensors are not those of the config.
+      ValueError: if a file is truncated or damaged, or its tensors do not match the config.
     """
     stored = decoder_tensors(folder, config)
 
@@ -83,14 +83,14 @@ def read_params(folder: Path, config: DecoderConfig, mesh: Mesh | None) -> Param
 
 
 def decoder_tensors(folder: Path, config: DecoderConfig) -> dict[str, list[StoredTensor]]:
-    """Which tensors of a folder make each weight, by its path in the params: one, or one for each layer.
+    """Returns the tensors of each weight, by its path in the params: one tensor, or one per layer.
 
-    Checks, before anything is read, that all are there, of the right shape and of a dtype that is read, and
-    that nothing is left over that could change what the model computes.
+    Checks, before reading any data, that all tensors exist with the right shape and a supported dtype, and
+    that there are no other tensors that could change what the model computes.
 
     Raises:
       FileNotFoundError: if files are missing.
-      ValueError: naming the tensors that are missing, not expected, or of another shape or dtype.
+      ValueError: with the tensors that are missing, unexpected, or of another shape or dtype.
     """
     tensors = _known_names(open_checkpoint(folder), config)
     names = hf_names.names(config)
@@ -102,13 +102,13 @@ def decoder_tensors(folder: Path, config: DecoderConfig) -> dict[str, list[Store
     every = {name for group in wanted.values() for name in group}
     if missing := sorted(every - set(tensors)):
         raise ValueError(
-            f"{folder}: {_listed(missing)} missing; config.json may be of another model, or the download "
-            "incomplete"
+            f"{folder}: {_listed(missing)} missing; config.json may belong to another model, or the download "
+            "is incomplete: download the model again"
         )
     if unexpected := sorted(set(tensors) - every):
         raise ValueError(
-            f"{folder}: {_listed(unexpected)} not expected of a {config.family} decoder; the model computes "
-            "something that is not supported"
+            f"{folder}: {_listed(unexpected)} not part of a {config.family} decoder, so the model has an "
+            "unsupported feature; use another model"
         )
     for path, group in wanted.items():
         shape = file_shape(declared[path])
@@ -116,28 +116,28 @@ def decoder_tensors(folder: Path, config: DecoderConfig) -> dict[str, list[Store
             stored = tensors[name]
             if stored.shape != shape:
                 raise ValueError(
-                    f"{stored.path}: {name} has shape {list(stored.shape)}, but by config.json it is "
-                    f"{list(shape)}; the two are not of one model"
+                    f"{stored.path}: {name} has shape {list(stored.shape)}, but config.json requires "
+                    f"{list(shape)}; use files of the same model"
                 )
             if stored.dtype not in DTYPES:
                 raise ValueError(
                     f"{stored.path}: {name} is stored as {stored.dtype}, and only {', '.join(DTYPES)} are "
-                    "read; take the model as it was before it was quantized"
+                    "supported; use the unquantized model"
                 )
     return {path: [tensors[name] for name in group] for path, group in wanted.items()}
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether there is any tokenizer in a folder."""
+    """Returns whether a folder has a tokenizer."""
     return any((folder / name).is_file() for name in VOCABULARIES)
 
 
 def read_tokenizer(folder: Path, family: str = "") -> PreTrainedTokenizerBase:
-    """The folder's tokenizer, with its chat template if there is one. Runs no code of the folder.
+    """Loads the folder's tokenizer, with its chat template if there is one. Runs no code from the folder.
 
     Args:
-      folder: a model's, or an adapter's.
-      family: of the model's decoder.
+      folder: folder of a model or an adapter.
+      family: family of the decoder.
 
     Raises:
       FileNotFoundError: if the folder has no tokenizer.
@@ -145,33 +145,33 @@ def read_tokenizer(folder: Path, family: str = "") -> PreTrainedTokenizerBase:
     """
     if not has_tokenizer(folder):
         raise FileNotFoundError(
-            f"{folder} has no tokenizer (none of {', '.join(VOCABULARIES)}); copy that of the model "
-            "which this one was made from"
+            f"{folder} has no tokenizer (none of {', '.join(VOCABULARIES)}); copy the tokenizer of its "
+            "base model"
         )
     try:
         if (folder / "tokenizer.json").is_file():
-            # The file says all; AutoTokenizer would build what it thinks the family's tokenizer to be.
-            # (But for Mistral's: those published with a wrong pattern are known to transformers.)
+            # The file is complete; AutoTokenizer would build its own tokenizer for the family. (Except for
+            # Mistral: transformers fixes tokenizers that were published with a wrong pattern.)
             fixed = {"fix_mistral_regex": True} if family == "mistral" else {}
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, **fixed)
-            # Models that see images keep their template here, which transformers' processors read.
+            # Multimodal models keep their template here; in transformers only processors read it.
             separate = folder / "chat_template.json"
             if tokenizer.chat_template is None and separate.is_file():
                 tokenizer.chat_template = read_json(separate).get("chat_template")
             return tokenizer
-        from transformers import AutoTokenizer  # imports torch where it finds it, in seconds
+        from transformers import AutoTokenizer  # imports torch if installed, which takes seconds
 
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the readers of damaged files raise whatever comes, a bare Exception too
+    except Exception as error:  # for damaged files, the readers raise all kinds of exceptions
         said = str(error).partition("\n")[0]
         raise ValueError(
             f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {said}); it is damaged, or "
-            "needs code of its own, which is never run: save it anew with a tokenizer.json"
+            "needs custom code, which is never run; save it again with a tokenizer.json"
         ) from error
 
 
 def read_generation(folder: Path) -> dict[str, Any]:
-    """The folder's `generation_config.json`, with the ids of special tokens that only `config.json` has.
+    """Returns `generation_config.json` of the folder, with special token ids that only `config.json` has.
 
     Raises:
       FileNotFoundError, ValueError: if the files are missing or damaged.
@@ -184,27 +184,29 @@ def read_generation(folder: Path) -> dict[str, Any]:
 
 
 def _known_names(tensors: Mapping[str, StoredTensor], config: DecoderConfig) -> dict[str, StoredTensor]:
-    """The tensors by the names of a decoder of text alone, without what holds nothing to learn from."""
+    """Renames tensors to the names of a text-only decoder, and drops tensors that are not weights of it."""
     known = {}
     for name, tensor in tensors.items():
-        # A constant that older versions saved.
+        # A constant, saved by older versions.
         if name.endswith(".rotary_emb.inv_freq"):
             continue
         if config.family == "gemma3":
-            # Models that see images hold the same decoder under a longer name.
+            # Multimodal models have the same decoder under a longer name.
             if re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", name):
                 continue
             name = re.sub(r"^(language_model\.model|model\.language_model)\.", "model.", name)
             name = name.removeprefix("language_model.")
         known[name] = tensor
     if config.tied_head and (head := known.pop(_HEAD, None)):
-        known.setdefault(_EMBEDDING, head)  # either of two copies may be missing
+        known.setdefault(_EMBEDDING, head)  # either of the two copies may be missing
     return known
 
 
 def _has_another_head(folder: Path, config: DecoderConfig) -> bool:
-    """Whether the head in the files is not the embedding, although the config ties them; the files decide, as
-    they do in transformers."""
+    """Returns whether the files have a head that differs from the embedding although the config ties them.
+
+    The files take precedence, as in transformers.
+    """
     tensors = _known_names(open_checkpoint(folder), config.replace(tied_head=False))
     head, embedding = tensors.get(_HEAD), tensors.get(_EMBEDDING)
     if head is None or embedding is None or head.shape != embedding.shape:
@@ -221,15 +223,15 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object of a file. Raises FileNotFoundError or ValueError, naming the file."""
+    """Reads a JSON object from a file. Raises FileNotFoundError or ValueError with the path of the file."""
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is not there; give a folder as transformers' save_pretrained writes it, whole"
+            f"{path} does not exist; give a complete folder in the format of transformers' save_pretrained"
         )
     try:
         fields = json_values.parse(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); download it again") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds no JSON object; download it again")
+        raise ValueError(f"{path} is not a JSON object; download it again")
     return fields

@@ -1,4 +1,4 @@
-"""What Hugging Face checkpoints of the supported families call our weights."""
+"""Names of our weights in Hugging Face checkpoints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MODULES = {
     "layers/mlp/down": "mlp.down_proj",
 }
 
-# What others call the norm before the MLP is here the norm after attention.
+# With post-norms, `post_attention_layernorm` is the norm after attention, not the norm before the MLP.
 _WITH_POST_NORMS = {
     "layers/post_attention_norm": "post_attention_layernorm",
     "layers/mlp_norm": "pre_feedforward_layernorm",
@@ -33,13 +33,13 @@ _WITH_POST_NORMS = {
 
 
 def module(path: str, config: DecoderConfig) -> str:
-    """The module at a path of the params (`layers/mlp/up`), with {} for the number of the layer."""
+    """Returns the module name for a path of the params (`layers/mlp/up`), with {} for the layer index."""
     name = (_MODULES | (_WITH_POST_NORMS if config.post_norms else {}))[path]
     return f"model.layers.{{}}.{name}" if path.startswith("layers/") else name
 
 
 def names(config: DecoderConfig) -> dict[str, str]:
-    """Path of each weight (`layers/mlp/up/weight`) -> its name, with {} for the number of the layer."""
+    """Returns path of each weight (`layers/mlp/up/weight`) -> name, with {} for the layer index."""
     named = {}
     for path in by_path(abstract(config)):
         parent, _, leaf = path.rpartition("/")
@@ -48,6 +48,6 @@ def names(config: DecoderConfig) -> dict[str, str]:
 
 
 def by_path(tree: Params) -> dict[str, object]:
-    """The leaves of a tree of params, or of anything shaped like one, by their paths joined with `/`."""
+    """Returns the leaves of a params-like tree by path, joined with `/`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {"/".join(key.key for key in path): leaf for path, leaf in leaves}

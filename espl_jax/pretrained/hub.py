@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: the files that are needed, from its cache or over the network."""
+"""Downloads models from the Hugging Face Hub, or takes them from its cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from espl_jax.parallel import processes
 from espl_jax.pretrained.safetensors_files import INDEX, SINGLE, weight_files
 
 REPOSITORY = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
-"""How a source names a model of the hub: `org/name`, or `org/name@revision`."""
+"""A source on the Hub: `org/name` or `org/name@revision`."""
 
 _DESCRIPTION = [
     "config.json",
@@ -42,21 +42,21 @@ _DESCRIPTION = [
 def download(
     repository: str, revision: str | None = None, endpoint: str | None = None, weights: bool = True
 ) -> Path:
-    """The folder of a model in the hub's cache, with its configuration, tokenizer and safetensors.
+    """Downloads a model and returns its folder in the Hub's cache: config, tokenizer and safetensors.
 
-    Files that are there already are not fetched again; a complete copy needs no network. Several processes
-    get one version: the first one finds which, and each fetches it for the machine that it runs on.
+    Cached files are not downloaded again; a complete copy needs no network. All processes use the same
+    version: the first process resolves the revision, and each downloads it to its own machine.
 
     Args:
       repository: `org/name`.
       revision: branch, tag or commit; the main branch by default.
-      endpoint: address of the hub; by default HF_ENDPOINT's, or huggingface.co.
-      weights: False fetches config.json alone.
+      endpoint: address of the Hub; by default HF_ENDPOINT, or huggingface.co.
+      weights: if False, only config.json is downloaded.
 
     Raises:
-      FileNotFoundError: if the hub has no such repository or revision, or no safetensors in it.
-      PermissionError: if the repository is gated, or the access token is not accepted.
-      ConnectionError: if something is not in the cache and the hub cannot be reached.
+      FileNotFoundError: if the Hub has no such repository or revision, or it has no safetensors.
+      PermissionError: if the repository is gated, or the access token is rejected.
+      ConnectionError: if a file is not cached and the Hub cannot be reached.
     """
     where = f"{endpoint or constants.ENDPOINT}/{repository}"
     named = repository if revision is None else f"{repository}@{revision}"
@@ -66,7 +66,7 @@ def download(
         return Path(snapshot_download(repository, revision=revision, allow_patterns=names, endpoint=endpoint))
 
     try:
-        # The folder is named by its commit: all parts are of one version, whatever is pushed meanwhile.
+        # The folder is named by its commit, so all files are of one version even after a push.
         folder = processes.decide(lambda: fetch(revision, described))
         if not processes.is_first():
             folder = fetch(folder.name, described)
@@ -76,34 +76,34 @@ def download(
         fetch(folder.name, files)
     except GatedRepoError as error:
         raise PermissionError(
-            f"{named} is gated: accept its terms at {where}, then log in with `hf auth login` or set HF_TOKEN"
+            f"{named} is gated; accept its terms at {where}, then log in with `hf auth login` or set HF_TOKEN"
         ) from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"there is no repository {repository} at {where}, or it is private: correct the name, or log in "
+            f"{repository} does not exist at {where}, or it is private; correct the name, or log in "
             "with `hf auth login` or set HF_TOKEN"
         ) from error
     except RevisionNotFoundError as error:
         raise FileNotFoundError(
-            f"{repository} has no revision {revision!r}: give a branch, tag or commit listed at {where}"
+            f"{repository} has no revision {revision!r}; give a branch, tag or commit listed at {where}"
         ) from error
     except HFValidationError as error:
-        raise FileNotFoundError(f"{repository!r} is not the name of a repository: {error}") from error
+        raise FileNotFoundError(f"{repository!r} is not a repository name: {error}") from error
     except (LocalEntryNotFoundError, HTTPError, ConnectionError) as error:
         cause = (isinstance(error, LocalEntryNotFoundError) and error.__cause__) or error
         said = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
         if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
             raise PermissionError(
-                f"{where} refuses the access token ({said}): log in with `hf auth login`, or correct HF_TOKEN"
+                f"{where} rejects the access token ({said}); log in with `hf auth login`, or correct HF_TOKEN"
             ) from error
         raise ConnectionError(
-            f"{named} is not wholly in the cache {constants.HF_HUB_CACHE}, and {where} cannot be reached "
-            f"({said}): connect, unset HF_HUB_OFFLINE if it is set, or give a local folder"
+            f"{named} is not completely in the cache {constants.HF_HUB_CACHE}, and {where} cannot be reached "
+            f"({said}); connect, unset HF_HUB_OFFLINE if it is set, or give a local folder"
         ) from error
     if files == [SINGLE] and not (folder / SINGLE).is_file():
         raise FileNotFoundError(
-            f"{folder}, the copy of {where}, has neither {SINGLE} nor {INDEX}: weights are read from "
-            "safetensors only (pickled files could run any code); choose a repository with safetensors, or "
+            f"{folder}, the copy of {where}, has neither {SINGLE} nor {INDEX}; weights are only read "
+            "from safetensors (pickled files can run any code): choose a repository with safetensors, or "
             "download a .gguf file and give its path"
         )
     return folder

@@ -1,4 +1,4 @@
-"""Models trained by others: weights, config and tokenizer from one source."""
+"""Loads pretrained models: weights, config and tokenizer."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from espl_jax.pretrained.vocabulary import check_vocabulary
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A model ready to use.
+    """A loaded model.
 
     Attributes:
       params: nested dict of jax arrays in the config's `param_dtype`.
       config: its decoder.
-      loaded_tokenizer: its tokenizer, with the chat template if it has one; where the source has none, the
-        error that says so.
-      generation: how its makers sample it, as in `generation_config.json`; may be empty.
-      files: those that it was read from, by name.
+      loaded_tokenizer: its tokenizer, with the chat template if there is one; if the source has no tokenizer,
+        the error to raise when it is used.
+      generation: contents of `generation_config.json`; may be empty.
+      files: the files that it was loaded from, by name.
     """
 
     params: dict[str, Any]
@@ -48,15 +48,15 @@ class Pretrained:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer. Raises FileNotFoundError where the source has none."""
+        """The tokenizer. Raises FileNotFoundError if the source has none."""
         if isinstance(self.loaded_tokenizer, FileNotFoundError):
             raise FileNotFoundError(str(self.loaded_tokenizer))
         return self.loaded_tokenizer
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end a reply: the tokenizer's end of sequence, if there is one, and those that
-        `generation` names."""
+        """Tokens that end a reply: the tokenizer's end-of-sequence token, if there is one, and those in
+        `generation`."""
         listed = self.generation.get("eos_token_id")
         ids = set(listed if isinstance(listed, list) else [listed])
         if not isinstance(self.loaded_tokenizer, FileNotFoundError):
@@ -75,23 +75,23 @@ def load_pretrained(
         - another short name of `named.MODELS`, such as `qwen2.5-coder-0.5b`: a GGUF file that is fetched
           once, then cached;
         - the path of a `.gguf` file;
-        - a folder with `config.json`, safetensors and, if `.tokenizer` is asked for, a tokenizer, as
-          transformers' save_pretrained writes it;
-        - a folder with a LoRA adapter in PEFT's format, which is attached to the base model that it names;
-        - `org/name` or `org/name@revision`, such a folder on the Hugging Face hub. The files needed are
-          fetched into the hub's own cache; a complete copy there needs no network.
-      dtype: KV cache and operands of products, float32 or bfloat16, as a name or a dtype of jax or numpy; or
-        "auto" for what suits the devices, as for `param_dtype` and `matmul_precision`.
-      mesh: devices that share the params, sharded by `parallel.sharding`; the default device when None.
-      **numerics: other DecoderConfig fields of our own, such as `param_dtype` or `matmul_precision`.
+        - a folder in the format of transformers' save_pretrained: `config.json`, safetensors and, if
+          `.tokenizer` is used, a tokenizer;
+        - a folder with a LoRA adapter in PEFT's format, which is attached to its base model;
+        - `org/name` or `org/name@revision`, such a folder on the Hugging Face Hub. Files are downloaded to
+          the Hub's own cache; a complete copy there needs no network.
+      dtype: dtype of the KV cache and of matmul operands, float32 or bfloat16, as a name or a jax or numpy
+        dtype; or "auto" to choose by device, as for `param_dtype` and `matmul_precision`.
+      mesh: mesh over which the params are sharded by `parallel.sharding`; None for the default device.
+      **numerics: other DecoderConfig fields that are not in the files, such as `param_dtype`.
 
     Raises:
-      FileNotFoundError: if the package, file, folder, repository or revision is not there, or weights are
-        not in a format that is read.
-      PermissionError: if a repository of the hub is gated, or refuses the access token.
-      ConnectionError: if the hub is needed and cannot be reached; a short name also tries packages.
-      ValueError: for a model that cannot be read as this decoder, a damaged file, or a tokenizer whose
-        tokens are not in the model's vocabulary.
+      FileNotFoundError: if the package, file, folder, repository or revision does not exist, or has no
+        weights in a supported format.
+      PermissionError: if a repository on the Hub is gated, or the access token is rejected.
+      ConnectionError: if the Hub is needed and cannot be reached; a short name also tries packages.
+      ValueError: for an unsupported model, a damaged file, or a tokenizer with tokens outside the model's
+        vocabulary.
     """
     source = os.fspath(source)
     given = resolve(
@@ -104,18 +104,18 @@ def load_pretrained(
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         return _with_adapter(folder, dtype, mesh, **given)
     config = hf_folder.read_config(folder, dtype=dtype, **given)
-    # The small files first: what is wrong with them is known before gigabytes are read.
+    # Small files first: their errors are raised before gigabytes are read.
     tokenizer, generation = _tokenizer_of(folder, config.family), hf_folder.read_generation(folder)
     model = _checked(folder, Pretrained({}, config, tokenizer, generation, _files(folder)))
     return dataclasses.replace(model, params=hf_folder.read_params(folder, config, mesh))
 
 
 def read_config(source: str | os.PathLike[str], **numerics: Any) -> DecoderConfig:
-    """Returns the decoder of a model without its weights: of a folder, config.json alone is read.
+    """Returns the decoder of a model without loading weights; of a folder, only config.json is read.
 
     Args:
-      source: as `load_pretrained` takes it; of an adapter, the decoder of its base.
-      **numerics: as `load_pretrained` takes them, but for "auto".
+      source: as for `load_pretrained`; for an adapter, returns the decoder of its base.
+      **numerics: as for `load_pretrained`, except "auto".
 
     Raises:
       As `load_pretrained`.
@@ -130,14 +130,14 @@ def read_config(source: str | os.PathLike[str], **numerics: Any) -> DecoderConfi
 
 
 def _with_adapter(folder: Path, dtype: DTypeLike, mesh: Mesh | None, **numerics: Any) -> Pretrained:
-    """The base model of an adapter with the adapter attached and, if the folder has one, its tokenizer."""
+    """Loads the base model of an adapter, attaches the adapter and, if there is one, its tokenizer."""
     source = peft.base_of(folder)
-    peft.read_settings(folder)  # what is wrong with them is said before gigabytes are read
+    peft.read_settings(folder)  # raises before gigabytes are read
     try:
         base = load_pretrained(source, dtype, mesh, **numerics)
     except OSError as error:  # no such file, no network, no access
         raise type(error)(
-            f"{folder} is an adapter, and its base model {source} cannot be had: {error}"
+            f"{folder} is an adapter, and its base model {source} cannot be loaded: {error}"
         ) from error
     if hf_folder.has_tokenizer(folder):
         tokenizer = hf_folder.read_tokenizer(folder, base.config.family)
@@ -152,7 +152,7 @@ def _with_adapter(folder: Path, dtype: DTypeLike, mesh: Mesh | None, **numerics:
 
 
 def _checked(source: str | Path, model: Pretrained) -> Pretrained:
-    """The model, if its tokens are in its vocabulary; see `check_vocabulary`."""
+    """Returns the model after `check_vocabulary`."""
     tokenizer = model.loaded_tokenizer
     tokenizer = None if isinstance(tokenizer, FileNotFoundError) else tokenizer
     check_vocabulary(str(source), tokenizer, model.config.vocab_size, model.stop_ids)
@@ -160,7 +160,7 @@ def _checked(source: str | Path, model: Pretrained) -> Pretrained:
 
 
 def _tokenizer_of(folder: Path, family: str) -> PreTrainedTokenizerBase | FileNotFoundError:
-    """A folder's tokenizer, or the error that says that there is none: weights are of use without."""
+    """Returns a folder's tokenizer, or the error that it has none: weights are usable without a tokenizer."""
     try:
         return hf_folder.read_tokenizer(folder, family)
     except FileNotFoundError as error:
@@ -168,7 +168,7 @@ def _tokenizer_of(folder: Path, family: str) -> PreTrainedTokenizerBase | FileNo
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Files of a model's folder that can change what is read from it."""
+    """Returns the files of a folder that affect the loaded model, by name."""
     kinds = (".json", ".jinja", ".model", ".txt", ".safetensors")
     return {path.name: path for path in sorted(folder.iterdir()) if path.suffix in kinds and path.is_file()}
 
@@ -198,11 +198,10 @@ def find_gguf(source: str) -> Path:
 
 
 def find_folder(source: str, weights: bool = True) -> Path:
-    """The local folder of that path, or a model of the hub of that name, downloaded; without `weights` its
-    config.json alone.
+    """Returns a local folder, or downloads a model from the Hub (without `weights` only its config.json).
 
     Raises:
-      FileNotFoundError: if there is neither.
+      FileNotFoundError: if neither exists.
       PermissionError, ConnectionError: from `hub.download`.
     """
     path = Path(source).expanduser()
@@ -211,21 +210,21 @@ def find_folder(source: str, weights: bool = True) -> Path:
     named = hub.REPOSITORY.fullmatch(source)
     if named is None or path.exists():
         raise FileNotFoundError(
-            f"source={source!r} is no folder here and no name of a model on the Hugging Face hub: give "
+            f"source={source!r}: neither a local folder nor a model name on the Hugging Face Hub; give "
             f"{', '.join(BASES)}, the path of a .gguf file or of a folder with config.json and safetensors, "
             "or org/name or org/name@revision"
         )
     repository, revision = named["repository"], named["revision"]
     if revision is None and path.parent.is_dir():
         raise FileNotFoundError(
-            f"source={source!r}: there is a folder {path.parent} here without {path.name} in it; correct the "
-            f"path, or give {source}@main if you mean the repository on the Hugging Face hub"
+            f"source={source!r}: the local folder {path.parent} has no {path.name}; correct the path, or "
+            f"give {source}@main for the repository on the Hugging Face Hub"
         )
     try:
         return hub.download(repository, revision, weights=weights)
     except (FileNotFoundError, ConnectionError) as error:
         raise type(error)(
-            f"source={source!r} is no folder here, and on the Hugging Face hub: {error}"
+            f"source={source!r}: not a local folder, and on the Hugging Face Hub: {error}"
         ) from error
 
 
@@ -243,9 +242,7 @@ def _from_gguf(source: str, dtype: DTypeLike, mesh: Mesh | None, **numerics: Any
     else:
         params = sharding.place(params, transformer.abstract(config), mesh, "sampling")
     if not has_tokenizer(metadata):
-        why = (
-            f"{source} has no tokenizer (tokenizer.ggml.model); convert it again with the model's vocabulary"
-        )
+        why = f"{source} has no tokenizer (tokenizer.ggml.model); convert the model again with its vocabulary"
         return Pretrained(params, config, FileNotFoundError(why), files={path.name: path})
     generation = {"eos_token_id": list(stop_ids_from_metadata(metadata))}
     return _checked(

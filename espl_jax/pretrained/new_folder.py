@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Atomic creation of folders."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from espl_jax.storage import durable
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives an empty folder beside `path`, which becomes `path` when everything in it is on the disk.
+    """Yields an empty temporary folder, which is fsynced and renamed to `path` at the end.
 
-    After an error there is neither of them.
+    After an error neither of them exists.
 
     Raises:
       FileExistsError: as `check_free`.
-      OSError: with what to do, when the disk is full.
+      OSError: if the disk is full; the message has the fix.
     """
     path = Path(path).expanduser().resolve()
     check_free(path)
@@ -47,22 +47,20 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_free(path: str | os.PathLike[str]) -> None:
-    """Raises FileExistsError if `path` is there and is anything but an empty folder."""
+    """Raises FileExistsError if `path` exists and is not an empty folder."""
     path = Path(path).expanduser().resolve()
     if path.is_mount():
-        raise FileExistsError(
-            f"{path} is a mount point, which no folder can take the place of; name one in it"
-        )
+        raise FileExistsError(f"{path} is a mount point, which cannot be replaced; give a folder inside it")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{path} is there already: nothing is overwritten; remove it or name another")
+        raise FileExistsError(f"{path} exists and is not overwritten; remove it, or give another folder")
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Removes what processes of this machine that are no more have left unfinished."""
+    """Removes unfinished folders of dead processes on this machine."""
     for folder in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(platform.node())}.*.unfinished"):
         try:
             os.kill(int(folder.name.split(".")[-2]), 0)
         except ProcessLookupError:
             shutil.rmtree(folder, ignore_errors=True)
         except (ValueError, PermissionError):
-            continue  # not ours to judge
+            continue  # the process may be alive

@@ -1,4 +1,4 @@
-"""Numerics that suit the machine: what "auto" stands for."""
+"""Resolves "auto" numerics for the machine."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ CHOSEN = ("dtype", "param_dtype", "matmul_precision", "sampling_layout")
 """Fields of DecoderConfig that may be "auto"."""
 
 BFLOAT16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}
-"""What Linux calls the instructions of x86-64 and of Arm that multiply bfloat16 numbers."""
+"""CPU flags in Linux for bfloat16 multiplication on x86-64 and Arm."""
 
 CPUINFO = Path("/proc/cpuinfo")
 
 SHARE = 0.25
-"""Part of a device's memory that float32 weights may take; their copy for sampling takes as much again."""
+"""Fraction of device memory that float32 weights may take; their copy for sampling takes as much again."""
 
 
 def resolve(
@@ -34,17 +34,17 @@ def resolve(
     platform: str | None = None,
     devices: int | None = None,
 ) -> dict[str, Any]:
-    """Returns the numerics with a value that suits the machine in place of every "auto".
+    """Returns the numerics with every "auto" resolved for the machine.
 
-    TPUs and GPUs compute in bfloat16. CPUs compute in float32; those with bfloat16 instructions round the
-    operands of products to bfloat16 and store frozen weights so. Other CPUs would convert bfloat16 weights in
-    every product, so they store float32 where it fits.
+    TPUs and GPUs compute in bfloat16. CPUs compute in float32; those with bfloat16 instructions round matmul
+    operands to bfloat16 and store frozen weights in bfloat16. Other CPUs would have to convert bfloat16
+    weights in every matmul, so they store float32 if it fits.
 
     Args:
-      given: DecoderConfig fields; those of `CHOSEN` may be "auto".
-      decoder: reads the model's config; called only where its size matters.
-      platform: "cpu", "tpu" or "gpu"; that of the devices at hand by default.
-      devices: of the mesh; by default all at hand.
+      given: DecoderConfig fields; those in `CHOSEN` may be "auto".
+      decoder: reads the model's config; called only if its size matters.
+      platform: "cpu", "tpu" or "gpu"; by default that of the local devices.
+      devices: number of devices in the mesh; by default all devices.
     """
     platform = platform or jax.default_backend()
     cpu, fast = platform == "cpu", platform != "cpu" or multiplies_bfloat16()
@@ -67,6 +67,6 @@ def resolve(
 
 
 def multiplies_bfloat16() -> bool:
-    """Returns whether this machine's CPU has instructions for products of bfloat16 numbers, as Linux says."""
+    """Returns whether the CPU has instructions for bfloat16 multiplication, according to Linux."""
     words = set(re.findall(r"\w+", CPUINFO.read_text())) if CPUINFO.is_file() else set()
     return bool(words & BFLOAT16_INSTRUCTIONS)

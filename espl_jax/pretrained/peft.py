@@ -1,6 +1,6 @@
-"""LoRA adapters in the format of Hugging Face's PEFT, out and in.
+"""Saves and loads LoRA adapters in the format of Hugging Face's PEFT.
 
-A folder holds `adapter_config.json` and `adapter_model.safetensors`. PEFT's factor is `lora_alpha / r`.
+A folder has `adapter_config.json` and `adapter_model.safetensors`. PEFT scales by `lora_alpha / r`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from espl_jax.pretrained.stream import load_weight
 from espl_jax.pretrained.text_files import write_text_files
 from espl_jax.types import SystemPrompt
 
-# What of PEFT's settings changes the product, beside r and lora_alpha, and the values that we compute.
+# PEFT settings that change the result, besides r and lora_alpha -> supported values.
 _COMPUTED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -44,12 +44,12 @@ _COMPUTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("layers_to_transform", "layer_replication", "trainable_token_indices"), (None, [])),
     **dict.fromkeys(("lora_bias", "alora_invocation_tokens", "target_parameters"), (None, False, [])),
     **dict.fromkeys(("kasa_config", "monteclora_config", "arrow_config", "use_bdlora"), (None, False, {})),
-    # The other initializations (pissa, olora, corda, loftq, lora_ga, ...) take the adapter's first value, or
-    # the error of quantization, out of the base: the adapter fits that changed base alone.
+    # The other initializations (pissa, olora, corda, loftq, lora_ga, ...) subtract the initial adapter or a
+    # quantization error from the base, so the adapter only fits that modified base.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
 }
 
-# What does not: names, training, and the arguments of initializations.
+# PEFT settings that do not: names, training, and arguments of initializations.
 _OF_NO_EFFECT = {
     *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode"),
     *("target_modules", "exclude_modules", "layers_pattern", "ensure_weight_tying", "runtime_config"),
@@ -69,16 +69,16 @@ def save_adapter(
     model_card: str | None = None,
     template_arguments: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes adapters, float32, as a folder that PEFT loads onto the base model.
+    """Writes float32 adapters as a folder that PEFT can load.
 
     Args:
-      folder: appears whole or not at all; must be new or empty.
-      adapters: subtree of the params as `lora.detach` gives it.
+      folder: output folder, written atomically; must be new or empty.
+      adapters: subtree of the params, as returned by `lora.detach`.
       config: the decoder, with the `lora_scale` of the run.
-      tokenizer: written beside, for its chat template.
-      system_prompt: becomes the template's default system message, and `system_prompt.txt`.
-      base: name on the hub (with `@revision` or not), or folder, of the model that the adapters belong to.
-      model_card: the text of README.md.
+      tokenizer: also saved, for its chat template.
+      system_prompt: becomes the default system message of the template, and `system_prompt.txt`.
+      base: the base model: a name on the Hub (optionally with `@revision`), or a folder.
+      model_card: contents of README.md.
       template_arguments: defaults of the chat template's arguments (`enable_thinking`, ...).
 
     Raises:
@@ -120,16 +120,16 @@ def save_adapter(
 
 
 def base_of(folder: str | os.PathLike[str]) -> str:
-    """The model that an adapter belongs to: a name on the hub, with its revision if it has one, or a path.
+    """Returns the base model of an adapter: a name on the Hub, with the revision if given, or a path.
 
     Raises:
-      ValueError: if the adapter does not say.
+      ValueError: if the adapter does not name it.
     """
     path = Path(folder) / "adapter_config.json"
     settings = read_json(path)
     if not (base := settings.get("base_model_name_or_path")):
         raise ValueError(
-            f"{path}: base_model_name_or_path is missing; write there what the adapter belongs to"
+            f"{path}: base_model_name_or_path is missing; set it to the base model of the adapter"
         )
     revision = settings.get("revision")
     return (
@@ -140,25 +140,24 @@ def base_of(folder: str | os.PathLike[str]) -> str:
 def load_adapter(
     folder: str | os.PathLike[str], config: DecoderConfig, mesh: Mesh | None = None
 ) -> tuple[Params, float]:
-    """Reads adapters that PEFT or `save_adapter` wrote.
+    """Loads adapters saved by PEFT or `save_adapter`.
 
     Args:
-      folder: with adapter_config.json and adapter_model.safetensors.
-      config: the decoder that they belong to.
-      mesh: devices that share the adapters; the default device when None.
+      folder: folder with adapter_config.json and adapter_model.safetensors.
+      config: decoder of the base model.
+      mesh: mesh over which the adapters are sharded; None for the default device.
 
     Returns:
-      (adapters, lora_scale): float32, for `lora.attach`; and for `config.replace(lora_scale=...)`.
+      (adapters, lora_scale): float32 adapters for `lora.attach`, and the scale for `config.replace`.
 
     Raises:
-      FileNotFoundError: if one of the two files is not there.
-      ValueError: naming what in them does not fit: a setting that we do not compute, a tensor missing,
-        unexpected or of another shape.
+      FileNotFoundError: if one of the two files is missing.
+      ValueError: for an unsupported setting, or a tensor that is missing, unexpected or of another shape.
     """
     folder = Path(folder).expanduser()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is not there; name a folder that PEFT wrote")
+            raise FileNotFoundError(f"{folder / name} does not exist; give a folder saved by PEFT")
     settings = read_settings(folder)
     known = {*_COMPUTED, *_OF_NO_EFFECT, "r", "lora_alpha", "use_rslora"}
     if unknown := {field: value for field, value in settings.items() if value and field not in known}:
@@ -171,11 +170,11 @@ def load_adapter(
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The adapter_config.json of a folder, if what it asks for is what we compute.
+    """Reads adapter_config.json of a folder and checks that its settings are supported.
 
     Raises:
-      FileNotFoundError: if it is not there.
-      ValueError: naming a setting that we do not compute, or that is missing.
+      FileNotFoundError: if it does not exist.
+      ValueError: for an unsupported or missing setting.
     """
     path = folder / "adapter_config.json"
     settings = read_json(path)
@@ -189,17 +188,17 @@ def read_settings(folder: Path) -> dict[str, Any]:
         value = settings.get(field)
         if not isinstance(value, int | float) or value < least:
             raise ValueError(
-                f"{path}: {field}={value!r} is not a number of at least {least}; write the value that the "
+                f"{path}: {field}={value!r}: must be a number of at least {least}; set the value that the "
                 "adapter was trained with"
             )
     return settings
 
 
 def declare_like(adapters: Params, config: DecoderConfig) -> dict[str, Weight]:
-    """Declarations of these adapters by path (`layers/mlp/up/lora_a`).
+    """Returns declarations of adapters by path (`layers/mlp/up/lora_a`).
 
     Raises:
-      ValueError: if they are not adapters of this decoder, naming the first that does not fit.
+      ValueError: if they do not fit this decoder, with the first that differs.
     """
     leaves = by_path(adapters)
     declared = by_path(lora.abstract_adapters(config, _rank(adapters), _targets(leaves)))
@@ -207,7 +206,7 @@ def declare_like(adapters: Params, config: DecoderConfig) -> dict[str, Weight]:
         ours = list(leaves[path].shape) if path in leaves else "(absent)"
         wanted = list(declared[path].shape) if path in declared else "(absent)"
         if ours != wanted:
-            raise ValueError(f"adapters: {path} is {ours}, but the decoder's config asks for {wanted}")
+            raise ValueError(f"adapters: {path} is {ours}, but the decoder's config requires {wanted}")
     return declared
 
 
@@ -220,13 +219,13 @@ def _rank(adapters: Params) -> int:
 
 
 def _targets(paths: Sequence[str]) -> tuple[str, ...]:
-    """Names out of `LORA_TARGETS` that the paths of adapters lead through."""
+    """Returns the names in `LORA_TARGETS` that occur in the paths of adapters."""
     parents = {path.split("/")[-2] for path in paths}
     return tuple(target for target in LORA_TARGETS if target in parents)
 
 
 def _names(path: str, weight: Weight, config: DecoderConfig) -> list[str]:
-    """PEFT's names of the tensors that one of our leaves is stacked from."""
+    """Returns PEFT's names of the tensors that are stacked into one of our leaves."""
     parent, _, leaf = path.rpartition("/")
     part = {"lora_a": "lora_A", "lora_b": "lora_B"}[leaf]
     name = f"base_model.model.{module(parent, config)}.{part}.weight"
@@ -234,7 +233,7 @@ def _names(path: str, weight: Weight, config: DecoderConfig) -> list[str]:
 
 
 def _read(path: Path, config: DecoderConfig, rank: int, mesh: Mesh | None) -> Params:
-    # Of an adapted head PEFT writes the base's weight too, as it was.
+    # For an adapted head, PEFT also saves the weight of the base.
     stored = {name: tensor for name, tensor in read_header(path).items() if ".base_layer." not in name}
     every = LORA_TARGETS[:7] if config.tied_head else LORA_TARGETS
     names = {
@@ -243,22 +242,24 @@ def _read(path: Path, config: DecoderConfig, rank: int, mesh: Mesh | None) -> Pa
     }
     targets = _targets([leaf for leaf in names if stored.keys() & names[leaf]])
     if not targets:
-        raise ValueError(f"{path} has no adapter of this decoder, but {', '.join(sorted(stored)[:5])}")
+        raise ValueError(
+            f"{path} has no adapter for this decoder, but {', '.join(sorted(stored)[:5])}; use its base"
+        )
     tree = lora.abstract_adapters(config, rank, targets)
     declared = by_path(tree)
     wanted = {name: file_shape(weight) for leaf, weight in declared.items() for name in names[leaf]}
     for kind, odd in (
         ("missing", wanted.keys() - stored.keys()),
-        ("not of this decoder", stored.keys() - wanted.keys()),
+        ("not part of this decoder", stored.keys() - wanted.keys()),
         ("of another dtype than float32, float16 or bfloat16", _of_other_dtypes(stored)),
     ):
         if odd:
-            raise ValueError(f"{path}: {len(odd)} tensors are {kind}, beginning with {sorted(odd)[0]}")
+            raise ValueError(f"{path}: {len(odd)} tensors are {kind}, the first is {sorted(odd)[0]}")
     for name, shape in wanted.items():
         if stored[name].shape != shape:
             raise ValueError(
                 f"{path}: {name} is {list(stored[name].shape)}, but the decoder and r={rank} in "
-                f"adapter_config.json ask for {list(shape)}"
+                f"adapter_config.json require {list(shape)}"
             )
     leaves = [
         load_weight(weight, [stored[name] for name in names[leaf]], mesh) for leaf, weight in declared.items()

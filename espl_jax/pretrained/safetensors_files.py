@@ -1,7 +1,8 @@
-"""Safetensors checkpoints: what is in a folder's files, and each tensor as a view of its file.
+"""Reads safetensors checkpoints; tensors are memory-mapped views.
 
-A file is the length of its header (8 bytes), the header, JSON of `{name: {dtype, shape, data_offsets}}`, and
-the tensors' bytes. Several files make one checkpoint where an index names them. Nothing in them is executed.
+A file consists of the length of its header (8 bytes), the header (JSON of `{name: {dtype, shape,
+data_offsets}}`) and the bytes of the tensors. An index joins several files to one checkpoint. No code in the
+files is executed.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 DTYPES = {"BF16": jnp.bfloat16, "F16": np.float16, "F32": np.float32}
-"""Dtypes that are read, by their names in the files."""
+"""Supported dtypes, by their names in the files."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies.
+    """The location of a tensor.
 
     Attributes:
       path: its file.
-      dtype: as the file names it, such as BF16.
-      shape: as stored, row-major.
-      offset: of its first byte, from the beginning of the file.
+      dtype: name of the dtype in the file, such as BF16.
+      shape: its shape, row-major.
+      offset: offset of its first byte in the file.
     """
 
     path: Path
@@ -39,17 +40,17 @@ class StoredTensor:
     offset: int
 
     def view(self) -> np.ndarray:
-        """The tensor (of a dtype in `DTYPES`), read-only, mapped into memory for as long as it is held."""
+        """Returns the tensor as a read-only memory map; its dtype must be in `DTYPES`."""
         return np.memmap(self.path, DTYPES[self.dtype], "r", self.offset, self.shape)
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the files that hold a folder's weights: those of its index, or the single one without.
+    """Returns the names of a folder's weight files: those in its index, or the single file without an index.
 
-    The files themselves need not be there yet.
+    The files need not exist yet.
 
     Raises:
-      ValueError: for an index that cannot be read.
+      ValueError: if the index cannot be read.
     """
     index = folder / INDEX
     if not index.is_file():
@@ -57,7 +58,7 @@ def weight_files(folder: Path) -> list[str]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         if not names or any(Path(name).name != name or Path(name).suffix != ".safetensors" for name in names):
-            raise ValueError(f"weight_map names {sorted(names)[:5]}")
+            raise ValueError(f"weight_map has {sorted(names)[:5]}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{index} does not say which .safetensors files beside it hold the weights "
@@ -67,10 +68,10 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a folder's safetensors files, by name. Reads the headers only.
+    """Returns all tensors of a folder's safetensors files, by name. Reads only the headers.
 
     Raises:
-      FileNotFoundError: if the folder has no safetensors, or misses a file that its index names.
+      FileNotFoundError: if the folder has no safetensors, or a file of its index is missing.
       ValueError: if the index or a file is truncated or damaged.
     """
     names = weight_files(folder)
@@ -83,22 +84,22 @@ def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
         )
         raise FileNotFoundError(
             f"{folder} has neither {SINGLE} nor {INDEX}, but {', '.join(others[:5]) or 'no weights at all'}; "
-            "weights are read from safetensors only (pickled files could run any code): convert them with "
-            "transformers' save_pretrained, or give the path of a .gguf file itself"
+            "weights are only read from safetensors (pickled files can run any code): convert them with "
+            "transformers' save_pretrained, or give the path of a .gguf file"
         )
     if missing:
         raise FileNotFoundError(
-            f"{folder}: {INDEX} names {len(names)} files, of which {len(missing)} are not there, beginning "
+            f"{folder}: {INDEX} names {len(names)} files, of which {len(missing)} are missing, beginning "
             f"with {', '.join(missing[:5])}; download the model again"
         )
     return {name: tensor for file in names for name, tensor in read_header(folder / file).items()}
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file, by name.
+    """Returns the tensors of one file, by name.
 
     Raises:
-      ValueError: if it is not safetensors, or shorter than its header says, or otherwise damaged.
+      ValueError: if the file is not safetensors, truncated or damaged.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -110,14 +111,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         tensors = {name: _stored(path, name, 8 + length, **entry) for name, entry in entries.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} ({size} bytes) is not a whole safetensors file: it is truncated, damaged or of another "
-            f"kind ({type(error).__name__}: {error}); download it again"
+            f"{path} ({size} bytes) is not a valid safetensors file: it is truncated, damaged or of another "
+            f"type ({type(error).__name__}: {error}); download it again"
         ) from error
     end = max((8 + length + entry["data_offsets"][1] for entry in entries.values()), default=0)
     if end > size:
-        raise ValueError(
-            f"{path} is truncated: its header says {end} bytes and it has {size}; download it again"
-        )
+        raise ValueError(f"{path} is truncated: it has {size} of {end} bytes; download it again")
     return tensors
 
 

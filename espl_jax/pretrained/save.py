@@ -1,4 +1,4 @@
-"""Params as a folder that transformers, and the servers that read its format, load."""
+"""Saves params in the format of transformers, which servers also read."""
 
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ def save_pretrained(
     model_card: str | None = None,
     template_arguments: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a model as a folder in Hugging Face's format, adapters merged into the weights they adapt.
+    """Writes a model as a folder in Hugging Face's format, with adapters merged into the weights.
 
-    Weights are merged and written one tensor of one layer at a time, in float32, and rounded once.
+    Weights are merged in float32 and written one tensor of one layer at a time, and rounded once.
 
     Args:
-      folder: appears whole or not at all; must be new or empty.
-      params: with adapters attached or not; all leaves addressable by this process.
+      folder: output folder, written atomically; must be new or empty.
+      params: params, with or without adapters; all leaves must be addressable by this process.
       config: the decoder, with the `lora_scale` of the adapters.
-      tokenizer: written beside; None leaves it out.
+      tokenizer: also saved; None saves no tokenizer.
       system_prompt: becomes the default system message of the chat template, and `system_prompt.txt`.
-      dtype: of the weights in the files, float32 or bfloat16, as a name or a dtype of jax or numpy; by
-        default that of `config.param_dtype`.
-      max_shard_bytes: most bytes of weights in one file.
-      generation: fields of generation_config.json beside the ids of special tokens.
-      model_card: the text of README.md.
+      dtype: dtype of the saved weights, float32 or bfloat16, as a name or a jax or numpy dtype; by default
+        `config.param_dtype`.
+      max_shard_bytes: maximum bytes of weights per file.
+      generation: fields of generation_config.json besides the special token ids.
+      model_card: contents of README.md.
       template_arguments: defaults of the chat template's arguments (`enable_thinking`, ...).
 
     Raises:
       FileExistsError: if the folder is not empty.
-      ValueError: if the params are not those of the config, the config not of its family, the dtype
-        unknown, or the tokenizer without the chat template that a system prompt needs.
+      ValueError: if the params do not match the config, the config does not match its family, the dtype is
+        unknown, or there is a system prompt but no chat template.
       OSError: if the disk is full.
     """
     dtype = config.param_dtype if dtype is None else dtype_name(dtype)
@@ -68,7 +68,7 @@ def save_pretrained(
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         padding = {"pad_token_id": pad}
-    # Older readers know the dtype as torch_dtype.
+    # Older readers use torch_dtype.
     described = {**to_hf_config(config), **ids, "dtype": dtype, "torch_dtype": dtype}
     generating = {**ids, **padding, **(generation or {})}
     tensors = _tensors(params, config)
@@ -80,14 +80,14 @@ def save_pretrained(
 
 
 def _tensors(params: Params, config: DecoderConfig) -> list[Tensor]:
-    """Every tensor of the checkpoint, layer by layer; each is read out of the params when it is written."""
+    """Returns every tensor of the checkpoint, layer by layer; each is read from the params when written."""
     base, adapters = lora.detach(params)
     declared, leaves = by_path(abstract(config)), by_path(base)
     for path in sorted(declared.keys() | leaves.keys()):
         ours = list(leaves[path].shape) if path in leaves else "(absent)"
         wanted = list(declared[path].shape) if path in declared else "(absent)"
         if ours != wanted:
-            raise ValueError(f"params: {path} is {ours}, but the decoder's config asks for {wanted}")
+            raise ValueError(f"params: {path} is {ours}, but the decoder's config requires {wanted}")
     if adapters:
         declared |= declare_like(adapters, config)
         leaves |= by_path(adapters)
@@ -103,7 +103,7 @@ def _tensors(params: Params, config: DecoderConfig) -> list[Tensor]:
 def _reader(
     path: str, layer: int, leaves: dict[str, Any], declared: dict[str, Weight], scale: float
 ) -> Callable[[], np.ndarray]:
-    """What gives one layer of a weight (-1: of no layer) as it lies in the file, its adapter added."""
+    """Returns a reader of one layer of a weight (-1: not stacked) in file layout, adapter included."""
 
     def in_file(path: str) -> np.ndarray:
         leaf = leaves[path] if layer < 0 else leaves[path][layer]

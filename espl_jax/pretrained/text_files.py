@@ -1,4 +1,4 @@
-"""What an exported folder holds beside its weights: tokenizer, chat template, system prompt, model card."""
+"""Writes the text files of an exported folder: tokenizer, chat template, system prompt, model card."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def write_text_files(
 ) -> None:
     """Writes the tokenizer's files, its chat templates, `system_prompt.txt` and `README.md`.
 
-    A system prompt that is not blank becomes the default system message of every chat template, and arguments
-    what the templates take them for where they are not told otherwise. The prompt is written as it was
-    rendered in the run, without control tokens.
+    A non-blank system prompt becomes the default system message of every chat template, and
+    `template_arguments` become defaults of their arguments. As in the run, control tokens are removed from
+    the prompt.
 
     Raises:
-      ValueError: for a system prompt, but no chat template to speak it.
+      ValueError: if there is a system prompt but no chat template.
     """
     system = system_prompt.render() if isinstance(system_prompt, SystemPrompt) else system_prompt
     if system is not None:
@@ -44,14 +44,14 @@ def write_text_files(
     if tokenizer is None:
         if said:
             raise ValueError(
-                "tokenizer=None: a system prompt needs its chat template; give one, or no prompt"
+                "tokenizer=None: a system prompt needs a chat template; give a tokenizer, or no system prompt"
             )
         return
     templates = named_templates(tokenizer)
     if said and not templates:
         raise ValueError(
-            "system_prompt: the tokenizer has no chat_template to say it in; set tokenizer.chat_template, or "
-            "leave the system prompt out"
+            "system_prompt: the tokenizer has no chat_template to add it to; set tokenizer.chat_template, or "
+            "give no system prompt"
         )
     saved = copy.copy(tokenizer)
     for name, template in templates.items():
@@ -62,15 +62,15 @@ def write_text_files(
     saved.chat_template = templates if isinstance(tokenizer.chat_template, dict) else templates.get("default")
     saved.save_pretrained(folder)
     _readable_by_older_versions(folder / "tokenizer_config.json")
-    # What converters to other formats ask for.
+    # Converters to other formats need this file.
     sentencepiece = Path(tokenizer.name_or_path or ".") / "tokenizer.model"
     if sentencepiece.is_file():
         shutil.copy(sentencepiece, folder / sentencepiece.name)
 
 
 def _readable_by_older_versions(path: Path) -> None:
-    """Puts what transformers 5 writes of a tokenizer into words that version 4 knows as well, and leaves out
-    where this one was read from."""
+    """Rewrites the tokenizer config of transformers 5 so that version 4 reads it too, and removes fields
+    about the source of the tokenizer."""
     fields = json.loads(path.read_text(encoding="utf-8"))
     if fields.get("tokenizer_class") == "TokenizersBackend":
         fields["tokenizer_class"] = "PreTrainedTokenizerFast"

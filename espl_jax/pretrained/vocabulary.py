@@ -1,4 +1,4 @@
-"""Whether every token that a run can meet has a row in the model's embedding."""
+"""Checks that every token that can occur in a run has a row in the model's embedding."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from espl_jax.text.chat import render
 def check_vocabulary(
     source: str, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, stop_ids: Sequence[int]
 ) -> None:
-    """Refuses tokens past the embedding, of which a gather would read another row without a word.
+    """Rejects tokens beyond the embedding, for which a gather would silently return another row.
 
-    Special tokens that only a text naming them could bring are let pass: many tokenizers have one that their
-    model was not made for (Gemma 3 1B's for images, a padding token that was added).
+    Special tokens that occur only if a text spells them are allowed: many tokenizers have some that the model
+    does not support (the image token of Gemma 3 1B, an added padding token).
 
     Args:
-      source: what the model was loaded from.
-      tokenizer: its tokenizer, if it has one.
+      source: source of the model, for messages.
+      tokenizer: its tokenizer, or None.
       vocab_size: rows of its embedding.
       stop_ids: tokens that end its replies.
 
     Raises:
-      ValueError: naming the first token that its template writes, that ends a reply, or that a text becomes.
+      ValueError: with the first such token that ends a reply, is in the chat template, or may occur in text.
     """
     for stop in stop_ids:
         if stop >= vocab_size:
             token = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(stop)!r})"
             raise ValueError(
                 f"{source}: eos_token_id={stop}{token} is outside the model's vocabulary, "
-                f"vocab_size={vocab_size}; correct generation_config.json, or take the model's own tokenizer"
+                f"vocab_size={vocab_size}; correct generation_config.json, or use the tokenizer of the model"
             )
     if tokenizer is None:
         return
@@ -44,12 +44,12 @@ def check_vocabulary(
             where = "its chat template writes it" if in_template else "any text may contain it"
             raise ValueError(
                 f"{source}: the tokenizer's {token!r} has id {i}, past the model's vocab_size={vocab_size}, "
-                f"and {where}; take the tokenizer that the model was trained with, or resize its embedding"
+                f"and {where}; use the tokenizer that the model was trained with, or resize the embedding"
             )
 
 
 def _written(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the chat template spells, in its source or when it is rendered."""
+    """Returns the sources of the chat templates and conversations rendered with them."""
     template = tokenizer.chat_template
     if template is None:
         return ""
@@ -59,5 +59,5 @@ def _written(tokenizer: PreTrainedTokenizerBase) -> str:
         try:
             parts.append(render(tokenizer, messages))
         except ValueError:
-            continue  # such a conversation never comes about
+            continue  # such conversations do not occur
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""Refuses configurations that cannot run, before anything is loaded and without importing jax."""
+"""Rejects configurations that cannot run, before anything is loaded and without importing jax."""
 
 from __future__ import annotations
 
@@ -98,11 +98,11 @@ _AT_LEAST = {
 
 
 def check_config(config: Config, files: bool = True) -> None:
-    """Checks every field, and fields against each other. ml_collections itself refuses unknown fields.
+    """Checks every field, and fields against each other. ml_collections already rejects unknown fields.
 
     Args:
       config: the run's configuration, made from `configs/common.py`.
-      files: whether problems must be named, and files exist.
+      files: whether to require data.train, and that all files exist.
 
     Raises:
       ValueError: naming the field, its value and the fix.
@@ -113,7 +113,7 @@ def check_config(config: Config, files: bool = True) -> None:
             raise ValueError(f"{field}={given[field]!r}: choose one of {', '.join(map(str, choices))}")
     for field, least in _AT_LEAST.items():
         if not given[field] >= least:
-            raise ValueError(f"{field}={given[field]!r}: give at least {least}")
+            raise ValueError(f"{field}={given[field]!r}: must be at least {least}")
     if files:
         check_files(config)
     check_groups(config)

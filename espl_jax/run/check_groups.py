@@ -1,4 +1,4 @@
-"""The checks of a configuration, group by group: what one field requires of another."""
+"""Checks the groups of a configuration, including constraints between fields."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from espl_jax.run.config import Config
 from espl_jax.storage import json_values
 
 UNTRUNCATED = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
-"""The settings of sampling with which every token can be drawn."""
+"""Settings that disable truncated sampling, so every token can be drawn."""
 
 
 def _refuse(field: str, value: Any, fix: str) -> NoReturn:
@@ -22,30 +22,30 @@ def _refuse(field: str, value: Any, fix: str) -> NoReturn:
 
 
 def check_files(config: Config) -> None:
-    """Checks that problems are named and files exist. Raises ValueError."""
+    """Checks that data.train is set and that all files exist. Raises ValueError."""
     if not config.data.train:
         _refuse(
             "data.train",
             config.data.train,
-            "give a .jsonl file, a .parquet file, hub:org/name, or a generated set such as "
+            "no training data; give a .jsonl file, a .parquet file, hub:org/name, or a generated set such as "
             "addition:digits=2,count=200",
         )
     for split in ("train", "validation", "test"):
         spec, field = config.data[split], f"data.{split}"
         for path in specs.files(spec, field) if spec else ():
             if not path.is_file():
-                _refuse(field, spec, f"there is no such file as {path}; correct the path")
+                _refuse(field, spec, f"{path} does not exist; correct the path")
     files = {"model.source": config.model.source, "population.start_from": config.population.start_from}
     files |= {"reflection.replay": config.reflection.replay}
     if config.environment.name == "search":
         files["environment.search.retriever"] = config.environment.search.retriever
     for field, path in files.items():
         if path.endswith((".jsonl", ".json", ".gguf")) and not Path(path).expanduser().is_file():
-            _refuse(field, path, "there is no such file; correct the path")
+            _refuse(field, path, "file not found; correct the path")
 
 
 def check_groups(config: Config) -> None:
-    """Checks each group of fields, against the others where it matters. Raises ValueError."""
+    """Checks each group of fields, including constraints between groups. Raises ValueError."""
     _check_run(config)
     _check_model(config)
     _check_sampling(config)
@@ -64,21 +64,21 @@ def check_groups(config: Config) -> None:
 
 
 def trains(config: Config) -> bool:
-    """Returns whether the mode changes weights."""
+    """Returns whether the mode trains weights."""
     return config.mode in ("espl", "rl")
 
 
 def _check_run(config: Config) -> None:
     if config.seed < 0:
-        _refuse("seed", config.seed, "give 0 or more")
-    # In these modes one prompt takes the places of all.
+        _refuse("seed", config.seed, "must be at least 0")
+    # In these modes, one prompt gets the rollouts of all M prompts.
     group = config.group_size * (config.num_prompts if config.mode in ("rl", "reflection") else 1)
     if group < 2:
         _refuse(
-            "group_size", config.group_size, "a group of one has no advantage over itself; give at least 2"
+            "group_size", config.group_size, "the advantage is always 0 in a group of one; give at least 2"
         )
     if list(config.mesh.values()).count(-1) > 1:
-        _refuse("mesh", dict(config.mesh), "only one axis can take the rest")
+        _refuse("mesh", dict(config.mesh), "only one axis can be -1; set the others to positive sizes")
 
 
 def _check_model(config: Config) -> None:
@@ -86,27 +86,31 @@ def _check_model(config: Config) -> None:
         _refuse(
             "model.source",
             config.model.source,
-            f"name a model: {', '.join(BASES)}, a .gguf file, a folder of safetensors, org/name on the hub",
+            f"no model; give {', '.join(BASES)}, a .gguf file, a safetensors folder, or org/name on the Hub",
         )
     _check_json_object("model.chat_template_kwargs", config.model.chat_template_kwargs)
     targets = tuple(config.lora.targets)
     if unknown := set(targets) - set(LORA_TARGETS):
-        _refuse("lora.targets", targets, f"{sorted(unknown)} cannot be adapted; choose from {LORA_TARGETS}")
+        _refuse(
+            "lora.targets", targets, f"{sorted(unknown)} are not LoRA targets; choose from {LORA_TARGETS}"
+        )
     if config.lora.rank and not targets:
-        _refuse("lora.targets", targets, "name at least one, or give lora.rank=0 to train all weights")
+        _refuse(
+            "lora.targets", targets, "no targets; name at least one, or set lora.rank=0 to train all weights"
+        )
 
 
 def _check_sampling(config: Config) -> None:
     sampling = config.sampling
     if not 0 < sampling.top_p <= 1:
-        _refuse("sampling.top_p", sampling.top_p, "give a probability above 0, or 1 for all tokens")
+        _refuse("sampling.top_p", sampling.top_p, "must be above 0 and at most 1; 1 disables top-p")
     if not sampling.min_p <= 1:
-        _refuse("sampling.min_p", sampling.min_p, "give a ratio of at most 1, or 0 for all tokens")
+        _refuse("sampling.min_p", sampling.min_p, "must be at most 1; 0 disables min-p")
     if not all(isinstance(text, str) and text and "\ufffd" not in text for text in sampling.stop_strings):
         _refuse(
             "sampling.stop_strings",
             tuple(sampling.stop_strings),
-            "give non-empty strings without U+FFFD, which stands for every unfinished character",
+            "stop strings must be non-empty and free of U+FFFD, the placeholder for incomplete characters",
         )
     if not trains(config):
         return
@@ -115,14 +119,14 @@ def _check_sampling(config: Config) -> None:
             _refuse(
                 f"sampling.{name}",
                 sampling[name],
-                "this always draws the most likely token, and greedy rollouts cannot be trained on; allow "
-                "more tokens, or use mode=evolution",
+                "only the most likely token can be sampled, and greedy rollouts have no gradient; allow more "
+                "tokens, or use mode=evolution",
             )
     if not sampling.temperature > 0:
         _refuse(
             "sampling.temperature",
             sampling.temperature,
-            "greedy rollouts cannot be trained on; give a positive temperature, or mode=evolution",
+            "greedy rollouts have no gradient; give a positive temperature, or use mode=evolution",
         )
 
 
@@ -132,13 +136,13 @@ def _check_population(config: Config) -> None:
         _refuse(
             "population.principles",
             tuple(population.principles),
-            "evolution.form=prose edits the text alone; put the principles into population.text",
+            "evolution.form=prose edits only the text; move the principles into population.text",
         )
     if population.start_from and (population.text or population.principles):
         _refuse(
             "population.start_from",
             population.start_from,
-            "a saved population has prompts already; leave population.text and .principles empty",
+            "initial prompts come from this file; leave population.text and population.principles empty",
         )
 
 
@@ -148,22 +152,22 @@ def _check_selection(config: Config) -> None:
         _refuse(
             "deployment.rule",
             config.deployment.rule,
-            "with one prompt in each iteration, none is ever rated; give newest or validation",
+            "with one prompt per iteration there are no tournaments and no ratings; use newest or validation",
         )
     temperature = config.selection.temperature
     if temperature is not None and not temperature > 0:
-        _refuse("selection.temperature", temperature, "give a positive one, or None for the default")
+        _refuse("selection.temperature", temperature, "must be positive, or None for the default")
 
 
 def _check_evolution(config: Config) -> None:
     evolution = config.evolution
     if not 0 <= evolution.crossover_prob <= 1:
-        _refuse("evolution.crossover_prob", evolution.crossover_prob, "give a probability between 0 and 1")
+        _refuse("evolution.crossover_prob", evolution.crossover_prob, "must be between 0 and 1")
     if evolution.max_principles < max(1, len(config.population.principles)):
         _refuse(
             "evolution.max_principles",
             evolution.max_principles,
-            "leave room for the principles of the root prompt, and for at least one",
+            "must be at least 1, and at least the number of principles of the root prompt",
         )
 
 
@@ -174,7 +178,7 @@ def _check_evaluation(config: Config) -> None:
             _refuse(
                 f"evaluation.{split}_samples",
                 evaluation[f"{split}_samples"],
-                "greedy samples are all equal; give 1, or an evaluation.temperature above 0",
+                "greedy samples are identical; give 1, or set evaluation.temperature above 0",
             )
 
 
@@ -184,34 +188,34 @@ def _check_environment(config: Config) -> None:
         _refuse(
             "environment.name",
             e.name,
-            f"choose one of {', '.join(ENVIRONMENTS)}, or give a module:name of your own",
+            f"unknown environment; choose one of {', '.join(ENVIRONMENTS)}, or give module:name",
         )
     formats = ENVIRONMENTS.get(e.name, ())
     if formats and e.answer_format not in formats:
         _refuse(
             "environment.answer_format",
             e.answer_format,
-            f"environment.name={e.name} reads one of {', '.join(formats)}",
+            f"environment.name={e.name} does not support it; choose one of {', '.join(formats)}",
         )
     if e.reward and ":" not in e.reward:
-        _refuse("environment.reward", e.reward, "give module:function, or nothing")
+        _refuse("environment.reward", e.reward, "must be module:function, or empty")
     _check_json_object("environment.options", e.options)
     retriever = e.search.retriever
     if e.name == "search" and not retriever and not config.data.train.startswith("encyclopedia"):
         _refuse(
             "environment.search.retriever",
             retriever,
-            "say where to search: http://host:port/retrieve, or a passages.jsonl; or take data that has "
-            "passages of its own, --config.data=encyclopedia",
+            "no retriever; give http://host:port/retrieve or a passages.jsonl, or use data that comes with "
+            "passages: --config.data=encyclopedia",
         )
 
 
 def _check_json_object(field: str, text: str) -> None:
     try:
         if not isinstance(json_values.parse(text), dict):
-            raise ValueError("not an object")
+            raise ValueError("not a JSON object")
     except ValueError as error:
-        _refuse(field, text, f"{error}; give a JSON object")
+        _refuse(field, text, f'{error}; give an object such as {{"key": 1}}')
 
 
 def _check_loss(loss: Any) -> None:
@@ -221,99 +225,118 @@ def _check_loss(loss: Any) -> None:
             _refuse(
                 f"loss.{name}",
                 bound,
-                f"loss.kind={loss.kind} does not clip; give None, or a kind of {', '.join(CLIP_RANGES)}",
+                f"loss.kind={loss.kind} does not clip; give None, or use one of {', '.join(CLIP_RANGES)}",
             )
         if bound is not None and not 0 <= bound <= most:
             _refuse(
                 f"loss.{name}",
                 bound,
-                "ratios are kept from 1 - clip_low to 1 + clip_high; give 0 or more, and clip_low at most 1",
+                "must be at least 0, and clip_low at most 1: ratios are clipped to [1 - low, 1 + high]",
             )
     if loss.kind in SEQUENCE_LOSSES and loss.aggregation != "seq_mean_token_sum":
         _refuse(
             "loss.aggregation",
             loss.aggregation,
-            f"loss.kind={loss.kind} has one term a rollout, none a token; give seq_mean_token_sum",
+            f"loss.kind={loss.kind} has one term per rollout, not per token; use seq_mean_token_sum",
         )
     if 0 < loss.sampler_weight_cap < 1:
         _refuse(
             "loss.sampler_weight_cap",
             loss.sampler_weight_cap,
-            "it would shrink the loss where sampler and trainer agree; give 1 or more, such as 2, or 0",
+            "a cap below 1 scales down all terms; give at least 1, e.g. 2, or 0 for no weights",
         )
     if loss.kl_coef and loss.kl_estimator == "k1":
         _refuse(
             "loss.kl_estimator",
             loss.kl_estimator,
-            "its gradient is zero on average, so that it holds nothing back; give exact, or k2, whose "
-            "gradient is that of the KL",
+            "its expected gradient is zero, so it does not regularize; use exact, or k2, which has the "
+            "gradient of the KL",
         )
 
 
 def _check_kl(config: Config) -> None:
-    """Whether sampling draws what the estimate of the KL needs; the update checks it too, of its batch."""
+    """Checks that sampling is untruncated if the KL estimator needs it. The update checks its batch again."""
     cut = [name for name, all_tokens in UNTRUNCATED.items() if config.sampling[name] != all_tokens]
     if config.loss.kl_coef and config.loss.kl_estimator != "exact" and cut:
         named = ", ".join(f"sampling.{name}={config.sampling[name]}" for name in cut)
         _refuse(
             "loss.kl_estimator",
             config.loss.kl_estimator,
-            f"it requires untruncated sampling, and there is {named}; give exact, or disable top_p, top_k "
-            "and min_p",
+            f"requires untruncated sampling, but {named}; use exact, or disable top_p, top_k and min_p",
         )
 
 
 def _check_optimizer(config: Config) -> None:
     o = config.optimizer
     if trains(config) and not o.learning_rate > 0:
-        _refuse("optimizer.learning_rate", o.learning_rate, "give a positive one, or mode=evolution")
+        _refuse(
+            "optimizer.learning_rate",
+            o.learning_rate,
+            "must be positive; to leave the weights alone, use mode=evolution",
+        )
     for name in ("b1", "b2"):
         if not 0 <= o[name] < 1:
-            _refuse(f"optimizer.{name}", o[name], "a decay is at least 0 and below 1")
+            _refuse(f"optimizer.{name}", o[name], "must be at least 0 and below 1")
     if o.weight_decay and o.kind != "adamw":
         _refuse(
-            "optimizer.weight_decay", o.weight_decay, f"{o.kind} has none; give optimizer.kind=adamw, or 0"
+            "optimizer.weight_decay",
+            o.weight_decay,
+            f"{o.kind} has no weight decay; set optimizer.kind=adamw, or give 0",
         )
     if o.schedule == "constant":
         if o.final_rate:
             _refuse(
                 "optimizer.final_rate",
                 o.final_rate,
-                "a constant schedule ends where it is; give linear or cosine, or 0",
+                "optimizer.schedule=constant does not decay; use linear or cosine, or give 0",
             )
         return
     if o.final_rate > 1:
-        _refuse("optimizer.final_rate", o.final_rate, "it is a part of learning_rate; give at most 1")
+        _refuse("optimizer.final_rate", o.final_rate, "must be at most 1: it is a fraction of learning_rate")
     updates = config.num_iterations * config.loss.epochs * config.loss.minibatches
     if o.warmup_steps >= updates:
         _refuse(
             "optimizer.warmup_steps",
             o.warmup_steps,
-            f"optimizer.schedule={o.schedule} falls after the warm-up, and the run has {updates} updates; "
-            "give fewer",
+            f"optimizer.schedule={o.schedule} decays after the warm-up, but the run has only {updates} "
+            "updates; give fewer",
         )
 
 
 def _check_reflection(r: Any) -> None:
     if r.reflector == "openai" and not r.model:
-        _refuse("reflection.model", r.model, "say what the server at reflection.base_url calls its model")
+        _refuse(
+            "reflection.model",
+            r.model,
+            "no model; give the name of a model on the server at reflection.base_url",
+        )
     if r.reflector == "openai" and not is_address(r.base_url):
-        _refuse("reflection.base_url", r.base_url, "give an address such as http://localhost:8000/v1")
+        _refuse(
+            "reflection.base_url",
+            r.base_url,
+            "not an HTTP address; give one such as http://localhost:8000/v1",
+        )
     if r.reflector == "openai" and r.base_url.rstrip("/").endswith("/chat/completions"):
-        _refuse("reflection.base_url", r.base_url, "leave out /chat/completions, which is added to it")
+        _refuse(
+            "reflection.base_url", r.base_url, "/chat/completions is appended automatically; leave it out"
+        )
     if r.reflector == "replay" and not r.replay:
-        _refuse("reflection.replay", r.replay, "give the reflections.jsonl or replies.jsonl of a run")
+        _refuse(
+            "reflection.replay",
+            r.replay,
+            "no file to replay; give the reflections.jsonl or replies.jsonl of a run",
+        )
     if r.reflector == "openai" and r.opening:
         _refuse(
             "reflection.opening",
             r.opening,
-            "a server cannot be given the beginning of its reply; give False",
+            "replies of a server cannot be prefilled; set it to False",
         )
     if r.reflector != "local" and r.policy == "current":
         _refuse(
             "reflection.policy",
             r.policy,
-            "current weights reflect on device alone; give reflector=local, or policy=reference",
+            "only reflection.reflector=local can use the current weights; use it, or policy=reference",
         )
     if r.source and (r.reflector != "local" or r.policy == "current"):
         _refuse(
@@ -325,7 +348,7 @@ def _check_reflection(r: Any) -> None:
     _check_json_object("reflection.chat_template_kwargs", r.chat_template_kwargs)
     Templates(r.templates).check(r.reasoning)
     if not r.timeout > 0:
-        _refuse("reflection.timeout", r.timeout, "give seconds, more than 0")
+        _refuse("reflection.timeout", r.timeout, "must be a positive number of seconds")
 
 
 def _check_shown(config: Config) -> None:

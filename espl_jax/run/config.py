@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 if TYPE_CHECKING:
 
     class Config(ConfigDict):
-        """The fields of configs/common.py, which says what each is."""
+        """The fields that configs/common.py defines and documents."""
 
         def __getattr__(self, name: str) -> Any: ...
 

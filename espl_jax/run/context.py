@@ -1,4 +1,4 @@
-"""What has to fit into the context together: system prompt, problem, and at least one new token."""
+"""Checks that system prompt, problem and at least one new token fit into the context."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from espl_jax.types import SystemPrompt
 
 
 def context_of(config: Config, decoder: DecoderConfig) -> int:
-    """Most tokens of a whole conversation of the run.
+    """Returns the context length of the run: the largest number of tokens of a conversation.
 
     Raises:
-      ValueError: for more than the model was made for.
+      ValueError: if sampling.context_limit exceeds the context length of the model.
     """
     limit, most = config.sampling.context_limit, decoder.max_positions
     if limit > most:
         raise ValueError(
-            f"sampling.context_limit={limit}: the model was made for {most} tokens; give at most that, or 0"
+            f"sampling.context_limit={limit}: the model supports {most} tokens; give at most that, or 0"
         )
     return limit or most
 
@@ -35,13 +35,13 @@ def context_of(config: Config, decoder: DecoderConfig) -> int:
 def fitting(
     config: Config, splits: dict[str, ProblemSet], model: Pretrained, environment: Environment | Dialogue
 ) -> tuple[dict[str, ProblemSet], dict[str, tuple[str, ...]]]:
-    """The problems that leave room for an answer, whatever system prompt evolution may put before them.
+    """Returns the problems that leave room for an answer under any system prompt that evolution allows.
 
     Returns:
-      (splits, the ids left out of each).
+      (splits, ids of the dropped problems by split).
 
     Raises:
-      ValueError: some do not, and `data.too_long` does not say to drop them, or nothing would be left.
+      ValueError: if some are too long and `data.too_long` is "refuse", or if no problem would be left.
     """
     context = context_of(config, model.config)
     root = SystemPrompt(config.population.text, tuple(config.population.principles))
@@ -71,10 +71,10 @@ def fitting(
         )
         if config.data.too_long == "refuse" or len(long) == len(split):
             raise ValueError(
-                f"{said}: with a system prompt of up to {allowance} tokens, a prompt of "
-                f"{max(long.values())} tokens leaves no room in a context of {context}; raise "
-                f"sampling.context_limit (the model takes {model.config.max_positions}), lower "
-                "evolution.max_prompt_tokens, or leave them out with --config.data.too_long=drop"
+                f"{said}: with a system prompt of up to {allowance} tokens, the longest prompt has "
+                f"{max(long.values())} tokens, which leaves no room in a context of {context}; raise "
+                f"sampling.context_limit (the model supports {model.config.max_positions}), lower "
+                "evolution.max_prompt_tokens, or drop these problems with --config.data.too_long=drop"
             )
         rest = tuple(problem for problem in split.problems if problem.id not in long)
         kept[name], left_out[name] = dataclasses.replace(split, problems=rest), tuple(long)
@@ -89,7 +89,7 @@ def check_first_prompts(
     model: Pretrained,
     environment: Environment | Dialogue,
 ) -> None:
-    """Raises ValueError if a prompt that the run would begin with leaves the longest problem no room."""
+    """Raises ValueError if the longest problem does not fit into the context with an initial prompt."""
     kwargs = json.loads(config.model.chat_template_kwargs)
     problems = [problem for split in splits.values() for problem in split.problems]
     measured = functools.partial(longest_conversation, model.tokenizer, problems, environment, kwargs)
@@ -100,12 +100,12 @@ def check_first_prompts(
         count = len(encode(model.tokenizer, text)) + longest if text else measured(prompt=member)
         if count >= context:
             raise ValueError(
-                f"population.start_from={config.population.start_from!r}: with prompt {member.id} the "
-                f"longest problem makes a prompt of {count} tokens, and the context has {context}; shorten "
-                "it, or raise sampling.context_limit"
+                f"population.start_from={config.population.start_from!r}: system prompt {member.id} and "
+                f"the longest problem have {count} tokens, but the context is {context}; shorten the prompt, "
+                "or raise sampling.context_limit"
             )
 
 
 def least_budget(config: Config, context: int) -> int:
-    """Tokens that a system prompt may always have, however long problems and rollouts are."""
+    """Returns the tokens that a system prompt may always use, however long problems and rollouts are."""
     return min(config.evolution.max_prompt_tokens, context // 4)

@@ -1,4 +1,4 @@
-"""Which prompt to deploy, and how it does on problems that nothing was chosen on."""
+"""The end of a run: chooses the prompt to deploy and evaluates it on the test set."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ from espl_jax.types import SystemPrompt
 
 
 def finish(job: Job, policy: Pretrained, root: SystemPrompt, population: Population) -> dict[str, Any]:
-    """The end of a run: the choice of the prompt to deploy, the test, and the lineage as text.
+    """Chooses the prompt to deploy, runs the test, and writes `results.json` and `lineage.txt`.
 
-    The test is {initial, trained weights} x {root, deployed prompt}. It and the choice with its reason are
-    shown and written to `results.json`, the lineage to `lineage.txt`.
+    The test covers {initial, trained weights} x {root, deployed prompt}. The results, the chosen prompt and
+    the reason for the choice are also printed.
 
     Args:
       job: the run.
       policy: the model with the trained weights.
-      root: the oldest of the first prompts.
-      population: the population now.
+      root: the oldest of the initial prompts.
+      population: the final population.
+
+    Returns:
+      The contents of `results.json`.
     """
     config, parts, workdir, progress = job.config, job.parts, job.workdir, job.progress
     best, reason = choose(job, policy, population)
@@ -63,20 +66,22 @@ def finish(job: Job, policy: Pretrained, root: SystemPrompt, population: Populat
     workdir.write_text(
         "lineage.txt", lineage_text(members, [each.id for each in population.members], best.id)
     )
-    progress.say(f"Best prompt: {best.id}, rating {best.mu:.2f} ± {best.sigma:.2f}, made by {best.operator}")
+    progress.say(
+        f"Best prompt: {best.id}, rating {best.mu:.2f} ± {best.sigma:.2f}, created by {best.operator}"
+    )
     progress.say(f"    ({reason})")
     progress.say(
         "\n".join("    " + line for line in (best.render() or "(empty: the template's default)").splitlines())
     )
     progress.say(
-        f"Written to {workdir.path}: results.json, population.json, lineage.txt, checkpoints, and the logs "
-        "*.jsonl"
+        f"Written to {workdir.path}: results.json, population.json, lineage.txt, checkpoints and logs "
+        "(*.jsonl)"
     )
     return results
 
 
 def choose(job: Job, policy: Pretrained, population: Population) -> Choice:
-    """The prompt to deploy, by the config's rule; with `validation` the candidates are sampled for it."""
+    """Returns the prompt to deploy by `deployment.rule`; `validation` samples rollouts of the candidates."""
     config = job.config
     if config.deployment.rule != "validation" or not job.parts.evolves:
         return deployed(population, config.mode, config.deployment)
@@ -97,7 +102,7 @@ def evaluate_on(
     prompts: Sequence[SystemPrompt],
     iteration: int,
 ) -> list[Evaluation]:
-    """Evaluates prompts on `validation` or `test`, and logs every rollout under the name of the weights."""
+    """Evaluates prompts on `validation` or `test`, and logs every rollout with the name `weights`."""
     config, parts = job.config, job.parts
     rollouts = collect_rollouts(
         model,

@@ -1,4 +1,4 @@
-"""Fingerprints of what a run reads beside its configuration: a resumed run notices a replaced file."""
+"""Fingerprints the input files of a run, so that a resumed run detects a replaced file."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from espl_jax.data.problems import ProblemSet
 from espl_jax.run.config import Config
 
 Fingerprints = dict[str, dict[str, str]]
-"""Field of the configuration -> name of a file, or of what was read -> SHA-256."""
+"""Configuration field -> name of the input -> SHA-256."""
 
 WHOLE = 16 * 2**20
-"""Largest file, in bytes, that is hashed whole."""
+"""Size in bytes up to which a file is hashed in full."""
 
 BLOCKS, BLOCK = 64, 2**16
-"""Of a larger file, its size and this number of blocks of this size are hashed, first and last included."""
+"""Number and size in bytes of the blocks that are hashed of a larger file, with its first and last block."""
 
 
 def fingerprints(
@@ -28,16 +28,16 @@ def fingerprints(
     model_files: Mapping[str, Path],
     reflector_files: Mapping[str, Path] | None = None,
 ) -> Fingerprints:
-    """Fingerprints everything that a run reads and that its configuration only names.
+    """Fingerprints all inputs that the configuration refers to by name.
 
-    Problems are covered as they were read, wherever they come from; files as `file_digest` says; of an
-    environment or a reward of the user's own the source of its module or package, not of what that imports.
+    Problems are hashed as loaded, files as in `file_digest`. For a user-defined environment or reward, the
+    source of its module or package is hashed, but not the modules that it imports.
 
     Args:
       config: the run's configuration.
-      splits: all problems.
-      model_files: those that the model was read from, by name.
-      reflector_files: likewise of the model of `reflection.source`.
+      splits: all problem sets, by split.
+      model_files: the files that the model was loaded from, by name.
+      reflector_files: the same for the model of `reflection.source`.
     """
     found: Fingerprints = {}
     for split, problems in splits.items():
@@ -66,15 +66,15 @@ def fingerprints(
 
 
 def fingerprint_files(files: Mapping[str, Path]) -> dict[str, str]:
-    """The digest of each file, by its name."""
+    """Returns the digest of each file, by name."""
     return {name: file_digest(path) for name, path in files.items()}
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file: of all of it up to `WHOLE` bytes, else of its size and `BLOCKS` blocks.
+    """Returns the SHA-256 of a file, or above `WHOLE` bytes of its size and `BLOCKS` of its blocks.
 
-    The blocks are spread evenly, so that other weights of the same shapes are told apart in no time. A change
-    of a few bytes between two blocks of a large file is not noticed.
+    The blocks are evenly spaced, which is fast and tells apart different weights of the same shapes. A change
+    of a few bytes between two blocks of a large file goes undetected.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -88,7 +88,7 @@ def file_digest(path: Path) -> str:
 
 
 def changes(before: Fingerprints, now: Fingerprints) -> dict[str, list[str]]:
-    """Names of what differs, by field; of the fields that both have read."""
+    """Returns the names of changed inputs by field, for the fields in both fingerprints."""
     both = sorted(before.keys() & now.keys())
     items = {field: before[field].items() ^ now[field].items() for field in both}
     return {field: sorted({name for name, _ in differing}) for field, differing in items.items() if differing}
@@ -102,7 +102,7 @@ def _problems_digest(problems: ProblemSet) -> str:
 
 
 def _sources(module: str) -> dict[str, Path]:
-    """The source file of a module, or all of a package, by name."""
+    """Returns the source file of a module, or all source files of a package, by name."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         return {}

@@ -1,4 +1,4 @@
-"""What every function of a run that is under way is given."""
+"""A run in progress, as passed to the functions of the loop."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from espl_jax.storage.workdir import WorkDir
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run that is under way.
+    """A run in progress.
 
     Attributes:
-      config: of the run.
-      parts: what it is made of.
-      workdir: where it writes.
-      progress: where it shows what it does.
+      config: the run's configuration.
+      parts: its immutable parts.
+      workdir: its work directory.
+      progress: its progress display.
     """
 
     config: Config

@@ -1,4 +1,4 @@
-"""What an iteration adds to the logs of the work directory, beside its record in `metrics`."""
+"""Writes the logs of an iteration, except for `metrics`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from espl_jax.types import Rollouts
 def write(
     workdir: WorkDir, iteration: int, rollouts: Rollouts, offspring: Mapping[str, Offspring], added: Added
 ) -> None:
-    """Appends to `rollouts`, `reflections` and `lineage`.
+    """Appends to the logs `rollouts`, `reflections` and `lineage`.
 
     Args:
-      workdir: of the run.
+      workdir: the run's work directory.
       iteration: counted from 1.
-      rollouts: the iteration's, each a line.
-      offspring: operator -> what it came to; each of its conversations is a line.
-      added: what the population did with the children; a line for each member that entered or left.
+      rollouts: the iteration's rollouts, one line each.
+      offspring: operator -> its outcome; one line for each of its conversations.
+      added: the members that entered and left the population, one line each.
     """
     for each in records(rollouts):
         workdir.append("rollouts", {"iteration": iteration, **each})

@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: model, problems, environment, optimizer."""
+"""Builds the parts of a run from its configuration: model, problems, environment, optimizer."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ from espl_jax.types import TrainBatch
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a run is made of and never changes.
+    """Immutable parts of a run.
 
     Attributes:
       reference: the model as loaded; its params are the reference policy and, with LoRA, the frozen base.
       splits: `train`, `validation`, and `test` if there is one.
-      environment: words the user turns and grades.
+      environment: writes the user turns and grades the replies.
       optimizer: the optax chain.
-      mesh: of devices, or None on one.
-      trains, evolves: which branches the mode has.
-      lora: whether adapters are trained, and not all params.
-      declared: declarations of what is trained.
-      chat: how conversations become text.
-      sampling: how rollouts are drawn.
-      capacity: what of the devices rollouts may take.
-      evolution: how prompts change.
-      reflector: the model that reflects, where it is neither the reference nor the policy, else None.
-      objective: what updates make smaller.
-      inputs: fingerprints of what was read.
+      mesh: the device mesh, or None on a single device.
+      trains, evolves: whether the mode trains weights, and whether it evolves prompts.
+      lora: whether adapters are trained instead of all params.
+      declared: declarations of the trained params.
+      chat: chat format of conversations.
+      sampling: sampling settings of rollouts.
+      capacity: memory and mesh available to rollouts.
+      evolution: settings of the evolution of prompts.
+      reflector: the model of `reflection.source`, or None.
+      objective: the training objective.
+      inputs: fingerprints of the inputs.
       left_out: ids of the problems that are too long for the context, by split.
     """
 
@@ -83,15 +83,15 @@ class Parts:
 
     @property
     def frozen(self) -> Any:
-        """The base of the adapters, or None in full fine-tuning."""
+        """Frozen base params of the adapters, or None in full fine-tuning."""
         return self.reference.params if self.lora else None
 
     def policy(self, state: TrainState | None) -> Pretrained:
-        """The model with the weights of a train state; the reference where nothing is trained."""
+        """Returns the model with the weights of a train state; the reference model if nothing is trained."""
         return _policy(self.reference, state, self.declared, self.lora, self.mesh)
 
     def step_arguments(self, state: TrainState, batch: TrainBatch) -> tuple[Any, ...]:
-        """What `policy_gradient_step` is called with, beside `microbatch_rows`."""
+        """Returns the arguments of `policy_gradient_step`, except for `microbatch_rows`."""
         reference = self.reference.params if self.objective.kl_coef else None
         return state, self.frozen, reference, batch, self.reference.config, self.optimizer, self.objective
 
@@ -107,7 +107,7 @@ def _policy(
 
 
 def assemble(config: Config) -> Parts:
-    """Loads and builds everything. Raises as the parts do; `check_config` has been called before."""
+    """Loads and builds all parts of a run. `config` must have passed `check_config`."""
     mesh = sharding.make_mesh(dict(config.mesh))
     splits = processes.decide(lambda: load_splits(config))
     environment = environment_of(config)
@@ -152,7 +152,7 @@ def assemble(config: Config) -> Parts:
 
 
 def chat_format(config: Config) -> ChatFormat:
-    """How the conversations of a run become text."""
+    """Returns the chat format of a run."""
     return ChatFormat(
         template_arguments=json.loads(config.model.chat_template_kwargs),
         show_thinking=config.environment.show_thinking,
@@ -162,7 +162,7 @@ def chat_format(config: Config) -> ChatFormat:
 
 
 def sampling_of(config: Config) -> Sampling:
-    """How the rollouts of a run are drawn."""
+    """Returns the sampling settings of training rollouts."""
     return Sampling(
         max_new_tokens=config.sampling.max_new_tokens,
         temperature=config.sampling.temperature,
@@ -172,7 +172,7 @@ def sampling_of(config: Config) -> Sampling:
 
 
 def evolution_of(config: Config, guards: Guards) -> Evolution:
-    """How the prompts of a run change."""
+    """Returns the evolution settings of a run."""
     return Evolution(
         form=config.evolution.form,
         guards=guards,
@@ -200,7 +200,7 @@ def reflection_of(config: Config) -> Reflection:
 
 
 def objective_of(config: Config) -> Objective:
-    """What the updates of a run make smaller."""
+    """Returns the training objective of a run."""
     names = ("kind", "clip_low", "clip_high", "aggregation", "sampler_weight_cap")
     fields = {name: config.loss[name] for name in names}
     return Objective(
@@ -212,7 +212,7 @@ def objective_of(config: Config) -> Objective:
 
 
 def make_optimizer_of(config: Config) -> optax.GradientTransformation:
-    """The optax chain; schedules end with the last update that the run can take."""
+    """Returns the optax chain; schedules end at the last update that the run can take."""
     fields = {name: value for name, value in config.optimizer.items() if name != "max_skipped"}
     updates = config.num_iterations * config.loss.epochs * config.loss.minibatches
     return make_optimizer(**fields, decay_steps=updates)
@@ -226,10 +226,10 @@ def guards(
     chat: ChatFormat,
     longest_problem: int,
 ) -> Guards:
-    """What evolution accepts; prompts and problems are measured in tokens of the model.
+    """Returns the limits on evolved prompts, in tokens of the model.
 
-    A prompt leaves room in the context for the longest problem and a whole rollout, or where these fill it
-    themselves, takes a quarter of it at most.
+    A prompt leaves room in the context for the longest problem and a full rollout. If these leave less than a
+    quarter of the context, the prompt may still use that quarter.
     """
     context = context_of(config, model.config)
     problems = [problem for split in splits.values() for problem in split.problems]
@@ -246,14 +246,14 @@ def guards(
 
 
 def rollout_sizes(config: Config, parts: Parts) -> tuple[Sizes, ...]:
-    """What the rollouts of a training iteration reserve and compile for, whatever its problems."""
+    """Returns the sizes that training rollouts reserve and compile for; they do not depend on the batch."""
     longest = Lengths(0, parts.capacity.longest_problem, config.sampling.max_new_tokens)
     rollouts = workloads_of(config, parts, longest)[0]
     return rollouts.sizes(parts.reference.config, parts.capacity.held_bytes, parts.mesh)
 
 
 def workloads_of(config: Config, parts: Parts, lengths: Lengths) -> list[Workload]:
-    """All samplings of the run; its rollouts are as long as `lengths` say."""
+    """Returns all sampling workloads of the run, with rollouts of the given lengths."""
     model, arguments = parts.reference, parts.chat.template_arguments
     templates = parts.evolution.reflection.templates
 
@@ -276,8 +276,8 @@ def workloads_of(config: Config, parts: Parts, lengths: Lengths) -> list[Workloa
 def held_while_sampling(
     model: Pretrained, state: TrainState | None, declared: Any, lora: bool, mesh: jax.sharding.Mesh | None
 ) -> int:
-    """Bytes of each device that are taken while a run samples: weights, the optimizer's state, and what of
-    the policy is laid out anew for sampling. The state may be one of shapes."""
+    """Returns the bytes per device in use while a run samples: weights, optimizer state, and the weights that
+    are copied into the sampling layout. `state` may be abstract."""
     held = {id(x) for x in jax.tree.leaves((model.params, state))}
     policy = _policy(model, state, declared, lora, mesh)
     params, _ = for_sampling(policy.params, model.config, mesh)
@@ -291,7 +291,7 @@ def abstract_run_state(
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh | None,
 ) -> TrainState | None:
-    """Shapes of the train state, or None where nothing is trained; see `abstract_train_state`."""
+    """Returns the abstract train state, or None if nothing is trained; see `abstract_train_state`."""
     if not trains(config):
         return None
     return abstract_train_state(abstract_trainable(config, decoder, mesh), optimizer, mesh)

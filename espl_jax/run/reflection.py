@@ -1,4 +1,4 @@
-"""Who reflects in a run, and how reflection elsewhere runs beside the work of the device."""
+"""Opens the reflector of a run, and overlaps remote reflection with work on the device."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from espl_jax.sampling.settings import Sampling
 from espl_jax.types import Conversation, Reflect
 
 MakeReflect = Callable[[Pretrained, int], Reflect]
-"""The policy now and the iteration; the reflector of that iteration."""
+"""(current policy, iteration) -> the reflector of that iteration."""
 
 
 @contextlib.contextmanager
 def open_reflectors(config: Config, parts: Parts, workdir: Path) -> Iterator[MakeReflect]:
-    """Gives the function that makes the reflector of each iteration.
+    """Yields the function that makes the reflector of each iteration.
 
-    Replies of a server are kept in `replies.jsonl` of the work directory as they arrive, so that a resumed
-    run asks nothing twice. Of several processes the first one alone asks a server or replays, see `Beside`.
+    Replies of a server are written to `replies.jsonl` in the work directory as they arrive, so a resumed run
+    repeats no request. With several processes, only the first queries a server or replays; see `Beside`.
 
     Args:
-      config: of the run.
-      parts: of the run.
-      workdir: of the run.
+      config: the run's configuration.
+      parts: the parts of the run.
+      workdir: the run's work directory.
 
     Raises:
-      ValueError: naming the field of `reflection` that cannot be used.
+      ValueError: for an unusable field of `reflection`, which the message names.
     """
     r = config.reflection
     if r.reflector == "local" or not parts.evolves:
@@ -65,7 +65,7 @@ def open_reflectors(config: Config, parts: Parts, workdir: Path) -> Iterator[Mak
 
 @contextlib.contextmanager
 def _elsewhere(r: Any, workdir: Path) -> Iterator[MakeReflect]:
-    """Reflection by a server, or from a record."""
+    """Yields the function that makes reflectors which use a server or a log."""
     if r.reflector == "replay":
         transcripts = Transcripts(r.replay)
         yield lambda policy, iteration: ReplayReflector(transcripts, iteration=iteration)
@@ -87,7 +87,7 @@ def _elsewhere(r: Any, workdir: Path) -> Iterator[MakeReflect]:
 
 
 def _not_here(policy: Pretrained, iteration: int) -> Reflect:
-    """In the place of `_elsewhere` on the processes that are told what came of it."""
+    """Stands in for `_elsewhere` on all processes but the first, which shares its results."""
 
     def reflect(conversations: Sequence[Conversation]) -> list[str | None]:
         raise RuntimeError("only the first process reflects")
@@ -96,21 +96,21 @@ def _not_here(policy: Pretrained, iteration: int) -> Reflect:
 
 
 class Beside:
-    """Runs a function in a thread of its own, beside whatever this thread does until it wants the result.
+    """Runs a function in a background thread, concurrently with this thread until `result` is called.
 
-    Of several processes the first one runs it, and `result` gives it to all: the function must not use
-    devices.
+    With several processes, the first one runs the function and `result` returns its value in all of them. The
+    function must not use devices.
 
     Attributes:
-      seconds: that the function took, once it is done.
-      waited: seconds of these that `result` had to wait for.
+      seconds: duration of the function, once it has finished.
+      waited: seconds that `result` spent waiting.
     """
 
     def __init__(self, function: Callable[[], Any]):
         self.seconds = self.waited = 0.0
         self._function = function
         self._outcome: tuple[Any, BaseException | None] | None = None
-        # A daemon: a run that ends for another reason does not wait for a slow server.
+        # A daemon, so that a run that fails does not wait for a slow server.
         self._thread = threading.Thread(target=self._run, name="reflection", daemon=True)
         if processes.is_first():
             self._thread.start()
@@ -124,7 +124,7 @@ class Beside:
         self.seconds = time.monotonic() - start
 
     def result(self) -> Any:
-        """What the function returned, or its exception."""
+        """Returns the result of the function, or raises its exception."""
         return processes.decide(self._wait)
 
     def _wait(self) -> Any:
@@ -137,5 +137,5 @@ class Beside:
         return value
 
     def times(self) -> dict[str, float]:
-        """Seconds of the whole, and of the part that other work hid."""
+        """Returns the total seconds of reflection, and the part that overlapped with other work."""
         return {"reflection_total": self.seconds, "reflection_hidden": max(0.0, self.seconds - self.waited)}

@@ -1,4 +1,4 @@
-"""The first population of a run."""
+"""The initial population of a run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from espl_jax.types import SystemPrompt
 
 
 def first_population(config: Config) -> populations.Population:
-    """The root prompt, the user's own first prompts, or the population of an earlier run.
+    """Returns a population of the root prompt, of the user's initial prompts, or of an earlier run.
 
     Raises:
-      ValueError: if `population.start_from` holds neither.
+      ValueError: if `population.start_from` is neither a saved population nor a file of prompts.
     """
     c = config.population
     if not c.start_from:
@@ -30,7 +30,7 @@ def first_population(config: Config) -> populations.Population:
     except (ValueError, AttributeError) as error:
         raise ValueError(
             f"population.start_from={c.start_from!r}: {error}; give the population.json of a run, or "
-            'a .jsonl file with one prompt a line, {"text": ..., "principles": [...]}'
+            'a .jsonl file with one prompt per line, {"text": ..., "principles": [...]}'
         ) from None
 
 
@@ -38,7 +38,7 @@ def _read_population(text: str, c: Any) -> populations.Population:
     if not c.start_from.endswith(".jsonl"):
         saved = populations.from_json(json_values.parse(text))
         return dataclasses.replace(saved, members=saved.members[-c.max_size :], max_size=c.max_size)
-    # Not splitlines, which also splits at characters that JSON strings may hold.
+    # Not splitlines, which also splits at characters that are valid inside JSON strings.
     roots = [_root(line, i) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     return populations.start(roots, c.max_size)
 
@@ -53,7 +53,7 @@ def _root(text: str, line: int) -> SystemPrompt:
     text, principles = given.get("text", ""), given.get("principles", [])
     listed = isinstance(principles, list) and all(isinstance(each, str) for each in principles)
     if not (isinstance(text, str) and listed):
-        raise ValueError(f"line {line}: text is a string, principles a list of strings")
+        raise ValueError(f"line {line}: text must be a string, and principles a list of strings")
     return SystemPrompt(text, tuple(principles))
 
 
@@ -61,6 +61,6 @@ def _no_principles_in_prose(population: populations.Population, config: Config) 
     with_principles = [member.id for member in population.members if member.principles]
     if config.evolution.form == "prose" and with_principles:
         raise ValueError(
-            f"evolution.form=prose edits the text alone, but {', '.join(with_principles)} have principles"
+            f"evolution.form=prose edits only the text, but {', '.join(with_principles)} have principles"
         )
     return population

@@ -1,4 +1,4 @@
-"""A run as its work directory holds it, read without disturbing it."""
+"""Reads a run from its work directory without locking or changing it."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ _READ = {
     "environment": ("show_thinking",),
     "deployment": ("rule", "min_tournaments"),
 }
-"""What a reader of the run needs of its configuration: fields, and groups with their fields."""
+"""Configuration fields that reading a run requires: top-level fields, and groups with their fields."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedRun:
-    """The newest checkpoint of a run, with the model that its weights belong to.
+    """The newest checkpoint of a run, with its model.
 
     Attributes:
-      path: the work directory, of this machine or in a bucket.
-      config: of the run.
+      path: the work directory, local or in a bucket.
+      config: the run's configuration.
       iteration: iterations done at the checkpoint.
-      model: the policy: trained weights, or the base with adapters attached, or, where the mode changes
-        prompts alone, the model that the run began with.
-      adapters: of the policy; None where there are none.
-      root: the oldest of the first prompts.
+      model: the policy: trained weights, or the base model with adapters attached. If the mode trains no
+        weights, the model that the run started from.
+      adapters: adapters of the policy, or None.
+      root: the oldest of the initial prompts.
       population: the prompts with their ratings.
     """
 
@@ -62,7 +62,7 @@ class SavedRun:
     population: Population
 
     def prompt(self, name: str = "deployed") -> SystemPrompt:
-        """The prompt to deploy (`deployed`), the `root`, or the living member with that id.
+        """Returns the prompt to deploy (`deployed`), the `root`, or the living member with that id.
 
         Raises:
           ValueError: if there is no such member.
@@ -73,11 +73,13 @@ class SavedRun:
             return self.root
         ids = [member.id for member in self.population.members]
         if name not in ids:
-            raise ValueError(f"prompt={name!r}: give deployed, root, or one of {', '.join(ids)}")
+            raise ValueError(
+                f"prompt={name!r}: no such prompt; give deployed, root, or one of {', '.join(ids)}"
+            )
         return self.population.get(name)
 
     def _deployed(self) -> SystemPrompt:
-        """As written down at the end of the run; before that, as ratings say."""
+        """Returns the prompt in results.json if the run has ended; before that, the choice by ratings."""
         with contextlib.suppress(OSError, ValueError, KeyError):
             results = json.loads((self.path / "results.json").read_text(encoding="utf-8"))
             if results["iteration"] == self.iteration:
@@ -86,8 +88,8 @@ class SavedRun:
 
 
 def is_run(path: str | os.PathLike[str]) -> bool:
-    """Whether this is the work directory of a run, by its config.json (models have one too)."""
-    # No folder can have a name that is too long; a bucket that cannot be read is worth an error.
+    """Returns whether `path` is a work directory: its config.json is that of a run, not of a model."""
+    # A local OSError, e.g. a name that is too long, means no. An unreadable bucket is an error.
     with contextlib.suppress(*([] if folders.is_remote(path) else [OSError]), ValueError):
         config = json.loads(folders.open_folder(path).read("config.json") or b"")
         return isinstance(config, dict) and {"mode", "num_iterations"} <= config.keys()
@@ -95,16 +97,16 @@ def is_run(path: str | os.PathLike[str]) -> bool:
 
 
 def read_config(workdir: str | os.PathLike[str]) -> Config:
-    """The configuration of a run.
+    """Returns the configuration of a run.
 
     Raises:
       FileNotFoundError: if there is no run.
-      ValueError: if fields are missing that `read_run` needs.
+      ValueError: if it lacks fields that `read_run` needs.
     """
     folder = folders.open_folder(workdir)
     path, text = folder.path / "config.json", folder.read("config.json")
     if text is None:
-        raise FileNotFoundError(f"{folder.path} has no config.json: give the --workdir of a run")
+        raise FileNotFoundError(f"{folder.path} has no config.json; give the --workdir of a run")
     config = json.loads(text)
     missing = [group for group in _READ if group not in config]
     missing += [
@@ -119,7 +121,7 @@ def read_config(workdir: str | os.PathLike[str]) -> Config:
 
 
 def check_run(workdir: str | os.PathLike[str]) -> Config:
-    """The configuration of a run that has a checkpoint. Raises as `read_run`, without reading any weights."""
+    """Returns the configuration of a run that has a checkpoint. Raises like `read_run`; reads no weights."""
     config = read_config(workdir)
     _newest(folders.parse(workdir), None)
     return config
@@ -128,19 +130,19 @@ def check_run(workdir: str | os.PathLike[str]) -> Config:
 def read_run(
     workdir: str | os.PathLike[str], mesh: jax.sharding.Mesh | None = None, **numerics: Any
 ) -> SavedRun:
-    """Reads a run's newest checkpoint, while the run may be going on.
+    """Reads the newest checkpoint of a run, which may still be running.
 
-    Nothing is written or locked, no problems are needed, and the optimizer's state is not read.
+    Writes and locks nothing, needs no problems, and does not read the optimizer state.
 
     Args:
-      workdir: of the run.
-      mesh: devices that share the params, whatever mesh the run has; the default device when None.
-      **numerics: DecoderConfig fields that go before those of the run.
+      workdir: the work directory.
+      mesh: mesh for the params, independent of the run's mesh; None for the default device.
+      **numerics: DecoderConfig fields that override those of the run.
 
     Raises:
-      FileNotFoundError: if there is no run, or no checkpoint of it yet.
-      ValueError: if the checkpoint is damaged, does not fit the model, or is of another version of the
-        package. Else as `load_pretrained`.
+      FileNotFoundError: if there is no run, or it has no checkpoint yet.
+      ValueError: if the checkpoint is damaged, does not fit the model, or was written by another version of
+        the package. Otherwise as `load_pretrained`.
     """
     path = folders.parse(workdir)
     config = read_config(path)
@@ -150,7 +152,7 @@ def read_run(
     read = {"model.source": inputs.fingerprint_files(model.files)}
     for field, names in inputs.changes(state["inputs"], read).items():
         logging.warning(
-            "%s=%r: %s changed since the run in %s; its weights may not fit",
+            "%s=%r: %s changed since the run in %s; its checkpoint may not fit this model",
             field,
             config.model.source,
             ", ".join(names),
@@ -170,12 +172,12 @@ def read_run(
 
 def _other_version(path: Path, what: str) -> str:
     return (
-        f"{path} was written by another version of espl_jax ({what}): evaluate or export it with that version"
+        f"{path} was written by another version of espl_jax ({what}); evaluate or export it with that version"
     )
 
 
 def _newest(path: Path, abstract_arrays: Any) -> tuple[int, Any, dict[str, Any]]:
     saved = read_checkpoint(path, abstract_arrays)
     if saved is None:
-        raise FileNotFoundError(f"{path} has no checkpoint yet: try again after its first iteration")
+        raise FileNotFoundError(f"{path} has no checkpoint yet; try again after the first iteration")
     return saved

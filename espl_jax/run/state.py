@@ -1,4 +1,4 @@
-"""What a run is between two iterations: made at its beginning, saved, and taken up again."""
+"""The state of a run between iterations: created, saved and restored."""
 
 from __future__ import annotations
 
@@ -44,19 +44,18 @@ MAY_CHANGE = (
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What an iteration changes, and what a checkpoint holds.
+    """The mutable state of a run, which an iteration replaces and a checkpoint saves.
 
     Attributes:
       iteration: iterations done.
-      root: the oldest of the first prompts.
-      train_state: trainable weights and optimizer state; None where only prompts change.
+      root: the oldest of the initial prompts.
+      train_state: trainable weights and optimizer state; None if only prompts change.
       population: the prompts with their ratings.
-      cursor: which problems come next.
-      skipped: updates left out because no group was mixed.
-      not_finite_in_row: updates skipped since the last one taken, because their loss or gradient was not
-        finite.
-      rejected: edits that evolution refused lately, the newest last.
-      inputs: fingerprints of what the run has read.
+      cursor: position in the training problems.
+      skipped: updates skipped because all advantages were zero.
+      not_finite_in_row: consecutive updates skipped because their loss or gradient was not finite.
+      rejected: edits that evolution rejected lately, newest last.
+      inputs: fingerprints of the inputs.
     """
 
     iteration: int
@@ -71,7 +70,7 @@ class Run:
 
 
 def save(workdir: WorkDir, run: Run) -> None:
-    """Makes a checkpoint of everything that a later iteration depends on."""
+    """Saves a checkpoint of everything that later iterations depend on."""
     population = run.population.to_json()
     state = {
         "root": dataclasses.asdict(run.root),
@@ -87,24 +86,24 @@ def save(workdir: WorkDir, run: Run) -> None:
 
 
 def stop_if_stuck(workdir: WorkDir, run: Run, config: Config) -> None:
-    """Ends a run whose updates cannot be taken any more, with its state saved. Raises RuntimeError."""
+    """Saves the state and raises RuntimeError after too many consecutive non-finite updates."""
     if run.not_finite_in_row <= config.optimizer.max_skipped:
         return
     if run.iteration % config.checkpoint_every and run.iteration != config.num_iterations:
         save(workdir, run)
     raise RuntimeError(
-        f"{run.not_finite_in_row} updates in a row had a loss or gradient that was not finite, and "
-        f"optimizer.max_skipped={config.optimizer.max_skipped}. The weights from before them are saved as of "
-        f"iteration {run.iteration}. Lower optimizer.learning_rate in a new run, or resume this one with a "
+        f"optimizer.max_skipped={config.optimizer.max_skipped}: {run.not_finite_in_row} consecutive updates "
+        "had a loss or gradient that was not finite. The weights before them are saved as the checkpoint of "
+        f"iteration {run.iteration}; lower optimizer.learning_rate in a new run, or resume this run with a "
         "larger optimizer.max_skipped"
     )
 
 
 def restore(workdir: WorkDir, config: Config, parts: Parts) -> Run:
-    """The run as of the newest checkpoint, or its beginning.
+    """Returns the state in the newest checkpoint, or the initial state if there is none.
 
     Raises:
-      ValueError: as `WorkDir.restore`, or for files that were replaced since the checkpoint.
+      ValueError: as `WorkDir.restore`, or if input files were replaced since the checkpoint.
     """
     check_inputs(workdir, config, parts.inputs)
     saved = workdir.restore(_shapes(config, parts))
@@ -131,10 +130,10 @@ def restore(workdir: WorkDir, config: Config, parts: Parts) -> Run:
 
 
 def check_inputs(workdir: WorkDir, config: Config, now: Fingerprints) -> None:
-    """Compares what a run reads with what it had read at its newest checkpoint.
+    """Compares the inputs of a run with those recorded in its newest checkpoint.
 
     Raises:
-      ValueError: something was replaced, and `resume.changed_inputs` does not allow it.
+      ValueError: if an input was replaced and `resume.changed_inputs` is "refuse".
     """
     saved = read_checkpoint(workdir.path, None)
     if saved is None:
@@ -145,14 +144,14 @@ def check_inputs(workdir: WorkDir, config: Config, now: Fingerprints) -> None:
         said = f"{field}={value!r}: {', '.join(names)} changed since the checkpoint of iteration {iteration}"
         if config.resume.changed_inputs == "refuse":
             raise ValueError(
-                f"{said}; put back what was there, use another --workdir, or resume with "
+                f"{said}; restore the original files, use another --workdir, or resume with "
                 "--config.resume.changed_inputs=allow"
             )
-        logging.warning("%s; the run goes on with what is there now", said)
+        logging.warning("%s; the run continues with the new files", said)
 
 
 def first_train_state(config: Config, parts: Parts) -> TrainState | None:
-    """The train state before the first update: fresh adapters, or a float32 copy of the params."""
+    """Returns the initial train state: fresh adapters, or a float32 copy of the params."""
     if not parts.trains:
         return None
     model = parts.reference
@@ -167,7 +166,7 @@ def first_train_state(config: Config, parts: Parts) -> TrainState | None:
     arguments = stream_key(config.seed, "adapters", 0), None if parts.lora else model.params
     if parts.mesh is None:
         return make(*arguments)
-    # Jitted, so that no array is ever whole on one device.
+    # Jitted, so that no array is ever materialized unsharded on one device.
     shardings = jax.tree.map(lambda x: x.sharding, _shapes(config, parts))
     return jax.jit(make, out_shardings=shardings)(*arguments)
 

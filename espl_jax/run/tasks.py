@@ -1,4 +1,4 @@
-"""What a run is about: its problems, and the environment that words and grades them."""
+"""Builds the problem sets and the environment of a run."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from espl_jax.types import Schema
 
 
 def load_splits(config: Config) -> dict[str, ProblemSet]:
-    """`train`, `validation`, and `test` if there is one, no problem in two of them.
+    """Loads `train`, `validation`, and `test` if there is one; the splits are disjoint.
 
     Raises:
-      ValueError: for data that cannot be used, splits that overlap, or fewer problems than a batch has.
+      ValueError: for unusable data, overlapping splits, or fewer training problems than a batch.
     """
     fields = {field: name for field, name in config.data.fields.items() if name} or None
     splits = {"train": load.load(config.data.train, "train", fields=fields)}
@@ -42,33 +42,33 @@ def load_splits(config: Config) -> dict[str, ProblemSet]:
 
 
 def check_batch(config: Config, train: ProblemSet) -> None:
-    """Raises ValueError if the training problems are fewer than a batch has."""
+    """Raises ValueError if there are fewer training problems than a batch needs."""
     if config.batch_size > len(train):
         raise ValueError(
-            f"batch_size={config.batch_size}: data.train has {len(train)} problems after validation was held "
-            "out; lower batch_size or data.validation_count, or give more problems"
+            f"batch_size={config.batch_size}: data.train has only {len(train)} problems after validation was "
+            "held out; lower batch_size or data.validation_count, or give more problems"
         )
 
 
 def environment_of(config: Config) -> Environment | Dialogue:
-    """The environment that a configuration describes."""
+    """Returns the environment of a configuration."""
     e = config.environment
     options = e[e.name].to_dict() if e.name in ("math", "search") else json.loads(e.options)
     return make_environment(e.name, e.answer_format, e.instruction, options, e.reward, config.data.train)
 
 
 def has_turns(config: Config) -> bool:
-    """Whether rollouts have several turns; no retriever is opened to find out."""
+    """Returns whether rollouts have several turns, without opening a retriever."""
     if config.environment.name in ("math", "arithmetic", "search"):
         return config.environment.name == "search"
     return is_dialogue(environment_of(config))
 
 
 def tools_of(config: Config) -> tuple[Schema, ...]:
-    """The tools that rollouts have; no retriever is opened to find out.
+    """Returns the tools available to rollouts, without opening a retriever.
 
     Raises:
-      ValueError: if the user's own environment cannot be made.
+      ValueError: if a user-defined environment cannot be constructed.
     """
     if config.environment.name in ("math", "arithmetic", "search"):
         return tuple(Search.tools) if config.environment.name == "search" else ()
@@ -83,16 +83,16 @@ def make_environment(
     reward: str = "",
     problems: str = "",
 ) -> Environment | Dialogue:
-    """An environment by its name.
+    """Returns the environment with the given name.
 
     Args:
-      name: `math`, `arithmetic`, `search`, or `module:name` of one of the user's own, which is called with
-        `options`.
-      answer_format, instruction: of `math` and `arithmetic`; `search` takes an instruction, too.
-      options: further arguments; of `search` with a `retriever` as `open_retriever` takes it.
-      reward: `module:function`, see `environments.own.Reward`; empty for the environment's own rewards.
-      problems: whence the problems come; an encyclopedia has the passages to search in, where no retriever
-        is given.
+      name: `math`, `arithmetic`, `search`, or `module:name` of a user-defined environment, which is called
+        with `options`.
+      answer_format: for `math` and `arithmetic`.
+      instruction: for `math`, `arithmetic` and `search`.
+      options: further arguments; for `search` including `retriever`, as `open_retriever` takes it.
+      reward: `module:function`, see `environments.own.Reward`; empty for the environment's own reward.
+      problems: the data spec; if it is an encyclopedia and no retriever is given, its passages are searched.
 
     Raises:
       ValueError: for arguments that the environment does not take, or a retriever that cannot be opened.

@@ -1,4 +1,4 @@
-"""One iteration's updates of the weights, from its rollouts."""
+"""Updates the weights with the rollouts of an iteration."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from espl_jax.types import Rollouts, TrainBatch
 
 
 class Updated(NamedTuple):
-    """What the updates of an iteration came to.
+    """The result of the updates of an iteration.
 
     Attributes:
-      state: the train state; None where nothing is trained.
-      metrics: empty where there was nothing to learn. Means over the steps taken of what
-        `policy_gradient_step` returns; `updates`, how many were taken; `not_finite`, how many were skipped
-        because their loss or gradient was not finite; `not_finite_in_row`, those skipped since the last one
-        taken, earlier iterations included.
+      state: the train state; None if nothing is trained.
+      metrics: empty if all advantages were zero. Otherwise the metrics of `policy_gradient_step`, averaged
+        over the updates taken; `updates`, the number taken; `not_finite`, the number skipped because the loss
+        or gradient was not finite; `not_finite_in_row`, the number skipped since the last update taken,
+        including earlier iterations.
     """
 
     state: TrainState | None
@@ -36,14 +36,14 @@ class Updated(NamedTuple):
 def update(
     job: Job, state: TrainState | None, rollouts: Rollouts, iteration: int, skipped_before: int = 0
 ) -> Updated:
-    """Advantages, and a policy-gradient step for each epoch and minibatch.
+    """Computes advantages and takes a policy-gradient step for each epoch and minibatch.
 
     Args:
       job: the run.
-      state: donated; None where nothing is trained.
-      rollouts: the iteration's.
-      iteration: its number, which the minibatches are drawn with.
-      skipped_before: how many steps before this iteration were skipped, in a row.
+      state: donated; None if nothing is trained.
+      rollouts: the iteration's rollouts.
+      iteration: seeds the split into minibatches.
+      skipped_before: consecutive updates skipped just before this iteration.
     """
     if state is None:
         return Updated(None, {})
@@ -60,7 +60,7 @@ def update(
                 arguments = parts.step_arguments(state, batch)
                 state, metrics = policy_gradient_step(*arguments, microbatch_rows=config.loss.microbatch_rows)
                 steps.append(metrics)
-        # Reflection on the same devices would wait for it anyway, and its time belongs here.
+        # Wait here, so that the time of the update is not counted in the next phase on these devices.
         steps = jax.device_get(jax.block_until_ready(steps))
     return Updated(state, _summary(steps, rollouts, iteration, job.progress, skipped_before))
 
@@ -105,7 +105,7 @@ def _summary(
     if any(skipped):
         prompts, problems = rollouts.slots(), [problem.id for problem in rollouts.problems]
         progress.say(
-            f"Iteration {iteration}: {sum(skipped)} of {len(steps)} updates skipped, their loss or gradient "
+            f"Iteration {iteration}: {sum(skipped)} of {len(steps)} updates skipped: their loss or gradient "
             f"was not finite. Prompts: {', '.join(prompts)}. Problems: {', '.join(problems)}."
         )
     means = {name: float(np.mean([metrics[name] for metrics in taken])) for name in (taken or [{}])[0]}

@@ -1,4 +1,4 @@
-"""The weights a run starts from, and those that it trains."""
+"""The initial weights of a run, and the weights that it trains."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from espl_jax.storage import folders
 
 
 def settle_numerics(config: Config, workdir: str | os.PathLike[str] | None = None) -> Config:
-    """Returns the configuration with a value in place of every "auto" among its numerics.
+    """Returns the configuration with every "auto" of its numerics resolved.
 
     Args:
-      config: of the run.
-      workdir: of the run; one that is resumed keeps the values recorded in its config.json.
+      config: the run's configuration.
+      workdir: the work directory; a resumed run keeps the values recorded in its config.json.
     """
     settled = config.copy_and_resolve_references()
     recorded = _recorded_numerics(workdir) if workdir is not None else {}
@@ -44,21 +44,21 @@ def settle_numerics(config: Config, workdir: str | os.PathLike[str] | None = Non
 def _recorded_numerics(workdir: str | os.PathLike[str]) -> dict[str, str]:
     try:
         model = json.loads(folders.open_folder(workdir).read("config.json") or "{}").get("model", {})
-    except ValueError:  # cut short; opening the work directory says so
+    except ValueError:  # truncated file; opening the work directory reports it
         return {}
     return {name: model[name] for name in CHOSEN if name in model}
 
 
 def numerics(config: Config) -> dict[str, Any]:
-    """The DecoderConfig fields that the run chooses."""
+    """Returns the DecoderConfig fields that the run sets."""
     return {name: config.model[name] for name in NUMERICS} | {"lora_scale": config.lora.scale}
 
 
 def load_reference(config: Config, mesh: jax.sharding.Mesh | None, **changes: Any) -> Pretrained:
-    """The model that a run begins with; DecoderConfig fields in `changes` go before those of the run.
+    """Loads the model that a run starts from; DecoderConfig fields in `changes` override those of the run.
 
-    Where weights are trained, an adapter that it came with is merged into them: adapters of the run's own
-    take its place.
+    If the run trains weights, an adapter of the loaded model is merged into its base, since the run adds
+    its own adapters.
     """
     model = load_pretrained(config.model.source, mesh=mesh, **numerics(config) | changes)
     _, adapters = lora.detach(model.params)
@@ -78,14 +78,14 @@ def load_reflector(config: Config, mesh: jax.sharding.Mesh | None) -> Pretrained
 
 
 def declared_trainable(config: Config, decoder: DecoderConfig) -> Any:
-    """Declarations of what is trained: adapters, or with rank 0 all weights."""
+    """Returns declarations of the trained weights: adapters, or all weights if the rank is 0."""
     if config.lora.rank:
         return lora.abstract_adapters(decoder, config.lora.rank, tuple(config.lora.targets))
     return abstract(decoder)
 
 
 def abstract_trainable(config: Config, decoder: DecoderConfig, mesh: jax.sharding.Mesh | None) -> Any:
-    """Shapes of what is trained: adapters, or with rank 0 all weights; float32, sharded over the mesh."""
+    """Returns the abstract trained weights: adapters, or all weights if the rank is 0; float32, sharded."""
     declared = declared_trainable(config, decoder)
     shapes = jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.shape, jnp.float32), declared)
     return sharding.place(shapes, declared, mesh)

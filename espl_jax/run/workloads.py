@@ -1,4 +1,4 @@
-"""Every sampling that a run does, at its largest, for `plan.programs` to list what is compiled."""
+"""The sampling workloads of a run at their largest, from which `plan.programs` lists what is compiled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Tokens of the longest of each level: system prompts, problems, and what may follow."""
+    """Maximum tokens at each level: system prompt, problem, and new tokens."""
 
     system: int
     problem: int
@@ -26,20 +26,20 @@ class Lengths:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """One kind of sampling, at its largest.
+    """One sampling workload, at its largest.
 
     Attributes:
       name: what is sampled.
       phase: `rollouts`, `reflection` or `evaluation`.
       lanes, problems, group: M system prompts, B problems, N samples of each.
-      lengths: tokens of the longest of each level.
-      longest_problem: tokens that sizes are chosen for.
-      greedy: whether the most likely tokens are taken.
-      truncation: what cannot be drawn.
+      lengths: maximum tokens at each level.
+      longest_problem: problem length, in tokens, that sizes are chosen for.
+      greedy: whether decoding is greedy.
+      truncation: truncated sampling.
       turns: whether tokens may be appended to rows.
-      constrained: whether a grammar decides before every token what it may be.
-      reasoning: most tokens that are drawn freely before the grammar does.
-      context_limit, max_rows: as `choose_sizes` takes them.
+      constrained: whether decoding is constrained by a grammar.
+      reasoning: most tokens sampled freely before the grammar applies.
+      context_limit, max_rows: as in `choose_sizes`.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Workload:
     def sizes(
         self, decoder: DecoderConfig, held: int, mesh: Mesh | None, memory: int | None = None
     ) -> tuple[Sizes, ...]:
-        """What it reserves, as `sample_tree` does. Arguments and errors are those of `choose_sizes`."""
+        """Returns the sizes that `sample_tree` would reserve. Arguments and errors as in `choose_sizes`."""
         return choose_sizes(
             decoder,
             lanes=self.lanes,
@@ -93,19 +93,19 @@ def workloads(
     evaluated: Mapping[str, int],
     instructions: int,
 ) -> list[Workload]:
-    """The samplings of a run, the rollouts of an iteration first.
+    """Returns the sampling workloads of a run, training rollouts first.
 
     Args:
       config: the run's configuration.
-      decoder: the model's shape.
-      lengths: of rollouts.
+      decoder: the model's configuration.
+      lengths: maximum lengths of rollouts.
       longest_problem: tokens of the longest problem of the run.
       turns: whether rollouts have several turns.
-      evaluated: how many problems are in `validation`, and in `test` if there is one.
+      evaluated: number of problems in `validation`, and in `test` if there is one.
       instructions: tokens of the longest instructions of reflection.
 
     Raises:
-      ValueError: reflection leaves no room for its instructions.
+      ValueError: if the limits of reflection leave no room for its instructions.
     """
     lanes, evolves = lanes_of(config), config.mode != "rl"
     limits = {"max_rows": config.sampling.max_rows or None}
@@ -140,10 +140,10 @@ def workloads(
 def _reflection(
     config: Config, decoder: DecoderConfig, instructions: int, limits: dict[str, Any]
 ) -> list[Workload]:
-    """Summaries of all rollouts, and edits, from one critique for each problem at most; their conversations
-    are as long as they may be.
+    """Returns the workloads of reflection: summaries of all rollouts, and edits from at most one critique per
+    problem, with conversations of maximum length.
 
-    Shorter conversations come in shorter slots, and more of them where memory bounds their number.
+    Shorter conversations use shorter slots, and more of them if memory is the limit.
     """
     r = config.reflection
     reasoning = 0 if r.reasoning == "none" else r.reasoning_tokens
@@ -151,14 +151,14 @@ def _reflection(
     if most <= instructions:
         raise ValueError(
             f"reflection.max_new_tokens={r.max_new_tokens}, .reasoning_tokens={reasoning}, "
-            f".max_input_tokens={r.max_input_tokens}: of a context of {decoder.max_positions} they leave "
-            f"{most} tokens for a conversation whose instructions have {instructions}; lower the first two, "
-            "or raise the third"
+            f".max_input_tokens={r.max_input_tokens}: in a context of {decoder.max_positions} tokens this "
+            f"leaves {most} for a conversation whose instructions alone have {instructions}; lower "
+            "max_new_tokens or reasoning_tokens, or raise max_input_tokens"
         )
     lengths = Lengths(instructions, most - instructions, r.max_new_tokens)
-    # Rounded up as the reflector does.
+    # Rounded up like in the reflector.
     longest = 1 << (lengths.problem - 1).bit_length()
-    # While one prompt takes the places of all, every rollout is one of the best prompt.
+    # With a single prompt per iteration, every rollout belongs to the best prompt.
     summaries = config.num_prompts * config.batch_size * config.group_size
     return [
         Workload(
@@ -184,5 +184,5 @@ def _reflection(
 
 
 def lanes_of(config: Config) -> int:
-    """System prompts of an iteration; in modes without a choice one takes the places of all."""
+    """Returns the number of system prompts per iteration; modes without selection run a single one."""
     return config.num_prompts if config.mode in ("espl", "evolution") else 1

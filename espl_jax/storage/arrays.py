@@ -1,4 +1,4 @@
-"""The arrays of a checkpoint: any pytree of jax arrays, by orbax, written and read by all processes."""
+"""Saves and restores the arrays of a checkpoint, any pytree of jax arrays, with orbax, from all processes."""
 
 from __future__ import annotations
 
@@ -16,47 +16,47 @@ from orbax.checkpoint import v1 as ocp
 from espl_jax.parallel import processes
 from espl_jax.storage import durable
 
-_AT_ONCE = 8  # files that a process hashes side by side
+_AT_ONCE = 8  # files that a process hashes concurrently
 _UNREADABLE = ""
 
 
 def named_leaves(tree: Any) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
-    """Leaves by path. Saved flat, since orbax does not know every container that optimizers are made of."""
+    """Returns (leaves by path, treedef): orbax does not support all containers of optimizer states."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}, treedef
 
 
 def describe(leaves: dict[str, Any]) -> dict[str, str]:
-    """Name -> dtype and shape, as in `float32[8, 2]`."""
+    """Returns name -> dtype and shape, such as `float32[8, 2]`."""
     return {name: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for name, leaf in leaves.items()}
 
 
 def check_same(folder: os.PathLike[str], saved: dict[str, str], wanted: dict[str, str]) -> None:
-    """Raises ValueError, naming the first differences, unless the saved arrays are those that are wanted.
+    """Raises ValueError with the first differences unless the saved arrays match the wanted ones.
 
     Args:
-      folder: what to call the checkpoint.
-      saved, wanted: as `describe` gives them.
+      folder: the checkpoint, for the message.
+      saved, wanted: as returned by `describe`.
     """
     differences = [
-        f"  {name}: {saved.get(name, '(absent)')} there, {wanted.get(name, '(absent)')} now"
+        f"  {name}: {saved.get(name, '(absent)')} saved, {wanted.get(name, '(absent)')} now"
         for name in sorted(saved.keys() | wanted.keys())
         if saved.get(name) != wanted.get(name)
     ]
     if differences:
         more = f"\n  and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise ValueError(
-            f"the arrays in {folder} are not those of this model and optimizer:\n"
+            f"the arrays in {folder} do not match this model and optimizer:\n"
             + "\n".join(differences[:5])
             + f"{more}\nUse another --workdir, or the version of the code that saved them."
         )
 
 
 def check_shared(leaves: dict[str, Any]) -> None:
-    """Raises ValueError if there are several processes and an array is not laid out over all of them.
+    """Raises ValueError if there are several processes and an array is not sharded over all of them.
 
     Args:
-      leaves: arrays, or their abstract values with shardings, by name.
+      leaves: arrays, or abstract arrays with shardings, by name.
     """
     if jax.process_count() == 1:
         return
@@ -64,46 +64,46 @@ def check_shared(leaves: dict[str, Any]) -> None:
         sharding = getattr(leaf, "sharding", None)
         if sharding is None or sharding.is_fully_addressable:
             raise ValueError(
-                f"{name} is laid out over this process alone: with {jax.process_count()} processes, every "
-                "array of a checkpoint needs a sharding over a mesh of them all"
+                f"{name} is only on the devices of this process; with {jax.process_count()} processes, shard "
+                "every array of a checkpoint over a mesh of all devices"
             )
 
 
 def save(path: Path, leaves: dict[str, Any]) -> None:
-    """Writes arrays, each process those shards that it has; returns in every process when all are written."""
+    """Writes arrays; each process writes its own shards. Returns once all processes have written theirs."""
     if leaves:
         with durable.disk_full_explained(path):
             ocp.save(path, leaves)
 
 
 def hashes(path: Path) -> dict[str, str]:
-    """SHA-256 of every file that `save` wrote, by its name below `path`; each process reads its share.
+    """Returns the SHA-256 of every file that `save` wrote, by path below `path`; processes share the work.
 
     Raises:
-      OSError: a file cannot be read.
+      OSError: if a file cannot be read.
     """
     found = _hashes(path, processes.decide(lambda: _files(path)))
     if unreadable := [name for name, digest in found.items() if digest == _UNREADABLE]:
-        raise OSError(f"{path / unreadable[0]} cannot be read back; look at the disk that it is on")
+        raise OSError(f"{path / unreadable[0]} cannot be read back; check the disk")
     return found
 
 
 def damaged(path: Path, saved: dict[str, str]) -> str | None:
-    """Looks for a file whose content is not what was saved.
+    """Finds a file that differs from what was saved.
 
     Args:
-      path: of the arrays.
-      saved: what `hashes` gave then.
+      path: folder of the arrays.
+      saved: the result of `hashes` after saving.
 
     Returns:
-      The name of the first one, cut short, changed or gone, or None.
+      The name of the first file that is truncated, changed or missing, or None.
     """
     now = _hashes(path, sorted(saved))
     return next((name for name in now if now[name] != saved[name]), None)
 
 
 def _files(path: Path, prefix: str = "") -> list[str]:
-    """Names below a folder, of this machine or in a bucket."""
+    """Returns the names of all files below a folder, local or in a bucket."""
     names: list[str] = []
     for each in sorted(path.iterdir()) if path.is_dir() else ():
         names += _files(each, f"{prefix}{each.name}/") if each.is_dir() else [prefix + each.name]
@@ -130,8 +130,8 @@ def _hashes(path: Path, names: Sequence[str]) -> dict[str, str]:
 def load(path: Path, leaves: dict[str, Any]) -> list[jax.Array]:
     """Reads the arrays onto the shardings of `leaves`, in their order.
 
-    One without a sharding goes to the default device, uncommitted: jax then moves it to where its partners
-    are. With several processes there is none (`check_shared`).
+    A leaf without a sharding goes to the default device, uncommitted, so that jax can move it to
+    the device of other operands. With several processes every leaf has a sharding (`check_shared`).
     """
     if not leaves:
         return []
@@ -146,7 +146,7 @@ def load(path: Path, leaves: dict[str, Any]) -> list[jax.Array]:
         for name, leaf in leaves.items()
     }
     context = ocp.Context()
-    context.pytree.loading.partial_load = True  # whether some may be left out has been decided before
+    context.pytree.loading.partial_load = True  # the caller has checked which leaves are missing
     with context:
         arrays = ocp.load(path, abstract)
     return [jax.device_put(np.asarray(arrays[name])) if name in free else arrays[name] for name in leaves]

@@ -1,4 +1,4 @@
-"""Files that survive a kill or a power cut: written through to the disk, replaced whole, locked."""
+"""Durable file operations: fsynced writes, atomic replacement, locks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes a file and waits until it is on the disk. A kill in between leaves a part of it."""
+    """Writes and fsyncs a file. Not atomic: a kill may leave a partial file."""
     with disk_full_explained(path), open(path, "wb") as file:
         file.write(content)
         file.flush()
@@ -20,7 +20,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Replaces a file: readers, and whoever comes after a kill, see the old content or the new one."""
+    """Replaces a file atomically: readers see either the old or the new content, also after a kill."""
     new = path.with_name(f".{path.name}.new")
     write(new, content)
     os.replace(new, path)
@@ -28,7 +28,7 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Waits until the folder's list of names is on the disk; syncing a file alone does not keep its name."""
+    """Fsyncs a folder, which makes the names of its files durable; syncing a file alone does not."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -37,20 +37,20 @@ def sync_folder(path: Path) -> None:
 
 
 def size(path: Path) -> int:
-    """Bytes in a file; 0 where there is none."""
+    """Returns the size of a file in bytes; 0 if there is no file."""
     return path.stat().st_size if path.exists() else 0
 
 
 def cut_back(path: Path, length: int) -> None:
-    """Drops what an append-only file holds beyond `length` bytes.
+    """Truncates an append-only file to `length` bytes.
 
     Raises:
-      ValueError: the file is shorter than that.
+      ValueError: if the file is shorter than that.
     """
     if size(path) < length:
         raise ValueError(
-            f"{path} has {size(path)} bytes, but its checkpoint counts {length}: put the whole file back, or "
-            "use another --workdir"
+            f"{path} has {size(path)} bytes, but {length} at its checkpoint; restore the whole file, or use "
+            "another --workdir"
         )
     if size(path) > length:
         with open(path, "r+b") as file:
@@ -59,12 +59,12 @@ def cut_back(path: Path, length: int) -> None:
 
 
 def lock(folder: Path) -> BinaryIO:
-    """Takes the folder for this process; closing what is returned, or the end of the process, gives it up.
+    """Locks a folder for this process. Closing the returned file, or the end of the process, unlocks it.
 
     Raises:
-      RuntimeError: another process has it.
+      RuntimeError: if another process holds the lock.
     """
-    file = open(folder / ".lock", "a+b")  # noqa: SIM115 (open for as long as the folder is held)
+    file = open(folder / ".lock", "a+b")  # noqa: SIM115 (stays open while the folder is locked)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -72,7 +72,7 @@ def lock(folder: Path) -> BinaryIO:
         holder = file.read().decode() or "unknown"
         file.close()
         raise RuntimeError(
-            f"{folder} is in use by process {holder}: stop it first, or give this run another --workdir"
+            f"{folder} is in use by process {holder}; stop it first, or use another --workdir"
         ) from None
     file.truncate(0)
     file.write(str(os.getpid()).encode())
@@ -99,7 +99,7 @@ def hold(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def disk_full_explained(path: Path) -> Iterator[None]:
-    """Says what to do when the disk is full; every other error passes unchanged."""
+    """Adds the fix to the error of a full disk; other errors pass unchanged."""
     try:
         yield
     except Exception as error:
@@ -108,7 +108,7 @@ def disk_full_explained(path: Path) -> Iterator[None]:
             raise
         raise OSError(
             errno.ENOSPC,
-            "the disk is full: free some space and give the same command again; a run goes on from its "
+            "the disk is full; free some space and run the same command again: a run resumes from its "
             "newest checkpoint",
             str(path),
         ) from error

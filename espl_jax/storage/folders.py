@@ -1,7 +1,7 @@
-"""Where a work directory can be: a folder of this machine, or one of a bucket (`gs://`).
+"""Opens work directories: local folders, or folders of a bucket (`gs://`).
 
-Both kinds have the same few functions, by which `run_state` and the journal of replies do all that is not
-arrays: `LocalFolder` and `LocalLog` in `local`, `ObjectFolder` and `ObjectLog` in `objects`.
+Both kinds have the same interface, which `workdir` and the journal of replies use for everything but arrays:
+`LocalFolder` and `LocalLog` in `local`, `ObjectFolder` and `ObjectLog` in `objects`.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ Log = LocalLog | ObjectLog
 
 
 def parse(path: str | os.PathLike[str]) -> Path | epath.Path:
-    """The path as an object that knows `/` and `read_text`: absolute, or with its `gs://`.
+    """Returns the path as an absolute Path, or an epath.Path for `gs://`.
 
     Raises:
-      ValueError: another kind of address. ImportError: for a bucket, without gcsfs installed.
+      ValueError: for another scheme. ImportError: for a bucket, if gcsfs is not installed.
     """
     text = os.fspath(path)
     scheme, separator, _ = text.partition("://")
     if not separator:
         return Path(path).expanduser().absolute()  # orbax refuses relative paths
     if scheme != "gs":
-        raise ValueError(f"{text}: only folders and gs:// are known; name one of them")
+        raise ValueError(f"{text}: unsupported scheme; give a local folder or a gs:// address")
     if importlib.util.find_spec("gcsfs") is None:
-        raise ImportError(f"{text} needs the package gcsfs: pip install 'espl_jax[gcs]'")
+        raise ImportError(f"{text}: buckets need the package gcsfs; pip install 'espl_jax[gcs]'")
     return epath.Path(text)
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether the path is of a bucket."""
+    """Returns whether the path is in a bucket."""
     return os.fspath(path).startswith("gs://")
 
 
 def open_folder(path: str | os.PathLike[str]) -> Folder:
-    """A folder, which need not be there yet: nothing is read or written. Raises as `parse`."""
+    """Returns a folder, which need not exist: nothing is read or written yet. Raises like `parse`."""
     return ObjectFolder(parse(path)) if is_remote(path) else LocalFolder(parse(path))
 
 
 def open_log(path: str | os.PathLike[str]) -> Log:
-    """A log by itself, of no folder that is held. Raises as `parse`."""
+    """Returns a log on its own, without holding its folder. Raises like `parse`."""
     return ObjectLog(parse(path)) if is_remote(path) else LocalLog(parse(path))

@@ -1,4 +1,4 @@
-"""A folder of this machine: written through to the disk, replaced by renames, locked, logs appended to."""
+"""A local folder: files are replaced atomically and fsynced, logs are appended to, the folder is locked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from espl_jax.storage import durable
 
 
 class LocalFolder:
-    """A folder and what is in it; names are relative to it and may have slashes.
+    """A folder and its files; names are relative to it and may contain slashes.
 
     Attributes:
       path: the folder, absolute.
@@ -24,48 +24,48 @@ class LocalFolder:
         self._lock: BinaryIO | None = None
 
     def hold(self) -> None:
-        """Makes the folder and takes it for this process until `release` or its death.
+        """Creates the folder and locks it for this process until `release` or the end of the process.
 
         Raises:
-          RuntimeError: another process has it.
+          RuntimeError: if another process holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = durable.lock(self.path)
 
     def check_held(self) -> None:
-        """Nothing to do: nobody can take the folder away."""
+        """Does nothing: a locked folder cannot be taken over."""
 
     def release(self) -> None:
-        """Gives the folder up."""
+        """Unlocks the folder."""
         if self._lock:
             self._lock.close()
             self._lock = None
 
     def read(self, name: str) -> bytes | None:
-        """The content of a file, or None."""
+        """Returns the content of a file, or None if there is none."""
         try:
             return (self.path / name).read_bytes()
         except FileNotFoundError:
             return None
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes a file and waits until it is on the disk: after a kill it is the old one or the new one."""
+        """Replaces a file atomically and fsyncs it: after a kill it has the old or the new content."""
         durable.replace(self.path / name, content)
 
     def names(self, name: str) -> list[str]:
-        """What a folder in this one holds; empty where there is none."""
+        """Lists a subfolder; empty if there is none."""
         path = self.path / name
         return sorted(os.listdir(path)) if path.is_dir() else []
 
     def make(self, name: str) -> None:
-        """Makes a folder in this one, whose name is then on the disk."""
+        """Creates a subfolder and fsyncs its name."""
         path = self.path / name
         with durable.disk_full_explained(path):
             path.mkdir(exist_ok=True)
             durable.sync_folder(path.parent)
 
     def remove(self, name: str) -> None:
-        """Removes a file, or a folder with all that is in it."""
+        """Removes a file, or a folder with its contents."""
         path = self.path / name
         if path.is_dir():
             shutil.rmtree(path)
@@ -74,12 +74,12 @@ class LocalFolder:
         durable.sync_folder(path.parent)
 
     def log(self, name: str) -> LocalLog:
-        """The log in the file of that name."""
+        """Returns the log in the file of that name."""
         return LocalLog(self.path / name)
 
 
 class LocalLog:
-    """A file that grows at its end, by one process; made when first appended to.
+    """An append-only file, written by one process; created at the first append.
 
     Attributes:
       path: the file.
@@ -91,14 +91,14 @@ class LocalLog:
         self._end = 0
 
     def length(self) -> int:
-        """Bytes in it."""
+        """Returns its length in bytes."""
         return self._end if self._file else durable.size(self.path)
 
     def append(self, content: bytes) -> None:
-        """Adds bytes, where others can read them at once.
+        """Appends bytes, which readers see at once.
 
         Raises:
-          OSError: the disk is full, or the file cannot be written. The file is then as it was before.
+          OSError: if the disk is full or the file cannot be written. The file is then unchanged.
         """
         with durable.disk_full_explained(self.path):
             if self._file is None:
@@ -114,25 +114,25 @@ class LocalLog:
             self._end += len(content)
 
     def sync(self) -> None:
-        """Waits until all that was appended is on the disk."""
+        """Fsyncs everything appended so far."""
         if self._file:
             with durable.disk_full_explained(self.path):
                 os.fsync(self._file.fileno())
 
     def read(self, begin: int, length: int) -> bytes:
-        """Those bytes of it."""
+        """Returns `length` bytes from offset `begin`."""
         with open(self.path, "rb") as file:
             file.seek(begin)
             return file.read(length)
 
     def lines(self) -> Iterator[bytes]:
-        """Every line with its newline; the last may lack it."""
+        """Yields every line with its newline; the last line may lack it."""
         if self.path.exists():
             with open(self.path, "rb") as file:
                 yield from file
 
     def cut_back(self, length: int) -> None:
-        """Drops what it holds beyond `length` bytes. Raises ValueError if it is shorter than that."""
+        """Truncates the log to `length` bytes. Raises ValueError if it is shorter than that."""
         self._end = min(self._end, length)
         durable.cut_back(self.path, length)
 
@@ -145,7 +145,7 @@ class LocalLog:
     def _open(self) -> None:
         if is_new := not self.path.exists():
             self.path.touch()
-        # Unbuffered, so that what a failed write leaves is in the file, where it can be cut off.
+        # Unbuffered, so that a partial write is in the file, where it can be truncated.
         self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 (closed by `close`)
         self._end = durable.size(self.path)
         if is_new:

@@ -1,8 +1,8 @@
-"""A folder of a bucket: objects are written whole or not at all, and what is appended becomes one more.
+"""A folder in a bucket: each object is written atomically, and each sync of a log adds an object.
 
-No renames, no appends and no locks: a name holds its old content or its new one, and that is all there is to
-build on. A log is a folder of parts, each named by the place of its first byte in the log; parts that join
-without a gap from 0 on are the log.
+Buckets have no renames, appends or locks; all they guarantee is that an object has either its old or its new
+content. A log is a folder of parts, each named by the offset of its first byte. The log consists of the parts
+that follow one another without a gap from offset 0.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from absl import logging
 from etils import epath
 
 _HOLDER = ".holder"
-_AT_ONCE = 16  # parts that are read side by side
+_AT_ONCE = 16  # parts that are read concurrently
 
 
 class ObjectFolder:
-    """The objects whose names begin with `path`; names are relative to it and may have slashes.
+    """The objects whose names begin with `path`; names are relative to it and may contain slashes.
 
     Attributes:
       path: the folder, with its `gs://`.
@@ -36,14 +36,14 @@ class ObjectFolder:
         self._holder = b""
 
     def hold(self) -> None:
-        """Takes the folder from whoever had it: nobody can tell a dead process from a slow one.
+        """Takes over the folder, even from another process: a dead holder looks the same as a slow one.
 
-        The one that had it is refused at its next write (`check_held`). Between that check and the write
-        there is an instant in which both could write: two runs must not be started in one folder.
+        The previous holder fails at its next write (`check_held`). Both could still write in the instant
+        between that check and the write, so never start two runs in one folder.
         """
         before = self.read(_HOLDER)
         if before:
-            logging.warning("%s was held by process %s: taken over", self.path, before.decode())
+            logging.warning("%s was held by process %s; taking it over", self.path, before.decode())
         holder = f"{os.getpid()} on {socket.gethostname()} ({uuid.uuid4().hex[:8]})".encode()
         self.write(_HOLDER, holder)
         self._holder = holder
@@ -53,49 +53,49 @@ class ObjectFolder:
         found = self.read(_HOLDER) or b""
         if found != self._holder:
             raise RuntimeError(
-                f"{self.path} has been taken over by process {found.decode() or 'unknown'}; this is process "
-                f"{self._holder.decode()}: stop the other one, or give this run another --workdir"
+                f"{self.path} has been taken over from this process, {self._holder.decode()}, by process "
+                f"{found.decode() or 'unknown'}; stop the other process, or use another --workdir"
             )
 
     def release(self) -> None:
-        """Gives the folder up, if it has not been taken over."""
+        """Releases the folder, unless it has been taken over."""
         if self._holder and self.read(_HOLDER) == self._holder:
             self.remove(_HOLDER)
         self._holder = b""
 
     def read(self, name: str) -> bytes | None:
-        """The content of an object, or None."""
+        """Returns the content of an object, or None if there is none."""
         return _read(self._files, self.path / name)
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes an object: readers see the old content or the new one."""
+        """Writes an object atomically: readers see the old or the new content."""
         if self._holder:
             self.check_held()
         _write(self._files, self.path / name, content)
 
     def names(self, name: str) -> list[str]:
-        """What a folder in this one holds; empty where there is none."""
+        """Lists a subfolder; empty if there is none."""
         return sorted(_sizes(self._files, self.path / name))
 
     def make(self, name: str) -> None:
-        """Nothing to do: a folder is there as soon as an object is in it."""
+        """Does nothing: a folder exists as soon as an object is in it."""
 
     def remove(self, name: str) -> None:
-        """Removes an object, or all that is in a folder."""
+        """Removes an object, or all objects in a folder."""
         if self._holder:
             self.check_held()
         _remove(self._files, self.path / name)
 
     def log(self, name: str) -> ObjectLog:
-        """The log in the folder of that name; written to only while this folder is held."""
+        """Returns the log in the subfolder of that name; it is written only while this folder is held."""
         return ObjectLog(self.path / name, self.check_held)
 
 
 class ObjectLog:
-    """A log in parts, written by one process.
+    """A log stored as parts, written by one process.
 
     Attributes:
-      path: the folder of its parts.
+      path: the folder of the parts.
     """
 
     def __init__(self, path: epath.Path, check_held: Callable[[], None] = lambda: None):
@@ -106,18 +106,18 @@ class ObjectLog:
         self._tail = bytearray()
 
     def length(self) -> int:
-        """Bytes in it, with those that are not written yet."""
+        """Returns its length in bytes, including bytes not yet written."""
         return self._end() + len(self._tail)
 
     def append(self, content: bytes) -> None:
-        """Adds bytes, which others can read after the next `sync`."""
+        """Appends bytes, which readers see after the next `sync`."""
         self._tail += content
 
     def sync(self) -> None:
-        """Writes what was appended since the last time as one more object.
+        """Writes the bytes appended since the last sync as a new object.
 
         Raises:
-          OSError: it cannot be written. All of it is kept for the next time.
+          OSError: if the object cannot be written. The bytes are kept for the next sync.
         """
         if self._tail:
             self._check_held()
@@ -127,7 +127,7 @@ class ObjectLog:
             self._tail.clear()
 
     def read(self, begin: int, length: int) -> bytes:
-        """Those bytes of it."""
+        """Returns `length` bytes from offset `begin`."""
         end = self._end()
         if begin >= end:
             return bytes(self._tail[begin - end :][:length])
@@ -139,23 +139,23 @@ class ObjectLog:
         return found
 
     def lines(self) -> Iterator[bytes]:
-        """Every line with its newline; the last may lack it."""
+        """Yields every line with its newline; the last line may lack it."""
         self._end()
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             contents = pool.map(lambda begin: _read(self._files, self._part(begin)) or b"", self._parts)
             yield from io.BytesIO(b"".join([*contents, self._tail]))
 
     def cut_back(self, length: int) -> None:
-        """Drops what it holds beyond `length` bytes, and parts that join to nothing.
+        """Truncates the log to `length` bytes, and removes parts after a gap.
 
         Raises:
-          ValueError: it is shorter than that.
+          ValueError: if it is shorter than that.
         """
         end = self._end()
         if self.length() < length:
             raise ValueError(
-                f"{self.path} has {self.length()} bytes, but its checkpoint counts {length}: put the whole "
-                "folder back, or use another --workdir"
+                f"{self.path} has {self.length()} bytes, but {length} at its checkpoint; restore the whole "
+                "folder, or use another --workdir"
             )
         del self._tail[max(0, length - end) :]
         for begin, size in list(self._parts.items()):
@@ -167,11 +167,11 @@ class ObjectLog:
         self._parts = None
 
     def close(self) -> None:
-        """Writes what is not written yet."""
+        """Writes the bytes that are not yet written."""
         self.sync()
 
     def _end(self) -> int:
-        """Where the parts end; lists them the first time."""
+        """Returns the offset at which the parts end; lists them at the first call."""
         if self._parts is None:
             sizes = _sizes(self._files, self.path)
             found = {int(name): size for name, size in sizes.items() if name.isdigit()}
@@ -183,11 +183,13 @@ class ObjectLog:
         return last + self._parts.get(last, 0)
 
     def _part(self, begin: int) -> epath.Path:
-        return self.path / f"{begin:012d}"  # in the order of the names, so that `cat` gives the log
+        return (
+            self.path / f"{begin:012d}"
+        )  # zero-padded, so that `cat` of the parts in order of names gives the log
 
 
 def _file_system() -> Any:
-    """gcsfs as epath, and so orbax, has it, but without its memory of listings: other processes write too."""
+    """Returns the gcsfs instance of epath and orbax, with no listings cache: other processes write too."""
     import fsspec
 
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
@@ -213,7 +215,7 @@ def _remove(files: Any, path: epath.Path) -> None:
 
 
 def _sizes(files: Any, path: epath.Path) -> dict[str, int]:
-    """Name -> bytes of what a folder holds directly, in the order of names."""
+    """Returns name -> size in bytes of the direct children of a folder, sorted by name."""
     with _explained(path):
         try:
             found = files.ls(os.fspath(path), detail=True)
@@ -226,12 +228,12 @@ def _sizes(files: Any, path: epath.Path) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _explained(path: epath.Path) -> Iterator[None]:
-    """Errors of the service as OSError that says what to look at."""
+    """Raises errors of the storage service as OSError, with what to check."""
     try:
         yield
     except Exception as error:
         said = f"{type(error).__name__}: {str(error).strip()}"
         raise OSError(
-            f"{path}: {said}. Check that the bucket is there and that this machine's account may read and "
+            f"{path}: {said}. Check that the bucket exists and that this machine's account may read and "
             "write it (gcloud auth application-default login)"
         ) from error

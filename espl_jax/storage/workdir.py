@@ -1,27 +1,27 @@
 """The work directory of a run: append-only logs, checkpoints, and resume after a kill at any instant.
 
-    config.json                        of the run that the directory belongs to
-    metrics.jsonl, rollouts.jsonl ...  append-only logs, one JSON object a line
-    population.json ...                derived from the state, for people to read; replaced whole
-    checkpoints/00000012/arrays/       params, optimizer state: any pytree of jax arrays, by orbax
-    checkpoints/00000012/state.json    everything else: population, cursors, keys as plain JSON values
+    config.json                        the configuration of the run
+    metrics.jsonl, rollouts.jsonl ...  append-only logs, one JSON object per line
+    population.json ...                derived from the state, for people to read; replaced atomically
+    checkpoints/00000012/arrays/       params and optimizer state: any pytree of jax arrays, saved by orbax
+    checkpoints/00000012/state.json    everything else, as plain JSON values: population, cursor, ...
     checkpoints/00000012/COMMIT        written last: log lengths, names of the arrays, hashes of all files
 
-The marker alone decides: a checkpoint without a whole COMMIT does not exist and is removed when the directory
-is next opened, and logs are cut back to the lengths in the newest COMMIT. What was done after it is done
-again, with the same results.
+COMMIT is the marker of a finished checkpoint. When the directory is opened, checkpoints without a complete
+COMMIT are removed and logs are truncated to the lengths in the newest COMMIT. The work after that checkpoint
+is repeated, with the same results.
 
-In a bucket (`gs://bucket/folder`) the same names hold the same, with two differences. A log is a folder:
+A bucket (`gs://bucket/folder`) has the same layout, with two differences. A log is a folder of parts:
 
     metrics.jsonl/000000000000         the lines of the first checkpoint
-    metrics.jsonl/000000004711         those of the next, named by the place of their first byte in the log
+    metrics.jsonl/000000004711         those of the next; the name is the offset of its first byte
 
-so new lines can be seen when a checkpoint is made, and the parts in the order of their names are the log.
-And nothing can be locked: whoever opens the directory takes it over, and the process that had it is refused
-at its next write. A folder of this machine is locked, and the second process is refused.
+New lines become visible at each checkpoint; the parts, sorted by name, form the log. And buckets have no
+locks: opening the directory takes it over, and the previous process fails at its next write. A local folder
+is locked, and the second process fails.
 
-Of several processes, all write their parts of the arrays, and the first one does all the rest: what it finds
-in the directory, and its errors, are everyone's.
+With several processes, each writes its shards of the arrays. The first process does everything else, and
+shares what it reads and its errors with the others.
 """
 
 from __future__ import annotations
@@ -48,26 +48,26 @@ T = TypeVar("T")
 
 
 class WorkDir:
-    """One run's directory, held by one run until `close` or its death.
+    """The work directory of a run, held by one run until `close` or the end of the process.
 
-    Opening it undoes whatever an interrupted process left unfinished; `restore` then gives the state of the
-    newest checkpoint. Where a run has several processes, all of them open it and call the same methods in the
-    same order with the same values; `append` and `close` alone wait for nobody.
+    Opening it removes what an interrupted process left unfinished; `restore` then returns the state of the
+    newest checkpoint. If a run has several processes, all of them open it and call the same methods in the
+    same order with the same values; only `append` and `close` do not synchronize.
 
     Args:
-      path: the directory, of this machine (or one that all processes see) or in a bucket (`gs://`); made if
-        it is not there.
+      path: the directory, local (or on a file system shared by all processes) or in a bucket (`gs://`);
+        created if missing.
       config: the run's configuration as nested dicts of plain values. It must equal that of the run already
         in the directory.
-      may_change: dotted names of fields (or of groups of fields) that may differ between the two.
-      logs: names of the logs that `append` will be given.
-      keep: checkpoints to keep, the newest ones.
+      may_change: dotted names of fields, or groups of fields, that may differ between the two.
+      logs: names of the logs that `append` accepts.
+      keep: number of checkpoints to keep.
 
     Raises:
-      RuntimeError: another run holds the directory, or not all processes of this one see it.
-      ImportError: for a bucket, without the package that reads it.
-      ValueError: the directory belongs to a run with another configuration, or a log is shorter than the
-        newest checkpoint says.
+      RuntimeError: if another run holds the directory, or some processes of this run do not see it.
+      ImportError: for a bucket, if gcsfs is not installed.
+      ValueError: if the directory belongs to a run with another configuration, or a log is shorter than
+        recorded in the newest checkpoint.
 
     Attributes:
       path: the directory.
@@ -83,7 +83,7 @@ class WorkDir:
         keep: int = 2,
     ):
         if keep < 1:
-            raise ValueError(f"keep is {keep}: a run needs at least 1 checkpoint to resume from")
+            raise ValueError(f"keep={keep}: a run needs a checkpoint to resume from; give at least 1")
         self.keep = keep
         self._storage = folders.open_folder(path)
         self.path = self._storage.path
@@ -105,10 +105,7 @@ class WorkDir:
         self.close()
 
     def close(self) -> None:
-        """Closes the logs and gives up the directory.
-
-        In a bucket, the lines since the last `save` are written now.
-        """
+        """Closes the logs and releases the directory. In a bucket, writes the lines since the last `save`."""
         if processes.is_first():
             try:
                 for log in self._logs.values():
@@ -117,19 +114,21 @@ class WorkDir:
                 self._storage.release()
 
     def append(self, log: str, record: dict[str, Any]) -> None:
-        """Adds one line to `<log>.jsonl`.
+        """Appends one line to `<log>.jsonl`.
 
-        Others can read it at once, or in a bucket after the next `save`, with which it becomes permanent.
-        Floats read back bit for bit; numpy and jax values become plain numbers and lists. Of several
-        processes the first one writes; if it cannot, the next `save`, `read`, `write_json` or `write_text`
-        raises that error in all of them.
+        Readers see it at once, or in a bucket after the next `save`; the next `save` makes it permanent.
+        Floats round-trip bit for bit; numpy and jax values become plain numbers and lists. With several
+        processes, the first one writes; if that fails, the next `save`, `read`, `write_json` or `write_text`
+        raises the error in all of them.
 
         Raises:
-          ValueError: an undeclared log, or a NaN or infinity in the record (named).
-          TypeError: a value that JSON does not have (named).
+          ValueError: for an undeclared log, or a NaN or infinity in the record.
+          TypeError: for a value that JSON does not support.
         """
         if log not in self._logs:
-            raise ValueError(f"log {log!r} is not one of {tuple(self._logs)}: name it in WorkDir(logs=...)")
+            raise ValueError(
+                f"log {log!r} is not one of {tuple(self._logs)}; declare it in WorkDir(logs=...)"
+            )
         line = json.dumps(plain(record, log), sort_keys=True, separators=(",", ":")) + "\n"
         if not processes.is_first() or self._failure:
             return
@@ -138,33 +137,33 @@ class WorkDir:
         except Exception as error:
             if jax.process_count() == 1:
                 raise
-            self._failure = error  # the others learn of it when they next meet this process
+            self._failure = error  # raised in all processes at the next synchronization
 
     def write_json(self, name: str, value: Any) -> None:
-        """Replaces the file `name` of the directory by `value`: readers see the old text or the new one.
+        """Replaces the file `name` with `value` as JSON, atomically.
 
-        No part of a checkpoint: write it from the state again after `restore`.
+        The file is not part of a checkpoint: write it again from the state after `restore`.
         """
         self.write_text(name, json.dumps(plain(value, name), sort_keys=True, indent=2) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """Replaces the file `name` by a text, as `write_json` does."""
+        """Replaces the file `name` with a text, like `write_json`."""
         self._first(lambda: self._storage.write(name, text.encode()))
 
     def read(self, log: str) -> list[dict[str, Any]]:
-        """The lines of a log so far; none where nothing was appended."""
+        """Returns the records of a log so far."""
         return self._first(lambda: [json.loads(line) for line in self._logs[log].lines()])
 
     def save(self, iteration: int, arrays: Any, state: dict[str, Any]) -> None:
-        """Makes everything up to now permanent, as the state after `iteration` iterations.
+        """Saves a checkpoint of the state after `iteration` iterations, and makes the logs permanent.
 
-        Of several processes, each returns when all of it is.
+        With several processes, each returns once the checkpoint is complete.
 
         Args:
           iteration: iterations done; larger than that of any checkpoint in the directory.
-          arrays: any pytree of jax arrays, sharded or not; may be empty. With several processes each is laid
-            out over all of them.
-          state: plain JSON values; tuples come back as lists.
+          arrays: any pytree of jax arrays, sharded or not; may be empty. With several processes, every array
+            is sharded over all of them.
+          state: plain JSON values; tuples are restored as lists.
         """
         text = json.dumps(plain(state, "state"), sort_keys=True).encode()
         leaves, _ = storage_arrays.named_leaves(arrays)
@@ -180,22 +179,22 @@ class WorkDir:
 
         Args:
           abstract_arrays: the pytree that was saved, with a `jax.ShapeDtypeStruct` (or an array) for each
-            leaf. Leaves are restored onto their shardings; one without a sharding goes to the default
-            device, uncommitted, as a fresh array does. With several processes every leaf needs one that is
-            laid out over all of them.
+            leaf. Leaves are restored onto their shardings. A leaf without a sharding goes to the default
+            device, uncommitted, like a new array. With several processes every leaf needs a sharding over all
+            of them.
 
         Returns:
-          `(iteration, arrays, state)`, or None where nothing was saved yet.
+          `(iteration, arrays, state)`, or None if there is no checkpoint.
 
         Raises:
-          ValueError: a file of the checkpoint is damaged (named, with the checkpoint before it), or its
-            arrays have other names, shapes or dtypes.
+          ValueError: if a file of the checkpoint is damaged (the message names the file and the previous
+            checkpoint), or if its arrays have other names, shapes or dtypes.
         """
         newest = self._first(lambda: _newest(self._storage, _committed(self._storage)))
         return _with_arrays(self._storage, newest, abstract_arrays) if newest else None
 
     def _first(self, act: Callable[[], T]) -> T:
-        """What the first process makes of it, or what it failed at before."""
+        """Runs `act` in the first process and shares the result, or raises its earlier failure."""
 
         def act_or_fail() -> T:
             if self._failure:
@@ -205,8 +204,8 @@ class WorkDir:
         return processes.decide(act_or_fail)
 
     def _open(self, config: dict[str, Any], may_change: Collection[str]) -> None:
-        # Before anything is taken or cut back: the wrong configuration must not cost a run in a bucket its
-        # directory, or the directory its logs.
+        # Checked before the directory is taken over or logs are truncated: a wrong configuration must not
+        # interrupt a run in a bucket or lose log lines.
         self._check_config(config, may_change)
         self._storage.hold()
         try:
@@ -223,8 +222,8 @@ class WorkDir:
         there = json.loads(self._storage.read("config.json") or "null")
         if there is not None and (lines := differences(there, config, may_change)):
             raise ValueError(
-                f"{self.path} holds a run with another configuration:\n" + "\n".join(lines) + "\n"
-                "Use another --workdir, or the configuration of that run to resume it."
+                f"{self.path} holds a run with a different configuration:\n" + "\n".join(lines) + "\n"
+                "Use another --workdir, or resume the run with its own configuration."
             )
 
     def _recover(self) -> None:
@@ -241,9 +240,11 @@ class WorkDir:
     def _begin(self, iteration: int) -> None:
         newest = max(_committed(self._storage), default=-1)
         if iteration <= newest:
-            raise ValueError(f"cannot save iteration {iteration}: {self.path} already has iteration {newest}")
+            raise ValueError(
+                f"iteration={iteration}: {self.path} already has a checkpoint of iteration {newest}"
+            )
         self._storage.check_held()
-        if iteration in _iterations(self._storage):  # a `save` that failed in this process
+        if iteration in _iterations(self._storage):  # left by a `save` that failed in this process
             self._remove(iteration)
         self._storage.make(_folder(iteration))
 
@@ -268,7 +269,7 @@ class WorkDir:
             self._remove(iteration)
 
     def _remove(self, iteration: int) -> None:
-        # The marker first: half a checkpoint must not look like one.
+        # The marker first, so that a partly removed checkpoint does not look complete.
         self._storage.remove(f"{_folder(iteration)}/COMMIT")
         self._storage.remove(_folder(iteration))
 
@@ -276,15 +277,18 @@ class WorkDir:
 def read_checkpoint(
     path: str | os.PathLike[str], abstract_arrays: Any
 ) -> tuple[int, Any, dict[str, Any]] | None:
-    """Reads the newest checkpoint of a directory without taking it: nothing is locked, cut back or written.
+    """Reads the newest checkpoint without holding the directory: nothing is locked, truncated or written.
 
-    A run may go on in the directory meanwhile.
+    A run may be using the directory at the same time.
 
     Args:
-      path: of the work directory.
-      abstract_arrays: as for `WorkDir.restore`, or a part of it: what is left out is not loaded.
+      path: the work directory.
+      abstract_arrays: as for `WorkDir.restore`, or a subtree of it; other arrays are not loaded.
 
-    Returns, Raises:
+    Returns:
+      As `WorkDir.restore`.
+
+    Raises:
       As `WorkDir.restore`.
     """
     folder = folders.open_folder(path)
@@ -293,14 +297,14 @@ def read_checkpoint(
             newest = processes.decide(lambda found=committed: _newest(folder, found))
             return _with_arrays(folder, newest, abstract_arrays, partial=True)
         except Exception:
-            # Gone while it was read, because the run has made newer ones? Then these can be read.
+            # If the run has meanwhile replaced the checkpoint with a newer one, read that.
             if jax.process_count() > 1 or max(_committed(folder), default=-1) == max(committed):
                 raise
     return None
 
 
 def read_log(path: str | os.PathLike[str], log: str) -> list[bytes]:
-    """The lines of a log, as JSON texts, of a run that may be going on; the last may not be whole."""
+    """Returns the lines of a log as JSON texts. The run may be writing: the last line may be incomplete."""
     return list(folders.open_log(folders.parse(path) / f"{log}.jsonl").lines())
 
 
@@ -309,15 +313,15 @@ def _folder(iteration: int) -> str:
 
 
 def _iterations(folder: folders.Folder) -> list[int]:
-    """Of the checkpoints, finished or not."""
+    """Returns the iterations of all checkpoints, finished or not."""
     return [int(name) for name in folder.names("checkpoints") if re.fullmatch(r"\d{8}", name)]
 
 
 def _committed(folder: folders.Folder) -> dict[int, dict[str, Any]]:
-    """What COMMIT says, by iteration. A marker cut short by a kill does not parse, and does not count.
+    """Returns the contents of COMMIT by iteration. A marker truncated by a kill is ignored.
 
     Raises:
-      ValueError: a marker is whole, but not what was written, or of another version of the package.
+      ValueError: if a marker is complete but damaged, or was written by another version of the package.
     """
     committed = {}
     for iteration in _iterations(folder):
@@ -328,7 +332,7 @@ def _committed(folder: folders.Folder) -> dict[int, dict[str, Any]]:
         if "sha256" not in commit:
             raise ValueError(
                 f"{folder.path / _folder(iteration)} was written by another version of espl_jax, without "
-                "hashes: read it with that version"
+                "hashes; read it with that version"
             )
         if commit["sha256"] != _hash_of_commit(commit):
             raise ValueError(_damaged(folder, iteration, "COMMIT", committed))
@@ -336,17 +340,17 @@ def _committed(folder: folders.Folder) -> dict[int, dict[str, Any]]:
 
 
 def _hash_of_commit(commit: dict[str, Any]) -> str:
-    """Of all that it says but this hash."""
+    """Returns the hash of all fields of COMMIT except the hash itself."""
     said = {name: value for name, value in commit.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _damaged(folder: folders.Folder, iteration: int, file: str, committed: Collection[int]) -> str:
-    """What to say of a file of a checkpoint whose hash is not the one that was written down."""
+    """Returns the error message for a file of a checkpoint whose hash does not match COMMIT."""
     other = max(set(committed) - {iteration}, default=None)
     rest = "start from the beginning" if other is None else f"resume from iteration {other}"
     return (
-        f"{folder.path / _folder(iteration) / file} is damaged: its hash is not the one in COMMIT. Remove "
+        f"{folder.path / _folder(iteration) / file} is damaged: its hash does not match COMMIT. Remove "
         f"{folder.path / _folder(iteration)} to {rest}."
     )
 
@@ -354,7 +358,7 @@ def _damaged(folder: folders.Folder, iteration: int, file: str, committed: Colle
 def _newest(
     folder: folders.Folder, committed: dict[int, dict[str, Any]]
 ) -> tuple[int, dict[int, dict[str, Any]], bytes] | None:
-    """Iteration of the newest of the committed checkpoints, what COMMIT says in each, and its state.json."""
+    """Returns (iteration of the newest checkpoint, all COMMITs by iteration, its state.json)."""
     if not committed:
         return None
     iteration = max(committed)
@@ -370,7 +374,7 @@ def _with_arrays(
     abstract_arrays: Any,
     partial: bool = False,
 ) -> tuple[int, Any, dict[str, Any]]:
-    """That checkpoint, with all of its arrays or those of them that are asked for."""
+    """Loads the arrays of a checkpoint: all of them, or with `partial` those in `abstract_arrays`."""
     iteration, committed, text = newest
     path, commit = folder.path / _folder(iteration), committed[iteration]
     leaves, treedef = storage_arrays.named_leaves(abstract_arrays)

@@ -1,1 +1,1 @@
-"""Between messages and tokens: chat templates, level cuts, thinking blocks."""
+"""Converts messages to tokens and back: chat templates, tree levels, thinking blocks, tool calls."""

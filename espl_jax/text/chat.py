@@ -1,4 +1,4 @@
-"""Conversations as the model's own chat template writes them, and where they are cut for the prefix tree."""
+"""Renders conversations with the chat template of the model, and splits them for the prefix tree."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from espl_jax.text.control_tokens import without_control_tokens
 from espl_jax.types import Conversation, Message
 
 TURN_HEADER = 16
-"""Most tokens that a template writes between its last added token and the user's text for the turn itself."""
+"""Maximum tokens that a template writes between its last added token and the text of the user turn."""
 
 
 def render(
     tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], **chat_template_kwargs: Any
 ) -> str:
-    """The text of a conversation up to where the model writes on.
+    """Renders a conversation as text, up to where the model continues.
 
-    The model's own template is used, with its generation prompt. Every text enters it without control tokens,
-    see `without_control_tokens`: the template alone begins and ends turns. A last message of the assistant's
-    is an opening: it follows the generation prompt, and the model continues it. A blank system message is
-    left out, so that the template's own default (if it has one) applies.
+    Uses the chat template of the tokenizer, with its generation prompt. Control tokens are removed from all
+    texts (`without_control_tokens`), so that only the template begins and ends turns. If the last message is
+    from the assistant, it is an opening: it follows the generation prompt, and the model continues it. A
+    blank system message is dropped, so that the default of the template, if any, applies.
 
-    Where the template has no system role, the system text begins the first user turn, with a blank line after
-    it.
+    If the template has no system role, the system text goes in front of the first user turn, followed by a
+    blank line.
 
     Args:
-      tokenizer: with a chat template.
-      messages: at least one, the last of the user's or an opening of the assistant's.
+      tokenizer: a tokenizer with a chat template.
+      messages: at least one; the last is from the user, or an opening of the assistant.
       **chat_template_kwargs: passed to the template (`enable_thinking`, ...).
 
     Raises:
-      ValueError: for a conversation without a user turn, or one that the template refuses for another
-        reason; for a tokenizer without a chat template, or with several of which none is to be used.
+      ValueError: for a conversation without a user turn, or one that the template rejects; for a tokenizer
+        without a chat template, or with several templates but no default.
     """
     messages = without_control_tokens(tokenizer, list(messages))
     if "tools" in chat_template_kwargs:
@@ -44,21 +44,21 @@ def render(
     turns = [m for m in messages if m["role"] != "system" or m["content"].strip()]
     opening = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else ""
     if not any(turn["role"] == "user" for turn in turns):
-        raise ValueError("the conversation has no user turn; give at least one message of role user")
+        raise ValueError("the conversation has no user turn; add at least one message with role user")
     if turns[0]["role"] == "system" and not has_system_role(tokenizer, **chat_template_kwargs):
         turns = _system_in_user_turn(turns)
     try:
         return apply_chat_template(tokenizer, turns, **chat_template_kwargs) + opening
     except TemplateError as error:
         raise ValueError(
-            f"the chat template refuses this conversation: {error}; use another template, or other "
+            f"the chat template rejects this conversation: {error}; use another template, or other "
             "chat_template_kwargs"
         ) from error
 
 
 def has_system_role(tokenizer: PreTrainedTokenizerFast, **chat_template_kwargs: Any) -> bool:
-    """Whether the template writes system messages: found out by trying one, since some templates raise and
-    some drop it silently."""
+    """Returns whether the template writes system messages. Tries one, since some templates raise and others
+    drop it silently."""
     system = "the system message of a trial"
     trial = [{"role": "system", "content": system}, {"role": "user", "content": "a"}]
     try:
@@ -70,17 +70,17 @@ def has_system_role(tokenizer: PreTrainedTokenizerFast, **chat_template_kwargs: 
 def encode_conversation(
     tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], **chat_template_kwargs: Any
 ) -> tuple[list[int], list[int]]:
-    """Tokens of a conversation, cut where the prefix tree branches from system prompt to problem.
+    """Tokenizes a conversation, split where the prefix tree branches from system prompt to problem.
 
-    The conversation is rendered whole and tokenized whole, so that the two parts together are exactly the
-    tokens without any sharing. The cut comes right after the last added token (special ones are) before the
-    last user turn's text, a place where no merge of the tokenizer can reach across and which is the same for
-    every text of that turn. Where a long text lies between that token and the user's (some templates put the
-    system text into the user turn), the cut comes later: one token before the place up to which two other
-    texts in that turn would give the same tokens as this one.
+    The conversation is rendered and tokenized as a whole, so the two parts together are exactly the tokens
+    without sharing. The split is right after the last added token (e.g. a special token) before the text of
+    the last user turn: no merge of the tokenizer crosses it, and its position is the same for every text of
+    that turn. If there is a long text between that token and the text of the user (some templates put the
+    system text into the user turn), the split is later: one token before the position at which the tokens
+    begin to depend on the text of that turn.
 
     Args:
-      tokenizer: with a chat template.
+      tokenizer: a tokenizer with a chat template.
       messages: as for `render`, with at least one user turn.
       **chat_template_kwargs: passed to the template.
 
@@ -92,7 +92,7 @@ def encode_conversation(
     """
     tokens = encode(tokenizer, render(tokenizer, messages, **chat_template_kwargs))
     if len(tokens) < 2:
-        raise ValueError(f"the conversation has {len(tokens)} tokens; two at least are needed, one a level")
+        raise ValueError(f"the conversation has {len(tokens)} tokens, but needs at least two, one per level")
     one, other = _with_other_user_texts(tokenizer, messages, **chat_template_kwargs)
     before = encode(tokenizer, one[: common_length(one, other)])
     added = _added_ids(tokenizer)
@@ -107,30 +107,30 @@ def encode_conversation(
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Tokens of a text as it stands; templates write the special tokens themselves."""
+    """Returns the tokens of a text, without adding special tokens: templates write those themselves."""
     return tokenizer.encode(text, add_special_tokens=False)
 
 
 def cut_middle(tokens: Sequence[int], limit: int, mark_tokens: Sequence[int]) -> list[int]:
-    """Shortens a long text to its head and its tail, with a mark between them.
+    """Cuts the middle out of a long text and replaces it by a mark.
 
     Args:
       tokens: the text.
-      limit: the most tokens to return, the mark included.
-      mark_tokens: what says that something was left out.
+      limit: maximum number of tokens to return, including the mark.
+      mark_tokens: the mark, which shows that something was cut.
 
     Returns:
-      `tokens` if they fit, otherwise exactly `limit` tokens; an odd one goes to the head.
+      `tokens` if they fit, otherwise exactly `limit` tokens; if uneven, the head gets one more than the tail.
 
     Raises:
-      ValueError: if the text must be cut and `limit` leaves no token beside the mark.
+      ValueError: if the text must be cut and `limit` leaves no room besides the mark.
     """
     if len(tokens) <= limit:
         return list(tokens)
     kept = limit - len(mark_tokens)
     if kept < 1:
         raise ValueError(
-            f"limit={limit} leaves no room beside a mark of {len(mark_tokens)} tokens; raise the limit"
+            f"limit={limit}: no room besides a mark of {len(mark_tokens)} tokens; raise the limit"
         )
     tail = kept // 2
     return [*tokens[: kept - tail], *mark_tokens, *tokens[len(tokens) - tail :]]
@@ -145,7 +145,7 @@ def _system_in_user_turn(turns: Conversation) -> Conversation:
 
 
 def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many first elements are the same."""
+    """Returns the length of the common prefix."""
     for i, (x, y) in enumerate(zip(one, other, strict=False)):
         if x != y:
             return i
@@ -155,9 +155,9 @@ def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
 def _with_other_user_texts(
     tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], **chat_template_kwargs: Any
 ) -> tuple[str, str]:
-    """The conversation rendered with two other texts in its last user turn, which differ at once.
+    """Renders the conversation with two other texts in its last user turn, which differ from the start.
 
-    Templates may strip the text or put it anywhere: where these two part is where the text begins.
+    Templates may strip or move the text; it begins where the two results differ.
     """
     last = max(i for i, message in enumerate(messages) if message["role"] == "user")
 
@@ -174,7 +174,7 @@ def _with_other_user_texts(
 
 
 def _added_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """Tokens that are found in a text before any others; those that must be words of their own depend on what
-    follows."""
+    """Returns the added tokens, which are matched before tokenization, except `single_word` tokens, whose
+    match depends on what follows."""
     added = tokenizer.added_tokens_decoder.items()
     return frozenset({*tokenizer.all_special_ids, *(i for i, token in added if not token.single_word)})

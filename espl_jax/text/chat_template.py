@@ -1,4 +1,4 @@
-"""The chat template of a tokenizer: which one of several is used, and what it is told of the date."""
+"""Chat templates of a tokenizer: selection among several, and a fixed date."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerFast
 from espl_jax.types import Conversation
 
 _TODAY = datetime.datetime(2024, 7, 26)
-"""What templates that ask for the date are told (Llama 3.2's own default), so that a resumed run has the same
-tokens on any day. `date_string` in the template's arguments overrides it, if the template knows it."""
+"""The date given to templates (the default of Llama 3.2), so that a run has the same tokens on any day. The
+template argument `date_string` overrides it, if the template uses it."""
 
-# The macro hides the function of this name that transformers gives to templates. Every line is a statement:
-# transformers drops the newline after one (`trim_blocks`), so nothing is written before the template itself.
+# The macro shadows the function of this name that transformers passes to templates. Every line is a
+# statement, whose newline transformers drops (`trim_blocks`), so the macro itself writes nothing.
 _FIXED_DATE = """\
 {% macro strftime_now(format) %}
 {% set written = namespace(text=format.replace("%%", "\\x00")) %}
@@ -35,20 +35,20 @@ TRIAL_TOOL = {
     "type": "function",
     "function": {"name": "a", "description": "", "parameters": {"type": "object", "properties": {}}},
 }
-"""What templates for tools are tried with."""
+"""A tool for probing templates."""
 
 
 def apply_chat_template(tokenizer: PreTrainedTokenizerFast, turns: Conversation, **arguments: Any) -> str:
-    """Renders a conversation as it stands, with the generation prompt.
+    """Renders a conversation unchanged, with the generation prompt.
 
     Args:
-      tokenizer: with one or several chat templates.
+      tokenizer: a tokenizer with one or several chat templates.
       turns: at least one.
-      **arguments: of the template; `tools` decides which one, see `template_for`.
+      **arguments: arguments of the template; `tools` affects which template is used, see `template_for`.
 
     Raises:
       ValueError: as `template_for`.
-      TemplateError: the template refuses the conversation.
+      TemplateError: if the template rejects the conversation.
     """
     template = template_for(tokenizer, with_tools=bool(arguments.get("tools")))
     if "strftime_now" in template:
@@ -67,11 +67,11 @@ def named_templates(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
 
 
 def template_for(tokenizer: PreTrainedTokenizerFast, *, with_tools: bool) -> str:
-    """Returns the template that transformers and servers choose, too: `tool_use` where there are tools and a
-    template of that name, else `default`.
+    """Returns the template that transformers and servers would choose: `tool_use` if there are tools and a
+    template of that name, otherwise `default`.
 
     Raises:
-      ValueError: if there is none.
+      ValueError: if there is no such template.
     """
     templates = named_templates(tokenizer)
     if not templates:
@@ -80,13 +80,13 @@ def template_for(tokenizer: PreTrainedTokenizerFast, *, with_tools: bool) -> str
     if name not in templates:
         raise ValueError(
             f"chat_template={sorted(templates)}: none of the tokenizer's chat templates is named "
-            f"{_DEFAULT!r}; save the one to use as chat_template.jinja in the model's folder"
+            f"{_DEFAULT!r}; save one as chat_template.jinja in the model's folder"
         )
     return templates[name]
 
 
 def template_file(tokenizer: PreTrainedTokenizerFast, *, with_tools: bool) -> str:
-    """Returns the file of `template_for` in a folder that `save_pretrained` writes."""
+    """Returns the file name of `template_for` in a folder written by `save_pretrained`."""
     name = _chosen(named_templates(tokenizer), with_tools)
     return "chat_template.jinja" if name == _DEFAULT else f"additional_chat_templates/{name}.jinja"
 

@@ -1,4 +1,4 @@
-"""Replies kept to a grammar while they are drawn: which tokens may come next, by llguidance."""
+"""Constrained decoding: masks of allowed tokens for a grammar or JSON schema, with llguidance."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ JSON_OPTIONS = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
-    "json_allowed_escapes": 'nrbtf"\\',  # no \u0041: six bytes for a character
+    "json_allowed_escapes": 'nrbtf"\\',  # no \u0041, which takes six bytes per character
 }
-"""How llguidance writes JSON, in its own terms: as `json.dumps(..., ensure_ascii=False)` does."""
+"""Options of llguidance that match the output of `json.dumps(..., ensure_ascii=False)`."""
 
 
 class GrammarRows:
-    """One reply a row, each kept to a grammar; a `sampling.constraint.Constraint`.
+    """Constrains each row to a grammar; implements `sampling.constraint.Constraint`.
 
-    A row may be asked about again and again; only what it accepts moves it on. A stop token can be drawn once
-    the reply is complete.
+    `allowed` does not change the state of a row, only `accept` does. Stop tokens are allowed once the reply of
+    a row is complete, and not before.
     """
 
     def __init__(
@@ -39,24 +39,26 @@ class GrammarRows:
         vocab_size: int,
         after_answer: bool = False,
     ):
-        """Begins all replies.
+        """Creates a matcher for each row.
 
         Args:
-          tokenizer: of the model; byte-level, or with byte fallback.
-          grammars: of the rows, by their number: JSON schemas, or text in llguidance's Lark.
-          stop_ids: the tokens that end a reply, at least one that the model has.
-          vocab_size: V, of the model's logits. The tokenizer may have fewer tokens or more; what it does not
-            know is never allowed.
-          after_answer: rows draw freely until tokens are appended to them.
+          tokenizer: tokenizer of the model; byte-level, or with byte fallback.
+          grammars: the grammar of each row: a JSON schema, or text in llguidance's Lark.
+          stop_ids: tokens that end a reply; at least one must be in the model's vocabulary.
+          vocab_size: V, the size of the model's logits. The tokenizer may have fewer or more tokens; tokens
+            that it lacks are never allowed.
+          after_answer: whether rows are free until tokens are appended to them.
 
         Raises:
-          ValueError: llguidance cannot read the tokenizer or a grammar, or there is no stop token.
+          ValueError: if llguidance cannot read the tokenizer or a grammar, or there is no stop token.
         """
         self._words = -(-vocab_size // 32)
         self._all_words = -(-max(vocab_size, len(tokenizer)) // 32)
         known = tuple(sorted(token for token in {*stop_ids} if token < min(vocab_size, len(tokenizer))))
         if not known:
-            raise ValueError(f"stop_ids={tuple(stop_ids)}: give a token of the model that ends its replies")
+            raise ValueError(
+                f"stop_ids={tuple(stop_ids)}: none is in the vocabulary; give a token that ends replies"
+            )
         self._tokens = _tokens_of(tokenizer, max(vocab_size, len(tokenizer)), known)
         begun = {}
         for grammar in grammars:
@@ -72,7 +74,7 @@ class GrammarRows:
             read = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(grammar), overrides=JSON_OPTIONS)
         row = llguidance.LLMatcher(self._tokens, read)
         if row.is_error():
-            raise ValueError(f"llguidance refuses the grammar {grammar}: {row.get_error()}")
+            raise ValueError(f"llguidance rejects the grammar {grammar}: {row.get_error()}")
         return row
 
     def active(self, rows: np.ndarray) -> np.ndarray:
@@ -84,37 +86,47 @@ class GrammarRows:
         self._active[rows] = True
 
     def allowed(self, rows: np.ndarray) -> np.ndarray:
-        """Tokens that may come next. int [R] -> uint32 [R, ceil(V / 32)], token v is bit v % 32 of its word.
+        """Returns bit masks of the allowed next tokens.
+
+        Args:
+          rows: int [R], indices of rows.
+
+        Returns:
+          uint32 [R, ceil(V / 32)]; token v is bit v % 32 of word v // 32.
 
         Raises:
-          RuntimeError: llguidance has given a row up.
+          RuntimeError: if llguidance fails on a row.
         """
         masks = np.zeros((len(rows), self._all_words), np.int32)
         numbered = [(self._rows[row], i) for i, row in enumerate(rows)]
         fill_next_token_bitmask_par(_executor(), numbered, masks)
         for row in rows:
             if self._rows[row].is_error():
-                # The mask of such a row is that of a finished one.
-                raise RuntimeError(f"the reply of row {row} cannot go on: {self._rows[row].get_error()}")
+                # Its mask looks like that of a finished row.
+                raise RuntimeError(f"the reply of row {row} cannot continue: {self._rows[row].get_error()}")
         return masks.view(np.uint32)[:, : self._words]
 
     def accept(self, rows: np.ndarray, tokens: np.ndarray) -> None:
-        """Takes note of what rows drew. int [R], int [R].
+        """Advances rows by the tokens that were sampled.
+
+        Args:
+          rows: int [R], indices of rows.
+          tokens: int [R], the sampled tokens.
 
         Raises:
-          RuntimeError: a token was not allowed.
+          RuntimeError: if a token was not allowed.
         """
         pairs = [(self._rows[row], int(token)) for row, token in zip(rows, tokens, strict=True)]
         for row, token, good in zip(rows, tokens, _executor().consume_token_par(pairs), strict=True):
             if not good:
-                raise RuntimeError(f"row {row} drew token {token}, which was not allowed")
+                raise RuntimeError(f"row {row} sampled token {token}, which was not allowed")
 
 
 @functools.lru_cache(maxsize=4)
 def _tokens_of(
     tokenizer: PreTrainedTokenizerFast, vocab_size: int, stop_ids: tuple[int, ...]
 ) -> llguidance.LLTokenizer:
-    """What llguidance knows of a tokenizer, which takes about a second to find out."""
+    """Returns the llguidance tokenizer; cached, since building it takes about a second."""
     try:
         return from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(stop_ids))
     except ValueError as error:

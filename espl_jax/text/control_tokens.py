@@ -1,4 +1,4 @@
-"""The guard of chat templates: text that enters one cannot end a turn or begin another."""
+"""Removes control tokens from texts, so that they cannot end or begin a turn in a chat template."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from espl_jax.text.chat_template import TRIAL_TOOL, apply_chat_template, named_t
 from espl_jax.text.thinking import CLOSE, OPEN
 
 WITHIN_TURNS = frozenset({OPEN, CLOSE, "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"})
-"""Tags that structure a turn from inside, which prompts explain and openings contain."""
+"""Tags that structure a turn; not removed, since prompts explain them and openings contain them."""
 
 _Value = TypeVar("_Value")
 
 
 def without_control_tokens(tokenizer: PreTrainedTokenizerFast, value: _Value) -> _Value:
-    """Replaces every control token that a text spells by a space.
+    """Replaces every control token in a text by a space.
 
-    Control tokens are the tokenizer's special tokens, and its other added tokens in angle or square brackets
-    that its chat template writes around turns (DeepSeek's `<｜User｜>`); `WITHIN_TURNS` are none.
+    Control tokens are the tokenizer's special tokens, and other added tokens in angle or square brackets that
+    its chat template writes around turns (DeepSeek's `<｜User｜>`), except those in `WITHIN_TURNS`.
 
     Args:
-      tokenizer: of the model that reads the text.
-      value: a text, or messages or tools, whose texts are all searched.
+      tokenizer: tokenizer of the model that reads the text.
+      value: a text, or messages or tools, in which all texts are changed.
 
     Returns:
-      The value, changed where texts spell control tokens.
+      The value without control tokens.
     """
     templates = tuple(named_templates(tokenizer).items())
     return _replaced(_control_tokens(tokenizer, len(tokenizer), templates), value)
@@ -39,7 +39,7 @@ def _replaced(control_tokens: re.Pattern[str], value: _Value) -> _Value:
     match value:
         case str():
             found = 1
-            while found:  # what stands around a token may make another
+            while found:  # removing a token may create another
                 value, found = control_tokens.subn(" ", value)
         case list() | tuple():
             return type(value)(_replaced(control_tokens, item) for item in value)
@@ -52,7 +52,7 @@ def _replaced(control_tokens: re.Pattern[str], value: _Value) -> _Value:
 def _control_tokens(
     tokenizer: PreTrainedTokenizerFast, size: int, templates: tuple[tuple[str, str], ...]
 ) -> re.Pattern[str]:
-    """Matches a control token, the longest first. `size` and `templates` show that a tokenizer changed."""
+    """Returns a pattern of control tokens, longest first. `size` and `templates` are only cache keys."""
     added = tokenizer.added_tokens_decoder
     names = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
     names |= {
@@ -66,7 +66,7 @@ def _control_tokens(
 
 
 def _trials(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Plain conversations of all roles, as the chat template writes them; it may refuse some."""
+    """Renders simple conversations with all roles, skipping those that the chat template rejects."""
     system, user, assistant, tool = (
         {"role": role, "content": "a"} for role in ("system", "user", "assistant", "tool")
     )

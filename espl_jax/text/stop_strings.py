@@ -1,4 +1,4 @@
-"""Strings that end a reply, found in its tokens."""
+"""Finds stop strings in the tokens of a reply."""
 
 from __future__ import annotations
 
@@ -8,51 +8,51 @@ from collections.abc import Callable, Sequence
 from transformers import PreTrainedTokenizerFast
 
 UNFINISHED = "\ufffd"
-"""What a decoder writes for the bytes of a character that is not complete."""
+"""What a tokenizer decodes an incomplete character to."""
 
 _STEP = 32
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
-"""How SentencePiece spells a byte that belongs to no piece."""
+"""A byte token of SentencePiece."""
 
 
 def stop_finder(
     tokenizer: PreTrainedTokenizerFast, strings: Sequence[str]
 ) -> Callable[[Sequence[int], int], int | None]:
-    """A function that says after how many tokens a text first contains one of several strings.
+    """Returns a function that finds the first stop string in a sequence of tokens.
 
-    Text is what `tokenizer.decode(..., skip_special_tokens=True)` makes of a row's completion alone: special
-    tokens are no part of it, and a string may span them. Where a string ends in the middle of a token, that
-    token belongs to the answer.
+    The text is `tokenizer.decode(..., skip_special_tokens=True)` of a row's completion: special tokens are
+    not part of it, and a string may span them. If a string ends in the middle of a token, that token still
+    belongs to the reply.
 
     Args:
-      tokenizer: whose tokens they are.
-      strings: at least one, none of them empty.
+      tokenizer: the tokenizer.
+      strings: stop strings; at least one, none empty.
 
     Returns:
-      `find(tokens, checked)`: the least n such that the text of `tokens[:n]` contains a string, or None.
-      `tokens` is all of the completion so far, any sequence of integers; the first `checked` of them have
-      been looked at before and contain none.
+      `find(tokens, checked)`: the smallest n such that the text of `tokens[:n]` contains a stop string, or
+      None. `tokens` is the whole completion so far, a sequence of integers; its first `checked` tokens are
+      known to contain no stop string.
 
-      It decodes the tokens after `checked` once, 32 at a time, together with as many before them as the
-      longest string has bytes, whatever the length of the row: about 20 microseconds for a chunk of 32. Only
-      a step in which something is found is decoded token by token.
+      It decodes the tokens after `checked` once, 32 at a time, together with as many preceding tokens as the
+      longest string has bytes. The cost does not depend on the length of the row: about 20 microseconds for a
+      chunk of 32. Only a step that contains a stop string is decoded token by token.
 
     Raises:
-      ValueError: for a string that is empty or contains U+FFFD, which stands for every unfinished character.
+      ValueError: for a string that is empty or contains U+FFFD, which stands for incomplete characters.
     """
     _check(strings)
     vocabulary = tokenizer.get_vocab()
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     written = frozenset(vocabulary.values()) - special
-    # A run of byte pieces is decoded as one, and cut inside of a character it would be illegible to its end.
+    # Consecutive byte tokens are decoded together; starting inside a character would garble all of them.
     bytes_ = frozenset(token for piece, token in vocabulary.items() if _BYTE_PIECE.fullmatch(piece))
-    # Each token that is written adds a byte or more, so a string that ends in a new token began fewer tokens
-    # ago than it has bytes. One more stands before it: some decoders drop the space that a text begins with.
+    # Each written token adds at least one byte, so a string that ends in a new token began fewer tokens ago
+    # than it has bytes. One more token in front, because some decoders drop a leading space.
     reach = max(len(string.encode()) for string in strings)
 
     def window(tokens: Sequence[int], end: int) -> int:
-        """Where to begin to decode, so as to see every string that ends after token `end`."""
+        """Returns where to start decoding to find every string that ends after token `end`."""
         first, missing = end, reach
         while first and (missing > 0 or tokens[first] in bytes_ or tokens[first] not in written):
             first -= 1
@@ -66,7 +66,7 @@ def stop_finder(
         for begin in range(checked, len(tokens), _STEP):
             first, end = window(tokens, begin), min(begin + _STEP, len(tokens))
             text = tokenizer.decode(tokens[first:end], skip_special_tokens=True)
-            # An unfinished character makes a whole run of byte pieces illegible, a string in it too.
+            # An incomplete character garbles all consecutive byte tokens, which may contain a string.
             if found(text) or (bytes_ and UNFINISHED in text):
                 for count in range(begin + 1, end + 1):
                     if found(tokenizer.decode(tokens[first:count], skip_special_tokens=True)):
@@ -77,10 +77,10 @@ def stop_finder(
 
 
 def trim(text: str, strings: Sequence[str]) -> str:
-    """The text before the stop string that ends first, or all of it where there is none.
+    """Returns the text before the stop string that ends first, or the whole text if there is none.
 
-    Of strings that end at the same character the longest is left out. The result is thus the same whether
-    the text was stopped there or went on to the end of a token.
+    Of stop strings that end at the same character, the longest is removed. So the result is the same whether
+    the text stops there or continues to the end of a token.
 
     Raises:
       ValueError: for a string that is empty or contains U+FFFD.
@@ -92,7 +92,7 @@ def trim(text: str, strings: Sequence[str]) -> str:
 
 def _check(strings: Sequence[str]) -> None:
     if isinstance(strings, str) or not strings:
-        raise ValueError(f"stop strings={strings!r}: give a list of at least one string")
+        raise ValueError(f"stop strings={strings!r}: must be a non-empty list of strings")
     for i, string in enumerate(strings):
         if not string:
             raise ValueError(
@@ -100,6 +100,6 @@ def _check(strings: Sequence[str]) -> None:
             )
         if UNFINISHED in string:
             raise ValueError(
-                f"stop string {i} of {list(strings)!r} contains U+FFFD, which stands for every unfinished "
-                "character; remove it"
+                f"stop string {i} of {list(strings)!r} contains U+FFFD, which stands for incomplete "
+                "characters; remove it"
             )

@@ -1,4 +1,4 @@
-"""System prompt and arguments as defaults of a chat template: who serves the model need not send them."""
+"""Adds a default system prompt and default arguments to a chat template; clients need not send them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ _NAMED = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 _CONDITION = 'messages | selectattr("role", "in", ["system", "developer"]) | list | length == 0'
 
-# Every line is a statement: transformers and the servers that read its templates drop the newline after one
-# (`trim_blocks`), so that nothing is written before the template's own first character. A `-%}` instead would
-# eat white space that the template begins with.
+# Every line is a statement, whose newline transformers and compatible servers drop (`trim_blocks`), so
+# nothing is written before the template itself. A `-%}` would also strip its leading whitespace.
 _AS_MESSAGE = """\
 {% if CONDITION %}
 {% set messages = [{"role": "system", "content": SYSTEM}] + messages | list %}
 {% endif %}
 """
 
-# Parts of a content are indexed and not looped over: vLLM takes such a loop for a sign that the template
-# wants contents as lists.
+# Content parts are indexed, not looped over: from such a loop vLLM would conclude that the template expects
+# lists.
 _IN_USER_TURN = """\
 {% if CONDITION %}
 {% set evolved = namespace(turns=[], text=SYSTEM ~ "\\n\\n") %}
@@ -46,30 +45,30 @@ _IN_USER_TURN = """\
 
 
 def with_default_system(template: str, system: str, has_system_role: bool) -> str:
-    """A chat template that speaks under `system` where a conversation brings no system message of its own.
+    """Returns a chat template that adds `system` to conversations without a system message.
 
-    What it writes is then what `render` writes of the same conversation begun by `system`: a system message
-    in front, in the place of a default that the template itself may have, or, where the template has no
-    system role, the text and a blank line at the head of the first user turn. Conversations with a message of
-    role system or developer, and everything else that the template does, stay as they are.
+    Its output is that of `render` for the same conversation with `system` in front: a system message, which
+    replaces a default of the template, or, if the template has no system role, the text and a blank line at
+    the beginning of the first user turn. Conversations with a system or developer message, and all other
+    behavior of the template, are unchanged.
 
     Args:
-      template: in Jinja, as transformers reads it.
-      system: the text, any characters; a blank one leaves the template alone.
+      template: Jinja source, as in transformers.
+      system: the text, with any characters; a blank text leaves the template unchanged.
       has_system_role: whether the template writes system messages (`text.chat.has_system_role`).
     """
     if not system.strip():
         return template
     prefix = _AS_MESSAGE if has_system_role else _IN_USER_TURN
-    # The system text last: it may contain anything.
+    # The system text is inserted last, since it may contain anything.
     return prefix.replace("CONDITION", _CONDITION).replace("SYSTEM", _literal(system)) + template
 
 
 def with_default_arguments(template: str, arguments: Mapping[str, Any]) -> str:
-    """A chat template for which these arguments (`enable_thinking`, ...) have these values unless given.
+    """Returns a chat template with defaults for arguments (`enable_thinking`, ...).
 
     Args:
-      template: in Jinja, as transformers reads it.
+      template: Jinja source, as in transformers.
       arguments: name -> JSON value.
     """
     lines = [
@@ -80,7 +79,7 @@ def with_default_arguments(template: str, arguments: Mapping[str, Any]) -> str:
 
 
 def _value(value: Any) -> str:
-    """A Jinja literal of a JSON value."""
+    """Returns a JSON value as a Jinja literal."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
@@ -93,7 +92,7 @@ def _value(value: Any) -> str:
 
 
 def _literal(text: str) -> str:
-    """A Jinja string literal. Characters that are not for reading are escaped, the others stay readable."""
+    """Returns a text as a Jinja string literal; only unprintable characters are escaped."""
 
     def escape(match: re.Match[str]) -> str:
         return _NAMED.get(match[0], f"\\x{ord(match[0]):02x}")

@@ -1,4 +1,4 @@
-"""What a model says after it has thought."""
+"""Thinking blocks in prompts and replies."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ _BLOCK = re.compile(f"{OPEN}.*?{CLOSE}", re.DOTALL)
 
 
 def prompt_opens_thinking(prompt: str) -> bool:
-    """Whether a rendered prompt ends inside a thinking block, which the reply then begins in."""
+    """Returns whether a rendered prompt ends inside a thinking block, so that the reply begins in it."""
     return prompt.rstrip().endswith(OPEN)
 
 
 def strip_thinking(text: str, opened: bool = False) -> str:
-    """The text without its thinking: what graders and reflection are given.
+    """Removes thinking from a text, for grader and reflector.
 
-    Left out are `<think>...</think>` blocks; everything up to a `</think>` that nothing opened (the template
-    wrote the opening tag into the prompt); and everything after a `<think>` that is never closed. Text
-    without either tag is returned as it stands, otherwise the white space around the rest is trimmed.
+    Removes `<think>...</think>` blocks; everything up to a `</think>` without an opening tag (the template
+    wrote it into the prompt); and everything after a `<think>` that is never closed. A text without either
+    tag is returned unchanged; otherwise surrounding whitespace is stripped.
 
     Args:
-      text: what the model wrote.
-      opened: the prompt ended inside a thinking block.
+      text: text of the model.
+      opened: whether the prompt ended inside a thinking block.
     """
     text = OPEN + text if opened else text
     if OPEN not in text and CLOSE not in text:
         return text
-    # Searching only up to the last closing tag keeps the search linear, however many tags are left open.
+    # Searching only up to the last closing tag keeps this linear, even with many unclosed tags.
     thought, close, rest = text.rpartition(CLOSE)
     kept = _BLOCK.sub("", thought + close).rpartition(CLOSE)[2]
     return (kept + rest.partition(OPEN)[0]).strip()

@@ -1,4 +1,4 @@
-"""The calls of tools in what a model wrote, in the formats that models are trained to write them in."""
+"""Parses tool calls in the output of a model, in the formats that models are trained on."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Call = dict[str, Any]
 
 
 def calls_in(text: str, tool_format: str) -> list[Call]:
-    """The calls of tools in a turn, in order.
+    """Returns the tool calls of a turn, in order.
 
     Args:
-      text: the turn, special tokens included, thinking left out.
+      text: the turn, with special tokens and without thinking.
       tool_format: one of `FORMATS`.
 
     Returns:
-      One for each call that was tried: where it cannot be read, its `error` says why, in words for the model.
+      One entry for each attempted call. If a call is malformed, its `error` tells the model why.
     """
     return list(FORMATS[tool_format](text))
 
 
 def tool_format_of(tokenizer: Any) -> str:
-    """How the model calls tools, by what its chat template for tools writes: one of `FORMATS`."""
+    """Returns the tool format (one of `FORMATS`) of a model, derived from its chat template for tools."""
     template = template_for(tokenizer, with_tools=True) if named_templates(tokenizer) else ""
     for mark, tool_format in (
         ("<function=", "xml"),
@@ -46,9 +46,9 @@ _DECODER = json.JSONDecoder(strict=False)
 
 
 def _json_at(text: str, position: int) -> tuple[Any, int]:
-    """The JSON value that begins at a position, white space aside, and where it ends.
+    """Returns the JSON value at a position, after whitespace, and the position of its end.
 
-    Tags are no ends: strings may hold them. Raises ValueError.
+    Tags do not end the value, since strings may contain them. Raises ValueError.
     """
     while text[position : position + 1].isspace():
         position += 1
@@ -65,14 +65,14 @@ def _after_tags(
     lists: bool = False,
     between: Callable[[str, bool], Iterator[Call]] = lambda text, first: iter(()),
 ) -> Iterator[Call]:
-    """The calls in JSON that follow tags, each up to what matches `end`.
+    """Yields the JSON calls that follow tags, each up to a match of `end`.
 
     Args:
       text: a turn.
-      tag: its group is the name of the call whose arguments follow, or empty.
-      end: matches at the end of the text, too.
-      lists: a tag may be followed by a list of calls.
-      between: yields the errors in text outside calls; told whether it comes before any call.
+      tag: pattern of the tag; its group is the name of the call whose arguments follow, or empty.
+      end: pattern of the end of a call; must also match at the end of the text.
+      lists: whether a tag may be followed by a list of calls.
+      between: yields errors in the text between calls; its second argument is True before the first call.
     """
     position, first = 0, True
     while opening := tag.search(text, position):
@@ -105,21 +105,21 @@ def _hermes(text: str) -> Iterator[Call]:
 
 
 def _unopened(text: str, first: bool) -> Iterator[Call]:
-    """What `</tool_call>` ends without `<tool_call>`, in text between calls; a repeated tag ends nothing."""
+    """Yields an error for each `</tool_call>` without `<tool_call>` between calls; ignores repeated tags."""
     *ended, _ = text.split("</tool_call>")
     for number, content in enumerate(ended):
         if content.strip() or (first and number == 0):
             yield {"error": "there is no <tool_call> before </tool_call>"}
 
 
-# A tag of a function without a name, and a parameter or an end without a function, are calls that were tried.
+# A function tag without a name, or a parameter or end tag without a function, is an attempted call.
 _XML_TAG = re.compile(
     r"<function=(?P<name>[^>\s]+)\s*>|(?P<unnamed><function(?=[\s=>])[^<>\n]*>)"
     r"|(?P<parameter><parameter(?=[\s=>]))|(?P<end></function>)|</?tool_call>"
 )
 _PARAMETER = re.compile(
     r"\s*<parameter=([^>\s]+)\s*>\n?(.*?)\n?"
-    # A value may hold such tags, too: it ends where the call goes on, or ends.
+    # A value may contain such tags: it ends only where the call continues or ends.
     r"(?:</parameter>(?=\s*(?:<parameter=|</function>|</?tool_call>|\Z))"
     r"|(?=</function>\s*(?:</?tool_call>|<function=|\Z))|\Z)",
     re.DOTALL,
@@ -129,12 +129,11 @@ _PARAMETER = re.compile(
 def _xml(text: str) -> Iterator[Call]:
     """Qwen3-Coder: `<tool_call><function=name><parameter=key>value</parameter></function></tool_call>`.
 
-    Values are text; one that is a JSON list or object is read as such. Tags around the function may be
-    missing.
+    Values are text; JSON lists and objects are parsed. The tags around the function may be missing.
     """
     empty = {"error": "there is no <function=name> in the call"}
     position, before = 0, ""
-    # After <tool_call>; within a function, or what stands for one; after any call.
+    # opened: after <tool_call>; inside: within a function or its parameters; called: after any call.
     opened, inside, called = False, False, False
     while tag := _XML_TAG.search(text, position):
         blank = not text[position : tag.start()].strip()
@@ -161,7 +160,7 @@ def _xml(text: str) -> Iterator[Call]:
 
 
 def _parameters(text: str, position: int) -> tuple[dict[str, Any], int]:
-    """The parameters that begin at a position, and where they end."""
+    """Returns the parameters at a position, and the position of their end."""
     arguments = {}
     while parameter := _PARAMETER.match(text, position):
         position = parameter.end()
@@ -177,7 +176,7 @@ def _parameter_value(text: str) -> Any:
 
 
 _MISTRAL_ARGUMENTS = r"(?:\[CALL_ID\][\w-]*)?\[ARGS\]"
-# A name and [ARGS] are a call also without [TOOL_CALLS] before them.
+# A name and [ARGS] are a call even without a preceding [TOOL_CALLS].
 _MISTRAL_TAG = re.compile(
     rf"\[TOOL_CALLS\](?![^\[{{]*{_MISTRAL_ARGUMENTS})"
     rf"|(?P<name>(?<=\[TOOL_CALLS\])[^\[{{]*|(?<![\w.-])[\w.-]*){_MISTRAL_ARGUMENTS}"
@@ -194,7 +193,7 @@ _LLAMA_TAG = "<|python_tag|>"
 
 
 def _llama(text: str) -> Iterator[Call]:
-    """Llama 3: the whole turn is `{"name": ..., "parameters": {...}}`, several with semicolons between."""
+    """Llama 3: the whole turn is `{"name": ..., "parameters": {...}}`, or several with semicolons."""
     body = text.strip()
     if not (body.startswith("{") and '"name"' in body):
         body = body.partition(_LLAMA_TAG)[2].strip()
@@ -230,4 +229,4 @@ FORMATS: dict[str, Callable[[str], Iterator[Call]]] = {
     "mistral": _mistral,
     "llama": _llama,
 }
-"""How models write calls: name -> what reads them out of a turn."""
+"""Tool format -> parser of the calls in a turn."""

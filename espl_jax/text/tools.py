@@ -1,4 +1,4 @@
-"""Tools in conversations: how a chat template shows them, and how a call is answered."""
+"""Tools in conversations: their descriptions, and the turns with their results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from espl_jax.text.chat import render
 from espl_jax.types import Conversation, Message
 
 Tool = Mapping[str, Any]
-"""A function's schema as OpenAI writes it: `{"type": "function", "function": {"name", ...}}`."""
+"""A function schema in OpenAI's format: `{"type": "function", "function": {"name", ...}}`."""
 
 _MARK = "the-end-of-what-the-model-said"
 
@@ -21,15 +21,15 @@ _MARK = "the-end-of-what-the-model-said"
 def with_tools(
     tokenizer: PreTrainedTokenizerFast, messages: Conversation, tools: Sequence[Tool], **kwargs: Any
 ) -> tuple[Conversation, dict[str, Any]]:
-    """A conversation that tells of tools, and the arguments with which to render it.
+    """Adds tools to a conversation, and returns it with the arguments for rendering it.
 
-    Where the chat template writes tools, it is given them; else they are described at the end of the system
-    turn, which there is in any case, and the model is asked to call them as Hermes and Qwen do.
+    If the chat template supports tools, they are passed to it. Otherwise they are described at the end of the
+    system turn, which is added if missing, and the model is asked to use the call syntax of Hermes and Qwen.
 
     Args:
-      tokenizer: with a chat template.
-      messages: with or without a system turn.
-      tools: may be empty; then nothing changes.
+      tokenizer: a tokenizer with a chat template.
+      messages: a conversation with or without a system turn.
+      tools: the tools; if empty, nothing changes.
       **kwargs: passed to the template.
     """
     if not tools:
@@ -43,7 +43,7 @@ def with_tools(
 
 
 def writes_tools(tokenizer: PreTrainedTokenizerFast, tools: Sequence[Tool], **kwargs: Any) -> bool:
-    """Whether the chat template shows tools: found out by showing it some."""
+    """Returns whether the chat template writes tools. Tries it, by rendering a conversation with tools."""
     trial = [{"role": "user", "content": "a"}]
     try:
         text = render(tokenizer, trial, **kwargs | _arguments(tools))
@@ -53,7 +53,7 @@ def writes_tools(tokenizer: PreTrainedTokenizerFast, tools: Sequence[Tool], **kw
 
 
 def _arguments(tools: Sequence[Tool]) -> dict[str, Any]:
-    # Llama's templates would put them into the first user turn, where they could not be shared by problems.
+    # By default Llama's templates put tools into the first user turn, which problems do not share.
     return {"tools": list(tools), "tools_in_user_message": False}
 
 
@@ -74,19 +74,19 @@ def between_turns(
     ended_by: str,
     **kwargs: Any,
 ) -> str:
-    """The text that stands between a turn that the model has ended and the one that it begins next.
+    """Returns the text between the end of a turn of the model and the beginning of its next turn.
 
     Args:
-      tokenizer: with a chat template.
-      messages: what is said to the model, of role `tool` or `user`. Templates that do not write tools get
-        the results of tools in a user turn.
+      tokenizer: a tokenizer with a chat template.
+      messages: messages to the model, with role `tool` or `user`. If the template does not support tools,
+        tool results become a user turn.
       tools: as for `with_tools`.
-      ended_by: the text of the token with which the model ended its turn, which the template would write
-        too; empty where something else ended it.
+      ended_by: text of the token with which the model ended its turn, which the template also writes; empty
+        if the turn ended in another way.
       **kwargs: passed to the template.
 
     Raises:
-      ValueError: if the template refuses such a conversation.
+      ValueError: if the template rejects such a conversation.
     """
     spoken = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
     told = {}
@@ -109,7 +109,7 @@ def between_turns(
 
 
 def _as_user_turn(messages: Sequence[Message]) -> Conversation:
-    """One user turn that says everything, since many templates refuse two in a row."""
+    """Joins messages into one user turn, since many templates reject consecutive user turns."""
     parts = [
         f"<tool_response>\n{each['content']}\n</tool_response>" if each["role"] == "tool" else each["content"]
         for each in messages

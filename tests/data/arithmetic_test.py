@@ -67,11 +67,11 @@ def test_load_reads_the_specification():
     assert load("addition:digits=2, count=5", split="test", seed=4) == addition(2, 5, "test", 4)
     assert load("addition:digits=2,count=5,split=test,seed=9", seed=4) == addition(2, 5, "test", 9)
     for spec, message in [
-        ("addition:digits=2", "count missing"),
-        ("addition:digits=2,count=5,size=4", "'size=4' is not understood"),
-        ("addition:digits=two,count=5", "'digits=two' is not understood"),
-        ("addition:", "'' is not understood"),
-        ("sums.txt", r"data='sums.txt' is not known"),
+        ("addition:digits=2", "missing option count"),
+        ("addition:digits=2,count=5,size=4", "invalid option 'size=4'"),
+        ("addition:digits=two,count=5", "invalid option 'digits=two'"),
+        ("addition:", "invalid or repeated option ''"),
+        ("sums.txt", r"data='sums.txt': not a data spec"),
     ]:
         with pytest.raises(ValueError, match=message):
             load(spec)

@@ -162,5 +162,5 @@ def test_refused(options, message):
     ["addition-3+5", "encyclopedia-120-0.the-drowned-sparrow.born", "encyclopedia-120-0.nobody.born"],
 )
 def test_no_plan_for_what_is_not_a_question(identity):
-    with pytest.raises(ValueError, match="is not the id of a question"):
+    with pytest.raises(ValueError, match="is not the id of an encyclopedia question"):
         encyclopedia_problems.plan(identity)

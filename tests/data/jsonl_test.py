@@ -54,12 +54,12 @@ def test_field_names_can_be_given(tmp_path):
         ({"problem": "a", "answer": None}, "line 2: the field 'answer' is None"),
         ({"problem": "a", "answer": True}, "line 2: the field 'answer' is True"),
         ({"problem": " ", "answer": "1"}, "line 2: the field 'problem' is ' '"),
-        ({"problem": "a", "answer": "so ####"}, "line 2: nothing follows ####"),
+        ({"problem": "a", "answer": "so ####"}, "line 2: the answer has nothing after ####"),
         ("[1]", "line 2: a list"),
         ('{"problem": ', "line 2: not JSON"),
-        ({"problem": "first", "answer": "2"}, "line 2: the same text as in line 1"),
-        ({"problem": "first", "answer": "1", "id": "b"}, "line 2: the same text as in line 1"),
-        ({"problem": "new", "answer": "2", "id": "a7937b64b8ca"}, "line 2: the same id as in line 1"),
+        ({"problem": "first", "answer": "2"}, "line 2: same text as in line 1"),
+        ({"problem": "first", "answer": "1", "id": "b"}, "line 2: same text as in line 1"),
+        ({"problem": "new", "answer": "2", "id": "a7937b64b8ca"}, "line 2: same id as in line 1"),
         ({"problem": "new", "answer": float("nan")}, "line 2: the field 'answer' is nan"),
         ({"problem": "a \ud83c", "answer": "1"}, r"'problem' has '\\ud83c' at character 3, half of a surr"),
         (
@@ -93,7 +93,7 @@ def test_numbers_that_are_not_of_the_problem_may_be_huge(tmp_path):
 def test_unusable_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="is empty"):
         read_jsonl(write(tmp_path, "", ""))
-    with pytest.raises(FileNotFoundError, match="no file"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         read_jsonl(tmp_path / "missing.jsonl")
     (tmp_path / "latin.jsonl").write_bytes('{"problem": "é", "answer": "1"}'.encode("latin-1"))
     with pytest.raises(ValueError, match="line 1: not UTF-8"):

@@ -30,7 +30,7 @@ def test_answers(answer, text, aliases):
 
 @pytest.mark.parametrize("answer", [None, True, [], [None], [["a", "b"]], {"a": 1}, float("inf"), " ", [""]])
 def test_answers_that_are_none(answer):
-    with pytest.raises(ValueError, match=r"some set, row 1: the field 'answer' is .* not blank"):
+    with pytest.raises(ValueError, match=r"some set, row 1: the field 'answer' is .*; it must be non-blank"):
         read({"problem": "p", "answer": answer})
 
 
@@ -53,7 +53,7 @@ def test_fields_reach_into_dicts_and_lists():
         ("reward.gold.x", "the value of 'reward.gold' is 1"),
         ("other", r"the fields are \['a.b', 'prompt', 'reward'\]"),
     ]:
-        message = f"some set, row 1: no field '{field}'; {there}; say which .* text=FIELD"
+        message = f"some set, row 1: no field '{field}'; {there}; name the field .* text=FIELD"
         with pytest.raises(ValueError, match=message):
             read(record, fields=fields | {"text": field})
 
@@ -64,23 +64,23 @@ def test_ids():
     hashed = [p.id for p in read(*records, fields={"id": ""}).problems]
     same = [{**record, "id": 5} for record in records]
     assert hashed == [p.id for p in read(*same, fields={"id": ""}).problems]
-    with pytest.raises(ValueError, match=r"row 2: the same id as in row 1 .*option id="):
+    with pytest.raises(ValueError, match=r"row 2: same id as in row 1 .*option id="):
         read(*same)
-    with pytest.raises(ValueError, match="answer has an empty name"):
+    with pytest.raises(ValueError, match="empty name for answer"):
         read(*records, fields={"answer": ""})
 
 
 def test_repeated_statements():
     one, same, other = ({"problem": " p ", "answer": a} for a in ("1", 1, "2"))
     new = {"problem": "q", "answer": "1"}
-    with pytest.raises(ValueError, match=r"some set, row 2: the same text as in row 1 .*repeats=merge"):
+    with pytest.raises(ValueError, match=r"some set, row 2: same text as in row 1 .*repeats=merge"):
         read(one, same, new)
     assert [p.text for p in read(one, same, new, repeats="merge").problems] == ["p", "q"]
-    message = "row 3: the same text as in row 1 with another answer, '2' here and '1' there"
+    message = "row 3: same text as in row 1, but a different answer, '2' instead of '1'"
     with pytest.raises(ValueError, match=message):
         read(one, new, other, repeats="merge")
     assert [p.answer for p in read(one, new, other, repeats="first").problems] == ["1", "1"]
-    with pytest.raises(ValueError, match="repeats='last' is not known; choose one of refuse, merge, first"):
+    with pytest.raises(ValueError, match="unknown repeats='last'; choose one of refuse, merge, first"):
         read(one, repeats="last")
 
 

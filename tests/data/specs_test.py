@@ -46,20 +46,26 @@ def test_several_sources_and_their_files():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("sums.txt", "data.test='sums.txt' is not known; give the path of a .jsonl or .parquet file, hub:"),
-        ("a.jsonl + b", "data.test='b' is not known"),
-        ("a.jsonl + ", r"data.test='a.jsonl \+' is not known"),
-        ("hub:gsm8k", "data.test='hub:gsm8k' is not known"),
-        ("hub:/etc/a.jsonl", "is not known"),
+        (
+            "sums.txt",
+            "data.test='sums.txt': not a data spec; give the path of a .jsonl or .parquet file, hub:",
+        ),
+        ("a.jsonl + b", "data.test='b': not a data spec"),
+        ("a.jsonl + ", r"data.test='a.jsonl \+': not a data spec"),
+        ("hub:gsm8k", "data.test='hub:gsm8k': not a data spec"),
+        ("hub:/etc/a.jsonl", "not a data spec"),
         (
             "a.jsonl:split=test",
-            "'split=test' is not understood.*options: count, skip, shuffle, repeats, text",
+            "invalid or repeated option 'split=test'; options are count, skip, shuffle, repeats, text",
         ),
-        ("hub:o/n:count=-1", "'count=-1' is not understood.*options: split, config, revision, count"),
-        ("hub:o/n:count=ten", "'count=ten' is not understood.*numbers whole"),
-        ("hub:o/n:count", "'count' is not understood"),
-        ("hub:o/n:", "'' is not understood"),
-        ("hub:o/n:count=1,count=2", "'count=2' is not understood, or there twice"),
+        (
+            "hub:o/n:count=-1",
+            "invalid or repeated option 'count=-1'; options are split, config, revision, count",
+        ),
+        ("hub:o/n:count=ten", "invalid or repeated option 'count=ten'.*integer numbers"),
+        ("hub:o/n:count", "invalid or repeated option 'count'"),
+        ("hub:o/n:", "invalid or repeated option ''"),
+        ("hub:o/n:count=1,count=2", "invalid or repeated option 'count=2'"),
     ],
 )
 def test_what_is_not_understood_is_refused(spec, message):

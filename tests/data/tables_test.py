@@ -23,9 +23,9 @@ def test_a_file_of_dapo_is_read_as_the_hub_is(tmp_path):
         (statement("harbor", i), str(i + 1)) for i in range(60)
     ]
     assert whole.name == "some.parquet"
-    with pytest.raises(ValueError, match=r"some.parquet, row 61: the same text as in row 1"):
+    with pytest.raises(ValueError, match=r"some.parquet, row 61: same text as in row 1"):
         load(f"{file}:{DAPO}")
-    message = "row 241: the same text as in row 1 with another answer, '17' here and '1' there"
+    message = "row 241: same text as in row 1, but a different answer, '17' instead of '1'"
     with pytest.raises(ValueError, match=message):
         load(f"{file}:{DAPO},repeats=merge")
 
@@ -66,10 +66,10 @@ def test_errors_name_the_file_and_its_columns(tmp_path):
     assert len(load(f"{file}:answer=gold,id=")) == 1
     with pytest.raises(ValueError, match="no field 'key'; the fields are"):
         load(f"{file}:answer=gold,id=key")
-    with pytest.raises(FileNotFoundError, match=r"data: there is no file .*none.parquet"):
+    with pytest.raises(FileNotFoundError, match=r"data: .*none.parquet does not exist"):
         load(str(tmp_path / "none.parquet"))
     (tmp_path / "bad.parquet").write_text("PAR0")
-    with pytest.raises(ValueError, match=r"bad.parquet cannot be read as parquet"):
+    with pytest.raises(ValueError, match=r"bad.parquet: cannot be read as parquet"):
         load(str(tmp_path / "bad.parquet"))
     empty = pa.table({"problem": pa.array([], pa.string()), "answer": pa.array([], pa.string())})
     parquet.write_table(empty, tmp_path / "empty.parquet")
@@ -81,12 +81,12 @@ def test_rows_that_cannot_be_read_are_named(tmp_path):
     texts = pa.array([b"a", b"b", b"\xed\xa0\xbc"]).view(pa.string())  # the last is half a surrogate pair
     parquet.write_table(pa.table({"problem": texts, "answer": [1.0, 2.0, 3.0]}), tmp_path / "some.parquet")
     for repeats in ("refuse", "first"):
-        message = "some.parquet, row 3: the field 'problem' cannot be read .*utf-8.*; write it again"
+        message = "some.parquet, row 3: the field 'problem' cannot be read .*utf-8.*; correct the data"
         with pytest.raises(ValueError, match=message):
             load(f"{tmp_path / 'some.parquet'}:repeats={repeats}")
     file = write(tmp_path, [{"problem": "a", "answer": 1e300}])
     with pytest.raises(ValueError, match=r"row 1: the field 'answer' is the float 1e\+300"):
         load(str(file))
     nested = functools.reduce(lambda inner, _: [inner], range(100), "a")
-    with pytest.raises(ValueError, match=r"some.parquet cannot be read as parquet .*nested"):
+    with pytest.raises(ValueError, match=r"some.parquet: cannot be read as parquet .*nested"):
         load(str(write(tmp_path, [{"problem": "a", "answer": nested}])))

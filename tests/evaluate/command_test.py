@@ -16,7 +16,7 @@ def run(*args, **environment):
     ("args", "message"),
     [
         (["--data=addition:digits=1,count=8"], "--model is missing; give at least one, e.g. --model=smollm2"),
-        (["quickly"], "not understood: quickly"),
+        (["quickly"], "unexpected argument quickly"),
         (["--modle=x"], "Unknown command line flag 'modle'"),
         (
             ["--model=a", "--data=addition:digits=1,count=3", "--environment=chess"],
@@ -50,4 +50,4 @@ def test_sums_by_smollm2(tmp_path):
     right = sum(each["success"] for each in rollouts) / len(rollouts)
     assert results[1][0]["evaluation"]["accuracy"] == right
     again = run(*common, f"--out={tmp_path / 'a.json'}")
-    assert again.returncode == 1 and "this file is there already" in again.stderr
+    assert again.returncode == 1 and "the file exists" in again.stderr

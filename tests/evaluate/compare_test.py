@@ -138,7 +138,7 @@ def test_every_model_prompt_and_problem_set(loaded, tmp_path, capsys):
 
     shown = capsys.readouterr()
     assert shown.out.startswith("| model |  prompt | data | problems |")
-    assert "Samples a problem: 2, temperature: 1, new tokens: 5 at most." in shown.out
+    assert "Samples per problem: 2, temperature: 1, max. new tokens: 5." in shown.out
     assert "y, one: 1 of 1 problems" in shown.err
 
 
@@ -186,7 +186,7 @@ def test_problems_that_can_be_graded(environment):
 @pytest.mark.parametrize(
     ("environment", "answer", "complaint"),
     [
-        (Math(), "{4", r"1 of 2 problems would be .* q1 with answer '\{4'"),
+        (Math(), "{4", r"gold answers of 1 of 2 problems as wrong, first that of q1, '\{4'"),
         (Arithmetic(), "four", "problem q1: answer='four' holds no number"),
     ],
 )
@@ -264,8 +264,8 @@ def test_models_are_looked_for_before_any_is_sampled(loaded, monkeypatch, tmp_pa
     monkeypatch.setattr(comparing, "find_model", find_model)
     (tmp_path / "model.gguf").write_bytes(b"")
     for missing, complaint in (
-        ("none.gguf", "there is no file none.gguf"),
-        ("no such model", "is no folder here"),
+        ("none.gguf", "none.gguf does not exist"),
+        ("no such model", "neither a local folder nor a model name"),
         (str(tmp_path), "config.json"),
     ):
         with pytest.raises(ValueError, match=f"--model={missing}: .*{complaint}"):
@@ -289,7 +289,7 @@ def test_a_run_is_looked_for_with_its_model(workdir, tmp_path, monkeypatch):
 def test_an_adapter_is_looked_for_with_its_base(tmp_path):
     settings = {"base_model_name_or_path": str(tmp_path / "none.gguf")}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*none.gguf"):
+    with pytest.raises(FileNotFoundError, match=r".*none.gguf does not exist"):
         find_model(str(tmp_path))
 
 
@@ -326,7 +326,7 @@ def test_problems_without_room_are_named_before_any_is_sampled(loaded, monkeypat
     sets = {"four": ProblemSet(fakes.PROBLEMS, "four"), "some": ProblemSet((*fakes.PROBLEMS, *long), "some")}
     refusal = (
         r"--data=some: 2 of 7 problems are too long \(long1, long2\): with prompt 'Add\.' the longest "
-        r"makes 95 tokens, which leaves no room in a context of 94; raise --context_limit \(tiny takes 4096\)"
+        r"has 95 tokens, which leaves no room in a context of 94; raise --context_limit \(tiny supports 4096"
     )
     sampling = {**GIVEN, "context_limit": 94}
     with pytest.raises(ValueError, match=refusal):

@@ -48,16 +48,16 @@ def test_text_too_long_for_a_path(word, end):
 
 def test_members_that_are_not_there(population):
     with pytest.raises(
-        ValueError, match=r"no member 'p7'; write .*population.json#ID with one of p0, p1; .*p1"
+        ValueError, match=r"no member 'p7'; write .*population.json#ID with one of p0, p1 .*p1"
     ):
         read_prompt(f"{population}#p7")
-    with pytest.raises(ValueError, match="no member is named"):
+    with pytest.raises(ValueError, match="no member given"):
         read_prompt(str(population))
 
 
 def test_files_that_are_not_there_or_not_populations(tmp_path):
     for name in ("none.txt", "none.json#p1"):
-        with pytest.raises(FileNotFoundError, match=r"there is no file .*none"):
+        with pytest.raises(FileNotFoundError, match=r".*none.* does not exist"):
             read_prompt(str(tmp_path / name))
     for text in ("[1]", "{", '{"members": []}'):
         (tmp_path / "other.json").write_text(text)

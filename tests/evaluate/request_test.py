@@ -95,23 +95,26 @@ def test_long_prompts_that_begin_alike_keep_apart():
     [
         ({"model": None}, "--model is missing; give at least one"),
         ({"data": None}, "--data is missing; give at least one"),
-        ({"data": ["none.jsonl"]}, "--data=none.jsonl: data: there is no file none.jsonl"),
-        ({"data": ["sums"]}, "--data=sums: data='sums' is not known"),
-        ({"prompt": ["none.txt"]}, "--prompt=none.txt: there is no file none.txt"),
-        ({"prompt": ["none.json#p1"]}, "--prompt=none.json#p1: there is no file none.json"),
-        ({"prompt": ["Add.", "Add."]}, "--prompt=Add.: the same text as Add.; leave one of them out"),
-        ({"prompt": ["", "  "]}, "--prompt=  : the same text as (the template's default); leave one of them"),
-        ({"answer_format": "last_number"}, "--answer_format=last_number: choose one of boxed, expression"),
-        ({"temperature": 0}, "--samples=4: greedy samples are all the same; give --samples=1"),
-        ({"top_p": 0.0}, "--top_p=0: give a probability above 0 and at most 1"),
-        ({"top_p": 1.5}, "--top_p=1.5: give a probability above 0 and at most 1"),
-        ({"min_p": -0.1}, "--min_p=-0.1: give a ratio of at least 0 and at most 1"),
-        ({"fields": ["text"]}, "--fields=text: 'text' is not understood; write it as in text=task"),
-        ({"mesh": ["data=1", "fsdp=all"]}, "--mesh=data=1,fsdp=all: 'fsdp=all' is not understood"),
-        ({"chat_template_kwargs": "[1]"}, "--chat_template_kwargs=[1]: give a JSON object"),
+        ({"data": ["none.jsonl"]}, "--data=none.jsonl: data: none.jsonl does not exist"),
+        ({"data": ["sums"]}, "--data=sums: data='sums': not a data spec"),
+        ({"prompt": ["none.txt"]}, "--prompt=none.txt: none.txt does not exist"),
+        ({"prompt": ["none.json#p1"]}, "--prompt=none.json#p1: none.json does not exist"),
+        ({"prompt": ["Add.", "Add."]}, "--prompt=Add.: same text as Add.; remove one of them"),
+        ({"prompt": ["", "  "]}, "--prompt=  : same text as (the template's default); remove one of them"),
+        (
+            {"answer_format": "last_number"},
+            "--answer_format=last_number: not supported by --environment=math; choose one of",
+        ),
+        ({"temperature": 0}, "--samples=4: greedy samples are identical; give --samples=1"),
+        ({"top_p": 0.0}, "--top_p=0: must be above 0 and at most 1"),
+        ({"top_p": 1.5}, "--top_p=1.5: must be above 0 and at most 1"),
+        ({"min_p": -0.1}, "--min_p=-0.1: must be at least 0 and at most 1"),
+        ({"fields": ["text"]}, "--fields=text: cannot parse 'text'; write it as in text=task"),
+        ({"mesh": ["data=1", "fsdp=all"]}, "--mesh=data=1,fsdp=all: cannot parse 'fsdp=all'"),
+        ({"chat_template_kwargs": "[1]"}, "--chat_template_kwargs=[1]: not a JSON object"),
         ({"chat_template_kwargs": "{"}, "--chat_template_kwargs={: Expecting property name"),
-        ({"out": ["README.md"]}, "--out=README.md: give a name that ends with .json"),
-        ({"out": ["nowhere/x.json"]}, "--out=nowhere/x.json: there is no folder nowhere"),
+        ({"out": ["README.md"]}, "--out=README.md: unknown format; give a name that ends with .json"),
+        ({"out": ["nowhere/x.json"]}, "--out=nowhere/x.json: the folder nowhere does not exist"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
@@ -124,5 +127,5 @@ def test_refused(changes, message):
 def test_results_are_not_written_over(tmp_path):
     path = tmp_path / "x.json"
     path.write_text("{}")
-    with pytest.raises(ValueError, match=r"--out=.*x\.json: this file is there already; name another one"):
+    with pytest.raises(ValueError, match=r"--out=.*x\.json: the file exists; choose another name"):
         read(out=[str(path)])

@@ -61,7 +61,7 @@ def test_merged(workdir, tmp_path):
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation["temperature"] == 1.0 and generation["eos_token_id"] == [257]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "0.5" in card and "prompt p1" in card and "test at the end of the run was not finished" in card
+    assert "0.5" in card and "prompt p1" in card and "Exported before the test at the end of the run" in card
     assert "prompt p1" in said[1] and f"transformers serve {tmp_path / 'out'}" in said[-1]
 
 
@@ -96,7 +96,7 @@ def test_prompts_alone(tmp_path):
     embedding = reference["embedding"]["weight"]
     np.testing.assert_array_equal(weights["model.embed_tokens.weight"], embedding)
     assert unasked(tmp_path / "out") == under("Reply with the sum.")
-    with pytest.raises(ValueError, match="mode=evolution that changes prompts alone has no adapters"):
+    with pytest.raises(ValueError, match="mode=evolution that changes only prompts has no adapters"):
         export(workdir, tmp_path / "adapter", format="adapter", say=lambda line: None)
 
 
@@ -118,14 +118,14 @@ def test_beside_the_run(workdir, tmp_path):
         export(workdir, tmp_path / "out", say=lambda line: None)
     # The figures are the checkpoint's, not those of what came after.
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| reward       | 0.5 |" in card and "0.9 |" not in card
+    assert "| reward    | 0.5 |" in card and "0.9 |" not in card
 
 
 def test_a_test_that_was_of_fewer_iterations_is_not_shown(tmp_path):
     workdir = fakes.workdir(tmp_path / "run", num_iterations=5)
     (workdir / "results.json").write_text('{"deployed": {"id": "p1"}, "test": {"initial": {}}}')
     export(workdir, tmp_path / "out", say=lambda line: None)
-    assert "there was no test yet" in (tmp_path / "out" / "README.md").read_text()
+    assert "there are no test results" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_refusals(workdir, tmp_path):
@@ -138,7 +138,7 @@ def test_refusals(workdir, tmp_path):
     assert not (tmp_path / "out").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    with pytest.raises(FileExistsError, match="nothing is overwritten"):
+    with pytest.raises(FileExistsError, match="is not overwritten"):
         export(workdir, tmp_path / "full", say=lambda line: None)
 
 
@@ -150,7 +150,7 @@ def command(*args):
 def test_the_command_says_what_is_wrong(tmp_path):
     result = command(f"--workdir={tmp_path}", f"--out={tmp_path / 'out'}")
     assert result.returncode == 1
-    assert "has no config.json: give the --workdir of a run" in result.stderr
+    assert "has no config.json; give the --workdir of a run" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -218,6 +218,6 @@ def test_a_run_that_began_with_an_adapter(tmp_path, monkeypatch):
     source.mkdir()
     (source / "adapter_config.json").touch()
     run = fakes.workdir(tmp_path / "run", model__source=str(source))
-    with pytest.raises(ValueError, match="itself an adapter, merged into its base"):
+    with pytest.raises(ValueError, match=r"started from the adapter .*, merged into its base"):
         export(run, tmp_path / "out", format="adapter", say=lambda line: None)
     export(run, tmp_path / "out", format="adapter", base="org/merged", say=lambda line: None)

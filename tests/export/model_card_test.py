@@ -67,7 +67,7 @@ def test_what_is_said():
         "2602.14697",
         "addition:digits=1,count=6",
         "optimizer.learning_rate",
-        "made by mutation in iteration 1, with a rating of 31.00 ± 2.00",
+        "created by mutation in iteration 1, with a rating of 31.00 ± 2.00",
         "temperature 1.0), with 95% intervals; the deployed prompt is p3",
         "0.25",
     ):
@@ -89,8 +89,8 @@ def test_code_is_python():
 
 
 def test_before_the_end_and_without_a_test():
-    assert "there was no test yet" in card(iteration=1)
-    assert "was not finished when this was exported" in card()
+    assert "there are no test results" in card(iteration=1)
+    assert "Exported before the test at the end of the run" in card()
     nothing = fakes.config(data__test="")
     assert "no test problems" in card(config=nothing, results={"deployed": {"id": "p3"}, "test": {}})
 

@@ -37,7 +37,7 @@ TINY_HF = {
 def test_chips_are_found_by_the_names_of_topologies():
     assert find_chip("v5e:4x4") is CHIPS["v5e"]
     for name in ("v9:2x2", "v5e", "4x4"):
-        with pytest.raises(ValueError, match=f"topology='{name}' is unknown; give a chip out of v4, v5e"):
+        with pytest.raises(ValueError, match=f"topology='{name}': unknown topology; give one of v4, v5e"):
             find_chip(name)
 
 
@@ -67,7 +67,7 @@ def test_a_report_says_what_fits_and_what_an_iteration_takes():
     good = plan_costs.Plan("v5e:2x2", chip, {"data": 1, "fsdp": 4}, held, "8 slots", costs[:1])
     assert good.fits and good.iteration == pytest.approx(1)
     text = report.report(good)
-    assert "v5e:2x2, fsdp=4: 15.75 GiB of HBM a device." in text and "weights 2.00" in text
+    assert "v5e:2x2, fsdp=4: 15.75 GiB of HBM per device." in text and "weights 2.00" in text
     assert "It fits: 3.00 of 15.75 GiB. The longest iteration takes at least 1 s" in text
     bad = plan_costs.Plan("v5e:2x2", chip, {"fsdp": 4}, held, "8 slots", costs)
     assert not bad.fits and "Used 42G of 15.75G hbm" in report.report(bad)

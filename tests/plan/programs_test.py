@@ -68,7 +68,7 @@ def test_reflection_is_listed_at_its_longest():
     "changes", [{"reflection__max_new_tokens": 4096 - 300}, {"reflection__max_input_tokens": 300}]
 )
 def test_reflection_without_room_for_its_instructions_is_refused_at_the_start(changes):
-    with pytest.raises(ValueError, match="leave 300 tokens for a conversation whose instructions have 300"):
+    with pytest.raises(ValueError, match="leaves 300 for a conversation whose instructions alone have 300"):
         listed(**changes)
     listed(mode="rl", **changes)
 

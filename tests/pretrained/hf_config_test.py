@@ -116,11 +116,11 @@ def test_gemma_3_4b_as_published():
         ({"partial_rotary_factor": 0.25}, "partial_rotary_factor=0.25"),
         (
             {"model_type": "qwen3", "layer_types": ["chunked_attention"] * 3},
-            "names chunked_attention, which is",
+            "has chunked_attention, which is",
         ),
         (
             {"model_type": "qwen3", "layer_types": ["full_attention"]},
-            "layer_types has 1 entries for num_hidden",
+            "layer_types has 1 entries, but num_hidden",
         ),
         ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 3}, "sliding_window is missing, or"),
     ],
@@ -162,7 +162,7 @@ def test_incomplete_rope_settings(rope, missing, value):
             {"rope_theta": None, "rope_parameters": {"rope_theta": None}},
             "rope_theta=None: rope_type='default'",
         ),
-        ({"rope_scaling": 4.0}, r"rope_scaling=4\.0 is no JSON object"),
+        ({"rope_scaling": 4.0}, r"rope_scaling=4\.0: must be a JSON object"),
         (
             {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}},
             r"low_freq_factor=4\.0: give a number below high_freq",
@@ -240,7 +240,7 @@ class TestTheWayBack:
             assert from_hf_config(written) == config
 
     def test_what_a_family_has_no_words_for(self):
-        with pytest.raises(ValueError, match=r"qk_norm=True: a llama config\.json has no words"):
+        with pytest.raises(ValueError, match=r"qk_norm=True: a llama config\.json cannot represent it"):
             to_hf_config(tiny.CONFIG.replace(qk_norm=True))
         with pytest.raises(ValueError, match=r"windows=\(3, 5\)"):
             to_hf_config(tiny.CONFIG.replace(family="mistral", windows=(3, 5)))

@@ -76,7 +76,7 @@ def test_a_complete_copy_needs_no_network(revision, monkeypatch):
 
 def test_nothing_cached_and_no_network(cache):
     address = closed_port()
-    with pytest.raises(ConnectionError, match="org/single is not wholly in the cache") as caught:
+    with pytest.raises(ConnectionError, match="org/single is not completely in the cache") as caught:
         hub.download("org/single", endpoint=address)
     for part in (
         str(cache),
@@ -91,7 +91,10 @@ def test_an_interrupted_download_is_not_taken_for_whole(monkeypatch):
     with serve(REPOSITORIES) as (address, _):
         folder = hub.download("org/sharded", endpoint=address)
     (folder / "model-2-of-2.safetensors").unlink()
-    with monkeypatch.context() as offline, pytest.raises(ConnectionError, match="is not wholly in the cache"):
+    with (
+        monkeypatch.context() as offline,
+        pytest.raises(ConnectionError, match="is not completely in the cache"),
+    ):
         offline.setattr(constants, "HF_HUB_OFFLINE", True)
         hub.download("org/sharded")
     with serve(REPOSITORIES) as (address, _):
@@ -101,10 +104,10 @@ def test_an_interrupted_download_is_not_taken_for_whole(monkeypatch):
 @pytest.mark.parametrize(
     ("repository", "revision", "error", "message"),
     [
-        ("org/none", None, FileNotFoundError, r"there is no repository org/none at http.*/org/none.*private"),
+        ("org/none", None, FileNotFoundError, r"org/none does not exist at http.*/org/none.*private"),
         ("org/single", "v9", FileNotFoundError, "org/single has no revision 'v9'"),
-        ("org/pickled", None, FileNotFoundError, "neither model.safetensors nor .*pickled files could run"),
-        ("org/na..me", None, FileNotFoundError, r"'org/na\.\.me' is not the name of a repository"),
+        ("org/pickled", None, FileNotFoundError, "neither model.safetensors nor .*pickled files can run"),
+        ("org/na..me", None, FileNotFoundError, r"'org/na\.\.me' is not a repository name"),
     ],
 )
 def test_what_the_hub_does_not_have(repository, revision, error, message):
@@ -113,14 +116,14 @@ def test_what_the_hub_does_not_have(repository, revision, error, message):
 
 
 def test_gated():
-    message = r"org/single is gated: accept its terms at http.*/org/single.*`hf auth login` or set HF_TOKEN"
+    message = r"org/single is gated; accept its terms at http.*/org/single.*`hf auth login` or set HF_TOKEN"
     hub_here = serve(REPOSITORIES, gated=["org/single"])
     with hub_here as (address, _), pytest.raises(PermissionError, match=message):
         hub.download("org/single", endpoint=address)
 
 
 def test_a_wrong_token():
-    message = "refuses the access token .*Invalid credentials.*: log in with"
+    message = "rejects the access token .*Invalid credentials.*; log in with"
     hub_here = serve(REPOSITORIES, refusing_tokens=True)
     with hub_here as (address, _), pytest.raises(PermissionError, match=message):
         hub.download("org/single", endpoint=address)
@@ -154,7 +157,7 @@ class TestFindFolder:
         (tmp_path / "here").mkdir()
         monkeypatch.chdir(tmp_path)
         with pytest.raises(
-            FileNotFoundError, match=f"'{source}' is no folder here, and on .*asked the hub for {asked}"
+            FileNotFoundError, match=f"'{source}': not a local folder, and on .*asked the hub for {asked}"
         ):
             find_folder(source)
 
@@ -164,23 +167,21 @@ class TestFindFolder:
     )
     def test_paths_never_reach_the_hub(self, source):
         with pytest.raises(
-            FileNotFoundError, match=r"is no folder here and no name of a model.*or org/name@revision"
+            FileNotFoundError, match=r"neither a local folder nor a model name.*or org/name@revision"
         ):
             find_folder(source)
 
     def test_a_mistyped_path_never_reaches_the_hub(self, tmp_path, monkeypatch):
         (tmp_path / "runs").mkdir()
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(
-            FileNotFoundError, match=r"folder runs here without modle in it.*give runs/modle@main"
-        ):
+        with pytest.raises(FileNotFoundError, match=r"folder runs has no modle.*give runs/modle@main"):
             find_folder("runs/modle")
 
     def test_a_file_is_no_folder(self, tmp_path, monkeypatch):
         (tmp_path / "org").mkdir()
         (tmp_path / "org" / "name").write_text("")
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(FileNotFoundError, match="is no folder here and no name"):
+        with pytest.raises(FileNotFoundError, match="neither a local folder nor a model name"):
             find_folder("org/name")
 
 
@@ -206,7 +207,7 @@ def test_environment_variables_of_the_hub_are_heeded(tmp_path):
     offline = run(HF_HUB_OFFLINE="1")
     assert offline.stdout.split()[-1:] == [folder], offline.stderr
     nothing = run(HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path / "empty"))
-    assert "ConnectionError: org/single is not wholly in the cache" in nothing.stderr
+    assert "ConnectionError: org/single is not completely in the cache" in nothing.stderr
 
 
 def test_of_a_model_without_weights_the_configuration_alone_is_fetched():

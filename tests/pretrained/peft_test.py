@@ -121,8 +121,11 @@ class TestReading:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda t: t.pop(TestReading.NAME), f"1 tensors are missing, beginning with {NAME}"),
-            (lambda t: t.update(extra=np.ones(1)), "1 tensors are not of this decoder, beginning with extra"),
+            (lambda t: t.pop(TestReading.NAME), f"1 tensors are missing, the first is {NAME}"),
+            (
+                lambda t: t.update(extra=np.ones(1)),
+                "1 tensors are not part of this decoder, the first is extra",
+            ),
             (
                 lambda t: t.update({TestReading.NAME: np.ones((3, 5), np.float32)}),
                 r"is \[3, 5\], .*\[3, 32\]",
@@ -143,7 +146,7 @@ class TestReading:
         with pytest.raises(ValueError, match="14 tensors are missing"):
             load_adapter(folder, CONFIG.replace(num_layers=3))
         self.tensors(folder, lambda t: (t.clear(), t.update(x=np.ones(1))))
-        with pytest.raises(ValueError, match="no adapter of this decoder, but x"):
+        with pytest.raises(ValueError, match="no adapter for this decoder, but x"):
             load_adapter(folder, CONFIG)
 
     def test_files_that_are_not_there(self, folder):
@@ -154,7 +157,7 @@ class TestReading:
         with pytest.raises(ValueError, match=r"adapter_config.json is not JSON"):
             load_pretrained(folder)
         (folder / "adapter_config.json").unlink()
-        with pytest.raises(FileNotFoundError, match=r"adapter_config.json is not there"):
+        with pytest.raises(FileNotFoundError, match=r"adapter_config.json does not exist"):
             load_adapter(folder, CONFIG)
 
 
@@ -179,6 +182,6 @@ def test_a_base_that_is_not_to_be_had(tmp_path):
     gone = str(tmp_path / "gone")
     save_adapter(tmp_path / "out", tiny.adapters(CONFIG), CONFIG, fakes.tokenizer(), base=gone)
     with pytest.raises(
-        FileNotFoundError, match=f"out is an adapter, and its base model {gone} cannot be had"
+        FileNotFoundError, match=f"out is an adapter, and its base model {gone} cannot be loaded"
     ):
         load_pretrained(tmp_path / "out")

@@ -109,7 +109,9 @@ class TestLoadPretrained:
 
     @pytest.mark.parametrize("source", ["smollm", "no/such/folder", "./folder", "weights.bin"])
     def test_other_sources_are_refused(self, source):
-        with pytest.raises(FileNotFoundError, match=f"source='{source}' is no folder here and no name"):
+        with pytest.raises(
+            FileNotFoundError, match=f"source='{source}': neither a local folder nor a model name"
+        ):
             load_pretrained(source)
 
     def test_stop_ids(self, tiny):

@@ -145,9 +145,9 @@ def test_merging_rounds_once(tmp_path):
 class TestRefusals:
     def test_a_folder_in_use(self, tmp_path):
         (tmp_path / "notes.txt").write_text("mine")
-        with pytest.raises(FileExistsError, match="nothing is overwritten"):
+        with pytest.raises(FileExistsError, match="is not overwritten"):
             save_pretrained(tmp_path, tiny.params(CONFIG), CONFIG, fakes.tokenizer())
-        with pytest.raises(FileExistsError, match="nothing is overwritten"):
+        with pytest.raises(FileExistsError, match="is not overwritten"):
             save_pretrained(tmp_path / "notes.txt", tiny.params(CONFIG), CONFIG, fakes.tokenizer())
         assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -172,14 +172,14 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda p: p.pop("final_norm"), r"final_norm/scale is \(absent\), but .* asks for \[32\]"),
-            (lambda p: p.update(head=p["embedding"]), r"head/weight is \[259, 32\], .* asks for \(absent\)"),
+            (lambda p: p.pop("final_norm"), r"final_norm/scale is \(absent\), but .* requires \[32\]"),
+            (lambda p: p.update(head=p["embedding"]), r"head/weight is \[259, 32\], .* requires \(absent\)"),
             (lambda p: p["final_norm"].update(scale=jnp.ones(3)), r"final_norm/scale is \[3\]"),
             (
                 lambda p: p["layers"]["mlp"]["up"].update(
                     lora_a=jnp.ones((2, 9, 3)), lora_b=jnp.ones((2, 3, 64))
                 ),
-                r"mlp/up/lora_a is \[2, 9, 3\], .* asks for \[2, 32, 3\]",
+                r"mlp/up/lora_a is \[2, 9, 3\], .* requires \[2, 32, 3\]",
             ),
         ],
     )

@@ -51,8 +51,8 @@ def test_a_number_too_small_is_refused(field):
     least = checked._AT_LEAST[field]
     message = refusal(**{field.replace(".", "__"): least - 1})
     assert message in (
-        f"{field}={least - 1}: give at least {least}",
-        f"{field}={least - 1:.1f}: give at least {least}",
+        f"{field}={least - 1}: must be at least {least}",
+        f"{field}={least - 1:.1f}: must be at least {least}",
     )
 
 
@@ -68,56 +68,65 @@ def test_all_tokens_can_be_drawn_by_the_settings_that_say_so():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model.source": ""}, "model.source='': name a model"),
-        ({"model.source": "no/such.gguf"}, "model.source='no/such.gguf': there is no such file"),
-        ({"data.train": ""}, "data.train='': give a .jsonl file"),
-        ({"data.train": "no/such.jsonl"}, "data.train='no/such.jsonl': there is no such file"),
-        ({"data.validation": "none.jsonl"}, "data.validation='none.jsonl': there is no such file"),
-        ({"data.test": "none.jsonl"}, "data.test='none.jsonl': there is no such file"),
+        ({"model.source": ""}, "model.source='': no model; give smollm2"),
+        ({"model.source": "no/such.gguf"}, "model.source='no/such.gguf': file not found"),
+        ({"data.train": ""}, "data.train='': no training data; give a .jsonl file"),
+        ({"data.train": "no/such.jsonl"}, "data.train='no/such.jsonl': no/such.jsonl does not exist"),
+        ({"data.validation": "none.jsonl"}, "data.validation='none.jsonl': none.jsonl does not exist"),
+        ({"data.test": "none.jsonl"}, "data.test='none.jsonl': none.jsonl does not exist"),
         (
             {"population.start_from": "p.json", "population.text": ""},
-            "population.start_from='p.json': there is no",
+            "population.start_from='p.json': file not found",
         ),
         (
             {"population.start_from": "runs/a"},
-            "population.start_from='runs/a': a saved population has prompts already",
+            "population.start_from='runs/a': initial prompts come from this file; leave",
         ),
-        ({"sampling.top_p": 0.0}, "sampling.top_p=0.0: give a probability above 0"),
-        ({"sampling.top_p": 1.1}, "sampling.top_p=1.1: give a probability above 0"),
-        ({"sampling.min_p": 1.1}, "sampling.min_p=1.1: give a ratio of at most 1"),
-        ({"sampling.top_k": 1}, "sampling.top_k=1: this always draws the most likely token"),
-        ({"sampling.min_p": 1.0}, "sampling.min_p=1.0: this always draws the most likely token"),
-        ({"sampling.stop_strings": ("\ufffd",)}, "sampling.stop_strings=('\ufffd',): give non-empty strings"),
-        ({"sampling.stop_strings": ("a", "")}, "sampling.stop_strings=('a', ''): give non-empty strings"),
-        ({"sampling.temperature": 0.0}, "sampling.temperature=0.0: greedy rollouts cannot be trained on"),
-        ({"group_size": 1}, "group_size=1: a group of one has no advantage over itself"),
-        ({"group_size": 1, "num_prompts": 1, "mode": "rl"}, "group_size=1: a group of one"),
-        ({"optimizer.learning_rate": 0.0}, "optimizer.learning_rate=0.0: give a positive one"),
-        ({"lora.targets": ("query", "nose")}, "lora.targets=('query', 'nose'): ['nose'] cannot be adapted"),
+        ({"sampling.top_p": 0.0}, "sampling.top_p=0.0: must be above 0 and at most 1"),
+        ({"sampling.top_p": 1.1}, "sampling.top_p=1.1: must be above 0 and at most 1"),
+        ({"sampling.min_p": 1.1}, "sampling.min_p=1.1: must be at most 1"),
+        ({"sampling.top_k": 1}, "sampling.top_k=1: only the most likely token can be sampled"),
+        ({"sampling.min_p": 1.0}, "sampling.min_p=1.0: only the most likely token can be sampled"),
+        (
+            {"sampling.stop_strings": ("\ufffd",)},
+            "sampling.stop_strings=('\ufffd',): stop strings must be non-empty",
+        ),
+        (
+            {"sampling.stop_strings": ("a", "")},
+            "sampling.stop_strings=('a', ''): stop strings must be non-empty",
+        ),
+        ({"sampling.temperature": 0.0}, "sampling.temperature=0.0: greedy rollouts have no gradient"),
+        ({"group_size": 1}, "group_size=1: the advantage is always 0 in a group of one"),
+        ({"group_size": 1, "num_prompts": 1, "mode": "rl"}, "group_size=1: the advantage is always 0"),
+        ({"optimizer.learning_rate": 0.0}, "optimizer.learning_rate=0.0: must be positive"),
+        (
+            {"lora.targets": ("query", "nose")},
+            "lora.targets=('query', 'nose'): ['nose'] are not LoRA targets",
+        ),
         (
             {"evolution.crossover_prob": 1.5},
-            "evolution.crossover_prob=1.5: give a probability between 0 and 1",
+            "evolution.crossover_prob=1.5: must be between 0 and 1",
         ),
-        ({"selection.temperature": 0.0}, "selection.temperature=0.0: give a positive one, or None"),
+        ({"selection.temperature": 0.0}, "selection.temperature=0.0: must be positive, or None"),
         (
             {"environment.answer_format": "expression"},
             "environment.answer_format='expression': environment.name=",
         ),
         (
             {"environment.name": "math"},
-            "environment.answer_format='last_number': environment.name=math reads one",
+            "environment.answer_format='last_number': environment.name=math does not support it",
         ),
         (
             {"population.start_from": "p.jsonl", "population.text": ""},
-            "population.start_from='p.jsonl': there is",
+            "population.start_from='p.jsonl': file not found",
         ),
         (
             {"evolution.form": "prose", "population.principles": ("Count twice.",)},
-            r"population.principles=('Count twice.',): evolution.form=prose edits the text alone",
+            r"population.principles=('Count twice.',): evolution.form=prose edits only the text",
         ),
         (
             {"num_prompts": 1},
-            "deployment.rule='ratings': with one prompt in each iteration, none is ever rated",
+            "deployment.rule='ratings': with one prompt per iteration there are no tournaments",
         ),
         ({"selection.window": 1, "mode": "evolution"}, "deployment.rule='ratings': with one prompt"),
         ({"reflection.max_new_tokens": 100}, "reflection.max_new_tokens=100: a reply may take"),
@@ -125,10 +134,10 @@ def test_all_tokens_can_be_drawn_by_the_settings_that_say_so():
             {"reflection.max_new_tokens": 40, "evolution.form": "prose"},
             "reflection.max_new_tokens=40: a reply may take",
         ),
-        ({"reflection.reflector": "openai"}, "reflection.model='': say what the server"),
+        ({"reflection.reflector": "openai"}, "reflection.model='': no model; give the name of a model"),
         (
             {"reflection.reflector": "openai", "reflection.model": "m", "reflection.base_url": "localhost"},
-            "reflection.base_url='localhost': give an address",
+            "reflection.base_url='localhost': not an HTTP address",
         ),
         *(
             (
@@ -136,32 +145,38 @@ def test_all_tokens_can_be_drawn_by_the_settings_that_say_so():
                 f"reflection.base_url='{url}': {fix}",
             )
             for url, fix in (
-                ("http://:8000/v1", "give an address"),
-                ("http://localhost:8000/v1/chat/completions/", "leave out /chat/completions"),
+                ("http://:8000/v1", "not an HTTP address"),
+                ("http://localhost:8000/v1/chat/completions/", "/chat/completions is appended automatically"),
             )
         ),
         (
             {"reflection.reflector": "openai", "reflection.model": "m"},
-            "reflection.opening=True: a server cannot be given",
+            "reflection.opening=True: replies of a server cannot be prefilled",
         ),
-        ({"reflection.reflector": "replay"}, "reflection.replay='': give the reflections.jsonl"),
+        (
+            {"reflection.reflector": "replay"},
+            "reflection.replay='': no file to replay; give the reflections.jsonl",
+        ),
         (
             {"reflection.reflector": "replay", "reflection.replay": "r.jsonl"},
-            "reflection.replay='r.jsonl': there is",
+            "reflection.replay='r.jsonl': file not found",
         ),
         (
             {"reflection.reflector": "replay", "reflection.replay": __file__, "reflection.policy": "current"},
-            "reflection.policy='current': current weights reflect on device alone",
+            "reflection.policy='current': only reflection.reflector=local can use",
         ),
-        ({"reflection.timeout": 0.0}, "reflection.timeout=0.0: give seconds"),
+        ({"reflection.timeout": 0.0}, "reflection.timeout=0.0: must be a positive number of seconds"),
         ({"ratings.system": "elo"}, "ratings.system='elo': choose one of trueskill, openskill"),
         ({"deployment.rule": "test"}, "deployment.rule='test': choose one of ratings, newest, validation"),
-        ({"seed": -1}, "seed=-1: give 0 or more"),
-        ({"lora.targets": ()}, "lora.targets=(): name at least one"),
-        ({"evolution.max_principles": 0}, "evolution.max_principles=0: leave room"),
-        ({"population.principles": ("a",) * 5}, "evolution.max_principles=2: leave room"),
-        ({"optimizer.b1": 1.0}, "optimizer.b1=1.0: a decay is at least 0 and below 1"),
-        ({"optimizer.b2": -0.1}, "optimizer.b2=-0.1: a decay is at least 0 and below 1"),
+        ({"seed": -1}, "seed=-1: must be at least 0"),
+        ({"lora.targets": ()}, "lora.targets=(): no targets; name at least one"),
+        ({"evolution.max_principles": 0}, "evolution.max_principles=0: must be at least 1"),
+        (
+            {"population.principles": ("a",) * 5},
+            "evolution.max_principles=2: must be at least 1, and at least the number",
+        ),
+        ({"optimizer.b1": 1.0}, "optimizer.b1=1.0: must be at least 0 and below 1"),
+        ({"optimizer.b2": -0.1}, "optimizer.b2=-0.1: must be at least 0 and below 1"),
         ({"loss.clip_low": 0.2}, "loss.clip_low=0.2: loss.kind=importance_sampling does not clip; give None"),
         (
             {"loss.clip_high": 0.0, "loss.kind": "sequence_importance_sampling"},
@@ -169,56 +184,62 @@ def test_all_tokens_can_be_drawn_by_the_settings_that_say_so():
         ),
         (
             {"loss.clip_low": 1.1, "loss.kind": "cispo"},
-            "loss.clip_low=1.1: ratios are kept from 1 - clip_low",
+            "loss.clip_low=1.1: must be at least 0, and clip_low at most 1",
         ),
-        ({"loss.clip_high": -0.1, "loss.kind": "ppo"}, "loss.clip_high=-0.1: ratios are kept from"),
+        ({"loss.clip_high": -0.1, "loss.kind": "ppo"}, "loss.clip_high=-0.1: must be at least 0"),
         (
             {"loss.aggregation": "token_mean", "loss.kind": "gspo"},
-            "loss.aggregation='token_mean': loss.kind=gspo has one term a rollout, none a token",
+            "loss.aggregation='token_mean': loss.kind=gspo has one term per rollout, not per token",
         ),
         (
             {"loss.aggregation": "constant_length", "loss.kind": "sequence_importance_sampling"},
             "loss.aggregation='constant_length': loss.kind=sequence_importance_sampling has one term",
         ),
-        ({"loss.sampler_weight_cap": 0.5}, "loss.sampler_weight_cap=0.5: it would shrink the loss where"),
+        (
+            {"loss.sampler_weight_cap": 0.5},
+            "loss.sampler_weight_cap=0.5: a cap below 1 scales down all terms",
+        ),
         (
             {"loss.kl_estimator": "k1", "loss.kl_coef": 0.1},
-            "loss.kl_estimator='k1': its gradient is zero on average, so that it holds nothing back; give",
+            "loss.kl_estimator='k1': its expected gradient is zero, so it does not regularize; use",
         ),
         *(
             (
                 {"loss.kl_estimator": kind, "loss.kl_coef": 0.1, f"sampling.{cut}": value},
-                f"loss.kl_estimator='{kind}': it requires untruncated sampling, and there is sampling.{cut}=",
+                f"loss.kl_estimator='{kind}': requires untruncated sampling, but sampling.{cut}=",
             )
             for kind, cut, value in (("k2", "top_p", 0.95), ("k3", "top_k", 20), ("k2", "min_p", 0.1))
         ),
         (
             {"optimizer.weight_decay": 0.1},
-            "optimizer.weight_decay=0.1: adam has none; give optimizer.kind=adamw",
+            "optimizer.weight_decay=0.1: adam has no weight decay; set optimizer.kind=adamw",
         ),
-        ({"optimizer.final_rate": 0.1}, "optimizer.final_rate=0.1: a constant schedule ends where it is"),
+        (
+            {"optimizer.final_rate": 0.1},
+            "optimizer.final_rate=0.1: optimizer.schedule=constant does not decay",
+        ),
         (
             {"optimizer.final_rate": 1.1, "optimizer.schedule": "linear"},
-            "optimizer.final_rate=1.1: it is a part of learning_rate; give at most 1",
+            "optimizer.final_rate=1.1: must be at most 1: it is a fraction of learning_rate",
         ),
         # Quickstart has 4 iterations.
         (
             {"optimizer.warmup_steps": 4, "optimizer.schedule": "cosine"},
-            "optimizer.warmup_steps=4: optimizer.schedule=cosine falls after the warm-up, and the run has 4",
+            "optimizer.warmup_steps=4: optimizer.schedule=cosine decays after the warm-up",
         ),
-        ({"evaluation.test_samples": 2}, "evaluation.test_samples=2: greedy samples are all equal"),
+        ({"evaluation.test_samples": 2}, "evaluation.test_samples=2: greedy samples are identical"),
         (
             {"evaluation.validation_samples": 2},
-            "evaluation.validation_samples=2: greedy samples are all equal",
+            "evaluation.validation_samples=2: greedy samples are identical",
         ),
         (
             {"model.chat_template_kwargs": "[]"},
-            "model.chat_template_kwargs='[]': not an object; give a JSON object",
+            "model.chat_template_kwargs='[]': not a JSON object; give an object",
         ),
         ({"model.chat_template_kwargs": "no"}, "model.chat_template_kwargs='no': Expecting value"),
         (
             {"mesh.expert": -1},
-            "mesh={'data': 1, 'expert': -1, 'fsdp': -1, 'tensor': 1}: only one axis can take the rest",
+            "mesh={'data': 1, 'expert': -1, 'fsdp': -1, 'tensor': 1}: only one axis can be -1",
         ),
         ({"model.remat": "dots"}, "model.remat='dots': choose one of none, attention, products, full"),
     ],

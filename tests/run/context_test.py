@@ -77,7 +77,10 @@ def test_they_are_refused_by_id_or_dropped_and_counted(limit, changes, found, tm
         kept = {problem.id for problem in problem_set.problems}
         assert kept == {f"{split}{i}" for i in range(6)} - {*found.get(split, ())}
     assert len(left_out(parts)) == len(found)
-    assert not found or "data.train, too long for the context: 1 problems (train5)" in left_out(parts)[0]
+    assert (
+        not found
+        or "data.train: dropped 1 problems that are too long for the context (train5)" in left_out(parts)[0]
+    )
     with config.unlocked():
         config.data.too_long = "refuse"
     if not found:
@@ -90,7 +93,7 @@ def test_they_are_refused_by_id_or_dropped_and_counted(limit, changes, found, tm
 
 def test_what_is_left_has_to_make_a_batch(tmp_path):
     settings = {"sampling__context_limit": 200, "data__too_long": "drop", "mode": "rl"}
-    with pytest.raises(ValueError, match=r"batch_size=6: data\.train has 5 problems"):
+    with pytest.raises(ValueError, match=r"batch_size=6: data\.train has only 5 problems"):
         assemble(with_long_problems(tmp_path, batch_size=6, **settings))
     refusal = r"data\.train=.*: 6 of 6 problems are too long \(train0, train1, .* context of 20;"
     with pytest.raises(ValueError, match=refusal):
@@ -98,7 +101,7 @@ def test_what_is_left_has_to_make_a_batch(tmp_path):
 
 
 def test_a_context_that_the_model_does_not_have():
-    with pytest.raises(ValueError, match=r"sampling\.context_limit=4097: the model was made for 4096"):
+    with pytest.raises(ValueError, match=r"sampling\.context_limit=4097: the model supports 4096"):
         assemble(fakes.config(sampling__context_limit=4097))
 
 
@@ -115,7 +118,7 @@ def test_first_prompts_of_the_users_own(tmp_path):
     for context, refused in ((limit, True), (limit + 1, False)):
         config = with_long_problems(tmp_path, mode="rl", sampling__context_limit=context, **settings)
         parts, population = assemble(config), first_population(config)
-        expected = pytest.raises(ValueError, match=r"start_from=.*prompt p0 .* has 329; shorten it")
+        expected = pytest.raises(ValueError, match=r"start_from=.*prompt p0 .* is 329; shorten the prompt")
         with expected if refused else contextlib.nullcontext():
             check_first_prompts(population, config, parts.splits, parts.reference, parts.environment)
 
@@ -135,11 +138,15 @@ def test_a_blank_root_has_the_system_turn_of_the_template(changes, tmp_path, mon
     for context, refused in ((limit, True), (limit + 1, False)):
         settings = {"population__text": "", "sampling__context_limit": context, **changes}
         config = with_long_problems(tmp_path, **settings)
-        expected = pytest.raises(ValueError, match=rf"long \(train5\): .* a prompt of {limit} tokens leaves")
+        expected = pytest.raises(
+            ValueError, match=rf"long \(train5\): .* prompt has {limit} tokens, which leaves"
+        )
         with expected if refused else contextlib.nullcontext():
             assemble(config)
         parts = assemble(with_long_problems(tmp_path, **{**settings, "sampling__context_limit": limit + 1}))
-        expected = pytest.raises(ValueError, match=rf"prompt p0 .* makes a prompt of {limit} tokens")
+        expected = pytest.raises(
+            ValueError, match=rf"system prompt p0 and the longest problem have {limit} tokens"
+        )
         with expected if refused else contextlib.nullcontext():
             check_first_prompts(
                 first_population(config), config, parts.splits, parts.reference, parts.environment

@@ -87,7 +87,7 @@ def test_the_same_problem_in_two_splits_is_refused(tmp_path):
 
 def test_a_batch_larger_than_the_problems_is_refused_before_the_model_is_loaded(monkeypatch):
     monkeypatch.setattr(weights, "load_pretrained", None)
-    with pytest.raises(ValueError, match=r"batch_size=7: data.train has 6 problems"):
+    with pytest.raises(ValueError, match=r"batch_size=7: data.train has only 6 problems"):
         assemble(fakes.config(batch_size=7))
 
 
@@ -230,9 +230,13 @@ def test_first_prompts_of_the_users_own(tmp_path):
         ("a.jsonl", '{"text": "a", "rules": []}', r"unknown fields \['rules'\]"),
         ("a.jsonl", '{"text": "a"}\n{"text": "a"}', "roots 0 and 1 are the same prompt"),
         ("a.jsonl", "", "needs at least one"),
-        ("a.jsonl", '{"text": "a"}\n\n{"principles": "abc"}', "line 3: text is a string, principles a list"),
-        ("a.jsonl", '{"text": null}', "line 1: text is a string"),
-        ("a.jsonl", '{"principles": null}', "line 1: text is a string"),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n\n{"principles": "abc"}',
+            "line 3: text must be a string, and principles a list",
+        ),
+        ("a.jsonl", '{"text": null}', "line 1: text must be a string"),
+        ("a.jsonl", '{"principles": null}', "line 1: text must be a string"),
         ("a.jsonl", '["text"]', "'list' object"),
         ("a.jsonl", '{"text": "a"}\n{"text": ', "line 2 is not JSON"),
         ("a.jsonl", "[" * 100_000, "line 1 is not JSON .nested too deeply"),
@@ -248,7 +252,7 @@ def test_what_is_no_population_is_refused_by_name(name, content, message, tmp_pa
 def test_prose_has_no_principles(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b", "principles": ["c"]}')
     settings = {"population__start_from": str(tmp_path / "a.jsonl"), "population__text": ""}
-    with pytest.raises(ValueError, match=r"population\.start_from=.*the text alone, but p1 have principles"):
+    with pytest.raises(ValueError, match=r"population\.start_from=.*only the text, but p1 have principles"):
         first_population(fakes.config(evolution__form="prose", **settings))
 
 

@@ -121,12 +121,14 @@ def test_prompts_by_name(workdir):
     read = read_run(workdir)
     assert read.prompt("root") == read.prompt("p0") == read.root
     assert read.prompt("p1").id == "p1" and read.prompt() == best_rated(read.population).prompt
-    with pytest.raises(ValueError, match=r"prompt='p99': give deployed, root, or one of p0, p1"):
+    with pytest.raises(
+        ValueError, match=r"prompt='p99': no such prompt; give deployed, root, or one of p0, p1"
+    ):
         read.prompt("p99")
 
 
 def test_where_there_is_no_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"has no config.json: give the --workdir"):
+    with pytest.raises(FileNotFoundError, match=r"has no config.json; give the --workdir"):
         read_run(tmp_path)
     with WorkDir(tmp_path, fakes.config().to_dict()):
         pass

@@ -67,7 +67,7 @@ def test_search_takes_its_settings_and_an_encyclopedia_has_its_own_passages():
     [
         (f"{__name__}:Echo", {"often": 2}, r"environment\.options=.*unexpected keyword argument 'often'"),
         (f"{__name__}:Ecco", {}, "has no attribute 'Ecco'"),
-        ("search", {}, "has no passages to search in; give a retriever"),
+        ("search", {}, "no passages to search; give a retriever"),
         ("search", {"retriever": "wikipedia"}, "retriever='wikipedia' is neither a server nor a file"),
         ("search", {"retriever": "http://x/retrieve", "turns": 3}, "unexpected keyword argument 'turns'"),
     ],

@@ -62,9 +62,9 @@ def test_differences_are_named():
     old = {"seed": 0, "loss": {"kind": "pg", "clip": None}, "data": {}, "steps": 3}
     new = {"seed": 1, "loss": {"kind": "pg", "clip": 0.2, "kl": True}, "data": {}, "steps": 4}
     assert differences(old, new, may_change=["steps"]) == [
-        "  loss.clip: null there, 0.2 now",
-        "  loss.kl: (absent) there, true now",
-        "  seed: 0 there, 1 now",
+        "  loss.clip: null saved, 0.2 now",
+        "  loss.kl: (absent) saved, true now",
+        "  seed: 0 saved, 1 now",
     ]
     assert differences(old, new, may_change=["seed", "loss", "steps"]) == []
-    assert differences({"lossy": 1}, {"lossy": 2}, may_change=["loss"]) == ["  lossy: 1 there, 2 now"]
+    assert differences({"lossy": 1}, {"lossy": 2}, may_change=["loss"]) == ["  lossy: 1 saved, 2 now"]

@@ -106,11 +106,11 @@ def test_two_processes(tmp_path):
     assert first == second
     unseen, other, used, older, alone, unshared, full = first.splitlines()
     assert unseen.startswith("RuntimeError config.json in here/run, which all processes have to see, differs")
-    assert other == f"ValueError {path} holds a run with another configuration:"
+    assert other == f"ValueError {path} holds a run with a different configuration:"
     assert used.startswith(f"RuntimeError {path} is in use by process")
-    assert older == f"ValueError cannot save iteration 2: {path} already has iteration 2"
-    assert alone.startswith("ValueError ['here'] is laid out over this process alone: with 2 processes")
-    assert unshared.startswith("ValueError ['count'] is laid out over this process alone")
+    assert older == f"ValueError iteration=2: {path} already has a checkpoint of iteration 2"
+    assert alone.startswith("ValueError ['here'] is only on the devices of this process; with 2 processes")
+    assert unshared.startswith("ValueError ['count'] is only on the devices of this process")
     assert full.startswith("OSError [Errno 28] the disk is full")
 
     (path / "lineage.jsonl").unlink()

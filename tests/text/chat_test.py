@@ -92,7 +92,7 @@ class TestRender:
         with pytest.raises(ValueError, match="no chat_template"):
             render(with_template(None), [user("1")])
         with pytest.raises(
-            ValueError, match="the chat template refuses this conversation: always; use another"
+            ValueError, match="the chat template rejects this conversation: always; use another"
         ):
             render(with_template("{{ raise_exception('always') }}"), [user("1")])
 
@@ -249,7 +249,7 @@ class TestCutMiddle:
         assert cut_middle(range(10), 6, [99]) == [0, 1, 2, 99, 8, 9]
         assert cut_middle(range(10), 3, [98, 99]) == [0, 98, 99]
         assert cut_middle(range(10), 1, []) == [0]
-        with pytest.raises(ValueError, match="limit=2 leaves no room beside a mark of 2"):
+        with pytest.raises(ValueError, match="limit=2: no room besides a mark of 2"):
             cut_middle(range(10), 2, [98, 99])
 
     @given(st.lists(st.integers(0, 9)), st.integers(3, 40))

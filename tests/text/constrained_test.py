@@ -310,17 +310,17 @@ class TestRows:
 
     def test_a_token_that_is_not_allowed_is_an_error(self):
         rows = rows_of(ADD, ADD)
-        with pytest.raises(RuntimeError, match="row 1 drew token 5, which was not allowed"):
+        with pytest.raises(RuntimeError, match="row 1 sampled token 5, which was not allowed"):
             rows.accept(np.array([0, 1]), np.array([*tokenizer().encode("{"), 5]))
-        with pytest.raises(RuntimeError, match="the reply of row 1 cannot go on"):
+        with pytest.raises(RuntimeError, match="the reply of row 1 cannot continue"):
             rows.allowed(np.array([0, 1]))
 
     def test_what_cannot_be_kept_to_is_refused(self):
-        with pytest.raises(ValueError, match=r'llguidance refuses the grammar .*"uniqueItems"'):
+        with pytest.raises(ValueError, match=r'llguidance rejects the grammar .*"uniqueItems"'):
             rows_of({"type": "array", "items": {"type": "string"}, "uniqueItems": True})
-        with pytest.raises(ValueError, match='llguidance refuses the grammar start: "A" NOWHERE'):
+        with pytest.raises(ValueError, match='llguidance rejects the grammar start: "A" NOWHERE'):
             rows_of('start: "A" NOWHERE')
-        with pytest.raises(ValueError, match=r"stop_ids=\(5000,\): give a token of the model"):
+        with pytest.raises(ValueError, match=r"stop_ids=\(5000,\): none is in the vocabulary"):
             rows_of(ADD, stop_ids=(5000,))
         words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
         with pytest.raises(ValueError, match="llguidance cannot read this tokenizer"):

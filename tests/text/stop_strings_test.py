@@ -178,8 +178,8 @@ def test_a_check_decodes_a_window_only():
     [
         (["a", ""], r"stop string 1 of \['a', ''\] is empty"),
         (["\ufffd"], "stop string 0 of .* contains U\\+FFFD"),
-        ([], "at least one string"),
-        ("stop", "strings='stop': give a list"),
+        ([], "must be a non-empty list of strings"),
+        ("stop", "strings='stop': must be a non-empty list"),
     ],
 )
 def test_refused(strings, complaint):

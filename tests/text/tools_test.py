@@ -126,5 +126,5 @@ def test_the_end_of_the_models_turn_is_written_once(with_template, ended_by):
 
 
 def test_a_template_that_refuses_the_conversation_is_an_error(with_template):
-    with pytest.raises(ValueError, match="the chat template refuses this conversation: never"):
+    with pytest.raises(ValueError, match="the chat template rejects this conversation: never"):
         between_turns(with_template("{{ raise_exception('never') }}"), RESULTS, TOOLS, "")

@@ -1,4 +1,4 @@
-"""Invented names: syllables put together by chance, and titles of works."""
+"""Invented names, made of random syllables, and titles of works."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ENDINGS = {
     "language": _split("ic ese i"),
     "currency": _split("o ek un"),
 }
-"""Kind of a name -> how it may end."""
+"""Kind of name -> its endings."""
 
 _ADJECTIVES = _split(
     "Amber Ashen Borrowed Bronze Clouded Copper Crooked Distant Drowned Dusty Empty Fallen Feathered "
@@ -43,10 +43,10 @@ MAX_WORKS = len(_ADJECTIVES) * len(_NOUNS)
 
 
 class Names:
-    """Draws names, none like another: no two words begin with the same five letters.
+    """Draws distinct names: no two words begin with the same five letters.
 
     Args:
-      rng: what to draw from.
+      rng: the random generator.
     """
 
     def __init__(self, rng: random.Random):
@@ -54,7 +54,7 @@ class Names:
         self._taken: set[str] = set()
 
     def words(self, kind: str, count: int) -> list[str]:
-        """So many new words with the endings of a kind."""
+        """Returns `count` new words with the endings of a kind."""
         found: list[str] = []
         while len(found) < count:
             parts = (_ONSETS, _VOWELS, _CLUSTERS, ENDINGS[kind])
@@ -65,14 +65,14 @@ class Names:
         return found
 
     def people(self, count: int) -> list[str]:
-        """Given and family names; either is shared by a few people, both together by none."""
+        """Returns full names; people share given or family names, but not both."""
         given = self.words("given", count // 4 + 1)
         family = self.words("family", count // 2 + 1)
         pairs = self._rng.sample(range(len(given) * len(family)), count)
         return [f"{given[pair % len(given)]} {family[pair // len(given)]}" for pair in pairs]
 
     def works(self, count: int) -> list[str]:
-        """Titles of works, at most `MAX_WORKS`."""
+        """Returns titles of works, at most `MAX_WORKS`."""
         pairs = self._rng.sample(range(MAX_WORKS), count)
         return [
             f"The {_ADJECTIVES[pair % len(_ADJECTIVES)]} {_NOUNS[pair // len(_ADJECTIVES)]}" for pair in pairs
@@ -80,5 +80,5 @@ class Names:
 
 
 def listed(names: Sequence[str]) -> str:
-    """`A`, `A and B`, or `A, B and C`."""
+    """Returns `A`, `A and B`, or `A, B and C`."""
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

@@ -1,7 +1,6 @@
-"""A generated encyclopedia of an invented world, for search agents on machines without Wikipedia or a hub.
+"""A generated encyclopedia of an invented world, for search agents without access to Wikipedia or the Hub.
 
-Its people, places, works and events do not exist, so no model knows them: what is not searched for cannot be
-answered.
+Its people, places, works and events do not exist, so a model cannot answer the questions without searching.
 """
 
 from __future__ import annotations
@@ -15,25 +14,25 @@ from espl_jax.data.problems import ProblemSet
 from espl_jax.types import Passage, Problem
 
 SPLITS = {"train": (0.0, 0.6), "validation": (0.6, 0.75), "test": (0.75, 1.0)}
-"""Each split's share of the pages that questions start from, of every kind."""
+"""Range of each split, as fractions of the pages of every kind that questions start from."""
 
 DEFAULT_COUNTS = {"train": 196, "validation": 32, "test": 64}
-"""Of train and test as many as the paper's search task has."""
+"""Default number of questions; train and test as in the paper's search task."""
 
 PEOPLE = 120
-"""Default number of people, which makes 325 pages."""
+"""Default number of people; gives 325 pages."""
 
 
 def passages(seed: int = 0, people: int = PEOPLE) -> tuple[Passage, ...]:
-    """The pages, one passage each, in a seeded order.
+    """Returns the pages, one passage each, in a seeded order.
 
     Args:
-      seed: of the world; the same as for `questions`.
-      people: 20 to 500; there are as many works, a third as many events, a quarter as many cities, and some
-        regions and countries.
+      seed: seed of the world; use the same as for `questions`.
+      people: 20 to 500. The world also has as many works, a third as many events, a quarter as many cities,
+        and some regions and countries.
 
     Raises:
-      ValueError: for a number of people out of range.
+      ValueError: if the number of people is out of range.
     """
     world = make_world(people, seed)
     titles = list(world.kinds)
@@ -48,22 +47,22 @@ def questions(
     hops: int | str = "1-3",
     people: int = PEOPLE,
 ) -> ProblemSet:
-    """Questions that follow facts from page to page ("In which city was the author of The Idle Kiln born?").
+    """Returns multi-hop questions ("In which city was the author of The Idle Kiln born?").
 
-    Each has one right answer, which is never in the question. A page that questions start from belongs to one
-    split for good, whatever count and hops, so splits never overlap. Numbers of hops take turns. A question's
-    id says where it starts and what it follows: `encyclopedia-120-0.the-idle-kiln.author.birthplace` (people,
-    seed, page, relations).
+    Each question has one correct answer, which is never part of the question. Each start page belongs to the
+    same split for every count and hops, so splits never overlap. Questions cycle through the numbers of hops.
+    The id of a question encodes its start page and relations:
+    `encyclopedia-120-0.the-idle-kiln.author.birthplace` (people, seed, page, relations).
 
     Args:
       split: `train`, `validation` or `test`.
-      seed: of the world, and of which questions are chosen.
-      count: how many; by default 196, 32 or 64. More of them begin with the fewer.
-      hops: how many facts a question follows, 1 to 3: a number, or a range such as "1-3".
-      people: size of the world, see `passages`.
+      seed: seed of the world and of the choice of questions.
+      count: number of questions; by default 196, 32 or 64. A smaller set is a prefix of a larger one.
+      hops: facts that a question chains, 1 to 3: a number, or a range such as "1-3".
+      people: size of the world; see `passages`.
 
     Raises:
-      ValueError: naming the argument and the fix.
+      ValueError: with the argument and the fix.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is unknown; choose one of {', '.join(SPLITS)}")
@@ -76,7 +75,7 @@ def questions(
         shuffled[number] = [(title, c) for title in starts for c in relations.chains(world, title, number)]
         rng.shuffle(shuffled[number])
     queues = [shuffled[number] for number in range(fewest, most + 1)]
-    # One of each length in turn, for as long as there are any.
+    # Cycle through the numbers of hops until all questions are used.
     ordered = [queue[i] for i in range(max(map(len, queues))) for queue in queues if i < len(queue)]
     count = DEFAULT_COUNTS[split] if count is None else count
     if not 1 <= count <= len(ordered):
@@ -89,16 +88,15 @@ def questions(
 
 
 def plan(problem_id: str) -> tuple[str, ...]:
-    """The titles of the pages that lead to the answer of a question, in order, one a hop.
+    """Returns the titles of the pages that lead to the answer of a question, in order, one per hop.
 
-    The last one says the answer, each other one the title of the next: what a policy does that knows the
-    encyclopedia.
+    Each page names the next, and the last one has the answer; an ideal policy searches for these titles.
 
     Args:
-      problem_id: of a problem of `questions`.
+      problem_id: id of a problem of `questions`.
 
     Raises:
-      ValueError: the id is not one of those.
+      ValueError: if there is no such question.
     """
     match = re.fullmatch(r"encyclopedia-(\d+)-(-?\d+)\.([a-z-]+)\.([a-z.]+)", problem_id)
     if match:
@@ -107,21 +105,19 @@ def plan(problem_id: str) -> tuple[str, ...]:
         chain = tuple(match[4].split("."))
         if named and chain in relations.chains(world, named[0], len(chain)):
             return relations.follow(world, named[0], chain)[:-1]
-    raise ValueError(
-        f"{problem_id!r} is not the id of a question of the encyclopedia; take it from `questions`"
-    )
+    raise ValueError(f"{problem_id!r} is not the id of an encyclopedia question; use an id from `questions`")
 
 
 def _range(hops: int | str) -> tuple[int, int]:
     match = re.fullmatch(r"([1-3])(?:-([1-3]))?", str(hops))
     fewest, most = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
     if fewest > most:
-        raise ValueError(f"hops={hops!r}: give a number from 1 to 3, or a range such as 1-3")
+        raise ValueError(f"hops={hops!r}: must be a number from 1 to 3, or a range such as 1-3")
     return fewest, most
 
 
 def _starts(world: World, split: str, seed: int) -> list[str]:
-    """The pages from which the split's questions start: its share of every kind."""
+    """Returns the start pages of a split: its share of the pages of every kind."""
     start, stop = SPLITS[split]
     found = []
     for kind in sorted(set(world.kinds.values())):

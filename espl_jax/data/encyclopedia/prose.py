@@ -1,4 +1,4 @@
-"""The pages: a few sentences for each title, worded by chance, that say its facts and nothing else."""
+"""The text of pages: a few sentences per title with its facts, in randomly chosen wordings."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ _FILLERS = {
         "Heavy rain delayed the opening of the {title} by a day.",
     ),
 }
-"""Kind of a page -> sentences that say nothing that is asked."""
+"""Kind of page -> filler sentences, which no question asks about."""
 
 
 def page(world: World, title: str, seed: int) -> str:
-    """The text of a page: 3 to 6 sentences, its facts first.
+    """Returns the text of a page: 3 to 6 sentences, facts first.
 
     Args:
-      world: whose page it is.
-      title: of the page.
-      seed: of the wording.
+      world: the world.
+      title: title of the page.
+      seed: seed of the wording.
     """
     rng = random.Random(f"page {seed} {title}")
     kind = world.kinds[title]

@@ -1,4 +1,4 @@
-"""What can be asked: relations between pages, and the questions that follow one or several of them."""
+"""Relations between pages, and the questions that follow one or several relations."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ MAX_HOPS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Relation:
-    """One step from a page to what it says.
+    """A relation from a page (the subject) to another page or a plain value (the object).
 
     Attributes:
-      kinds: of the pages that say it.
-      phrase: names the object if that is a page, with the subject for `{}`; empty for plain values.
-      questions: ask for the object.
+      kinds: kinds of the pages that have the relation.
+      phrase: noun phrase for an object that is a page, with `{}` for the subject; empty for plain values.
+      questions: questions for the object, with `{}` for the subject.
     """
 
     kinds: tuple[str, ...]
@@ -92,14 +92,14 @@ RELATIONS = {
 
 
 def mention(world: World, title: str) -> str:
-    """A page's title as it stands within a sentence."""
+    """Returns the title of a page as used within a sentence."""
     return f"the {title}" if world.kinds[title] == "event" else title
 
 
 def chains(world: World, title: str, hops: int) -> Iterator[tuple[str, ...]]:
-    """The relations that can be followed from a page, so many in a row.
+    """Yields the chains of `hops` relations that can be followed from a page.
 
-    A chain whose answer its own question says is left out, such as one that leads back to the page.
+    Skips chains whose question contains the answer, such as those that lead back to the page.
     """
     for chain in _paths(world, title, hops):
         answer = follow(world, title, chain)[-1]
@@ -108,10 +108,10 @@ def chains(world: World, title: str, hops: int) -> Iterator[tuple[str, ...]]:
 
 
 def follow(world: World, title: str, chain: tuple[str, ...]) -> tuple[str, ...]:
-    """The page, the pages that the relations lead to one after the other, and the answer at the end.
+    """Returns the start page, the pages along the chain, and the answer.
 
     Raises:
-      KeyError: there is no such fact.
+      KeyError: if a fact does not exist.
     """
     passed = [title]
     for relation in chain:
@@ -120,7 +120,7 @@ def follow(world: World, title: str, chain: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def questions(world: World, title: str, chain: tuple[str, ...]) -> list[str]:
-    """The question for the last object of a chain, in its wordings."""
+    """Returns all wordings of the question for the last object of a chain."""
     subject = mention(world, title)
     for relation in chain[:-1]:
         subject = RELATIONS[relation].phrase.format(subject)

@@ -1,4 +1,4 @@
-"""The facts of the encyclopedia: who made what, where and when, drawn so that all of them fit together."""
+"""The facts of the encyclopedia (who made what, where and when), drawn so that they are consistent."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from collections.abc import Mapping
 from espl_jax.data.encyclopedia.names import Names
 
 MAKERS = {"writer": "book", "composer": "opera", "painter": "painting"}
-"""Profession -> kind of the works that those of it make."""
+"""Profession -> kind of work that its members make."""
 
 PROFESSIONS = (*MAKERS, "engineer", "physician")
 
 MADE_BY = {"book": "author", "opera": "composer", "painting": "painter"}
-"""Kind of a work -> the relation to who made it."""
+"""Kind of work -> relation to its maker."""
 
 MIN_PEOPLE, MAX_PEOPLE = 20, 500
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """Everything that is so.
+    """All facts.
 
-    A relation gives a subject one object at most, so a question that follows relations from a title has one
-    answer.
+    A subject has at most one object per relation, so a question that follows relations from a title has a
+    single answer.
 
     Attributes:
-      kinds: title of a page -> what it is about: `book`, `opera`, `painting`, `person`, `event`, `city`,
+      kinds: title of a page -> its kind: `book`, `opera`, `painting`, `person`, `event`, `city`,
         `region` or `country`.
       facts: (title, name of a relation) -> title of another page, or a plain value.
     """
@@ -38,11 +38,11 @@ class World:
     facts: Mapping[tuple[str, str], str]
 
     def titles(self, kind: str) -> list[str]:
-        """Titles of a kind, in order."""
+        """Returns the titles of a kind, in order."""
         return [title for title, of in self.kinds.items() if of == kind]
 
     def subjects(self, relation: str, value: str) -> list[str]:
-        """Titles to which the relation gives this value, in order."""
+        """Returns the titles for which the relation has this value, in order."""
         return self._subjects.get((relation, value), [])
 
     @functools.cached_property
@@ -57,16 +57,15 @@ class World:
 def make_world(people: int, seed: int) -> World:
     """Draws a world: as many works as people, a third as many events, a quarter as many cities.
 
-    A city lies in a region and a region in a country, whose capital is one of its cities. People are born
-    from 1700 to 1880 and live 50 to 88 years. They make works and lead events in their lifetime, from the age
-    of 22 on, and are taught by people of the same profession, 20 to 45 years older, who live until their
-    pupils are 18.
+    Cities belong to regions and regions to countries; the capital of a country is one of its cities. People
+    are born from 1700 to 1880 and live 50 to 88 years. They make works and lead events from the age of 22 on.
+    Their teachers have the same profession, are 20 to 45 years older, and live until the pupil is 18.
 
     Raises:
       ValueError: for a number of people out of range.
     """
     if not MIN_PEOPLE <= people <= MAX_PEOPLE:
-        raise ValueError(f"people={people}: an encyclopedia has {MIN_PEOPLE} to {MAX_PEOPLE} of them")
+        raise ValueError(f"people={people}: must be from {MIN_PEOPLE} to {MAX_PEOPLE}")
     rng = random.Random(f"encyclopedia {people} {seed}")
     names = Names(rng)
     facts: dict[tuple[str, str], str] = {}
@@ -166,5 +165,5 @@ def _add_events(
 
 
 def _year_of_life(facts: Mapping[tuple[str, str], str], person: str, rng: random.Random) -> str:
-    """A year in which the person is at least 22 and lives."""
+    """Returns a year in which the person is alive and at least 22."""
     return str(rng.randint(int(facts[person, "born"]) + 22, int(facts[person, "died"])))

@@ -53,8 +53,10 @@ def main() -> None:
     """Serves until it is stopped."""
     parser = argparse.ArgumentParser(description="Serves BM25 over a file of passages at /retrieve.")
     parser.add_argument("--passages", required=True, help="file of passages (.jsonl)")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines ask")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all interfaces"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 picks a free one")
     args = parser.parse_args()
     try:
         server = make_server(Bm25.open(args.passages), args.host, args.port)

@@ -1,4 +1,4 @@
-"""How often a loop runs: from the compiler's note, from its counter, or from the caller."""
+"""Trip counts of loops: from the compiler's annotation, from the loop counter, or from the caller."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def trip_count(
     loop: Instruction,
     unknown_trips: Mapping[str, int],
 ) -> int:
-    """Trips of a `while` of a computation.
+    """Returns the trip count of a `while` instruction.
 
     Args:
-      computations: of the program, by name.
-      computation: the one that holds the loop.
-      loop: the `while`.
-      unknown_trips: counts by the loop's name or the end of its op_name, used only where the program itself
-        does not hold the count.
+      computations: computations of the program, by name.
+      computation: the computation that contains the loop.
+      loop: the `while` instruction.
+      unknown_trips: trip counts by the name of the loop or the end of its op_name; used only if the program
+        does not determine the count.
 
     Raises:
-      ValueError: if nobody knows.
+      ValueError: if the count is unknown.
     """
     if known := re.search(r'"known_trip_count":\{"n":"?(\d+)', loop.attributes):
         return int(known[1])
@@ -49,7 +49,7 @@ def trip_count(
 def _count(
     computations: Mapping[str, Computation], condition: Computation, body: Computation, state: Any
 ) -> int | None:
-    """Trips of a loop whose condition compares two numbers that change by constants, or None."""
+    """Returns the trip count if the condition compares two numbers that change by constants, else None."""
     gaps = []
     for _ in range(3):
         compared = _compared(computations, condition, condition.root, {0: state})
@@ -71,7 +71,7 @@ def _count(
 def _compared(
     computations: Mapping[str, Computation], computation: Computation, name: str, given: Mapping[int, Any]
 ) -> tuple[str, int, int] | None:
-    """Direction and both sides of the comparison that a value is, or None."""
+    """Returns direction and both sides if the value is a comparison, else None."""
     x = computation.instructions[name]
     values = [_value(computations, computation, operand, given) for operand in x.operands]
     if x.opcode in ("fusion", "call"):
@@ -92,9 +92,9 @@ def _value(
     given: Mapping[int, Any],
     known: dict[str, Any] | None = None,
 ) -> Any:
-    """A whole number if it follows from constants and the given parameters, a list of such, or None.
+    """Evaluates a value to an integer, or a list of them, from constants and the given parameters; else None.
 
-    `known` are values of the same computation found before: most are used many times over.
+    `known` caches values of the same computation.
     """
     x = computation.instructions[name]
     known = {} if known is None else known

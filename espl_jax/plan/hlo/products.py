@@ -1,4 +1,4 @@
-"""Flops of dots and convolutions, which on TPU are one: the compiler turns dots into convolutions."""
+"""Flops of dots and convolutions. On TPU, the compiler turns dots into convolutions."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from espl_jax.plan.hlo.text import Computation, Instruction
 
 
 def flops(computations: Mapping[str, Computation], computation: Computation, x: Instruction) -> int:
-    """Two for each product that one execution of an instruction needs; 0 where it multiplies elementwise.
+    """Returns the flops of one execution of an instruction, two per multiply-add; elementwise work counts 0.
 
-    A fusion, or what runs asynchronously, has those of its insides; a custom kernel has those that its author
-    estimated, or as one of jax's splash attention those that causality leaves.
+    A fusion or an asynchronous operation has the flops of its computation. A custom kernel has those of its
+    cost estimate, or for jax's splash attention the flops under a causal mask.
     """
     if x.opcode == "fusion" or (x.opcode == "async-start" and "calls=" in x.attributes):
         inner = computations[x.called("calls")]
@@ -34,12 +34,14 @@ def flops(computations: Mapping[str, Computation], computation: Computation, x: 
 
 
 _SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
-"""Products of queries, or of the like, with columns that each kernel of splash attention makes."""
+"""Kernel of splash attention -> number of matmuls over (query, column) pairs."""
 
 
 def _splash(x: Instruction) -> int:
-    """Flops of a kernel of splash attention, 0 for another one: pairs of query and column that causality
-    leaves. A window leaves fewer, and blocks that it cuts through are multiplied whole, which is more."""
+    """Returns the flops of a splash attention kernel over causal (query, column) pairs; 0 for other kernels.
+
+    Ignores that a window reduces the pairs, and that partly masked blocks are computed in full.
+    """
     products = next((count for name, count in _SPLASH.items() if x.name.startswith(name)), 0)
     arrays = re.findall(r"\w+\[(\d+),(\d+),(\d+),(\d+)\]", x.attributes)
     if not products or len(arrays) < 3:
@@ -51,7 +53,7 @@ def _splash(x: Instruction) -> int:
 
 
 def _convolution(left: Sequence[int], right: Sequence[int], result: Sequence[int], attributes: str) -> int:
-    """Products that fall on real elements: dots come as convolutions whose batch is a dilated dimension."""
+    """Returns flops on real elements: in convolutions made from dots, the batch is a dilated dimension."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     window = re.search(r"window=\{([^}]*)\}", attributes)
     fields = dict(field.split("=") for field in window[1].split()) if window else {}
@@ -74,7 +76,7 @@ def _convolution(left: Sequence[int], right: Sequence[int], result: Sequence[int
 def _positions(
     inputs: int, outputs: int, size: int, stride: int, pad: int, lhs_dilate: int, rhs_dilate: int
 ) -> int:
-    """Pairs of output and window positions that meet an input, along one dimension."""
+    """Returns the number of (output, window) position pairs that hit an input, along one dimension."""
     last = (inputs - 1) * lhs_dilate
     return sum(
         0 <= (at := out * stride + inside * rhs_dilate - pad) <= last and at % lhs_dilate == 0

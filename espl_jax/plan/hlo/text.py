@@ -1,4 +1,4 @@
-"""Optimized HLO text, as `compiled.as_text()` prints it, read into instructions."""
+"""Parses optimized HLO text, as printed by `compiled.as_text()`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of a shape, as laid out.
+    """An array of a shape, with its layout.
 
     Attributes:
-      dims: logical sizes.
-      bytes: of the padded layout.
-      on_hbm: whether it lies in the default memory space.
+      dims: logical dimensions.
+      bytes: bytes of the padded layout.
+      on_hbm: whether it is in the default memory space.
     """
 
     dims: tuple[int, ...]
@@ -32,9 +32,9 @@ class Instruction:
       name: unique in the program.
       arrays: the result, or every array of a (nested) tuple in order.
       opcode: as printed.
-      operands: names of instructions of the same computation.
-      literal: the text between the parentheses.
-      attributes: the text behind them.
+      operands: names of operands, in the same computation.
+      literal: the text in parentheses.
+      attributes: the text after the parentheses.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """Padded bytes of all result arrays, wherever they lie."""
+        """Padded bytes of all result arrays, in any memory."""
         return sum(array.bytes for array in self.arrays)
 
     @property
@@ -56,12 +56,12 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """The path of the traced function that it came from, or nothing."""
+        """The path of the traced function, or empty."""
         found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
         return found[1] if found else ""
 
     def called(self, attribute: str) -> str:
-        """The computation named by `attribute=%...`."""
+        """Returns the name of the computation in `attribute=%...`."""
         return re.search(rf"{attribute}=%?([\w.\-]+)", self.attributes)[1]
 
 
@@ -79,7 +79,7 @@ class Computation:
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """The instructions that have each name among their operands."""
+        """Instructions that use each name as an operand."""
         users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for instruction in self.instructions.values():
             for name in dict.fromkeys(instruction.operands):
@@ -93,7 +93,7 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """HLO text to its computations by name, and the name of the entry."""
+    """Returns (computations by name, name of the entry computation)."""
     computations, entry, header, instructions, root = {}, "", None, {}, ""
     for line in _lines(text):
         if (
@@ -115,7 +115,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def _lines(text: str) -> Iterator[str]:
-    """Lines, those of an instruction joined into one: what kernels say of themselves may have several."""
+    """Yields one line per instruction: the attributes of kernels may contain line breaks."""
     begun = ""
     for line in text.splitlines():
         line = f"{begun} {line}" if begun else line
@@ -125,7 +125,7 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def _closed_braces(line: str) -> bool:
-    """Whether all braces outside of strings are closed."""
+    """Returns whether all braces outside strings are closed."""
     if line.count("{") == line.count("}"):
         return True
     bare = _STRING.sub("", line)
@@ -140,12 +140,12 @@ def _instruction(name: str, text: str) -> Instruction:
     literal = literal[1:-1]
     operands = () if opcode in ("constant", "parameter") else tuple(re.findall(r"%([\w.\-]+)", literal))
     if literal and not operands and opcode not in ("constant", "parameter"):
-        raise ValueError(f"{name} = {text[:80]}: operands without %; give compiled.as_text() as it is")
+        raise ValueError(f"{name} = {text[:80]}: operands without %; give the unchanged compiled.as_text()")
     return Instruction(name, arrays, opcode, operands, literal, attributes)
 
 
 def _closed(text: str) -> tuple[str, str]:
-    """Splits behind the parenthesis that closes the first one."""
+    """Splits after the parenthesis that closes the first one."""
     depth = 0
     for found in re.finditer(r"[()]", text):
         depth += 1 if found[0] == "(" else -1
@@ -160,7 +160,7 @@ def _array(dtype: str, dims: str, layout: str) -> Array:
     physical = [sizes[int(axis)] for axis in reversed(order.split(","))] if order else list(sizes)
     tiles = re.search(r"T((?:\([\d,]*\))+)", tiling)
     for tile in re.findall(r"\(([\d,]+)\)", tiles[1]) if tiles else ():
-        # A tile cuts the minor dimensions into (how many, tile); the next one cuts the result.
+        # A tile splits the minor dimensions into (count, tile); the next tile splits the result.
         tile = [int(size) for size in tile.split(",")]
         physical = [1] * (len(tile) - len(physical)) + physical
         minor = physical[-len(tile) :]

@@ -1,19 +1,18 @@
 """HBM traffic and flops of a compiled TPU program, counted from its optimized, scheduled HLO text.
 
-The compiler's own estimate counts a loop's body once, traffic inside of the chip as bytes, and custom kernels
-not at all. Here loops are multiplied, and an operation costs, once, the operands and results it has in HBM:
+The compiler's own estimate counts loop bodies once, includes on-chip traffic, and ignores custom kernels.
+Here, loop bodies are multiplied by trip counts, and each operation counts its operands and results in HBM:
 
-- A layout with a memory space (`S(1)` and so on) is not HBM and costs nothing.
-- An operand of which only slices are taken costs those slices; an update in place costs the update, written.
-- Asynchronous pairs read where they start and write where they are done.
-- Bytes are those of the padded layout, which is what moves: `bf16[36,1,64]{2,1,0:T(8,128)(2,1)}` has
-  36 * 8 * 128 elements.
-- Of a conditional, the branch that moves more.
+- Arrays in another memory space (`S(1)` etc.) are not in HBM and count 0.
+- For an operand that is only sliced, only the slices count; for an in-place update, only the update.
+- Asynchronous pairs read at the start and write at the end.
+- Bytes are those of the padded layout: `bf16[36,1,64]{2,1,0:T(8,128)(2,1)}` has 36 * 8 * 128 elements.
+- Of a conditional, the branch with the most traffic counts.
 
-Flops are those of dots and convolutions, two for each product needed; elementwise work is not counted.
+Flops are those of dots and convolutions, two per multiply-add; elementwise work is not counted.
 
-What the text does not show is not counted: blocks that one operation fetches more than once, what collectives
-do between devices, and which parts of its operands a custom kernel really reads.
+Not counted, since the text does not show it: blocks that an operation reads more than once, communication
+between devices, and which parts of its operands a custom kernel reads.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ from espl_jax.plan.hlo.text import Computation, Instruction, parse
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """What one instruction costs over the whole execution.
+    """The cost of an instruction in one execution of the program.
 
     Attributes:
-      name, opcode: as the program has them.
-      op_name: the path of the traced function that it came from, or nothing.
-      executions: how often it runs.
-      read, written: bytes of HBM, over all its executions.
-      flops: over all its executions.
+      name, opcode: as in the program.
+      op_name: the path of the traced function, or empty.
+      executions: number of executions.
+      read, written: bytes of HBM, over all executions.
+      flops: flops over all executions.
     """
 
     name: str
@@ -55,12 +54,12 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What one execution of a program costs one device.
+    """The cost of one execution of a program on one device.
 
     Attributes:
       read, written: bytes of HBM.
-      flops: of dots and convolutions.
-      by_operation: every operation that costs anything, the most bytes first.
+      flops: flops of dots and convolutions.
+      by_operation: all operations with a cost, most bytes first.
     """
 
     read: int
@@ -75,18 +74,18 @@ class Traffic:
 
 
 def traffic(text: str, unknown_trips: Mapping[str, int] | None = None) -> Traffic:
-    """Counts what one execution of a compiled program moves between HBM and the chip, on one device.
+    """Counts the HBM traffic and flops of one execution of a compiled program on one device.
 
     Args:
       text: `compiled.as_text()` of a program compiled for TPU.
-      unknown_trips: how often loops run whose count the program does not hold, by the end of their op_name
-        or by their name in the program, e.g. `{"jit(decode_chunk)/while": 32}`.
+      unknown_trips: trip counts that the program does not determine, by the name of the loop or the end of
+        its op_name, e.g. `{"jit(decode_chunk)/while": 32}`.
 
     Returns:
       Bytes of HBM and flops, in total and by operation.
 
     Raises:
-      ValueError: for a loop without a count, or text that is no HLO program.
+      ValueError: for a loop with unknown trip count, or text that is not an HLO program.
     """
     computations, entry = parse(text)
     counter = _Counter(computations, dict(unknown_trips or {}))
@@ -100,7 +99,7 @@ def traffic(text: str, unknown_trips: Mapping[str, int] | None = None) -> Traffi
 
 
 def breakdown(counted: Traffic, largest: int = 15) -> str:
-    """The operations that move most, one a line: gigabytes, share, executions, name and origin."""
+    """Formats the operations with the most traffic: gigabytes, share, executions, name and op_name."""
     lines = []
     for x in counted.by_operation[:largest]:
         share = 100 * x.total / max(counted.total, 1)
@@ -108,28 +107,28 @@ def breakdown(counted: Traffic, largest: int = 15) -> str:
     return "\n".join(lines)
 
 
-# Names of what already lies in memory; a new name moves nothing.
+# Operations that only name existing memory and move nothing.
 _FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency"),
     *("opt-barrier", "partition-id", "replica-id", "async-update"),
 )
-# Operations that take a part of their first operand, as large as their result.
+# Operations that read only a part of their first operand, of the size of their result.
 _TAKES = ("slice", "dynamic-slice", "gather")
-# Operations that write into their first operand, and which operand holds what they write.
+# Operations that write into their first operand -> index of the operand with the update.
 _UPDATES = {"dynamic-update-slice": 1, "scatter": -1}
-# Operations of which a part needs as large a part of their operand.
+# Operations for which a part of the result needs an equally large part of the operand.
 _ELEMENT_BY_ELEMENT = ("bitcast", "convert", "copy", "pad", "reshape", "transpose")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Counter:
-    """The computations of one program, and the trip counts that the caller knows."""
+    """The computations of a program, and the trip counts given by the caller."""
 
     computations: Mapping[str, Computation]
     unknown_trips: Mapping[str, int]
 
     def cost(self, name: str) -> list[Operation]:
-        """What one run of a computation costs, loops and branches included."""
+        """Returns the costs of one execution of a computation, including loops and branches."""
         computation = self.computations[name]
         operations: list[Operation] = []
         for x in computation.instructions.values():
@@ -150,12 +149,12 @@ class _Counter:
         return operations
 
     def moved(self, computation: Computation, x: Instruction) -> tuple[int, int]:
-        """Bytes of HBM that one execution of an instruction reads and writes."""
+        """Returns bytes of HBM read and written by one execution of an instruction."""
         if x.opcode in _FREE or (x.opcode == "custom-call" and "AllocateBuffer" in x.attributes):
             return 0, 0
         kind = re.sub(r"-(start|done)$", "", x.opcode)
         if kind == "async" and "calls=" in x.attributes:
-            # As dumps write a slice-start: with the slice in a computation of its own.
+            # In dumps, a slice-start has the slice in a separate computation.
             called = self.computations[x.called("calls")]
             kind = called.instructions[called.root].opcode
         operands = [computation.instructions[name] for name in x.operands]
@@ -165,7 +164,7 @@ class _Counter:
             return self.moved_by_fusion(operands, x)
         whole = {operand.name: operand.hbm_bytes for operand in operands}
         if kind in _TAKES:
-            # Where it starts, the result comes behind the operands.
+            # In a -start operation, the result comes after the operands.
             taken = x.arrays[len(operands) if x.opcode.endswith("-start") else 0].bytes
             whole[operands[0].name] = min(whole[operands[0].name], taken)
         written = 0 if x.opcode.endswith("-start") else x.hbm_bytes
@@ -175,7 +174,7 @@ class _Counter:
         return sum(whole.values()), written
 
     def moved_by_fusion(self, operands: list[Instruction], x: Instruction) -> tuple[int, int]:
-        """The same of a fusion: what its insides take of its operands, and what they write of its results."""
+        """Returns bytes read and written by a fusion, from what its computation reads and writes."""
         fused = self.computations[x.called("calls")]
         written, in_place = 0, set()
         for output, array in zip(_outputs(fused), x.arrays, strict=True):
@@ -192,7 +191,7 @@ class _Counter:
         return sum(read.values()), written
 
     def update(self, fused: Computation, name: str) -> tuple[int, int] | None:
-        """If a value is a parameter updated in place: bytes of the update, and the parameter's number."""
+        """Returns (bytes of the update, parameter number) if a value is a parameter updated in place."""
         x = fused.instructions[name]
         if x.opcode == "bitcast":
             return self.update(fused, x.operands[0])
@@ -208,7 +207,7 @@ class _Counter:
         return None
 
     def taken(self, fused: Computation, name: str, in_place: bool) -> int:
-        """Bytes that the users of a value in a fusion need of it; its update in place needs none."""
+        """Returns the bytes of a value that its users in a fusion read; an in-place update reads none."""
         x = fused.instructions[name]
         if name in _outputs(fused):
             return x.bytes
@@ -248,13 +247,13 @@ def _branches(x: Instruction) -> list[str]:
 
 
 def _outputs(fused: Computation) -> list[str]:
-    """Names of what a fused computation returns, one for each result."""
+    """Returns the names of the results of a fused computation."""
     root = fused.instructions[fused.root]
     return list(root.operands) if root.opcode == "tuple" else [root.name] * len(root.arrays)
 
 
 def _parameter(fused: Computation, name: str) -> int | None:
-    """The number of the parameter that a value is, under whatever name; None for anything else."""
+    """Returns the number of the parameter that a value aliases, or None."""
     x = fused.instructions[name]
     while x.opcode == "bitcast":
         x = fused.instructions[x.operands[0]]

@@ -1,1 +1,1 @@
-"""Reading GGUF files: metadata, quantized weights, tokenizers."""
+"""Reads GGUF files: metadata, quantized weights, tokenizers."""

@@ -1,7 +1,7 @@
-"""Byte-level BPE out of GGUF metadata (`tokenizer.ggml.model` = gpt2).
+"""Byte-level BPE from GGUF metadata (`tokenizer.ggml.model` = gpt2).
 
-The file has the merges, but only the name of how text is split into words before them; the splits themselves
-are below, as the models' own tokenizers have them.
+The file has the merges, but only the name of the pre-tokenization; its patterns are below, as in the original
+tokenizers of the models.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# What llama.cpp does with files that name no split; Falcon's.
+# Used by llama.cpp for files without a name; Falcon's.
 _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 
 SPLITS: dict[str, tuple[str, ...]] = {
@@ -39,21 +39,21 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "qwen2": (_QWEN2,),
     "deepseek-r1-qwen": (_QWEN2,),
 }
-"""`tokenizer.ggml.pre` -> patterns; each isolates its matches in what those before it left."""
+"""`tokenizer.ggml.pre` -> patterns, applied in order; each isolates its matches."""
 
 WHOLE_WORDS_FIRST = {"llama-bpe", "llama3", "llama-v3", "tekken"}
-"""Where a word that is a token is taken whole, whether or not merges lead to it."""
+"""Splits for which a word in the vocabulary is one token, even if no merges produce it."""
 
 COMPOSED = {"qwen2", "deepseek-r1-qwen"}
-"""Where text is brought into Unicode's composed form (NFC) first."""
+"""Splits for which text is first normalized to NFC."""
 
 
 def byte_level_bpe(tokens: Sequence[str], merges: Sequence[str], split: str) -> Tokenizer:
-    """The tokenizer without its special tokens.
+    """Returns the tokenizer, without special tokens.
 
     Args:
-      tokens: the vocabulary in order, spelled in GPT-2's printable bytes.
-      merges: pairs of tokens with a space between them, first to merge first.
+      tokens: the vocabulary in order, in GPT-2's printable byte encoding.
+      merges: pairs of tokens separated by a space, highest priority first.
       split: a key of `SPLITS`.
 
     Raises:

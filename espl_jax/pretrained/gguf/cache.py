@@ -1,4 +1,4 @@
-"""Dequantized GGUF files kept on disk, because unpacking even a small one takes seconds."""
+"""Caches dequantized GGUF files on disk, because unpacking even a small file takes seconds."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from espl_jax.pretrained.gguf.weights import Params, params_from_gguf
 from espl_jax.storage.user_cache import cache_folder
 
 FORMAT_VERSION = 3
-"""Part of every file's name: raise it when the params tree or the stored fields change."""
+"""Part of every file name; increase it when the params tree or the stored fields change."""
 
 Unpacked = tuple[Params, DecoderConfig, dict[str, Any]]
 
 
 def unpack(path: str | os.PathLike[str], **numerics: Any) -> Unpacked:
-    """Reads a GGUF file: numpy params, config, and metadata (which holds the tokenizer).
+    """Reads a GGUF file: numpy params, config, and metadata (which includes the tokenizer).
 
     Args:
-      path: of the file.
-      **numerics: DecoderConfig fields of our own; params are in `param_dtype`, float32 by default.
+      path: path of the file.
+      **numerics: DecoderConfig fields that are not in the file; params are in `param_dtype`, by default
+        float32.
     """
     file = open_gguf(path)
     config = config_from_gguf(file, **numerics)
@@ -40,11 +41,11 @@ def unpack(path: str | os.PathLike[str], **numerics: Any) -> Unpacked:
 
 
 def unpack_cached(path: str | os.PathLike[str]) -> Unpacked:
-    """`unpack` in float32, kept in the cache folder under the hash of the file's content.
+    """Returns `unpack` in float32, cached under the hash of the file's content.
 
-    The folder is `~/.cache/espl_jax`, or what the environment variable ESPL_JAX_CACHE says. A file appears
-    there whole or not at all; one that cannot be read is made anew. A folder that cannot be written is no
-    error: the model is then unpacked every time, with a warning.
+    The cache folder is `~/.cache/espl_jax`, or the environment variable ESPL_JAX_CACHE. Files are written
+    atomically; an unreadable file is replaced. If the folder is not writable, the model is unpacked every
+    time, with a warning.
     """
     with open(path, "rb") as source:
         digest = hashlib.file_digest(source, "sha256").hexdigest()
@@ -58,7 +59,7 @@ def unpack_cached(path: str | os.PathLike[str]) -> Unpacked:
     except OSError as error:
         warnings.warn(
             f"the model could not be cached in {entry.parent} ({error}); "
-            "set the environment variable ESPL_JAX_CACHE to a folder with room that you can write",
+            "set the environment variable ESPL_JAX_CACHE to a writable folder with enough space",
             stacklevel=2,
         )
     return unpacked

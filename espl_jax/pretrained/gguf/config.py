@@ -1,4 +1,4 @@
-"""The decoder that a GGUF file's metadata describes."""
+"""Converts the metadata of GGUF files to DecoderConfig."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from espl_jax.models.rope import frequencies, yarn_attention_factor
 from espl_jax.pretrained.gguf.file import GGUFFile
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
-"""Values of `general.architecture` that are read; `llama` is Mistral's too."""
+"""Supported values of `general.architecture`; `llama` includes Mistral."""
 
 GEMMA3_LOCAL_THETA = 10_000.0
 GEMMA3_PATTERN = 6
-"""What files of Gemma 3 leave out: RoPE's base in layers with a window, and that every sixth has none."""
+"""Defaults of Gemma 3: the RoPE base of layers with a window, and every sixth layer without a window."""
 
 LLAMA3_ORIGINAL_POSITIONS = 8192
 
@@ -26,14 +26,14 @@ Field = Callable[..., Any]
 
 
 def config_from_gguf(file: GGUFFile, **numerics: Any) -> DecoderConfig:
-    """The decoder that the file's metadata describes.
+    """Returns the DecoderConfig for a file.
 
     Args:
       file: an opened GGUF file.
-      **numerics: DecoderConfig fields of our own (`dtype`, `matmul_precision`, ...).
+      **numerics: DecoderConfig fields that are not in the file (`dtype`, `matmul_precision`, ...).
 
     Raises:
-      ValueError: for an architecture or a feature that the decoder does not compute, or a missing field.
+      ValueError: for an unsupported architecture or feature, or a missing field.
     """
     architecture = file.metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
@@ -59,7 +59,7 @@ def config_from_gguf(file: GGUFFile, **numerics: Any) -> DecoderConfig:
                 f"{file.path}: {architecture}.{name}={value!r} is not supported; only {supported!r} is"
             )
     if "token_embd.weight" not in file.tensors:
-        raise ValueError(f"{file.path}: the tensor token_embd.weight is missing; convert the model anew")
+        raise ValueError(f"{file.path}: the tensor token_embd.weight is missing; convert the model again")
 
     windows = _windows(file, field, architecture, num_layers)
     rope = _rope(file, field, head_dim)
@@ -77,7 +77,7 @@ def config_from_gguf(file: GGUFFile, **numerics: Any) -> DecoderConfig:
             "local_rope": Rope(theta=field("rope.freq_base_swa", GEMMA3_LOCAL_THETA)),
         }
     return DecoderConfig(
-        # The vocabulary may be padded beyond the tokenizer's, so the weight tells its size.
+        # The vocabulary may be padded beyond the tokenizer's, so take its size from the weight.
         vocab_size=file.tensors["token_embd.weight"].shape[0],
         num_layers=num_layers,
         embed_dim=embed_dim,
@@ -88,7 +88,7 @@ def config_from_gguf(file: GGUFFile, **numerics: Any) -> DecoderConfig:
         rope=rope,
         windows=windows,
         norm_eps=field("attention.layer_norm_rms_epsilon"),
-        # Nothing in the metadata tells of biases.
+        # The metadata does not mention biases.
         qkv_bias="blk.0.attn_q.bias" in file.tensors,
         out_bias="blk.0.attn_output.bias" in file.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
@@ -101,13 +101,13 @@ def config_from_gguf(file: GGUFFile, **numerics: Any) -> DecoderConfig:
 
 
 def _fields(file: GGUFFile, architecture: str) -> Field:
-    """Looks up `<architecture>.<name>`; without a default the field must be there."""
+    """Returns a function that looks up `<architecture>.<name>`; without a default the field is required."""
 
     def field(name: str, default: Any = None) -> Any:
         key = f"{architecture}.{name}"
         if key not in file.metadata:
             if default is None:
-                raise ValueError(f"{file.path}: the field {key} is missing; convert the model anew")
+                raise ValueError(f"{file.path}: the field {key} is missing; convert the model again")
             return default
         value = file.metadata[key]
         # Stored as float32: 1e-5 comes back as 9.999999747e-06.
@@ -117,10 +117,10 @@ def _fields(file: GGUFFile, architecture: str) -> Field:
 
 
 def _windows(file: GGUFFile, field: Field, architecture: str, num_layers: int) -> tuple[int, ...]:
-    """Of each layer, how many tokens a token sees, 0 for all; () if it is all in every layer."""
+    """Returns the window of each layer in tokens, 0 for none; () if no layer has a window."""
     window = field("attention.sliding_window", 0)
     if architecture.startswith("qwen"):
-        # Qwen's windows begin at a layer that the file does not name.
+        # In Qwen, windows start at a layer that the file does not specify.
         if 0 < window < field("context_length"):
             raise ValueError(
                 f"{file.path}: {architecture}.attention.sliding_window={window} is not supported, because "
@@ -129,7 +129,7 @@ def _windows(file: GGUFFile, field: Field, architecture: str, num_layers: int) -
         return ()
     if not window:
         return ()
-    # One in so many layers sees everything, the last of each run; 0: none does. Or a list over the layers.
+    # Every pattern-th layer has no window (0: all layers have one); or a list with an entry per layer.
     pattern = field("attention.sliding_window_pattern", GEMMA3_PATTERN if architecture == "gemma3" else 0)
     if not isinstance(pattern, list):
         pattern = [pattern == 0 or layer % pattern < pattern - 1 for layer in range(num_layers)]
@@ -142,7 +142,7 @@ _ROPE_KEYS = {
     *("scaling.type", "scaling.factor", "scaling.original_context_length", "scaling.finetuned"),
     *("scaling.attn_factor", "scaling.yarn_attn_factor", "scaling.yarn_beta_fast", "scaling.yarn_beta_slow"),
 }
-"""Fields of RoPE that are read, or say nothing about the result."""
+"""RoPE fields that are read, or do not affect the result."""
 
 
 def _rope(file: GGUFFile, field: Field, head_dim: int) -> Rope:
@@ -156,7 +156,7 @@ def _rope(file: GGUFFile, field: Field, head_dim: int) -> Rope:
     theta = field("rope.freq_base", 10_000.0)
     if "rope_freqs.weight" in file.tensors:
         return _llama3_rope(file, theta, head_dim)
-    # Older files have the factor of linear scaling alone.
+    # Older files have only the factor of linear scaling.
     scaling = field("rope.scaling.type", "linear")
     factor = field("rope.scaling.factor", field("rope.scale_linear", 1.0))
     match scaling:
@@ -185,7 +185,7 @@ def _rope(file: GGUFFile, field: Field, head_dim: int) -> Rope:
 
 
 def _llama3_rope(file: GGUFFile, theta: float, head_dim: int) -> Rope:
-    """Llama 3's scaling, of which files hold the divisor of each frequency only."""
+    """Returns Llama 3's scaling; the file has only the divisor of each frequency."""
     divisors = file.dequantize("rope_freqs.weight")
     rope = Rope(theta, "llama3", float(divisors.max()), LLAMA3_ORIGINAL_POSITIONS)
     expected = frequencies(Rope(theta), head_dim) / frequencies(rope, head_dim)

@@ -1,7 +1,7 @@
-"""Reading GGUF files: metadata as plain values, tensors still quantized and mapped from disk.
+"""Reads GGUF files: metadata as plain values; tensors stay quantized and memory-mapped.
 
-The format is described in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package has a
-reader too, but it makes several numpy arrays of every token, 15 seconds for a vocabulary of 262,144.
+The format is specified in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader of the `gguf`
+package creates several numpy arrays per token, which takes 15 seconds for a vocabulary of 262,144.
 """
 
 from __future__ import annotations
@@ -29,18 +29,17 @@ _NUMBERS = {
     gguf.GGUFValueType.INT64: "<q",
     gguf.GGUFValueType.FLOAT64: "<d",
 }
-"""Formats of numbers, the same for `struct` and for numpy."""
+"""Formats of numbers, valid for both `struct` and numpy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GGUFTensor:
-    """A tensor as it lies in the file.
+    """A tensor as stored in the file.
 
     Attributes:
-      kind: how it is quantized.
-      shape: its sizes from the slowest axis to the fastest, `[out, in]` for a linear layer. (The file lists
-        them the other way around.)
-      data: uint8 `[*shape[:-1], bytes of a row]`, mapped from the file.
+      kind: its quantization.
+      shape: its shape in row-major order, `[out, in]` for a linear layer (reversed in the file).
+      data: uint8 `[*shape[:-1], bytes of a row]`, memory-mapped.
     """
 
     kind: gguf.GGMLQuantizationType
@@ -50,11 +49,11 @@ class GGUFTensor:
 
 @dataclasses.dataclass(frozen=True)
 class GGUFFile:
-    """A GGUF file, opened but with its weights still packed on disk.
+    """An opened GGUF file, with its weights still quantized on disk.
 
     Attributes:
-      path: where it lies.
-      metadata: its fields by their GGUF names, as plain Python values.
+      path: its path.
+      metadata: its fields by GGUF name, as plain Python values.
       tensors: its tensors by name.
     """
 
@@ -63,10 +62,10 @@ class GGUFFile:
     tensors: Mapping[str, GGUFTensor]
 
     def dequantize(self, name: str) -> np.ndarray:
-        """A tensor in float32, of its shape; unquantized ones are views of the file.
+        """Returns a tensor in float32; a float32 tensor is a view of the file.
 
         Raises:
-          ValueError: for a quantization that the `gguf` package cannot undo.
+          ValueError: for a quantization that the `gguf` package does not support.
         """
         tensor = self.tensors[name]
         try:
@@ -74,17 +73,17 @@ class GGUFFile:
         except NotImplementedError as error:
             raise ValueError(
                 f"{self.path}: {name} is stored as {tensor.kind.name}, which gguf cannot dequantize; "
-                "take another quantization of the model (F16 and Q8_0 always work)"
+                "use another quantization of the model (F16 and Q8_0 always work)"
             ) from error
         return values.astype(np.float32, copy=False).reshape(tensor.shape)
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
-    """Opens a GGUF file and checks that it is whole.
+    """Opens a GGUF file and checks that it is complete.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it is not GGUF, is truncated or damaged, or one part of several.
+      ValueError: if it is not GGUF, truncated or damaged, or one part of a split file.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
@@ -98,7 +97,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
         ) from error
     if (parts := metadata.get("split.count", 1)) > 1:
         raise ValueError(
-            f"{path} is one of {parts} parts of a model, which are not read singly; join them with "
+            f"{path} is one of {parts} parts of a model; join them with "
             "`llama-gguf-split --merge <first part> <new file>`"
         )
     return GGUFFile(path, metadata, tensors)
@@ -110,9 +109,7 @@ def _read(data: np.ndarray) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         raise ValueError("GGUF magic invalid")
     version = cursor.unpack("<I")
     if version not in (2, 3):
-        raise ValueError(
-            f"version {version} of the format, of which 2 and 3 in little-endian order are known"
-        )
+        raise ValueError(f"unsupported version {version} of the format; supported: 2 and 3, little-endian")
     num_tensors, num_fields = cursor.unpack("<Q"), cursor.unpack("<Q")
     metadata = {}
     for _ in range(num_fields):
@@ -129,7 +126,9 @@ def _read(data: np.ndarray) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     for name, shape, kind, offset in headers:
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         if not shape or shape[-1] % block:
-            raise ValueError(f"{name} of shape {list(shape)} is not made of {kind.name}'s blocks of {block}")
+            raise ValueError(
+                f"{name} of shape {list(shape)} is not a multiple of the {kind.name} block size {block}"
+            )
         stored = (*shape[:-1], shape[-1] // block * block_bytes)
         first, size = start + offset, math.prod(stored)
         if first + size > len(data):
@@ -139,7 +138,7 @@ def _read(data: np.ndarray) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
 
 
 class _Cursor:
-    """Reads values one after the other; running out of bytes is an error, whatever is read."""
+    """Reads values in sequence; raises an error at the end of the data."""
 
     def __init__(self, data: np.ndarray):
         self.data = memoryview(data)

@@ -1,7 +1,7 @@
-"""SentencePiece BPE out of GGUF metadata (`tokenizer.ggml.model` = llama): Llama 2, Mistral, Gemma.
+"""SentencePiece BPE from GGUF metadata (`tokenizer.ggml.model` = llama): Llama 2, Mistral, Gemma.
 
-SentencePiece joins the two neighbours whose union is the piece of the highest score; `tokenizers` joins the
-pair of the lowest rank. Every way to cut a piece in two is therefore a merge, ranked by the piece's score.
+SentencePiece merges the neighbours whose union is the piece with the highest score; `tokenizers` merges the
+pair with the lowest rank. So every split of a piece into two pieces becomes a merge, ranked by score.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from gguf import TokenType
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 SPACE = "▁"
-"""How pieces spell a space, U+2581."""
+"""The space character in pieces, U+2581."""
 
 
 def sentencepiece_bpe(
     tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int], space_prefix: bool
 ) -> Tokenizer:
-    """The tokenizer without its special tokens.
+    """Returns the tokenizer, without special tokens.
 
     Args:
       tokens: the vocabulary in order.
-      scores: of each token; higher ones are merged first.
+      scores: score of each token; higher scores are merged first.
       kinds: `gguf.TokenType` of each token.
-      space_prefix: whether text gets a space in front, also what follows a special token.
+      space_prefix: whether to prepend a space to the text, and to text after a special token.
     """
     vocab = {token: i for i, token in enumerate(tokens)}
-    # Control and user-defined tokens are matched whole before; byte tokens stand for what no piece spells.
+    # Control and user-defined tokens are matched beforehand; byte tokens are for characters without a piece.
     pieces = {
         token: score
         for token, score, kind in zip(tokens, scores, kinds, strict=True)
@@ -54,9 +54,9 @@ def sentencepiece_bpe(
 
 
 def merges_from_scores(pieces: dict[str, float]) -> list[tuple[str, str]]:
-    """All pairs of pieces that make up a third one, the highest score first.
+    """Returns all pairs of pieces whose union is a piece, highest score first.
 
-    The ways to cut one piece tie; longer left halves go first then, as in the conversions on the hub.
+    Pairs of the same piece tie; those with a longer left half come first, as in conversions on the Hub.
     """
     merges = []
     for piece, score in pieces.items():

@@ -1,4 +1,4 @@
-"""The tokenizer that a GGUF file's metadata describes, as transformers would run it."""
+"""Builds a transformers tokenizer from the metadata of a GGUF file."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ MODELS = ("gpt2", "llama")
 """Values of `tokenizer.ggml.model`: byte-level BPE, and SentencePiece BPE."""
 
 BEGINS_WITH_BOS = {"llama-bpe", "llama3", "llama-v3", "tekken"}
-"""Values of `tokenizer.ggml.pre` that mean add_bos_token where the file does not say (SentencePiece too)."""
+"""Values of `tokenizer.ggml.pre` for which add_bos_token defaults to True (as for SentencePiece)."""
 
 END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>")
-"""Tokens that end a turn, although many files name only another one as `eos`."""
+"""Tokens that end a turn, even if the file names only another token as `eos`."""
 
 _BEGINS_TURN = ("<|start_header_id|>", "<|end_header_id|>", "<|im_start|>", "<start_of_turn>")
 
 
 def has_tokenizer(metadata: Mapping[str, Any]) -> bool:
-    """Whether a GGUF file was converted with its vocabulary."""
+    """Returns whether a GGUF file has a vocabulary."""
     return metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
 
 
@@ -33,15 +33,15 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> PreTrainedTokenizerF
     """Builds the tokenizer of a GGUF file.
 
     Args:
-      metadata: the file's fields by their GGUF names (`GGUFFile.metadata`).
+      metadata: fields of the file by GGUF name (`GGUFFile.metadata`).
 
     Returns:
-      A tokenizer with the file's special tokens, `bos`, `eos`, `unk`, `pad` and chat template. It begins and
-      ends texts with `bos` and `eos` where the file says so, unless called with `add_special_tokens=False`,
-      as for what a chat template rendered.
+      A tokenizer with the file's special tokens, `bos`, `eos`, `unk`, `pad` and chat template. It adds `bos`
+      and `eos` to texts if the file says so, unless called with `add_special_tokens=False`, as for text
+      rendered by a chat template.
 
     Raises:
-      ValueError: for another kind of tokenizer, or a missing field.
+      ValueError: for an unsupported tokenizer, or a missing field.
     """
     model = _field(metadata, "model")
     if model not in MODELS:
@@ -50,7 +50,7 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> PreTrainedTokenizerF
         tokens, tokenizer, normalized = _byte_level(metadata)
     else:
         tokens, tokenizer, normalized = _sentencepiece(metadata)
-    # Matched whole, before any merging.
+    # Matched before any merges.
     kinds = _token_types(metadata)
     tokenizer.add_tokens(
         [
@@ -80,10 +80,10 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> PreTrainedTokenizerF
 
 
 def stop_ids_from_metadata(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """The tokens that end an answer: `eos`, then the ends of a turn or message, each once.
+    """Returns the distinct tokens that end a reply: `eos`, then the ends of a turn or message.
 
-    Those that the file names (`eos_token_id`, `eot_token_id`, `eom_token_id`), and `END_OF_TURN`, whatever
-    type the file gives them. What `eos_token_id` of a generation config lists.
+    These are the tokens that the file names (`eos_token_id`, `eot_token_id`, `eom_token_id`), and
+    `END_OF_TURN`, whatever their type in the file. They correspond to `eos_token_id` of a generation config.
     """
     ids = {token: i for i, token in enumerate(_field(metadata, "tokens"))}
     known = [ids[token] for token in END_OF_TURN if token in ids]
@@ -91,10 +91,10 @@ def stop_ids_from_metadata(metadata: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _named_ends(metadata: Mapping[str, Any]) -> list[int]:
-    """The ids that the file itself names as ends.
+    """Returns the ids that the file names as ends.
 
     Raises:
-      ValueError: one is not an id of the file's tokens.
+      ValueError: if one is not a valid token id.
     """
     count = len(_field(metadata, "tokens"))
     fields = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
@@ -108,8 +108,8 @@ def _named_ends(metadata: Mapping[str, Any]) -> list[int]:
 
 
 def _token_types(metadata: Mapping[str, Any]) -> list[int]:
-    """The file's `token_type`, but marks and named ends of turns are control tokens: converters write them as
-    ordinary or user-defined tokens, too."""
+    """Returns the file's `token_type`, with turn markers and named ends changed to control tokens: some
+    converters write them as normal or user-defined tokens."""
     kinds = list(_field(metadata, "token_type"))
     marks = {*END_OF_TURN, *_BEGINS_TURN}
     controls = [i for i, token in enumerate(_field(metadata, "tokens")) if token in marks]
@@ -120,7 +120,7 @@ def _token_types(metadata: Mapping[str, Any]) -> list[int]:
 
 
 def _chat_templates(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
-    """The file's chat template, or several by their names, the unnamed one as `default`."""
+    """Returns the file's chat template, or several by name, with the unnamed one as `default`."""
     default, prefix = metadata.get("tokenizer.chat_template"), "tokenizer.chat_template."
     named = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     if not named:
@@ -131,7 +131,9 @@ def _chat_templates(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
 def _field(metadata: Mapping[str, Any], name: str) -> Any:
     key = f"tokenizer.ggml.{name}"
     if key not in metadata:
-        raise ValueError(f"the field {key} is missing: the file has no usable tokenizer; convert it anew")
+        raise ValueError(
+            f"the field {key} is missing: the file has no usable tokenizer; convert the model again"
+        )
     return metadata[key]
 
 
@@ -141,10 +143,10 @@ def _byte_level(metadata: Mapping[str, Any]) -> tuple[list[str], Tokenizer, bool
 
 
 def _sentencepiece(metadata: Mapping[str, Any]) -> tuple[list[str], Tokenizer, bool]:
-    """(tokens as they are to be spelled, tokenizer, whether user-defined ones match in normalized text).
+    """Returns (normalized tokens, tokenizer, whether user-defined tokens match in normalized text).
 
-    They do in SentencePiece; files spell them with plain spaces all the same. But where every stretch of
-    text gets a space in front, normalizing would put one into the token too.
+    In SentencePiece they do, although files write them with plain spaces. But with a space prefix,
+    normalization would also prepend a space to the token.
     """
     kinds = _token_types(metadata)
     space_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)

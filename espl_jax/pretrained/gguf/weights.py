@@ -1,9 +1,9 @@
-"""GGUF files as decoder params.
+"""Converts the tensors of GGUF files to decoder params.
 
-Weights lie in them as in other checkpoints, `[outputs, inputs]`, with two exceptions. Query and key rows of
-the architecture `llama` come in the order of interleaved RoPE (pairs side by side); ours is the order of
-half-rotation (first halves of all pairs, then second halves), so those rows are put back. And scales of
-norms that are stored less one elsewhere (Gemma) are whole here.
+Weights have the layout of other checkpoints, `[outputs, inputs]`, with two exceptions. Query and key rows of
+the architecture `llama` are in the order of interleaved RoPE (pairs adjacent), and are permuted to our order
+of half-rotation (first halves of all pairs, then second halves). And norm scales that other checkpoints store
+minus one (Gemma) are stored in full.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NAMES = {
     "final_norm": "output_norm",
     "head": "output",
 }
-"""A weight's node in the params -> what the file calls it, {} being the layer."""
+"""Path of a module in the params -> its name in the file, with {} for the layer index."""
 
 CONSUMED_BY_CONFIG = {"rope_freqs.weight"}
 
@@ -52,10 +52,10 @@ def params_from_gguf(file: GGUFFile, config: DecoderConfig) -> Params:
       config: its decoder, from `config_from_gguf`.
 
     Returns:
-      numpy arrays in `config.param_dtype`, the tree and shapes of `transformer.abstract(config)`.
+      numpy arrays in `config.param_dtype`, with the tree and shapes of `transformer.abstract(config)`.
 
     Raises:
-      ValueError: if a tensor is missing, has another shape than the config's, or is not of this decoder.
+      ValueError: if a tensor is missing, has a wrong shape, or is not part of this decoder.
     """
     declared, tree = jax.tree_util.tree_flatten_with_path(abstract(config))
     paths = ["/".join(key.key for key in path) for path, _ in declared]
@@ -63,8 +63,8 @@ def params_from_gguf(file: GGUFFile, config: DecoderConfig) -> Params:
     _check_complete(file, {name for layers in names for name in layers})
     leaves = []
     for path, (_, weight), layers in zip(paths, declared, names, strict=True):
-        # Filled one layer at a time, so that little is held twice; and no view of the file, which may be
-        # replaced while we run.
+        # Copied one layer at a time, to save memory; not a view of the file, which may be replaced during the
+        # run.
         leaf = np.empty(weight.shape, jnp.dtype(weight.dtype))
         rows = leaf if path.startswith("layers/") else leaf[None]
         for row, name in zip(rows, layers, strict=True):
@@ -74,7 +74,7 @@ def params_from_gguf(file: GGUFFile, config: DecoderConfig) -> Params:
 
 
 def _names(path: str, config: DecoderConfig) -> list[str]:
-    """The tensors that make up one weight: one of every layer, or a single one."""
+    """Returns the tensors of a weight: one per layer, or a single one."""
     node, _, leaf = path.rpartition("/")
     name = f"{NAMES[node]}.{'bias' if leaf == 'bias' else 'weight'}"
     return [name.format(layer) for layer in range(config.num_layers)] if "{}" in name else [name]
@@ -84,17 +84,17 @@ def _check_complete(file: GGUFFile, names: set[str]) -> None:
     if missing := sorted(names - set(file.tensors)):
         raise ValueError(
             f"{file.path}: {len(missing)} tensors are missing, beginning with {', '.join(missing[:5])}; "
-            "convert the model anew"
+            "convert the model again"
         )
     if extra := sorted(set(file.tensors) - names - CONSUMED_BY_CONFIG):
         raise ValueError(
-            f"{file.path}: tensors that this decoder does not use: {', '.join(extra[:5])}; "
-            "the model has a feature that is not supported"
+            f"{file.path}: unexpected tensors {', '.join(extra[:5])}: the model has an unsupported "
+            "feature; use another model"
         )
 
 
 def _layer(file: GGUFFile, name: str, path: str, weight: Weight, config: DecoderConfig) -> np.ndarray:
-    """One layer of a weight in our layout, float32."""
+    """Returns one layer of a weight in our layout, float32."""
     stored, expected = file.tensors[name].shape, file_shape(weight)
     if stored != expected:
         raise ValueError(
@@ -109,6 +109,6 @@ def _layer(file: GGUFFile, name: str, path: str, weight: Weight, config: Decoder
 
 
 def _half_rotation(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """[N * H, ...] with rows `[N, H/2, 2]`, as interleaved RoPE wants them -> rows `[N, 2, H/2]`."""
+    """Permutes rows [N * H, ...] from `[N, H/2, 2]` (interleaved RoPE) to `[N, 2, H/2]`."""
     pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
