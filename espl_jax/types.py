@@ -22,7 +22,7 @@ Conversation = list[Message]
 Schema = dict[str, Any]
 """A JSON schema as plain values."""
 
-Reflect = Callable[[Sequence[Conversation]], list[str | None]]
+Reflect = Callable[[Sequence[Conversation]], Sequence[str | None]]
 """Conversations in, one reply each out, in order; None where no reply was to be had (a server that fails).
 
 A reply includes the opening, if one was given. The same conversation asked again gets another reply. A
@@ -35,7 +35,7 @@ class KeepsSchemas(Protocol):
 
     def constrained(
         self, conversations: Sequence[Conversation], schemas: Sequence[Schema]
-    ) -> list[str | None]:
+    ) -> Sequence[str | None]:
         """One reply each, in order, kept to the schema of its conversation as far as the reflector can."""
         ...
 

@@ -53,15 +53,19 @@ class Editor(Protocol):
 
     def show(self) -> str:
         """The parent as reflection sees it, with what edits refer to."""
+        ...
 
     def criticize(self, values: Sequence[Mapping[str, Any]]) -> tuple[Edit, ...]:
         """Edits that critiques propose, one for each set of values (a problem, its attempts)."""
+        ...
 
     def revise(self, proposed: Sequence[Edit]) -> Draft:
         """What one revision of all that was proposed makes of the parent."""
+        ...
 
     def cross(self, values: Mapping[str, Any]) -> tuple[Draft, bool]:
         """What a crossover makes of the parent, and whether it proposed an edit that can be used."""
+        ...
 
 
 class PrincipleEditor:
@@ -193,17 +197,18 @@ class ProseEditor:
         """The blocks proposed are suggestions; where the revision holds no block that can be used, they are
         applied one after another as far as they apply.
         """
-        suggestions = "\n\n".join(_show_block(edit) for edit in proposed)
+        blocks = tuple(edit for edit in proposed if isinstance(edit, Replace))
+        suggestions = "\n\n".join(map(_show_block, blocks))
         values = {"instructions": self.show(), "suggestions": suggestions}
-        schema = self._schema(max(len(proposed), 1))
+        schema = self._schema(max(len(blocks), 1))
         ((edits, nothing),) = self.record.edits("revision", "revision_prose", [values], schema, (Replace,))
         edits = self.record.presentable(self._that_apply(edits), self.problems, {})
         usable = bool(edits) or nothing
         if not usable:
             self.record.count("revision_unusable")
-            edits = tuple(proposed)
+            edits = blocks
         evidence = {
-            "suggestions": [edit_to_json(edit) for edit in proposed],
+            "suggestions": [edit_to_json(edit) for edit in blocks],
             "revision_unusable": not usable,
         }
         return self._draft(edits, evidence)
@@ -216,12 +221,12 @@ class ProseEditor:
         edits = self.record.presentable(self._that_apply(edits), self.problems, {})
         return self._draft(edits, {}), bool(edits)
 
-    def _that_apply(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
+    def _that_apply(self, edits: Sequence[Replace]) -> tuple[Replace, ...]:
         reasons = [(edit, why_not_replaced(self.parent.text, edit)) for edit in edits]
         drops = [(reason, describe(edit)) for edit, reason in reasons if reason]
         return self.record.kept(([edit for edit, reason in reasons if not reason], drops))
 
-    def _draft(self, edits: Sequence[Edit], evidence: dict[str, Any]) -> Draft:
+    def _draft(self, edits: Sequence[Replace], evidence: dict[str, Any]) -> Draft:
         """The text after all blocks that still apply after those before them, and that its limits allow."""
 
         prompt, kept, drops = self.parent, [], []

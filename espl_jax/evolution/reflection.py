@@ -5,13 +5,15 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from espl_jax.evolution.edit_replies import parse_edits
 from espl_jax.evolution.edits import Drop, Edit
 from espl_jax.evolution.guards import Guards, drop_copies, drop_not_allowed, drop_repeats, shorten_edits
 from espl_jax.evolution.templates import load_template
 from espl_jax.types import Conversation, Problem, Reflect, Rollouts, Schema, SystemPrompt, keeps_schemas
+
+_Edit = TypeVar("_Edit", bound=Edit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +51,9 @@ class Record:
 
     def __init__(self, reflect: Reflect, guards: Guards, opening: bool, constrained: bool = True):
         self.guards = guards
-        self.constrained = constrained and keeps_schemas(reflect)
         self._reflect = reflect
+        self._keeper = reflect if constrained and keeps_schemas(reflect) else None
+        self.constrained = self._keeper is not None
         self._opening = opening
         self._transcripts: list[dict[str, Any]] = []
         self._drops: collections.Counter[str] = collections.Counter()
@@ -64,10 +67,10 @@ class Record:
         self,
         stage: str,
         template: str,
-        values: Sequence[dict[str, Any]],
+        values: Sequence[Mapping[str, Any]],
         schema: Schema | None,
-        allowed: tuple[type, ...],
-    ) -> list[tuple[tuple[Edit, ...], bool]]:
+        allowed: tuple[type[_Edit], ...],
+    ) -> list[tuple[tuple[_Edit, ...], bool]]:
         """The edits of each reply: of operations that the stage allows, dropped ones counted.
 
         A reply with a principle of too many words is asked for again. Raises `Unanswered`.
@@ -105,19 +108,19 @@ class Record:
         ]
 
     def presentable(
-        self, edits: Sequence[Edit], problems: Sequence[Problem], entries: Mapping[str, str]
-    ) -> tuple[Edit, ...]:
+        self, edits: Sequence[_Edit], problems: Sequence[Problem], entries: Mapping[str, str]
+    ) -> tuple[_Edit, ...]:
         """Edits whose principles are short, say something new and give no problem away; the rest counted."""
-        edits, shortened = shorten_edits(edits, self.guards)
+        short, shortened = shorten_edits(edits, self.guards)
         self.count("shortened", shortened)
-        return self.kept(drop_repeats(self.kept(drop_copies(edits, problems, self.guards)), entries))
+        return self.kept(drop_repeats(self.kept(drop_copies(short, problems, self.guards)), entries))
 
     def _ask(
         self, stage: str, conversations: Sequence[Conversation], schema: Schema | None = None
     ) -> list[str | None]:
         """The replies to all conversations of a stage, in one batch. Raises ValueError for a wrong number."""
-        if schema is not None and self.constrained:
-            replies = self._reflect.constrained(conversations, [schema] * len(conversations))
+        if schema is not None and self._keeper is not None:
+            replies = self._keeper.constrained(conversations, [schema] * len(conversations))
         else:
             replies = self._reflect(conversations)
         if len(replies) != len(conversations):

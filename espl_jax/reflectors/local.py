@@ -134,7 +134,7 @@ class LocalReflector:
 
     def _fit(self, system: list[int], rest: list[int]) -> list[int]:
         positions = self.model.config.max_positions
-        limit = min(self.max_input_tokens or positions, positions - self.sampling.max_new_tokens)
+        limit = min(self.max_input_tokens or positions, positions - int(self.sampling.max_new_tokens))
         if len(system) + len(self._mark) >= limit:
             raise ValueError(
                 f"reflection.max_input_tokens={limit} is filled by the {len(system)} tokens of the "
