@@ -140,7 +140,7 @@ def iterate(job: Job, run: Run, make_reflect: MakeReflect) -> Run:
             (validation,) = evaluate_on(job, "validation", model, "current", [best], iteration)
             record |= {"validation": dataclasses.asdict(validation), "held_out": validation.accuracy}
     job.progress.report(iteration, record)
-    not_finite = learned.get("not_finite_in_row", run.not_finite_in_row)
+    not_finite = int(learned.get("not_finite_in_row", run.not_finite_in_row))
     return Run(iteration, run.root, train_state, population, cursor, skipped, not_finite, run.inputs)
 
 

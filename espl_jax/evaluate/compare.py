@@ -15,7 +15,7 @@ import numpy as np
 
 from espl_jax.console.tables import duration
 from espl_jax.data.problems import ProblemSet
-from espl_jax.environments.base import Environment, checked_grades
+from espl_jax.environments.base import Dialogue, Environment, checked_grades
 from espl_jax.evaluate.cells import Cell, make_cells, show
 from espl_jax.evaluate.request import Request, naming
 from espl_jax.parallel import sharding
@@ -115,7 +115,7 @@ def find_model(source: str) -> None:
             hf_folder.read_config(folder)
 
 
-def check_gradable(environment: Environment, problem_set: ProblemSet) -> None:
+def check_gradable(environment: Environment | Dialogue, problem_set: ProblemSet) -> None:
     """Raises ValueError unless every problem's own answer, put into a box, is graded as a success."""
     problems = problem_set.problems
     grades = checked_grades(environment, problems, [rf"\boxed{{{problem.answer}}}" for problem in problems])
@@ -129,7 +129,7 @@ def check_gradable(environment: Environment, problem_set: ProblemSet) -> None:
 
 
 def evaluate_model(
-    source: str, request: Request, environment: Environment, mesh: jax.sharding.Mesh | None
+    source: str, request: Request, environment: Environment | Dialogue, mesh: jax.sharding.Mesh | None
 ) -> Iterator[Cell]:
     """The cells of one model, which is loaded here and given up at the end."""
     tell(f"{source}: loading")
@@ -176,7 +176,7 @@ def check_room(
     source: str,
     model: Model,
     problem_set: ProblemSet,
-    environment: Environment,
+    environment: Environment | Dialogue,
     chat: ChatFormat,
 ) -> None:
     """Raises ValueError, naming problems, unless all prompts and problems leave room for an answer.
@@ -257,7 +257,7 @@ def sample_in_batches(
     model: Model,
     prompts: Sequence[SystemPrompt],
     problems: Sequence[Problem],
-    environment: Environment,
+    environment: Environment | Dialogue,
     batch_size: int,
     *,
     chat: ChatFormat,

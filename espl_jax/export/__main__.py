@@ -21,6 +21,8 @@ def main(argv: list[str]) -> None:
     """Exports a run."""
     if len(argv) > 1:
         sys.exit(f"not understood: {' '.join(argv[1:])}; see --help")
+    workdir, out = _WORKDIR.value, _OUT.value
+    assert workdir is not None and out is not None
 
     import jax
 
@@ -30,8 +32,8 @@ def main(argv: list[str]) -> None:
 
     with command_line.without_traceback():
         export(
-            _WORKDIR.value,
-            _OUT.value,
+            workdir,
+            out,
             format=_FORMAT.value,
             prompt=_PROMPT.value,
             dtype=_DTYPE.value,

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from espl_jax.choices import LORA_TARGETS
 from espl_jax.models import lora
@@ -62,7 +62,7 @@ def save_adapter(
     folder: str | os.PathLike[str],
     adapters: Params,
     config: DecoderConfig,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     system_prompt: SystemPrompt | str | None = None,
     *,
     base: str,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from jax.typing import DTypeLike
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from espl_jax.models import lora
 from espl_jax.models.config import DecoderConfig, dtype_name
@@ -28,7 +28,7 @@ def save_pretrained(
     folder: str | os.PathLike[str],
     params: Params,
     config: DecoderConfig,
-    tokenizer: PreTrainedTokenizerFast | None,
+    tokenizer: PreTrainedTokenizerBase | None,
     system_prompt: SystemPrompt | str | None = None,
     *,
     dtype: DTypeLike | None = None,

@@ -22,9 +22,14 @@ _SOME_PROMPT = SystemPrompt("-")
 class Model(Protocol):
     """What sampling needs of a model; `espl_jax.load_pretrained` returns one, which has `stop_ids` too."""
 
-    params: Any
-    config: DecoderConfig
-    tokenizer: Any
+    @property
+    def params(self) -> Any: ...
+
+    @property
+    def config(self) -> DecoderConfig: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
 
 
 def stop_ids_of(model: Model) -> tuple[int, ...]:

@@ -228,7 +228,9 @@ def rollout_sizes(config: Config, parts: Parts) -> tuple[Sizes, ...]:
     """What the rollouts of a training iteration reserve and compile for, whatever its problems."""
     longest = Lengths(0, parts.capacity.longest_problem, config.sampling.max_new_tokens)
     rollouts = workloads_of(config, parts, longest)[0]
-    return rollouts.sizes(parts.reference.config, parts.capacity.held_bytes, parts.mesh)
+    held = parts.capacity.held_bytes
+    assert held is not None
+    return rollouts.sizes(parts.reference.config, held, parts.mesh)
 
 
 def workloads_of(config: Config, parts: Parts, lengths: Lengths) -> list[Workload]:

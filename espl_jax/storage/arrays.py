@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,12 +14,13 @@ from orbax.checkpoint import v1 as ocp
 
 from espl_jax.parallel import processes
 from espl_jax.storage import durable
+from espl_jax.storage.folders import AnyPath
 
 _AT_ONCE = 8  # files that a process hashes side by side
 _UNREADABLE = ""
 
 
-def named_leaves(tree: Any) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
+def named_leaves(tree: Any) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:  # pyright: ignore[reportInvalidTypeForm]
     """Leaves by path. Saved flat, since orbax does not know every container that optimizers are made of."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}, treedef
@@ -69,14 +69,14 @@ def check_shared(leaves: dict[str, Any]) -> None:
             )
 
 
-def save(path: Path, leaves: dict[str, Any]) -> None:
+def save(path: AnyPath, leaves: dict[str, Any]) -> None:
     """Writes arrays, each process those shards that it has; returns in every process when all are written."""
     if leaves:
         with durable.disk_full_explained(path):
             ocp.save(path, leaves)
 
 
-def hashes(path: Path) -> dict[str, str]:
+def hashes(path: AnyPath) -> dict[str, str]:
     """SHA-256 of every file that `save` wrote, by its name below `path`; each process reads its share.
 
     Raises:
@@ -88,7 +88,7 @@ def hashes(path: Path) -> dict[str, str]:
     return found
 
 
-def damaged(path: Path, saved: dict[str, str]) -> str | None:
+def damaged(path: AnyPath, saved: dict[str, str]) -> str | None:
     """Looks for a file whose content is not what was saved.
 
     Args:
@@ -102,7 +102,7 @@ def damaged(path: Path, saved: dict[str, str]) -> str | None:
     return next((name for name in now if now[name] != saved[name]), None)
 
 
-def _files(path: Path, prefix: str = "") -> list[str]:
+def _files(path: AnyPath, prefix: str = "") -> list[str]:
     """Names below a folder, of this machine or in a bucket."""
     names: list[str] = []
     for each in sorted(path.iterdir()) if path.is_dir() else ():
@@ -110,7 +110,7 @@ def _files(path: Path, prefix: str = "") -> list[str]:
     return names
 
 
-def _hashes(path: Path, names: Sequence[str]) -> dict[str, str]:
+def _hashes(path: AnyPath, names: Sequence[str]) -> dict[str, str]:
     def digest(name: str) -> bytes:
         try:
             with (path / name).open("rb") as file:
@@ -127,7 +127,7 @@ def _hashes(path: Path, names: Sequence[str]) -> dict[str, str]:
     return {name: row.tobytes().hex() if row.any() else _UNREADABLE for name, row in rows}
 
 
-def load(path: Path, leaves: dict[str, Any]) -> list[jax.Array]:
+def load(path: AnyPath, leaves: dict[str, Any]) -> list[jax.Array]:
     """Reads the arrays onto the shardings of `leaves`, in their order.
 
     One without a sharding goes to the default device, uncommitted: jax then moves it to where its partners

@@ -81,7 +81,7 @@ def lock(folder: Path) -> BinaryIO:
 
 
 @contextlib.contextmanager
-def disk_full_explained(path: Path) -> Iterator[None]:
+def disk_full_explained(path: os.PathLike[str]) -> Iterator[None]:
     """Says what to do when the disk is full; every other error passes unchanged."""
     try:
         yield

@@ -15,11 +15,12 @@ from etils import epath
 from espl_jax.storage.local import LocalFolder, LocalLog
 from espl_jax.storage.objects import ObjectFolder, ObjectLog
 
+AnyPath = Path | epath.Path
 Folder = LocalFolder | ObjectFolder
 Log = LocalLog | ObjectLog
 
 
-def parse(path: str | os.PathLike[str]) -> Path | epath.Path:
+def parse(path: str | os.PathLike[str]) -> AnyPath:
     """The path as an object that knows `/` and `read_text`: absolute, or with its `gs://`.
 
     Raises:
@@ -43,9 +44,11 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 def open_folder(path: str | os.PathLike[str]) -> Folder:
     """A folder, which need not be there yet: nothing is read or written. Raises as `parse`."""
-    return ObjectFolder(parse(path)) if is_remote(path) else LocalFolder(parse(path))
+    parsed = parse(path)
+    return LocalFolder(parsed) if isinstance(parsed, Path) else ObjectFolder(parsed)
 
 
 def open_log(path: str | os.PathLike[str]) -> Log:
     """A log by itself, of no folder that is held. Raises as `parse`."""
-    return ObjectLog(parse(path)) if is_remote(path) else LocalLog(parse(path))
+    parsed = parse(path)
+    return LocalLog(parsed) if isinstance(parsed, Path) else ObjectLog(parsed)

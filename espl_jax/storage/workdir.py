@@ -291,6 +291,7 @@ def read_checkpoint(
     while committed := processes.decide(lambda: _committed(folder)):
         try:
             newest = processes.decide(lambda found=committed: _newest(folder, found))
+            assert newest is not None
             return _with_arrays(folder, newest, abstract_arrays, partial=True)
         except Exception:
             # Gone while it was read, because the run has made newer ones? Then these can be read.

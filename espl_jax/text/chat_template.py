@@ -7,7 +7,7 @@ import json
 import string
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from espl_jax.types import Conversation
 
@@ -38,7 +38,7 @@ TRIAL_TOOL = {
 """What templates for tools are tried with."""
 
 
-def apply_chat_template(tokenizer: PreTrainedTokenizerFast, turns: Conversation, **arguments: Any) -> str:
+def apply_chat_template(tokenizer: PreTrainedTokenizerBase, turns: Conversation, **arguments: Any) -> str:
     """Renders a conversation as it stands, with the generation prompt.
 
     Args:
@@ -58,7 +58,7 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerFast, turns: Conversation,
     )
 
 
-def named_templates(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+def named_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Returns the tokenizer's chat templates by name; a single one is named `default`."""
     template = getattr(tokenizer, "chat_template", None)
     if template is None:
@@ -66,7 +66,7 @@ def named_templates(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
     return dict(template) if isinstance(template, dict) else {_DEFAULT: template}
 
 
-def template_for(tokenizer: PreTrainedTokenizerFast, *, with_tools: bool) -> str:
+def template_for(tokenizer: PreTrainedTokenizerBase, *, with_tools: bool) -> str:
     """Returns the template that transformers and servers choose, too: `tool_use` where there are tools and a
     template of that name, else `default`.
 
@@ -85,7 +85,7 @@ def template_for(tokenizer: PreTrainedTokenizerFast, *, with_tools: bool) -> str
     return templates[name]
 
 
-def template_file(tokenizer: PreTrainedTokenizerFast, *, with_tools: bool) -> str:
+def template_file(tokenizer: PreTrainedTokenizerBase, *, with_tools: bool) -> str:
     """Returns the file of `template_for` in a folder that `save_pretrained` writes."""
     name = _chosen(named_templates(tokenizer), with_tools)
     return "chat_template.jinja" if name == _DEFAULT else f"additional_chat_templates/{name}.jinja"

@@ -10,7 +10,7 @@ import llguidance
 import numpy as np
 from llguidance.hf import from_tokenizer
 from llguidance.numpy import fill_next_token_bitmask_par
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from espl_jax.types import Schema
 
@@ -32,7 +32,7 @@ class SchemaRows:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: PreTrainedTokenizerBase,
         schemas: Sequence[Schema],
         *,
         stop_ids: Sequence[int],

@@ -7,7 +7,7 @@ import re
 from typing import TypeVar
 
 from jinja2.exceptions import TemplateError
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from espl_jax.text.chat_template import TRIAL_TOOL, apply_chat_template, named_templates
 from espl_jax.text.thinking import CLOSE, OPEN
@@ -18,7 +18,7 @@ WITHIN_TURNS = frozenset({OPEN, CLOSE, "<tool_call>", "</tool_call>", "<tool_res
 _Value = TypeVar("_Value")
 
 
-def without_control_tokens(tokenizer: PreTrainedTokenizerFast, value: _Value) -> _Value:
+def without_control_tokens(tokenizer: PreTrainedTokenizerBase, value: _Value) -> _Value:
     """Replaces every control token that a text spells by a space.
 
     Control tokens are the tokenizer's special tokens, and its other added tokens in angle or square brackets
@@ -50,7 +50,7 @@ def _replaced(control_tokens: re.Pattern[str], value: _Value) -> _Value:
 
 @functools.lru_cache(maxsize=8)
 def _control_tokens(
-    tokenizer: PreTrainedTokenizerFast, size: int, templates: tuple[tuple[str, str], ...]
+    tokenizer: PreTrainedTokenizerBase, size: int, templates: tuple[tuple[str, str], ...]
 ) -> re.Pattern[str]:
     """Matches a control token, the longest first. `size` and `templates` show that a tokenizer changed."""
     added = tokenizer.added_tokens_decoder
@@ -65,7 +65,7 @@ def _control_tokens(
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def _trials(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+def _trials(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Plain conversations of all roles, as the chat template writes them; it may refuse some."""
     system, user, assistant, tool = (
         {"role": role, "content": "a"} for role in ("system", "user", "assistant", "tool")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 UNFINISHED = "\ufffd"
 """What a decoder writes for the bytes of a character that is not complete."""
@@ -17,7 +17,7 @@ _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def stop_finder(
-    tokenizer: PreTrainedTokenizerFast, strings: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]
 ) -> Callable[[Sequence[int], int], int | None]:
     """A function that says after how many tokens a text first contains one of several strings.
 
