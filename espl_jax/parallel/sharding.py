@@ -52,7 +52,8 @@ activations move instead; caches lie by rows in both."""
 
 
 def make_mesh(
-    sizes: dict[str, int] | None = None, devices: Sequence[jax.Device] | None = None
+    sizes: dict[str, int] | None = None,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
 ) -> Mesh | None:
     """A mesh over all devices of the run, or None where it has one; or over the devices given.
 

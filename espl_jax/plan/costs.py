@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -88,7 +88,7 @@ class Plan:
     topology: str
     chip: Chip
     mesh: dict[str, int]
-    held: dict[str, float]
+    held: Mapping[str, float]
     slots: str
     costs: tuple[Cost, ...]
     error: str = ""
@@ -180,6 +180,7 @@ def _run(
     evaluated: int,
 ) -> _Run:
     mesh = sharding.make_mesh(dict(config.mesh), tpu_compiler.devices(topology))
+    assert mesh is not None
     decoder = load.read_config(config.model.source, **on_tpu(config))
     optimizer = make_optimizer_of(config)
     held = programs.held(config, decoder, optimizer, mesh)
@@ -218,6 +219,7 @@ def least_memory(config: Config, topology: str, lengths: Lengths) -> float:
     """Bytes that a device needs at least for an update: what is held, the gradient, and the stored inputs of
     all layers for one microbatch. What exceeds the chip need not be compiled."""
     mesh = sharding.make_mesh(dict(config.mesh), tpu_compiler.devices(topology))
+    assert mesh is not None
     decoder = load.read_config(config.model.source, **on_tpu(config))
     sizes = programs.held(config, decoder, make_optimizer_of(config), mesh).sizes()
     shards = sharding.row_shards(mesh)
@@ -229,7 +231,7 @@ def least_memory(config: Config, topology: str, lengths: Lengths) -> float:
     return sum(sizes.values()) - sizes["sampling copy"] + sizes["trained"] + inputs
 
 
-def resident(config: Config, sizes: dict[str, float], phase: str) -> float:
+def resident(config: Config, sizes: Mapping[str, float], phase: str) -> float:
     """Bytes of `Held.sizes` that a device holds in a phase: what was laid out for sampling is gone when
     reference weights reflect and when weights are updated, unless the current weights reflect in between."""
     kept = phase in ("rollouts", "evaluation") or (

@@ -152,7 +152,7 @@ def read_tokenizer(folder: Path, family: str = "") -> PreTrainedTokenizerBase:
         if (folder / "tokenizer.json").is_file():
             # The file says all; AutoTokenizer would build what it thinks the family's tokenizer to be.
             # (But for Mistral's: those published with a wrong pattern are known to transformers.)
-            fixed = {"fix_mistral_regex": True} if family == "mistral" else {}
+            fixed: dict[str, Any] = {"fix_mistral_regex": True} if family == "mistral" else {}
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, **fixed)
             # Models that see images keep their template here, which transformers' processors read.
             separate = folder / "chat_template.json"

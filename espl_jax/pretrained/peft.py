@@ -10,7 +10,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +219,7 @@ def _rank(adapters: Params) -> int:
     return next(leaf.shape[-1] for path, leaf in by_path(adapters).items() if path.endswith("lora_a"))
 
 
-def _targets(paths: Sequence[str]) -> tuple[str, ...]:
+def _targets(paths: Iterable[str]) -> tuple[str, ...]:
     """Names out of `LORA_TARGETS` that the paths of adapters lead through."""
     parents = {path.split("/")[-2] for path in paths}
     return tuple(target for target in LORA_TARGETS if target in parents)

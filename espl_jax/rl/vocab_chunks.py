@@ -7,14 +7,14 @@ A chunk takes as many columns of each part of the vocabulary as lie on devices o
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
 from espl_jax.models import layers
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.transformer import abstract, head
+from espl_jax.models.transformer import Weight, abstract, head
 from espl_jax.parallel import sharding
 
 LARGEST = 8192
@@ -102,4 +102,4 @@ def scores(flat: jax.Array, linear: layers.Linear, temperature: Any, config: Dec
 
 def axes(config: DecoderConfig) -> tuple[str, ...]:
     """Logical axes of the head's weight."""
-    return head(abstract(config))["weight"].axes
+    return cast(Weight, head(abstract(config))["weight"]).axes

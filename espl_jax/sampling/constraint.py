@@ -23,6 +23,8 @@ class Constraint(Protocol):
         Returns:
           uint32 [R, ceil(V / 32)]; token v is bit v % 32 of word v // 32.
         """
+        ...
 
     def accept(self, rows: np.ndarray, tokens: np.ndarray) -> None:
         """Takes note of what these rows drew, stop tokens too. int [R], int32 [R]."""
+        ...

@@ -73,7 +73,7 @@ def save(path: AnyPath, leaves: dict[str, Any]) -> None:
     """Writes arrays, each process those shards that it has; returns in every process when all are written."""
     if leaves:
         with durable.disk_full_explained(path):
-            ocp.save(path, leaves)
+            ocp.save(os.fspath(path), leaves)
 
 
 def hashes(path: AnyPath) -> dict[str, str]:
@@ -114,7 +114,7 @@ def _hashes(path: AnyPath, names: Sequence[str]) -> dict[str, str]:
     def digest(name: str) -> bytes:
         try:
             with (path / name).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").digest()
+                return hashlib.file_digest(file, "sha256").digest()  # pyright: ignore[reportArgumentType]
         except OSError:
             return b""
 
@@ -148,5 +148,5 @@ def load(path: AnyPath, leaves: dict[str, Any]) -> list[jax.Array]:
     context = ocp.Context()
     context.pytree.loading.partial_load = True  # whether some may be left out has been decided before
     with context:
-        arrays = ocp.load(path, abstract)
+        arrays = ocp.load(os.fspath(path), abstract)
     return [jax.device_put(np.asarray(arrays[name])) if name in free else arrays[name] for name in leaves]

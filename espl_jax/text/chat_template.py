@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import string
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -53,9 +53,10 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, turns: Conversation,
     template = template_for(tokenizer, with_tools=bool(arguments.get("tools")))
     if "strftime_now" in template:
         template = _FIXED_DATE + template
-    return tokenizer.apply_chat_template(
+    text = tokenizer.apply_chat_template(
         turns, chat_template=template, tokenize=False, add_generation_prompt=True, **arguments
     )
+    return cast(str, text)
 
 
 def named_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

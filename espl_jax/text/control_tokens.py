@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -44,7 +44,8 @@ def _replaced(control_tokens: re.Pattern[str], value: _Value) -> _Value:
         case list() | tuple():
             return type(value)(_replaced(control_tokens, item) for item in value)
         case dict():
-            return {name: _replaced(control_tokens, item) for name, item in value.items()}
+            replaced = {name: _replaced(control_tokens, item) for name, item in value.items()}
+            return cast(_Value, replaced)
     return value
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import cast
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 UNFINISHED = "\ufffd"
@@ -18,7 +20,7 @@ _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 def stop_finder(
     tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]
-) -> Callable[[Sequence[int], int], int | None]:
+) -> Callable[[list[int] | np.ndarray, int], int | None]:
     """A function that says after how many tokens a text first contains one of several strings.
 
     Text is what `tokenizer.decode(..., skip_special_tokens=True)` makes of a row's completion alone: special
@@ -51,7 +53,7 @@ def stop_finder(
     # ago than it has bytes. One more stands before it: some decoders drop the space that a text begins with.
     reach = max(len(string.encode()) for string in strings)
 
-    def window(tokens: Sequence[int], end: int) -> int:
+    def window(tokens: list[int] | np.ndarray, end: int) -> int:
         """Where to begin to decode, so as to see every string that ends after token `end`."""
         first, missing = end, reach
         while first and (missing > 0 or tokens[first] in bytes_ or tokens[first] not in written):
@@ -59,17 +61,20 @@ def stop_finder(
             missing -= tokens[first] in written
         return first
 
+    def decoded(tokens: list[int] | np.ndarray) -> str:
+        return cast(str, tokenizer.decode(tokens, skip_special_tokens=True))
+
     def found(text: str) -> bool:
         return any(string in text for string in strings)
 
-    def find(tokens: Sequence[int], checked: int) -> int | None:
+    def find(tokens: list[int] | np.ndarray, checked: int) -> int | None:
         for begin in range(checked, len(tokens), _STEP):
             first, end = window(tokens, begin), min(begin + _STEP, len(tokens))
-            text = tokenizer.decode(tokens[first:end], skip_special_tokens=True)
+            text = decoded(tokens[first:end])
             # An unfinished character makes a whole run of byte pieces illegible, a string in it too.
             if found(text) or (bytes_ and UNFINISHED in text):
                 for count in range(begin + 1, end + 1):
-                    if found(tokenizer.decode(tokens[first:count], skip_special_tokens=True)):
+                    if found(decoded(tokens[first:count])):
                         return count
         return None
 

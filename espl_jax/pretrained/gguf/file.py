@@ -142,7 +142,7 @@ class _Cursor:
     """Reads values one after the other; running out of bytes is an error, whatever is read."""
 
     def __init__(self, data: np.ndarray):
-        self.data = memoryview(data)
+        self.data = data.data
         self.position = 0
 
     def unpack(self, spec: str) -> Any:
