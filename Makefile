@@ -2,7 +2,7 @@
 #
 #   make quickstart    train a small model and evolve its system prompt on this machine
 #   make test          the fast tests           make test-slow    the slow ones
-#   make lint          ruff                     make docs         the documentation, in site/
+#   make lint          ruff and pyright         make docs         the documentation, in site/
 #   make clean         remove .venv and caches; runs/ stays
 #
 # Variables: PYTHON=python3.12   WORKDIR=runs/mine   ARGS="--config.seed=1"
@@ -112,6 +112,7 @@ test-slow: $(VENV)/.test-slow $(VENV)/.model $(VENV)/.gemma
 lint: $(VENV)/.test
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
 
 docs: $(VENV)/.docs
 	@$(BIN)/mkdocs build --strict

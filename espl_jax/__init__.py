@@ -5,6 +5,7 @@ ratings and problems does not import jax.
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -34,7 +35,29 @@ _HOME = {
     "collect_rollouts": "espl_jax.rollouts.collect",
 }
 
-__all__ = sorted([*_HOME, "__version__"])
+__all__ = sorted([*_HOME, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
+
+if TYPE_CHECKING:  # the same names, for editors
+    from espl_jax.evolution.crossover import crossover as crossover
+    from espl_jax.evolution.edit_replies import parse_edits as parse_edits
+    from espl_jax.evolution.edits import apply_edits as apply_edits
+    from espl_jax.evolution.mutation import mutate as mutate
+    from espl_jax.evolution.population import Population as Population
+    from espl_jax.evolution.ratings import rate as rate
+    from espl_jax.evolution.selection import select as select
+    from espl_jax.models.transformer import forward as forward
+    from espl_jax.models.transformer import logits as logits
+    from espl_jax.pretrained.load import load_pretrained as load_pretrained
+    from espl_jax.pretrained.save import save_pretrained as save_pretrained
+    from espl_jax.rl.advantages import advantages as advantages
+    from espl_jax.rl.logprobs import token_logprobs as token_logprobs
+    from espl_jax.rl.losses import policy_gradient_loss as policy_gradient_loss
+    from espl_jax.rollouts.collect import collect_rollouts as collect_rollouts
+    from espl_jax.sampling.generate import generate as generate
+    from espl_jax.types import Problem as Problem
+    from espl_jax.types import Rollouts as Rollouts
+    from espl_jax.types import SystemPrompt as SystemPrompt
+    from espl_jax.types import TrainBatch as TrainBatch
 
 
 def __getattr__(name: str):

@@ -123,6 +123,7 @@ def show_programs(
             later.setdefault(program.phase, []).append(f"{program.name} ({program.shape})")
             continue
         memory = program.lower().compile().memory_analysis()
+        assert memory is not None
         sizes = (memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.output_size_in_bytes)
         rows.append([program.name, program.shape, *map(_size, sizes)])
     say("\nMemory per device; outputs may alias arguments:\n")
@@ -146,8 +147,10 @@ def programs_of(
     tree = encode_tree(model.tokenizer, prompts, problems, parts.environment, kwargs)
     row_limits(*tree, most, (len(prompts), len(problems), 1), context_of(config, model.config))
     longest = (max(map(len, tree[0])), max(len(tokens) for lane in tree[1] for tokens in lane))
+    taken = parts.capacity.held_bytes
+    assert taken is not None
     stages = {
-        sampling: sampling.sizes(model.config, parts.capacity.held_bytes, parts.mesh)
+        sampling: sampling.sizes(model.config, taken, parts.mesh)
         for sampling in workloads_of(config, parts, Lengths(*longest, most))
     }
     say(f"Rollouts: {describe(next(iter(stages.values())))}.")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from typing import cast
 
 from absl import app, flags
 
 from espl_jax.console import command_line
 from espl_jax.run.check_config import check_config
+from espl_jax.run.config import Config
 
 _CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Work directory; the same command resumes the run.")
@@ -28,12 +30,12 @@ def main(argv: list[str]) -> None:
     """Checks the configuration and runs the training, or the dry run."""
     if len(argv) > 1:
         sys.exit(f"unexpected argument {' '.join(argv[1:])}; set fields with --config.field=value")
-    config = _CONFIG.value
+    config, workdir = cast(Config, _CONFIG.value), _WORKDIR.value or ""
     try:
         check_config(config)
     except ValueError as error:
         sys.exit(str(error))
-    if not _WORKDIR.value and not _DRY_RUN.value:
+    if not workdir and not _DRY_RUN.value:
         sys.exit("--workdir is missing; name a folder for checkpoints, logs and results")
 
     # jax is imported only from here on, so that a wrong field is reported at once.
@@ -50,7 +52,7 @@ def main(argv: list[str]) -> None:
         else:
             from espl_jax.train import train
 
-            train(config, _WORKDIR.value)
+            train(config, workdir)
 
 
 def run() -> None:

@@ -143,7 +143,7 @@ def iterate(job: Job, run: Run, make_reflect: MakeReflect) -> Run:
             (validation,) = evaluate_on(job, "validation", model, "current", [best], iteration)
             record |= {"validation": dataclasses.asdict(validation), "held_out": validation.accuracy}
     job.progress.report(iteration, record)
-    not_finite = learned.get("not_finite_in_row", run.not_finite_in_row)
+    not_finite = int(learned.get("not_finite_in_row", run.not_finite_in_row))
     refused = [*run.rejected, *(edit for each in offspring.values() for edit in each.rejected)]
     return dataclasses.replace(
         run,

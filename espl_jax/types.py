@@ -25,7 +25,7 @@ Schema = dict[str, Any]
 Grammar = Schema | str
 """What a reply is kept to: a JSON schema, or a grammar in llguidance's Lark."""
 
-Reflect = Callable[[Sequence[Conversation]], list[str | None]]
+Reflect = Callable[[Sequence[Conversation]], Sequence[str | None]]
 """Conversations -> one reply each, in order; None if there is no reply (e.g. a server failed).
 
 A reply includes the opening, if one was given. The same conversation gets a new reply each time. A reflector

@@ -1,8 +1,10 @@
 """What `import espl_jax` offers, and what it costs."""
 
+import ast
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +36,13 @@ def test_public_names_do_not_hide_modules():
 
 def test_all_and_dir_agree():
     assert set(espl_jax.__all__) <= set(dir(espl_jax))
+
+
+def test_editors_see_the_same_names():
+    tree = ast.parse(Path(espl_jax.__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    shown = {alias.asname: part.module for part in block.body for alias in part.names}
+    assert shown == espl_jax._HOME
 
 
 def test_unknown_name():

@@ -114,7 +114,9 @@ class Progress:
         self._durations.append(seconds)
         self._done = iteration
         self._start, self._seconds = self._clock(), {}
-        left = f"{duration(self.seconds_left())} left"
+        seconds_left = self.seconds_left()
+        assert seconds_left is not None
+        left = f"{duration(seconds_left)} left"
         self._last = "  ".join([*_highlights(record), left])
         self.say(
             "  ".join([f"iteration {iteration}/{self._total}", *_highlights(record), duration(seconds), left])

@@ -35,6 +35,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
         grid.add_column(rich.text.Text(title), justify="left" if i == 0 else "right", no_wrap=True)
     for row in body:
         grid.add_row(*(rich.text.Text(cell) for cell in row))
-    console = rich.console.Console(file=io.StringIO(), width=10_000, color_system=None)
+    text = io.StringIO()
+    console = rich.console.Console(file=text, width=10_000, color_system=None)
     console.print(grid)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines() if line.strip())
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines() if line.strip())

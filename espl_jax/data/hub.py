@@ -52,6 +52,7 @@ def read_hub(
 
 def _load(repository: str, split: str, config: str | None, revision: str | None) -> Any:
     import datasets
+    import datasets.config
     from datasets.exceptions import DatasetGenerationError
     from huggingface_hub.utils import disable_progress_bars
 
@@ -118,7 +119,11 @@ class _Case:
 def _cases() -> tuple[_Case, ...]:
     """Returns the known errors; the first case that fits applies."""
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+        LocalEntryNotFoundError,
+    )
 
     return (
         _Case(

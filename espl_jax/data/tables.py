@@ -58,9 +58,8 @@ def read_table(
     rows = np.arange(len(table))
     if repeats != "refuse":
         names = candidates(fields)
-        rows = _distinct(
-            table, [_first_there(table.column_names, names[name]) for name in ("text", "answer")]
-        )
+        fields_there = (_first_there(table.column_names, names[name]) for name in ("text", "answer"))
+        rows = _distinct(table, [field for field in fields_there if field is not None])
         table = table.filter(np.isin(np.arange(len(table)), rows))
     return read_problems(_records(table, rows, source), source, fields, repeats, prefix)
 
@@ -136,7 +135,7 @@ def _values(table: Any, field: str) -> Any:
 
     def step(values: Any, name: str) -> Any:
         if name.isdecimal():
-            return compute.list_element(values, int(name))
-        return compute.struct_field(values, name)
+            return compute.list_element(values, int(name))  # pyright: ignore[reportAttributeAccessIssue]
+        return compute.struct_field(values, name)  # pyright: ignore[reportAttributeAccessIssue]
 
     return functools.reduce(step, steps, table.column(column))

@@ -6,12 +6,15 @@ import concurrent.futures
 import json
 import reprlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from espl_jax.storage import json_values
 from espl_jax.types import Conversation, Grade, Message, Problem
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 ANSWERING_ROLES = ("tool", "user")
 """Roles of what a dialogue says to the model."""
@@ -58,7 +61,8 @@ class Dialogue(Protocol):
         `text.tools` does where the template knows no tools.
     """
 
-    tools: Sequence[dict[str, Any]]
+    @property
+    def tools(self) -> Sequence[dict[str, Any]]: ...
 
     def user_message(self, problem: Problem) -> str:
         """The content of the first user turn."""
@@ -88,12 +92,12 @@ class GradesEarly(Protocol):
         ...
 
 
-def is_dialogue(environment: Any) -> TypeGuard[Dialogue]:
+def is_dialogue(environment: Any) -> TypeIs[Dialogue]:
     """Whether an environment has several turns: whether it has a method `respond`."""
     return callable(getattr(environment, "respond", None))
 
 
-def grades_early(environment: Any) -> TypeGuard[GradesEarly]:
+def grades_early(environment: Any) -> TypeIs[GradesEarly]:
     """Whether an environment has a method `begin`."""
     return callable(getattr(environment, "begin", None))
 

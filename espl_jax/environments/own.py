@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import reprlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from espl_jax.environments.base import Dialogue, Environment, checked_grades, is_finite
 from espl_jax.types import Grade, Problem
@@ -32,7 +32,7 @@ def find(spec: str) -> Any:
 
 def with_reward(environment: Environment | Dialogue, reward: Reward) -> Environment | Dialogue:
     """The environment with rewards of another function; what counts as a success stays."""
-    return _Rewarded(environment, reward)
+    return cast("Environment | Dialogue", _Rewarded(environment, reward))
 
 
 @dataclasses.dataclass(frozen=True)

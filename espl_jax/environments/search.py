@@ -143,6 +143,7 @@ class Search:
         # Others go on, too, when nobody waits any longer for a search that hangs.
         answer.add_done_callback(lambda _: self._free.release())
         try:
+            assert self.retriever is not None
             found = self.retriever.search(queries, self.passages)
             shown = [self._shown(passages) for passages in found]
             tell(dict(zip(queries, shown, strict=True)))

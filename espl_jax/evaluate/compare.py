@@ -15,7 +15,7 @@ import numpy as np
 
 from espl_jax.console.tables import duration
 from espl_jax.data.problems import ProblemSet
-from espl_jax.environments.base import Environment, checked_grades
+from espl_jax.environments.base import Dialogue, Environment, checked_grades
 from espl_jax.evaluate.cells import Cell, make_cells, show
 from espl_jax.evaluate.request import Request, naming
 from espl_jax.parallel import sharding
@@ -112,7 +112,7 @@ def find_model(source: str) -> None:
             hf_folder.read_config(folder)
 
 
-def check_gradable(environment: Environment, problem_set: ProblemSet) -> None:
+def check_gradable(environment: Environment | Dialogue, problem_set: ProblemSet) -> None:
     """Raises ValueError unless the gold answer of every problem, in a box, is graded as correct."""
     problems = problem_set.problems
     grades = checked_grades(environment, problems, [rf"\boxed{{{problem.answer}}}" for problem in problems])
@@ -126,7 +126,7 @@ def check_gradable(environment: Environment, problem_set: ProblemSet) -> None:
 
 
 def evaluate_model(
-    source: str, request: Request, environment: Environment, mesh: jax.sharding.Mesh | None
+    source: str, request: Request, environment: Environment | Dialogue, mesh: jax.sharding.Mesh | None
 ) -> Iterator[Cell]:
     """Loads one model and yields its cells."""
     tell(f"{source}: loading")
@@ -173,7 +173,7 @@ def check_room(
     source: str,
     model: Model,
     problem_set: ProblemSet,
-    environment: Environment,
+    environment: Environment | Dialogue,
     chat: ChatFormat,
 ) -> None:
     """Raises ValueError if a prompt and a problem leave no room for a reply; the message names the problems.
@@ -254,7 +254,7 @@ def sample_in_batches(
     model: Model,
     prompts: Sequence[SystemPrompt],
     problems: Sequence[Problem],
-    environment: Environment,
+    environment: Environment | Dialogue,
     batch_size: int,
     *,
     chat: ChatFormat,

@@ -121,10 +121,12 @@ def edit_to_json(edit: Edit | Rewrite) -> dict[str, Any]:
 def edit_from_json(value: Mapping[str, Any]) -> Edit:
     """The edit that `edit_to_json` wrote. Raises ValueError for anything else."""
     fields = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items()}
-    kinds = {kind.__name__.lower(): kind for kind in (Add, Modify, Merge, Remove, Replace)}
+    kinds: dict[object, Callable[..., Edit]] = {
+        kind.__name__.lower(): kind for kind in (Add, Modify, Merge, Remove, Replace)
+    }
     try:
-        return kinds.get(fields.pop("op", None))(**fields)
-    except TypeError:
+        return kinds[fields.pop("op", None)](**fields)
+    except (KeyError, TypeError):
         raise ValueError(f"{dict(value)} is no edit as `edit_to_json` writes them") from None
 
 
@@ -198,7 +200,7 @@ def edit_entries(entries: Mapping[str, str], edits: Sequence[Edit]) -> tuple[str
     for edit in edits:
         ids = sorted(touched_ids(edit), key=order.index)
         result.update(dict.fromkeys(ids[1:]))
-        if ids:
+        if ids and not isinstance(edit, Replace):
             result[ids[0]] = None if isinstance(edit, Remove) else edit.principle
     kept = [text for text in result.values() if text is not None]
     return (*kept, *[edit.principle for edit in edits if isinstance(edit, Add)])

@@ -7,8 +7,9 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeGuard
 
-from espl_jax.evolution.edits import Drop, Edit, Merge, Remove, Replace, describe, partition
+from espl_jax.evolution.edits import Add, Drop, Edit, Merge, Modify, Remove, Replace, describe, partition
 from espl_jax.types import Problem, SystemPrompt
 
 LONGEST_WORD = 12
@@ -60,7 +61,7 @@ class Guards:
     tokenize: Callable[[str], Sequence[Hashable]] = str.split
     problems: Sequence[Problem] = ()
 
-    def too_long(self, edit: Edit) -> bool:
+    def too_long(self, edit: Edit) -> TypeGuard[Add | Modify | Merge]:
         """Whether an edit's principle has more than `max_words` words, or as many characters as long words
         would have, since not all languages put spaces between words. Prose has no such limit."""
         principle = getattr(edit, "principle", "")

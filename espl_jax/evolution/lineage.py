@@ -61,7 +61,8 @@ def recompute_ratings(
             if line["event"] == "left":
                 living.discard(line["id"])
                 continue
-            parents = [SystemPrompt(mu=mu, sigma=sigma) for mu, sigma in map(ratings.get, line["parents"])]
+            rated = [ratings[parent] for parent in line["parents"]]
+            parents = [SystemPrompt(mu=mu, sigma=sigma) for mu, sigma in rated]
             ratings[line["id"]] = (
                 mutation_rating(parents[0], mutation_sigma)
                 if line["operator"] == "mutation"

@@ -81,7 +81,7 @@ def read_loose(text: str, start: int, stop: int) -> LooseObject:
     fields: dict[str, Any] = {}
     position, is_bare = start + 1, False
     while True:
-        position = _SKIPPED.match(text, position, stop).end()
+        position = _end(_SKIPPED, text, position, stop)
         if position >= stop:
             is_last = stop == len(text)
             return LooseObject(fields, stop, "truncated" if is_last or not fields else "")
@@ -94,7 +94,7 @@ def read_loose(text: str, start: int, stop: int) -> LooseObject:
         if key is None:
             return LooseObject(fields, stop, "truncated" if _is_cut(text, position, stop) else "broken_json")
         name = _name(key)
-        position = _SKIPPED.match(text, key.end(), stop).end()
+        position = _end(_SKIPPED, text, key.end(), stop)
         if wrapped := _WRAPPED.match(text, position):
             if KNOWN.isdisjoint(fields):
                 return LooseObject({}, wrapped.end(), "wrapper")
@@ -132,6 +132,13 @@ def _more_braces(text: str, end: int, stop: int) -> bool:
 def _is_closed(text: str, stop: int) -> bool:
     """Whether a brace ends what is before `stop`, brackets and white space aside."""
     return re.search(r"\}[\s,;`\]]*\Z", text[max(0, stop - 200) : stop]) is not None
+
+
+def _end(pattern: re.Pattern[str], text: str, position: int, stop: int) -> int:
+    """Where the match of a pattern that matches everywhere ends."""
+    found = pattern.match(text, position, stop)
+    assert found is not None
+    return found.end()
 
 
 def _name(key: re.Match[str]) -> str:
@@ -188,6 +195,7 @@ def _is_open(raw: str, closing: str) -> bool:
 def _read_bare(text: str, position: int, stop: int) -> tuple[Any, int] | str:
     """A value without quotes: it has no punctuation that structures objects."""
     found = _BARE_VALUE.match(text, position, stop)
+    assert found is not None
     if found.end() == len(text):
         return "truncated"
     if text[found.end()] in '"{[':
@@ -217,7 +225,7 @@ def _ends(text: str, position: int, stop: int, closing: str, seen: set[str]) -> 
         elif brace := _BRACE.match(text, after, stop):
             yield _End(quote, "brace" if _GOES_ON.match(text, brace.end(), stop) else "brace in a sentence")
         elif _BRACKET.match(text, after, stop) or (
-            stop < len(text) and _BETWEEN.match(text, after, stop).end() == stop
+            stop < len(text) and _end(_BETWEEN, text, after, stop) == stop
         ):
             yield _End(quote, "bracket")
 

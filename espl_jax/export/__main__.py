@@ -25,6 +25,8 @@ def main(argv: list[str]) -> None:
     """Exports a run."""
     if len(argv) > 1:
         sys.exit(f"unexpected argument {' '.join(argv[1:])}; see --help")
+    workdir, out = _WORKDIR.value, _OUT.value
+    assert workdir is not None and out is not None
 
     import jax
 
@@ -34,8 +36,8 @@ def main(argv: list[str]) -> None:
 
     with command_line.without_traceback():
         export(
-            _WORKDIR.value,
-            _OUT.value,
+            workdir,
+            out,
             format=_FORMAT.value,
             prompt=_PROMPT.value,
             dtype=_DTYPE.value,

@@ -83,6 +83,7 @@ def export(
     model = run.model
     arguments = json.loads(run.config.model.chat_template_kwargs)
     if format == "adapter":
+        assert run.adapters is not None
         save_adapter(
             out,
             run.adapters,

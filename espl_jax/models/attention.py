@@ -129,8 +129,9 @@ class Source(NamedTuple):
         """Returns an equivalent source without `owner`, with one copy of the keys and values per row."""
         if self.owner is None:
             return self
-        nodes = (self.key, 1), (self.value, 1), (self.filled, 0), (self.start, 0)
-        return Source(*(of_owners(x, self.owner, self.parts, axis) for x, axis in nodes))
+        key, value = (of_owners(x, self.owner, self.parts, axis=1) for x in (self.key, self.value))
+        filled, start = (of_owners(x, self.owner, self.parts) for x in (self.filled, self.start))
+        return Source(key, value, filled, start)
 
 
 def of_owners(x: jax.Array, owner: jax.Array, parts: int = 1, axis: int = 0) -> jax.Array:
@@ -296,4 +297,4 @@ def _attend_all(query: jax.Array, sources: list[tuple[Any, ...]], decoder: Decod
             preferred_element_type=jnp.float32,
         )
         out += per_row(part, owned, jnp.sum)
-    return (out / total).astype(query.dtype)
+    return jnp.divide(out, total).astype(query.dtype)

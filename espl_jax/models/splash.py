@@ -7,6 +7,7 @@ implements FlashAttention-2 (Dao 2023, arXiv 2307.08691).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +113,7 @@ def splash_attend(
         )
         segments = kernels.SegmentIds(jnp.ones((query.shape[0], shape[0]), jnp.int32), seen)
         # The kernel takes keys as [S, H]; SEQ_MINOR in `_block_sizes` says that they are stored as [H, S].
-        return jax.vmap(kernel)(query, key.swapaxes(2, 3), value, segments)
+        return cast(jax.Array, jax.vmap(kernel)(query, key.swapaxes(2, 3), value, segments))
 
     mesh = sharding.mesh_of(query)
     if mesh is not None:
@@ -137,6 +138,14 @@ def _padded(x: jax.Array, axis: int) -> jax.Array:
 
 
 def _block_sizes() -> kernels.BlockSizes:
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    blocks = {f"block_{name}": BLOCK for name in names}
-    return kernels.BlockSizes(**blocks, k_layout=kernels.QKVLayout.SEQ_MINOR)
+    return kernels.BlockSizes(
+        block_q=BLOCK,
+        block_kv=BLOCK,
+        block_kv_compute=BLOCK,
+        block_q_dkv=BLOCK,
+        block_kv_dkv=BLOCK,
+        block_kv_dkv_compute=BLOCK,
+        block_q_dq=BLOCK,
+        block_kv_dq=BLOCK,
+        k_layout=kernels.QKVLayout.SEQ_MINOR,
+    )

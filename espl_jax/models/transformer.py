@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
@@ -186,7 +187,7 @@ def forward(
         _layer,
         decoder=decoder,
         rotations=[rope.tables(positions, each, decoder.head_dim) for each in ropes],
-        shape=tokens.shape,
+        shape=(nodes, steps),
         start=start,
         ancestors=tuple(ancestors),
     )
@@ -304,7 +305,19 @@ _TOKENS = ("tokens", None), ("residual", None)
 shard, forward and backward; between matmuls, the devices of a row shard each hold a part of the tokens."""
 
 
-def _layer(x, weights, above, index, *, window, decoder, rotations, shape, start, ancestors):
+def _layer(
+    x: jax.Array,
+    weights: Params,
+    above: Sequence[tuple[jax.Array, jax.Array] | None],
+    index: jax.Array | int,
+    *,
+    window: jax.Array | int,
+    decoder: DecoderConfig,
+    rotations: Sequence[Any],
+    shape: tuple[int, int],
+    start: jax.Array,
+    ancestors: Sequence[KVCache | RowsView],
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Runs one decoder layer on the flattened tokens of a level. Returns x and the level's (key, value).
 
     `above` has this layer's (key, value) of each ancestor, or None for a `RowsView`, which is read at layer
@@ -323,7 +336,7 @@ def _layer(x, weights, above, index, *, window, decoder, rotations, shape, start
         return sharding.move(layers.rms_norm(x, norm, decoder), *_TOKENS, decoder.phase)
 
     def joined(x: jax.Array, out: jax.Array) -> jax.Array:
-        out = sharding.move(out, *reversed(_TOKENS), decoder.phase)
+        out = sharding.move(out, _TOKENS[1], _TOKENS[0], decoder.phase)
         return sharding.constrain(x + out, ("residual", None), decoder.phase)
 
     y = normalized(x, weights["attention_norm"])
@@ -341,11 +354,13 @@ def _layer(x, weights, above, index, *, window, decoder, rotations, shape, start
 
     if isinstance(window, jax.Array):
         window = jnp.where(window == 0, jnp.iinfo(jnp.int32).max, window)
-    sources = [
-        Source(*(arrays or cache.layer(index)), cache.filled, cache.start, cache.owner, cache.parts)
-        for arrays, cache in zip(above, ancestors, strict=True)
-    ]
-    if splash.on_tpu(query) and splash.fits(shape[1], sources, decoder, window):
+    sources = []
+    for arrays, cache in zip(above, ancestors, strict=True):
+        if isinstance(cache, RowsView):
+            arrays = cache.layer(index)
+        assert arrays is not None
+        sources.append(Source(*arrays, cache.filled, cache.start, cache.owner, cache.parts))
+    if isinstance(window, int) and splash.on_tpu(query) and splash.fits(shape[1], sources, decoder, window):
         out = splash.splash_attend(query, key, value, sources, decoder, window)
     else:
         out = checkpoint_name(attend(query, key, value, sources, decoder, start, window), ATTENTION)

@@ -53,7 +53,8 @@ instead. Caches are sharded by rows in both phases."""
 
 
 def make_mesh(
-    sizes: dict[str, int] | None = None, devices: Sequence[jax.Device] | None = None
+    sizes: dict[str, int] | None = None,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
 ) -> Mesh | None:
     """Returns a mesh over the given devices, or over all devices of the run; None if the run has only one.
 

@@ -25,6 +25,7 @@ printed.
 from __future__ import annotations
 
 import sys
+from typing import cast
 
 from absl import app, flags
 
@@ -34,6 +35,7 @@ from espl_jax.plan.chips import find_chip
 from espl_jax.plan.costs import EVALUATED, plan
 from espl_jax.plan.report import report
 from espl_jax.run.check_config import check_config
+from espl_jax.run.config import Config
 from espl_jax.run.workloads import Lengths
 
 _CONFIG = command_line.define_config()
@@ -55,7 +57,8 @@ def main(argv: list[str]) -> None:
     """Prints the plan; exits with 1 if the run does not fit."""
     if len(argv) > 1:
         sys.exit(f"unexpected argument {' '.join(argv[1:])}; set fields with --config.field=value")
-    config, topology = _CONFIG.value, _TOPOLOGY.value
+    config, topology = cast(Config, _CONFIG.value), _TOPOLOGY.value
+    assert topology is not None
     try:
         check_config(config, files=False)
         find_chip(topology)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -89,7 +89,7 @@ class Plan:
     topology: str
     chip: Chip
     mesh: dict[str, int]
-    held: dict[str, float]
+    held: Mapping[str, float]
     slots: str
     costs: tuple[Cost, ...]
     error: str = ""
@@ -181,6 +181,7 @@ def _run(
     evaluated: int,
 ) -> _Run:
     mesh = sharding.make_mesh(dict(config.mesh), tpu_compiler.devices(topology))
+    assert mesh is not None
     decoder = load.read_config(config.model.source, **on_tpu(config))
     optimizer = make_optimizer_of(config)
     held = programs.held(config, decoder, optimizer, mesh)
@@ -220,6 +221,7 @@ def least_memory(config: Config, topology: str, lengths: Lengths) -> float:
     """Returns a lower bound on the bytes per device of an update: what the run holds, the gradient, and the
     stored layer inputs of one microbatch. If it exceeds the chip, compilation is unnecessary."""
     mesh = sharding.make_mesh(dict(config.mesh), tpu_compiler.devices(topology))
+    assert mesh is not None
     decoder = load.read_config(config.model.source, **on_tpu(config))
     sizes = programs.held(config, decoder, make_optimizer_of(config), mesh).sizes()
     shards = sharding.row_shards(mesh)
@@ -231,7 +233,7 @@ def least_memory(config: Config, topology: str, lengths: Lengths) -> float:
     return sum(sizes.values()) - sizes["sampling copy"] + sizes["trained"] + inputs
 
 
-def resident(config: Config, sizes: dict[str, float], phase: str) -> float:
+def resident(config: Config, sizes: Mapping[str, float], phase: str) -> float:
     """Returns the bytes of `Held.sizes` that a device holds in a phase. The copy in the sampling layout is
     freed before reflection and update, unless the current weights reflect."""
     kept = phase in ("rollouts", "evaluation") or (

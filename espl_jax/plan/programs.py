@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -210,7 +210,7 @@ def sampling_programs(
 
     def cache(nodes: int, columns: int) -> KVCache:
         arrays = decode.abstract_slots(decoder, nodes, columns, mesh, everywhere=True)
-        return KVCache(*arrays, *(sharding.replicate(numbers(nodes), mesh),) * 2)
+        return KVCache(*cast(decode.Slots, arrays), *(sharding.replicate(numbers(nodes), mesh),) * 2)
 
     uses = bytes_per_device(params)
     shape = (lanes, bucket(lengths.system))
@@ -383,25 +383,29 @@ def update_programs(
     batch = place_batch(batch, mesh)
     frozen = held.base if config.lora.rank else None
     reference = held.base if config.loss.kl_coef else None
-    uses = bytes_per_device((held.state, frozen or reference))
+    state = held.state
+    assert state is not None
+    uses = bytes_per_device((state, frozen or reference))
     objective, microbatch_rows = objective_of(config), config.loss.microbatch_rows
     if config.loss.epochs * config.loss.minibatches > 1 and objective.loss.needs_old_logprobs:
         score = functools.partial(
             batch_logprobs.lower,
-            held.state.trainable,
+            state.trainable,
             frozen,
             batch,
             decoder,
             temperature=objective.temperature,
             microbatch_rows=microbatch_rows,
         )
-        uses_less = bytes_per_device((held.state.trainable, frozen))
-        count, function = config.loss.minibatches, batch_logprobs.__name__
+        uses_less = bytes_per_device((state.trainable, frozen))
+        count = config.loss.minibatches
+        function = batch_logprobs.__name__  # pyright: ignore[reportAttributeAccessIssue]
         yield Program("logprobs", shape, score, "update", count, uses_less, function=function)
         batch = batch._replace(old_logprobs=batch.sampler_logprobs)
-    given = held.state, frozen, reference, batch, decoder, optimizer, objective
+    given = state, frozen, reference, batch, decoder, optimizer, objective
     step = functools.partial(policy_gradient_step.lower, *given, microbatch_rows=microbatch_rows)
-    steps, function = config.loss.epochs * config.loss.minibatches, policy_gradient_step.__name__
+    steps = config.loss.epochs * config.loss.minibatches
+    function = policy_gradient_step.__name__  # pyright: ignore[reportAttributeAccessIssue]
     yield Program("policy-gradient step", shape, step, "update", steps, uses, function=function)
 
 

@@ -59,7 +59,7 @@ def compile_only() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def devices(topology: str) -> list[jax.Device]:
+def devices(topology: str) -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
     """Returns the devices of a slice, as a compilation target.
 
     Raises:
@@ -143,7 +143,9 @@ def _compile(
     memory: Any = compiled.memory_analysis()
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     sizes = memory.argument_size_in_bytes, memory.temp_size_in_bytes, outputs
-    sender.send(Compiled(*sizes, text=compiled.as_text()))
+    text = compiled.as_text()
+    assert text is not None
+    sender.send(Compiled(*sizes, text=text))
 
 
 def _wait(receiver: Connection, folder: Path) -> Compiled:
@@ -176,4 +178,5 @@ def assigned_bytes(text: str) -> tuple[int, int, int]:
         kind = next((kind for kind in sizes if kind in what), None)
         if kind and "color" not in what:
             sizes[kind] += int(size)
-    return tuple(sizes.values())
+    arguments, temporaries, outputs = sizes.values()
+    return arguments, temporaries, outputs

@@ -152,7 +152,7 @@ def read_tokenizer(folder: Path, family: str = "") -> PreTrainedTokenizerBase:
         if (folder / "tokenizer.json").is_file():
             # The file is complete; AutoTokenizer would build its own tokenizer for the family. (Except for
             # Mistral: transformers fixes tokenizers that were published with a wrong pattern.)
-            fixed = {"fix_mistral_regex": True} if family == "mistral" else {}
+            fixed: dict[str, Any] = {"fix_mistral_regex": True} if family == "mistral" else {}
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, **fixed)
             # Multimodal models keep their template here; in transformers only processors read it.
             separate = folder / "chat_template.json"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
 from espl_jax.models.config import DecoderConfig
@@ -47,7 +49,7 @@ def names(config: DecoderConfig) -> dict[str, str]:
     return named
 
 
-def by_path(tree: Params) -> dict[str, object]:
+def by_path(tree: Params) -> dict[str, Any]:
     """Returns the leaves of a params-like tree by path, joined with `/`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {"/".join(key.key for key in path): leaf for path, leaf in leaves}

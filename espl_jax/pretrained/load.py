@@ -61,7 +61,7 @@ class Pretrained:
         ids = set(listed if isinstance(listed, list) else [listed])
         if not isinstance(self.loaded_tokenizer, FileNotFoundError):
             ids.add(self.loaded_tokenizer.eos_token_id)
-        return tuple(sorted(ids - {None}))
+        return tuple(sorted(i for i in ids if i is not None))
 
 
 def load_pretrained(

@@ -10,14 +10,14 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from espl_jax.choices import LORA_TARGETS
 from espl_jax.models import lora
@@ -62,7 +62,7 @@ def save_adapter(
     folder: str | os.PathLike[str],
     adapters: Params,
     config: DecoderConfig,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     system_prompt: SystemPrompt | str | None = None,
     *,
     base: str,
@@ -218,7 +218,7 @@ def _rank(adapters: Params) -> int:
     return next(leaf.shape[-1] for path, leaf in by_path(adapters).items() if path.endswith("lora_a"))
 
 
-def _targets(paths: Sequence[str]) -> tuple[str, ...]:
+def _targets(paths: Iterable[str]) -> tuple[str, ...]:
     """Returns the names in `LORA_TARGETS` that occur in the paths of adapters."""
     parents = {path.split("/")[-2] for path in paths}
     return tuple(target for target in LORA_TARGETS if target in parents)

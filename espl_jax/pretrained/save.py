@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from jax.typing import DTypeLike
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from espl_jax.models import lora
 from espl_jax.models.config import DecoderConfig, dtype_name
@@ -28,7 +28,7 @@ def save_pretrained(
     folder: str | os.PathLike[str],
     params: Params,
     config: DecoderConfig,
-    tokenizer: PreTrainedTokenizerFast | None,
+    tokenizer: PreTrainedTokenizerBase | None,
     system_prompt: SystemPrompt | str | None = None,
     *,
     dtype: DTypeLike | None = None,
@@ -60,23 +60,23 @@ def save_pretrained(
         unknown, or there is a system prompt but no chat template.
       OSError: if the disk is full.
     """
-    dtype = config.param_dtype if dtype is None else dtype_name(dtype)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
+    stored: str = config.param_dtype if dtype is None else dtype_name(dtype)
+    if stored not in DTYPES:
+        raise ValueError(f"dtype={stored!r}: choose one of {', '.join(DTYPES)}")
     ids, padding = {}, {}
     if tokenizer is not None:
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         padding = {"pad_token_id": pad}
     # Older readers use torch_dtype.
-    described = {**to_hf_config(config), **ids, "dtype": dtype, "torch_dtype": dtype}
+    described = {**to_hf_config(config), **ids, "dtype": stored, "torch_dtype": stored}
     generating = {**ids, **padding, **(generation or {})}
     tensors = _tensors(params, config)
     with new_folder(folder) as unfinished:
         for name, fields in {"config": described, "generation_config": generating}.items():
             (unfinished / f"{name}.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         write_text_files(unfinished, tokenizer, system_prompt, model_card, template_arguments)
-        write_shards(unfinished, tensors, dtype, max_shard_bytes)
+        write_shards(unfinished, tensors, stored, max_shard_bytes)
 
 
 def _tensors(params: Params, config: DecoderConfig) -> list[Tensor]:

@@ -85,4 +85,4 @@ def write_file(path: Path, tensors: Sequence[Tensor], dtype: str) -> None:
             values = np.ascontiguousarray(tensor.read(), jnp.dtype(dtype))
             if values.shape != tensor.shape:
                 raise ValueError(f"{tensor.name} is {list(values.shape)}, declared as {list(tensor.shape)}")
-            file.write(values.reshape(-1).view(np.uint8))
+            file.write(values.reshape(-1).view(np.uint8).data)

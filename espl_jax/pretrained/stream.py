@@ -38,8 +38,9 @@ def load_weight(weight: Weight, stored: Sequence[StoredTensor], mesh: Mesh | Non
     if mesh is None:
         return jax.device_put(_read(weight, stored, (slice(None),) * len(weight.shape)))
     placement = sharding.named(mesh, weight.axes, weight.shape, "sampling")
-    holders: dict[tuple[Any, ...], list[jax.Device]] = {}
+    holders: dict[tuple[Any, ...], list[jax.Device]] = {}  # pyright: ignore[reportInvalidTypeForm]
     for device, index in placement.addressable_devices_indices_map(weight.shape).items():
+        assert index is not None
         holders.setdefault(tuple((s.start, s.stop) for s in index), []).append(device)
     shards = []
     for bounds, devices in holders.items():

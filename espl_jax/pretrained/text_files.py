@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from espl_jax.text.chat import has_system_role
 from espl_jax.text.chat_template import TRIAL_TOOL, WITH_TOOLS, named_templates
@@ -20,7 +20,7 @@ from espl_jax.types import SystemPrompt
 
 def write_text_files(
     folder: Path,
-    tokenizer: PreTrainedTokenizerFast | None,
+    tokenizer: PreTrainedTokenizerBase | None,
     system_prompt: SystemPrompt | str | None = None,
     model_card: str | None = None,
     template_arguments: Mapping[str, Any] | None = None,

@@ -136,7 +136,7 @@ class LocalReflector:
 
     def _fit(self, system: list[int], rest: list[int], question: Question) -> list[int]:
         positions = self.model.config.max_positions
-        most = self.sampling.max_new_tokens + self._reasoning_room(question)
+        most = int(self.sampling.max_new_tokens) + self._reasoning_room(question)
         limit = min(self.max_input_tokens or positions, positions - most)
         if len(system) + len(self._mark) >= limit:
             raise ValueError(

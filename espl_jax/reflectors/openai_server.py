@@ -10,7 +10,7 @@ import re
 import time
 import urllib.parse
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import openai
 import tenacity
@@ -19,6 +19,9 @@ from absl import logging
 from espl_jax.evolution.schemas import relaxed
 from espl_jax.text.thinking import strip_thinking
 from espl_jax.types import Conversation, Schema
+
+if TYPE_CHECKING:
+    from openai.types.chat import ChatCompletionMessageParam
 
 FINAL = ("refused", "length", "filtered")
 """Failures that a further attempt would most likely meet again: a 4xx other than the ones below, e.g. for a
@@ -173,10 +176,11 @@ class OpenAIServer:
             sent = {name: part for name, part in parts.items() if name not in refused}
             other_names = {_OPTIONAL[name][1]: name for name in refused & parts.keys()}
             sent |= {other: parts[name] for other, name in other_names.items() if other}
+            messages = cast("list[ChatCompletionMessageParam]", conversation)
             try:
                 async with asyncio.timeout(self.timeout):
                     answer = await client.chat.completions.with_raw_response.create(
-                        model=self.model, messages=conversation, **sent
+                        model=self.model, messages=messages, **sent
                     )
             except TimeoutError:
                 raise _Failure("timeout", f"no whole answer within {self.timeout:g} seconds") from None
@@ -214,8 +218,9 @@ class OpenAIServer:
         return _Failure("refused", f"{status}: {said}")
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
-        asked_for = state.outcome.exception().retry_after
-        return min(asked_for, self._longest_wait) + self._backoff(state)
+        failure = state.outcome and state.outcome.exception()
+        assert isinstance(failure, _Failure)  # see `_may_pass`
+        return min(failure.retry_after, self._longest_wait) + self._backoff(state)
 
     def _quote(self, said: str) -> str:
         """What a server said, cut, and without the key that it may have repeated."""
@@ -270,8 +275,9 @@ def _read_reply(body: bytes, usage: dict[str, int]) -> tuple[str, bool]:
     except (ValueError, RecursionError):
         raise _Failure("body", f"no JSON: {said}") from None
     told = answer.get("usage") if isinstance(answer, dict) else None
-    for name in usage if isinstance(told, dict) else ():
-        usage[name] += told[name] if isinstance(told.get(name), int) else 0
+    if isinstance(told, dict):
+        for name in usage:
+            usage[name] += told[name] if isinstance(told.get(name), int) else 0
     try:
         choice = answer["choices"][0]
         message = choice["message"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from espl_jax.choices import BASELINES, NORMALIZATIONS
 
@@ -12,9 +13,9 @@ EPSILON = 1e-6
 
 
 def advantages(
-    rewards: jax.Array,
+    rewards: jax.Array | np.ndarray,
     baseline: str = "per_prompt",
-    prompt_ids: jax.Array | None = None,
+    prompt_ids: jax.Array | np.ndarray | None = None,
     normalize: str = "none",
 ) -> jax.Array:
     """Returns rewards minus a baseline; by default without dividing by a standard deviation, as in the paper.

@@ -66,7 +66,7 @@ def target_logprobs(
     flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     bounds = None if cutoffs is None else cutoffs.reshape(-1)
     stats = _stats(flat, dict(head(params)), wanted, bounds, jnp.float32(temperature), decoder)
-    return TokenStats(*(x.reshape(targets.shape) for x in stats))
+    return jax.tree.map(lambda x: x.reshape(targets.shape), stats)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

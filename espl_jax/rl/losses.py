@@ -191,6 +191,7 @@ def policy_gradient_loss(
     ratio = jax.lax.stop_gradient(jnp.exp(log_ratios))
     clipped = jnp.zeros_like(has_term)
     if kind == "cispo":
+        assert bounds is not None
         low, high = bounds
         clipped = ((ratio < low) | (ratio > high)) & (token_advantages != 0)
         objective = jnp.clip(ratio, low, high) * token_advantages * logprobs

@@ -7,14 +7,14 @@ shard: the head's weight [V, D] is viewed as [parts, V / parts, D], and a chunk 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
 from espl_jax.models import layers
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.transformer import abstract, head
+from espl_jax.models.transformer import Weight, abstract, head
 from espl_jax.parallel import sharding
 
 LARGEST = 8192
@@ -102,4 +102,4 @@ def scores(flat: jax.Array, linear: layers.Linear, temperature: Any, decoder: De
 
 def axes(decoder: DecoderConfig) -> tuple[str, ...]:
     """Returns the logical axes of the head's weight."""
-    return head(abstract(decoder))["weight"].axes
+    return cast(Weight, head(abstract(decoder))["weight"]).axes

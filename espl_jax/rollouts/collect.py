@@ -66,12 +66,12 @@ def collect_rollouts(
     system_tokens, problem_tokens = encode_tree(tokenizer, prompts, problems, environment, arguments)
     context = sampling.context_limit or model.config.max_positions
     _check_room(prompts, problems, system_tokens, problem_tokens, context)
-    if sampling.stop_ids is None:
-        sampling = dataclasses.replace(sampling, stop_ids=stop_ids_of(model))
+    stop_ids = stop_ids_of(model) if sampling.stop_ids is None else sampling.stop_ids
+    sampling = dataclasses.replace(sampling, stop_ids=stop_ids)
     opened = prompt_opens_thinking(tokenizer.decode(problem_tokens[0][0][-8:]))
     turns = None
     if is_dialogue(environment):
-        turns = Turns(environment, problems, tokenizer, chat, stop_ids=sampling.stop_ids, opened=opened)
+        turns = Turns(environment, problems, tokenizer, chat, stop_ids=stop_ids, opened=opened)
 
     def reply(place: tuple[int, int, int], tokens: np.ndarray) -> str | Conversation:
         """Returns what the environment grades: the visible text, or the conversation of a dialogue."""
@@ -82,12 +82,15 @@ def collect_rollouts(
             text = trim(text, chat.stop_strings)
         return text if chat.show_thinking else strip_thinking(text, opened)
 
-    begun = {}
+    begun, finished = {}, None
+    if grades_early(environment):
 
-    def begin(place: tuple[int, int, int], tokens: np.ndarray) -> None:
-        if processes.is_first():
-            begun[place] = reply(place, tokens)
-            environment.begin(problems[place[1]], begun[place])
+        def begin(place: tuple[int, int, int], tokens: np.ndarray) -> None:
+            if processes.is_first():
+                begun[place] = reply(place, tokens)
+                environment.begin(problems[place[1]], begun[place])
+
+        finished = begin
 
     samples = sample_tree(
         model.params,
@@ -99,7 +102,7 @@ def collect_rollouts(
         capacity,
         find_end=stop_finder(tokenizer, chat.stop_strings) if chat.stop_strings else None,
         respond=turns and turns.respond,
-        finished=begin if grades_early(environment) else None,
+        finished=finished,
     )
     shape = samples.lengths.shape
 
@@ -110,7 +113,7 @@ def collect_rollouts(
             for place in places
         ]
         grades = checked_grades(environment, [problems[b] for _, b, _ in places], replies)
-        return [as_text(each) if turns else each for each in replies], grades
+        return [each if isinstance(each, str) else as_text(each) for each in replies], grades
 
     texts, grades = processes.decide(graded)
     return Rollouts(

@@ -22,9 +22,14 @@ _SOME_PROMPT = SystemPrompt("-")
 class Model(Protocol):
     """A model to sample from. `espl_jax.load_pretrained` returns one that has `stop_ids` as well."""
 
-    params: Any
-    config: DecoderConfig
-    tokenizer: Any
+    @property
+    def params(self) -> Any: ...
+
+    @property
+    def config(self) -> DecoderConfig: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
 
 
 def stop_ids_of(model: Model) -> tuple[int, ...]:

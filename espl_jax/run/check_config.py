@@ -122,5 +122,6 @@ def check_config(config: Config, files: bool = True) -> None:
 def _flat(config: Config, prefix: str = "") -> dict[str, Any]:
     fields = {}
     for name, value in config.items():
-        fields |= _flat(value, f"{prefix}{name}.") if hasattr(value, "items") else {f"{prefix}{name}": value}
+        group = isinstance(value, Config)
+        fields |= _flat(value, f"{prefix}{name}.") if group else {f"{prefix}{name}": value}
     return fields

@@ -249,7 +249,9 @@ def rollout_sizes(config: Config, parts: Parts) -> tuple[Sizes, ...]:
     """Returns the sizes that training rollouts reserve and compile for; they do not depend on the batch."""
     longest = Lengths(0, parts.capacity.longest_problem, config.sampling.max_new_tokens)
     rollouts = workloads_of(config, parts, longest)[0]
-    return rollouts.sizes(parts.reference.config, parts.capacity.held_bytes, parts.mesh)
+    held = parts.capacity.held_bytes
+    assert held is not None
+    return rollouts.sizes(parts.reference.config, held, parts.mesh)
 
 
 def workloads_of(config: Config, parts: Parts, lengths: Lengths) -> list[Workload]:

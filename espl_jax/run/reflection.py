@@ -7,7 +7,6 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from espl_jax.parallel import processes
@@ -21,6 +20,7 @@ from espl_jax.rollouts.keys import stream_key
 from espl_jax.run.config import Config
 from espl_jax.run.parts import Parts
 from espl_jax.sampling.settings import Sampling
+from espl_jax.storage.folders import AnyPath
 from espl_jax.types import Conversation, Reflect
 
 MakeReflect = Callable[[Pretrained, int], Reflect]
@@ -28,7 +28,7 @@ MakeReflect = Callable[[Pretrained, int], Reflect]
 
 
 @contextlib.contextmanager
-def open_reflectors(config: Config, parts: Parts, workdir: Path) -> Iterator[MakeReflect]:
+def open_reflectors(config: Config, parts: Parts, workdir: AnyPath) -> Iterator[MakeReflect]:
     """Yields the function that makes the reflector of each iteration.
 
     Replies of a server are written to `replies.jsonl` in the work directory as they arrive, so a resumed run
@@ -64,7 +64,7 @@ def open_reflectors(config: Config, parts: Parts, workdir: Path) -> Iterator[Mak
 
 
 @contextlib.contextmanager
-def _elsewhere(r: Any, workdir: Path) -> Iterator[MakeReflect]:
+def _elsewhere(r: Any, workdir: AnyPath) -> Iterator[MakeReflect]:
     """Yields the function that makes reflectors which use a server or a log."""
     if r.reflector == "replay":
         transcripts = Transcripts(r.replay)
@@ -131,6 +131,7 @@ class Beside:
         start = time.monotonic()
         self._thread.join()
         self.waited = time.monotonic() - start
+        assert self._outcome is not None
         value, error = self._outcome
         if error is not None:
             raise error

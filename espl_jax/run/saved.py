@@ -6,12 +6,10 @@ import contextlib
 import dataclasses
 import json
 import os
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 from absl import logging
-from ml_collections import ConfigDict
 
 from espl_jax.evolution.deployment import deployed
 from espl_jax.evolution.population import Population, from_json, prompt_from_json
@@ -53,7 +51,7 @@ class SavedRun:
       population: the prompts with their ratings.
     """
 
-    path: Path
+    path: folders.AnyPath
     config: Config
     iteration: int
     model: Pretrained
@@ -117,7 +115,7 @@ def read_config(workdir: str | os.PathLike[str]) -> Config:
     ]
     if missing:
         raise ValueError(_other_version(path, f"it has no {', '.join(missing)}"))
-    return ConfigDict(config)
+    return Config(config)
 
 
 def check_run(workdir: str | os.PathLike[str]) -> Config:
@@ -148,7 +146,9 @@ def read_run(
     config = read_config(path)
     model = load_reference(config, mesh, **numerics)
     trainable = abstract_trainable(config, model.config, mesh) if trains(config) else None
-    iteration, train_state, state = _newest(path, TrainState(None, trainable, opt_state=None))
+    # What is None is not read.
+    wanted = TrainState(cast(jax.Array, None), cast(Params, trainable), opt_state=None)
+    iteration, train_state, state = _newest(path, wanted)
     read = {"model.source": inputs.fingerprint_files(model.files)}
     for field, names in inputs.changes(state["inputs"], read).items():
         logging.warning(
@@ -170,13 +170,13 @@ def read_run(
     return SavedRun(path, config, iteration, model, adapters, root, population)
 
 
-def _other_version(path: Path, what: str) -> str:
+def _other_version(path: folders.AnyPath, what: str) -> str:
     return (
         f"{path} was written by another version of espl_jax ({what}); evaluate or export it with that version"
     )
 
 
-def _newest(path: Path, abstract_arrays: Any) -> tuple[int, Any, dict[str, Any]]:
+def _newest(path: folders.AnyPath, abstract_arrays: Any) -> tuple[int, Any, dict[str, Any]]:
     saved = read_checkpoint(path, abstract_arrays)
     if saved is None:
         raise FileNotFoundError(f"{path} has no checkpoint yet; try again after the first iteration")

@@ -54,15 +54,15 @@ def update(
             return Updated(state, {})
         if config.loss.epochs * config.loss.minibatches > 1 and parts.objective.loss.needs_old_logprobs:
             batches = [_with_old_logprobs(job, batch, state) for batch in batches]
-        steps = []
+        steps, after = [], state
         for _ in range(config.loss.epochs):
             for batch in batches:
-                arguments = parts.step_arguments(state, batch)
-                state, metrics = policy_gradient_step(*arguments, microbatch_rows=config.loss.microbatch_rows)
+                arguments = parts.step_arguments(after, batch)
+                after, metrics = policy_gradient_step(*arguments, microbatch_rows=config.loss.microbatch_rows)
                 steps.append(metrics)
         # Wait here, so that the time of the update is not counted in the next phase on these devices.
         steps = jax.device_get(jax.block_until_ready(steps))
-    return Updated(state, _summary(steps, rollouts, iteration, job.progress, skipped_before))
+    return Updated(after, _summary(steps, rollouts, iteration, job.progress, skipped_before))
 
 
 def _batches(job: Job, rollouts: Rollouts, iteration: int) -> list[TrainBatch]:

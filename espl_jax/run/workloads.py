@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -109,17 +110,17 @@ def workloads(
     """
     lanes, evolves = lanes_of(config), config.mode != "rl"
     limits = {"max_rows": config.sampling.max_rows or None}
-    shared = limits | {
-        "longest_problem": longest_problem,
-        "truncation": Truncation(config.sampling.top_k, config.sampling.top_p, config.sampling.min_p),
-        "turns": turns,
-        "context_limit": config.sampling.context_limit or None,
-    }
+    workload = functools.partial(
+        Workload,
+        longest_problem=longest_problem,
+        truncation=Truncation(config.sampling.top_k, config.sampling.top_p, config.sampling.min_p),
+        turns=turns,
+        context_limit=config.sampling.context_limit or None,
+        **limits,
+    )
     group = config.num_prompts // lanes * config.group_size
     greedy = config.sampling.temperature == 0
-    found = [
-        Workload("rollouts", "rollouts", lanes, config.batch_size, group, lengths, greedy=greedy, **shared)
-    ]
+    found = [workload("rollouts", "rollouts", lanes, config.batch_size, group, lengths, greedy=greedy)]
     # Another model than the policy has programs of its own.
     if evolves and config.reflection.reflector == "local" and not config.reflection.source:
         found += _reflection(config, decoder, instructions, limits)
@@ -133,7 +134,7 @@ def workloads(
             name = split if number < 2 else f"{split} of {number} prompts"
             given = number, count, config.evaluation[f"{split}_samples"], lengths
             greedy = config.evaluation.temperature == 0
-            found.append(Workload(name, "evaluation", *given, greedy=greedy, **shared))
+            found.append(workload(name, "evaluation", *given, greedy=greedy))
     return found
 
 

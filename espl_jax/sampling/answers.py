@@ -66,7 +66,9 @@ class Answers:
         return answers
 
     def _arrived(self, ended: Mapping[int, tuple[Place, np.ndarray]], wait: bool) -> dict[int, list[int]]:
-        answers = {row: self._respond(*turn) for row, turn in ended.items()}
+        respond = self._respond
+        assert respond is not None
+        answers = {row: respond(*turn) for row, turn in ended.items()}
         if wait:
             concurrent.futures.wait(self._futures.values(), return_when=concurrent.futures.FIRST_COMPLETED)
         concurrent.futures.wait(self._recent, timeout=GRACE)

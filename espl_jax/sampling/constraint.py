@@ -30,6 +30,8 @@ class Constraint(Protocol):
         Returns:
           uint32 [R, ceil(V / 32)]; token v is bit v % 32 of word v // 32.
         """
+        ...
 
     def accept(self, rows: np.ndarray, tokens: np.ndarray) -> None:
         """Records the token, int32 [R], that each of `rows`, int [R], sampled; stop tokens included."""
+        ...

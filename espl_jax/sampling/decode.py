@@ -9,6 +9,7 @@ passes it to each call; see `Rows`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -75,12 +76,12 @@ class Drawn(NamedTuple):
 
 def abstract_slots(
     decoder: DecoderConfig, slots: int, capacity: int, mesh: Mesh | None, everywhere: bool = False
-) -> Slots:
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """Returns shapes and shardings of slots with `capacity` columns each: sharded by rows, or replicated over
     rows (`everywhere`) like the caches of shared levels."""
     shape = (decoder.num_layers, decoder.num_kv_heads, slots)
     shapes = (*shape, decoder.head_dim, capacity), (*shape, capacity, decoder.head_dim)
-    return tuple(
+    key, value = (
         jax.ShapeDtypeStruct(
             shape,
             jnp.dtype(decoder.dtype),
@@ -88,19 +89,21 @@ def abstract_slots(
         )
         for shape in shapes
     )
+    return key, value
 
 
 def abstract_rows(count: int, mesh: Mesh | None) -> Rows:
     """Returns shapes and shardings of the `Rows` of a call."""
     numbers = jax.ShapeDtypeStruct((count,), jnp.int32)
     keys = jax.ShapeDtypeStruct((count, 2), jnp.uint32)
-    return sharding.place_rows(Rows(*(numbers,) * 6, keys), mesh)
+    return sharding.place_rows(Rows._make((*(numbers,) * 6, keys)), mesh)
 
 
 def reserve(decoder: DecoderConfig, slots: int, capacity: int, mesh: Mesh | None) -> Slots:
     """Allocates empty slots with `capacity` columns each."""
     shapes = abstract_slots(decoder, slots, capacity, mesh)
-    return tuple(jnp.zeros(x.shape, x.dtype, device=x.sharding) for x in shapes)
+    key, value = (jnp.zeros(x.shape, x.dtype, device=x.sharding) for x in shapes)
+    return key, value
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "mesh"))
@@ -127,11 +130,11 @@ def prefill(
     _, cache = forward(params, decoder, tokens, lengths, () if system is None else (system,))
     if mesh is None:
         return cache
-    arrays = (
+    key, value = (
         jax.lax.with_sharding_constraint(x, sharding.cache_sharding(mesh, x.shape, everywhere=True))
         for x in (cache.key, cache.value)
     )
-    return KVCache(*arrays, cache.start, cache.length)
+    return KVCache(key, value, cache.start, cache.length)
 
 
 @functools.partial(jax.jit, static_argnames="mesh", donate_argnames="slots")
@@ -231,9 +234,10 @@ def extend(
 
         return jax.lax.fori_loop(0, count, put, slots)
 
-    held = sharding.over_parts(gather, mesh, ("slots", "rows"), "slots")(slots, at)
-    own = KVCache(*held, rows.start, rows.length)
-    _, new = forward(params, decoder, tokens, lengths, (system.replace(owner=rows.lane), own))
+    key, value = sharding.over_parts(gather, mesh, ("slots", "rows"), "slots")(slots, at)
+    own = KVCache(key, value, rows.start, rows.length)
+    owned = dataclasses.replace(system, owner=rows.lane)
+    _, new = forward(params, decoder, tokens, lengths, (owned, own))
     kinds = ("slots", "slots", "rows", "rows", "rows")
     return sharding.over_parts(put_back, mesh, kinds, "slots")(
         slots, (new.key, new.value), at, rows.length, lengths
@@ -297,7 +301,7 @@ def decode_chunk(
     count = rows.token.shape[0]
     shards = sharding.row_shards(mesh)
     held = RowsView(*slots, rows.start, rows.length, columns, shards)
-    system = system if aligned else system.replace(owner=rows.lane)
+    system = system if aligned else dataclasses.replace(system, owner=rows.lane)
     shape = (decoder.num_layers, decoder.num_kv_heads, count)
     staging = (
         jnp.zeros((*shape, decoder.head_dim, steps), decoder.dtype),
@@ -320,9 +324,9 @@ def decode_chunk(
         return (drawn.steps < steps) & ~done.all()
 
     def body(carry):
-        staging, token, done, drawn = carry
+        (key, value), token, done, drawn = carry
         step = drawn.steps
-        staged = KVCache(*staging, held.end, jnp.full(count, step, jnp.int32))
+        staged = KVCache(key, value, held.end, jnp.full(count, step, jnp.int32))
         hidden, new = forward(params, decoder, token[:, None], ancestors=(system, held, staged))
         # Sampling is sharded by rows, however the head's matmul was sharded.
         logits = unembed(params, decoder, hidden[:, 0])
@@ -337,7 +341,7 @@ def decode_chunk(
             token, logprob, untruncated, cutoff = draw.draw(logits, uniform, temperature, truncation)
         staging = tuple(
             jax.lax.dynamic_update_slice_in_dim(old, x, step, axis)
-            for old, x, axis in zip(staging, (new.key, new.value), (4, 3), strict=True)
+            for old, x, axis in zip((key, value), (new.key, new.value), (4, 3), strict=True)
         )
 
         def put(column: jax.Array, x: jax.Array) -> jax.Array:
@@ -373,7 +377,8 @@ def decode_chunk(
 
 def _row(arrays: Slots, row: jax.Array) -> Slots:
     """Returns the keys and values of one node, [L, K, 1, H, C] and [L, K, 1, C, H]."""
-    return tuple(jax.lax.dynamic_slice_in_dim(x, row, 1, axis=2) for x in arrays)
+    key, value = (jax.lax.dynamic_slice_in_dim(x, row, 1, axis=2) for x in arrays)
+    return key, value
 
 
 def _write(slots: Slots, new: Slots, slot: jax.Array, column: jax.Array | int) -> Slots:

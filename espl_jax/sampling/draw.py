@@ -26,14 +26,14 @@ def row_keys(key: jax.Array, *words: jax.Array) -> jax.Array:
     Returns:
       uint32 [..., 2], raw key data of the broadcast shape.
     """
-    words = jnp.broadcast_arrays(*(jnp.asarray(word, jnp.uint32) for word in words))
-    flat = jnp.stack([word.reshape(-1) for word in words], axis=-1)
+    spread = jnp.broadcast_arrays(*(jnp.asarray(word, jnp.uint32) for word in words))
+    flat = jnp.stack([word.reshape(-1) for word in spread], axis=-1)
 
     def fold(row: jax.Array) -> jax.Array:
         folded, _ = jax.lax.scan(lambda k, word: (jax.random.fold_in(k, word), None), key, row)
         return jax.random.key_data(folded)
 
-    return jax.vmap(fold)(flat).reshape(*words[0].shape, 2)
+    return jax.vmap(fold)(flat).reshape(*spread[0].shape, 2)
 
 
 def uniforms(keys: jax.Array, positions: jax.Array) -> jax.Array:

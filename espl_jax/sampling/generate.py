@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from espl_jax.sampling.settings import Capacity, Sampling
 from espl_jax.sampling.sizes import choose_sizes
 from espl_jax.sampling.truncation import Truncation
 
-FindEnd = Callable[[Sequence[int], int], int | None]
+FindEnd = Callable[[np.ndarray, int], int | None]
 """Called with the tokens of a turn and how many of them earlier calls have checked. Returns how many tokens
 to keep if the turn ends among them, else None."""
 
@@ -98,7 +98,7 @@ def generate(
         stop_ids=tuple(stop_ids),
     )
     flat = bool(prompts) and all(isinstance(token, int | np.integer) for token in prompts[0])
-    lanes = [prompts] if flat else prompts
+    lanes = cast(Sequence[Sequence[Sequence[int]]], [prompts] if flat else prompts)
     if (
         not lanes
         or len({len(lane) for lane in lanes}) != 1
@@ -119,7 +119,7 @@ def generate(
         draw.row_keys(key, m, b, n),
         sampling,
     )
-    return Samples(*(x[0] for x in samples[:-1]), samples.row_steps) if flat else samples
+    return Samples._make((*(x[0] for x in samples[:-1]), samples.row_steps)) if flat else samples
 
 
 def _common_start(prompts: Sequence[Sequence[int]]) -> int:
@@ -226,7 +226,8 @@ def sample_tree(
     truncated = _run(scheduler, limits.shape, sampling.max_first_turn, find_end, respond, finished)
     arrays = scheduler.tokens, scheduler.position, scheduler.logprobs, scheduler.untruncated_logprobs
     arrays = *arrays, truncated, scheduler.cutoffs, scheduler.drawn
-    return Samples(*(x.reshape(*limits.shape, *x.shape[1:]) for x in arrays), scheduler.row_steps)
+    shaped = (x.reshape(*limits.shape, *x.shape[1:]) for x in arrays)
+    return Samples._make((*shaped, scheduler.row_steps))
 
 
 def _run(
@@ -255,8 +256,8 @@ def _run(
     answers = Answers(respond)
 
     def so_far(row: int) -> tuple[Place, np.ndarray]:
-        place = tuple(int(i) for i in np.unravel_index(row, shape))
-        return place, scheduler.tokens[row, : scheduler.position[row]].copy()
+        m, b, n = (int(i) for i in np.unravel_index(row, shape))
+        return (m, b, n), scheduler.tokens[row, : scheduler.position[row]].copy()
 
     while not scheduler.done or answers.waiting:
         scheduler.admit()
@@ -298,7 +299,7 @@ def row_limits(
     system_tokens: Sequence[Sequence[int]],
     problem_tokens: Sequence[Sequence[Sequence[int]]],
     max_new_tokens: int | np.ndarray,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     context_limit: int,
 ) -> np.ndarray:
     """Returns the most new tokens of each row: `max_new_tokens`, or what the context leaves. int32 [M, B, N].

@@ -311,7 +311,7 @@ class Scheduler:
         state = (self.lane, self.start, self.length, self.token, self.position, self.limit)
         there = (live, live, numbers >= 0, live, live, live)
         values = (np.where(ok, x[numbers], 0).astype(np.int32) for ok, x in zip(there, state, strict=True))
-        return sharding.place_rows(decode.Rows(*values, self.keys[numbers]), self.mesh)
+        return sharding.place_rows(decode.Rows._make((*values, self.keys[numbers])), self.mesh)
 
     def _constrained(self, numbers: np.ndarray, live: np.ndarray) -> np.ndarray:
         """Returns which rows of a chunk are constrained: bool, in the shape of `numbers`."""

@@ -106,7 +106,8 @@ def cutoff(logits: jax.Array, temperature: jax.Array | float, truncation: Trunca
 
         def mend() -> tuple[jax.Array, jax.Array]:
             # Replace only the inexact rows: a row's cut-off must not depend on the other rows of the batch.
-            return tuple(jnp.where(exact, x, y) for x, y in zip((kept, cut), search_all(), strict=True))
+            kept_of_all, cut_of_all = search_all()
+            return jnp.where(exact, kept, kept_of_all), jnp.where(exact, cut, cut_of_all)
 
         kept, cut = jax.lax.cond(exact.all(), lambda: (kept, cut), mend)
     else:

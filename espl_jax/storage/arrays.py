@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,12 +14,13 @@ from orbax.checkpoint import v1 as ocp
 
 from espl_jax.parallel import processes
 from espl_jax.storage import durable
+from espl_jax.storage.folders import AnyPath
 
 _AT_ONCE = 8  # files that a process hashes concurrently
 _UNREADABLE = ""
 
 
-def named_leaves(tree: Any) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
+def named_leaves(tree: Any) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:  # pyright: ignore[reportInvalidTypeForm]
     """Returns (leaves by path, treedef): orbax does not support all containers of optimizer states."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}, treedef
@@ -69,14 +69,14 @@ def check_shared(leaves: dict[str, Any]) -> None:
             )
 
 
-def save(path: Path, leaves: dict[str, Any]) -> None:
+def save(path: AnyPath, leaves: dict[str, Any]) -> None:
     """Writes arrays; each process writes its own shards. Returns once all processes have written theirs."""
     if leaves:
         with durable.disk_full_explained(path):
-            ocp.save(path, leaves)
+            ocp.save(os.fspath(path), leaves)
 
 
-def hashes(path: Path) -> dict[str, str]:
+def hashes(path: AnyPath) -> dict[str, str]:
     """Returns the SHA-256 of every file that `save` wrote, by path below `path`; processes share the work.
 
     Raises:
@@ -88,7 +88,7 @@ def hashes(path: Path) -> dict[str, str]:
     return found
 
 
-def damaged(path: Path, saved: dict[str, str]) -> str | None:
+def damaged(path: AnyPath, saved: dict[str, str]) -> str | None:
     """Finds a file that differs from what was saved.
 
     Args:
@@ -102,7 +102,7 @@ def damaged(path: Path, saved: dict[str, str]) -> str | None:
     return next((name for name in now if now[name] != saved[name]), None)
 
 
-def _files(path: Path, prefix: str = "") -> list[str]:
+def _files(path: AnyPath, prefix: str = "") -> list[str]:
     """Returns the names of all files below a folder, local or in a bucket."""
     names: list[str] = []
     for each in sorted(path.iterdir()) if path.is_dir() else ():
@@ -110,11 +110,11 @@ def _files(path: Path, prefix: str = "") -> list[str]:
     return names
 
 
-def _hashes(path: Path, names: Sequence[str]) -> dict[str, str]:
+def _hashes(path: AnyPath, names: Sequence[str]) -> dict[str, str]:
     def digest(name: str) -> bytes:
         try:
             with (path / name).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").digest()
+                return hashlib.file_digest(file, "sha256").digest()  # pyright: ignore[reportArgumentType]
         except OSError:
             return b""
 
@@ -127,7 +127,7 @@ def _hashes(path: Path, names: Sequence[str]) -> dict[str, str]:
     return {name: row.tobytes().hex() if row.any() else _UNREADABLE for name, row in rows}
 
 
-def load(path: Path, leaves: dict[str, Any]) -> list[jax.Array]:
+def load(path: AnyPath, leaves: dict[str, Any]) -> list[jax.Array]:
     """Reads the arrays onto the shardings of `leaves`, in their order.
 
     A leaf without a sharding goes to the default device, uncommitted, so that jax can move it to
@@ -148,5 +148,5 @@ def load(path: Path, leaves: dict[str, Any]) -> list[jax.Array]:
     context = ocp.Context()
     context.pytree.loading.partial_load = True  # the caller has checked which leaves are missing
     with context:
-        arrays = ocp.load(path, abstract)
+        arrays = ocp.load(os.fspath(path), abstract)
     return [jax.device_put(np.asarray(arrays[name])) if name in free else arrays[name] for name in leaves]

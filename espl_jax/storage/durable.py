@@ -98,7 +98,7 @@ def hold(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def disk_full_explained(path: Path) -> Iterator[None]:
+def disk_full_explained(path: os.PathLike[str]) -> Iterator[None]:
     """Adds the fix to the error of a full disk; other errors pass unchanged."""
     try:
         yield

@@ -15,11 +15,12 @@ from etils import epath
 from espl_jax.storage.local import LocalFolder, LocalLog
 from espl_jax.storage.objects import ObjectFolder, ObjectLog
 
+AnyPath = Path | epath.Path
 Folder = LocalFolder | ObjectFolder
 Log = LocalLog | ObjectLog
 
 
-def parse(path: str | os.PathLike[str]) -> Path | epath.Path:
+def parse(path: str | os.PathLike[str]) -> AnyPath:
     """Returns the path as an absolute Path, or an epath.Path for `gs://`.
 
     Raises:
@@ -43,9 +44,11 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 def open_folder(path: str | os.PathLike[str]) -> Folder:
     """Returns a folder, which need not exist: nothing is read or written yet. Raises like `parse`."""
-    return ObjectFolder(parse(path)) if is_remote(path) else LocalFolder(parse(path))
+    parsed = parse(path)
+    return LocalFolder(parsed) if isinstance(parsed, Path) else ObjectFolder(parsed)
 
 
 def open_log(path: str | os.PathLike[str]) -> Log:
     """Returns a log on its own, without holding its folder. Raises like `parse`."""
-    return ObjectLog(parse(path)) if is_remote(path) else LocalLog(parse(path))
+    parsed = parse(path)
+    return LocalLog(parsed) if isinstance(parsed, Path) else ObjectLog(parsed)

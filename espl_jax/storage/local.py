@@ -101,15 +101,14 @@ class LocalLog:
           OSError: if the disk is full or the file cannot be written. The file is then unchanged.
         """
         with durable.disk_full_explained(self.path):
-            if self._file is None:
-                self._open()
+            file = self._file or self._open()
             try:
                 written = 0
                 while written < len(content):
-                    written += os.pwrite(self._file.fileno(), content[written:], self._end + written)
+                    written += os.pwrite(file.fileno(), content[written:], self._end + written)
             except BaseException:
                 with contextlib.suppress(OSError):
-                    self._file.truncate(self._end)
+                    file.truncate(self._end)
                 raise
             self._end += len(content)
 
@@ -142,11 +141,12 @@ class LocalLog:
             self._file.close()
             self._file = None
 
-    def _open(self) -> None:
+    def _open(self) -> BinaryIO:
         if is_new := not self.path.exists():
             self.path.touch()
         # Unbuffered, so that a partial write is in the file, where it can be truncated.
-        self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 (closed by `close`)
+        self._file = file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 (closed by `close`)
         self._end = durable.size(self.path)
         if is_new:
             durable.sync_folder(self.path.parent)
+        return file

@@ -123,7 +123,7 @@ class ObjectLog:
             self._check_held()
             begin = self._end()
             _write(self._files, self._part(begin), bytes(self._tail))
-            self._parts[begin] = len(self._tail)
+            self._listed()[begin] = len(self._tail)
             self._tail.clear()
 
     def read(self, begin: int, length: int) -> bytes:
@@ -131,7 +131,7 @@ class ObjectLog:
         end = self._end()
         if begin >= end:
             return bytes(self._tail[begin - end :][:length])
-        first = max(start for start in self._parts if start <= begin)
+        first = max(start for start in self._listed() if start <= begin)
         content = _read(self._files, self._part(first)) or b""
         found = content[begin - first :][:length]
         if len(found) < length and first + len(content) < self.length():
@@ -140,9 +140,9 @@ class ObjectLog:
 
     def lines(self) -> Iterator[bytes]:
         """Yields every line with its newline; the last line may lack it."""
-        self._end()
+        parts = self._listed()
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            contents = pool.map(lambda begin: _read(self._files, self._part(begin)) or b"", self._parts)
+            contents = pool.map(lambda begin: _read(self._files, self._part(begin)) or b"", parts)
             yield from io.BytesIO(b"".join([*contents, self._tail]))
 
     def cut_back(self, length: int) -> None:
@@ -158,7 +158,7 @@ class ObjectLog:
                 "folder, or use another --workdir"
             )
         del self._tail[max(0, length - end) :]
-        for begin, size in list(self._parts.items()):
+        for begin, size in list(self._listed().items()):
             if begin < length < begin + size:
                 _write(self._files, self._part(begin), self.read(begin, length - begin))
         for name in _sizes(self._files, self.path):
@@ -171,7 +171,13 @@ class ObjectLog:
         self.sync()
 
     def _end(self) -> int:
-        """Returns the offset at which the parts end; lists them at the first call."""
+        """Returns the offset at which the parts end."""
+        parts = self._listed()
+        last = max(parts, default=0)
+        return last + parts.get(last, 0)
+
+    def _listed(self) -> dict[int, int]:
+        """Returns the parts; lists them at the first call."""
         if self._parts is None:
             sizes = _sizes(self._files, self.path)
             found = {int(name): size for name, size in sizes.items() if name.isdigit()}
@@ -179,8 +185,7 @@ class ObjectLog:
             while found.get(begin):
                 self._parts[begin] = found[begin]
                 begin += found[begin]
-        last = max(self._parts, default=0)
-        return last + self._parts.get(last, 0)
+        return self._parts
 
     def _part(self, begin: int) -> epath.Path:
         return (
@@ -191,6 +196,7 @@ class ObjectLog:
 def _file_system() -> Any:
     """Returns the gcsfs instance of epath and orbax, with no listings cache: other processes write too."""
     import fsspec
+    import fsspec.config
 
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     return fsspec.filesystem("gcs", finalize_on_close=True)

@@ -295,6 +295,7 @@ def read_checkpoint(
     while committed := processes.decide(lambda: _committed(folder)):
         try:
             newest = processes.decide(lambda found=committed: _newest(folder, found))
+            assert newest is not None
             return _with_arrays(folder, newest, abstract_arrays, partial=True)
         except Exception:
             # If the run has meanwhile replaced the checkpoint with a newer one, read that.

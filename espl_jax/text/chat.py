@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jinja2.exceptions import TemplateError
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from espl_jax.text.chat_template import apply_chat_template
 from espl_jax.text.control_tokens import without_control_tokens
@@ -17,7 +17,7 @@ TURN_HEADER = 16
 
 
 def render(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], **chat_template_kwargs: Any
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **chat_template_kwargs: Any
 ) -> str:
     """Renders a conversation as text, up to where the model continues.
 
@@ -56,7 +56,7 @@ def render(
         ) from error
 
 
-def has_system_role(tokenizer: PreTrainedTokenizerFast, **chat_template_kwargs: Any) -> bool:
+def has_system_role(tokenizer: PreTrainedTokenizerBase, **chat_template_kwargs: Any) -> bool:
     """Returns whether the template writes system messages. Tries one, since some templates raise and others
     drop it silently."""
     system = "the system message of a trial"
@@ -68,7 +68,7 @@ def has_system_role(tokenizer: PreTrainedTokenizerFast, **chat_template_kwargs: 
 
 
 def encode_conversation(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], **chat_template_kwargs: Any
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **chat_template_kwargs: Any
 ) -> tuple[list[int], list[int]]:
     """Tokenizes a conversation, split where the prefix tree branches from system prompt to problem.
 
@@ -106,7 +106,7 @@ def encode_conversation(
     return tokens[:cut], tokens[cut:]
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Returns the tokens of a text, without adding special tokens: templates write those themselves."""
     return tokenizer.encode(text, add_special_tokens=False)
 
@@ -153,7 +153,7 @@ def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
 
 
 def _with_other_user_texts(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], **chat_template_kwargs: Any
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **chat_template_kwargs: Any
 ) -> tuple[str, str]:
     """Renders the conversation with two other texts in its last user turn, which differ from the start.
 
@@ -173,7 +173,7 @@ def _with_other_user_texts(
     return one, other
 
 
-def _added_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+def _added_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Returns the added tokens, which are matched before tokenization, except `single_word` tokens, whose
     match depends on what follows."""
     added = tokenizer.added_tokens_decoder.items()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import datetime
 import json
 import string
-from typing import Any
+from typing import Any, cast
 
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from espl_jax.types import Conversation
 
@@ -38,7 +38,7 @@ TRIAL_TOOL = {
 """A tool for probing templates."""
 
 
-def apply_chat_template(tokenizer: PreTrainedTokenizerFast, turns: Conversation, **arguments: Any) -> str:
+def apply_chat_template(tokenizer: PreTrainedTokenizerBase, turns: Conversation, **arguments: Any) -> str:
     """Renders a conversation unchanged, with the generation prompt.
 
     Args:
@@ -53,12 +53,13 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerFast, turns: Conversation,
     template = template_for(tokenizer, with_tools=bool(arguments.get("tools")))
     if "strftime_now" in template:
         template = _FIXED_DATE + template
-    return tokenizer.apply_chat_template(
+    text = tokenizer.apply_chat_template(
         turns, chat_template=template, tokenize=False, add_generation_prompt=True, **arguments
     )
+    return cast(str, text)
 
 
-def named_templates(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+def named_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Returns the tokenizer's chat templates by name; a single one is named `default`."""
     template = getattr(tokenizer, "chat_template", None)
     if template is None:
@@ -66,7 +67,7 @@ def named_templates(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
     return dict(template) if isinstance(template, dict) else {_DEFAULT: template}
 
 
-def template_for(tokenizer: PreTrainedTokenizerFast, *, with_tools: bool) -> str:
+def template_for(tokenizer: PreTrainedTokenizerBase, *, with_tools: bool) -> str:
     """Returns the template that transformers and servers would choose: `tool_use` if there are tools and a
     template of that name, otherwise `default`.
 
@@ -85,7 +86,7 @@ def template_for(tokenizer: PreTrainedTokenizerFast, *, with_tools: bool) -> str
     return templates[name]
 
 
-def template_file(tokenizer: PreTrainedTokenizerFast, *, with_tools: bool) -> str:
+def template_file(tokenizer: PreTrainedTokenizerBase, *, with_tools: bool) -> str:
     """Returns the file name of `template_for` in a folder written by `save_pretrained`."""
     name = _chosen(named_templates(tokenizer), with_tools)
     return "chat_template.jinja" if name == _DEFAULT else f"additional_chat_templates/{name}.jinja"

@@ -5,16 +5,20 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import llguidance
 import numpy as np
 from llguidance.hf import from_tokenizer
 from llguidance.numpy import fill_next_token_bitmask_par
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from espl_jax.types import Grammar
 
-JSON_OPTIONS = {
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+JSON_OPTIONS: JsonCompileOptions = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
@@ -26,13 +30,13 @@ JSON_OPTIONS = {
 class GrammarRows:
     """Constrains each row to a grammar; implements `sampling.constraint.Constraint`.
 
-    `allowed` does not change the state of a row, only `accept` does. Stop tokens are allowed once the reply of
+    Only `accept` changes the state of a row; `allowed` does not. Stop tokens are allowed once the reply of
     a row is complete, and not before.
     """
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: PreTrainedTokenizerBase,
         grammars: Sequence[Grammar],
         *,
         stop_ids: Sequence[int],

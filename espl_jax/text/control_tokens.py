@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from jinja2.exceptions import TemplateError
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from espl_jax.text.chat_template import TRIAL_TOOL, apply_chat_template, named_templates
 from espl_jax.text.thinking import CLOSE, OPEN
@@ -18,7 +18,7 @@ WITHIN_TURNS = frozenset({OPEN, CLOSE, "<tool_call>", "</tool_call>", "<tool_res
 _Value = TypeVar("_Value")
 
 
-def without_control_tokens(tokenizer: PreTrainedTokenizerFast, value: _Value) -> _Value:
+def without_control_tokens(tokenizer: PreTrainedTokenizerBase, value: _Value) -> _Value:
     """Replaces every control token in a text by a space.
 
     Control tokens are the tokenizer's special tokens, and other added tokens in angle or square brackets that
@@ -44,13 +44,14 @@ def _replaced(control_tokens: re.Pattern[str], value: _Value) -> _Value:
         case list() | tuple():
             return type(value)(_replaced(control_tokens, item) for item in value)
         case dict():
-            return {name: _replaced(control_tokens, item) for name, item in value.items()}
+            replaced = {name: _replaced(control_tokens, item) for name, item in value.items()}
+            return cast(_Value, replaced)
     return value
 
 
 @functools.lru_cache(maxsize=8)
 def _control_tokens(
-    tokenizer: PreTrainedTokenizerFast, size: int, templates: tuple[tuple[str, str], ...]
+    tokenizer: PreTrainedTokenizerBase, size: int, templates: tuple[tuple[str, str], ...]
 ) -> re.Pattern[str]:
     """Returns a pattern of control tokens, longest first. `size` and `templates` are only cache keys."""
     added = tokenizer.added_tokens_decoder
@@ -65,7 +66,7 @@ def _control_tokens(
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def _trials(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+def _trials(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Renders simple conversations with all roles, skipping those that the chat template rejects."""
     system, user, assistant, tool = (
         {"role": role, "content": "a"} for role in ("system", "user", "assistant", "tool")

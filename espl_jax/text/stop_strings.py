@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import cast
 
-from transformers import PreTrainedTokenizerFast
+import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 UNFINISHED = "\ufffd"
 """What a tokenizer decodes an incomplete character to."""
@@ -17,8 +19,8 @@ _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def stop_finder(
-    tokenizer: PreTrainedTokenizerFast, strings: Sequence[str]
-) -> Callable[[Sequence[int], int], int | None]:
+    tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]
+) -> Callable[[list[int] | np.ndarray, int], int | None]:
     """Returns a function that finds the first stop string in a sequence of tokens.
 
     The text is `tokenizer.decode(..., skip_special_tokens=True)` of a row's completion: special tokens are
@@ -51,7 +53,7 @@ def stop_finder(
     # than it has bytes. One more token in front, because some decoders drop a leading space.
     reach = max(len(string.encode()) for string in strings)
 
-    def window(tokens: Sequence[int], end: int) -> int:
+    def window(tokens: list[int] | np.ndarray, end: int) -> int:
         """Returns where to start decoding to find every string that ends after token `end`."""
         first, missing = end, reach
         while first and (missing > 0 or tokens[first] in bytes_ or tokens[first] not in written):
@@ -59,17 +61,20 @@ def stop_finder(
             missing -= tokens[first] in written
         return first
 
+    def decoded(tokens: list[int] | np.ndarray) -> str:
+        return cast(str, tokenizer.decode(tokens, skip_special_tokens=True))
+
     def found(text: str) -> bool:
         return any(string in text for string in strings)
 
-    def find(tokens: Sequence[int], checked: int) -> int | None:
+    def find(tokens: list[int] | np.ndarray, checked: int) -> int | None:
         for begin in range(checked, len(tokens), _STEP):
             first, end = window(tokens, begin), min(begin + _STEP, len(tokens))
-            text = tokenizer.decode(tokens[first:end], skip_special_tokens=True)
+            text = decoded(tokens[first:end])
             # An incomplete character garbles all consecutive byte tokens, which may contain a string.
             if found(text) or (bytes_ and UNFINISHED in text):
                 for count in range(begin + 1, end + 1):
-                    if found(tokenizer.decode(tokens[first:count], skip_special_tokens=True)):
+                    if found(decoded(tokens[first:count])):
                         return count
         return None
 

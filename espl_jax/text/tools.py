@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2.exceptions import TemplateError
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from espl_jax.text.chat import render
 from espl_jax.types import Conversation, Message
@@ -19,7 +19,7 @@ _MARK = "the-end-of-what-the-model-said"
 
 
 def with_tools(
-    tokenizer: PreTrainedTokenizerFast, messages: Conversation, tools: Sequence[Tool], **kwargs: Any
+    tokenizer: PreTrainedTokenizerBase, messages: Conversation, tools: Sequence[Tool], **kwargs: Any
 ) -> tuple[Conversation, dict[str, Any]]:
     """Adds tools to a conversation, and returns it with the arguments for rendering it.
 
@@ -42,7 +42,7 @@ def with_tools(
     return [{"role": "system", "content": told}, *rest], kwargs
 
 
-def writes_tools(tokenizer: PreTrainedTokenizerFast, tools: Sequence[Tool], **kwargs: Any) -> bool:
+def writes_tools(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Tool], **kwargs: Any) -> bool:
     """Returns whether the chat template writes tools. Tries it, by rendering a conversation with tools."""
     trial = [{"role": "user", "content": "a"}]
     try:
@@ -68,7 +68,7 @@ def _described(tools: Sequence[Tool]) -> str:
 
 
 def between_turns(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     tools: Sequence[Tool],
     ended_by: str,

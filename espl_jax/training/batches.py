@@ -54,12 +54,13 @@ def train_batches(
             "rollouts.temperature=0: greedy rollouts cannot be trained on, as they are not samples of the "
             "policy; sample with a positive temperature"
         )
-    counts = rollouts.drawn.any(axis=-1)
+    counts = np.asarray(rollouts.drawn.any(axis=-1))
     if mask_truncated:
-        counts = counts & ~rollouts.truncated
+        counts = np.logical_and(counts, ~rollouts.truncated)
     has_gradient = (counts & ((advantages != 0) | every_group)).any(axis=2)
     groups = np.argwhere(np.ones_like(has_gradient))
     if minibatches > 1:
+        assert rng is not None
         groups = rng.permutation(groups)
     batches = []
     for share in np.array_split(groups, minibatches):

@@ -8,6 +8,7 @@ gradient therefore does not depend on the split into microbatches.
 from __future__ import annotations
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,10 @@ def gradients(
         return shared_levels(whole_params(trainable, frozen), batch, decoder)
 
     policy_arrays, pull_back, places = jax.vjp(shared, trainable, has_aux=True)
-    reference_arrays = shared_levels(reference, batch, decoder)[0] if kl_coef else None
+    reference_arrays = None
+    if kl_coef:
+        assert reference is not None
+        reference_arrays, _ = shared_levels(reference, batch, decoder)
     loss = functools.partial(
         _microbatch_loss,
         frozen=frozen,
@@ -151,6 +155,7 @@ def _microbatch_loss(
     if cutoffs is not None:
         metrics["cut_disagreements"] = (stats.cut & mask).sum().astype(jnp.float32)
     if objective.kl_coef:
+        assert reference is not None and reference_arrays is not None
         other = hidden_states(reference, reference_arrays, places, batch, micro, decoder)
         other = jax.lax.stop_gradient(other)
         if objective.kl_estimator == "exact":
@@ -239,6 +244,7 @@ def policy_gradient_step(
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-    updated = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
+    trainable = cast(Params, optax.apply_updates(state.trainable, updates))
+    updated = TrainState(state.step + 1, trainable, opt_state)
     state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
     return state, metrics | {"grad_norm": norm, "skipped": 1.0 - finite}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
 
@@ -27,6 +28,9 @@ _LATEX = math_verify.LatexExtractionConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="last"
     ),
 )
+# None is no limit, which the annotation leaves out.
+_read = functools.partial(math_verify.parse, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+
 _DIGITS = 50
 """Decimal digits to which values without a simpler proof are compared, beside those that `_scale` counts."""
 
@@ -85,12 +89,12 @@ def judge(rule: str, gold: str, text: str) -> tuple[bool, str | None]:
     """
     if rule == "boxed":
         return equivalent(gold, text), text
-    parsed = math_verify.parse(text, parsing_timeout=None)
+    parsed = _read(text)
     # Parsing gives an expression and the characters that it came from.
     answer = next((part for part in parsed if isinstance(part, str)), None)
     if answer is not None and answer.strip() == gold.strip():
         return True, answer
-    right = math_verify.parse(rf"\boxed{{{gold}}}", parsing_timeout=None)
+    right = _read(rf"\boxed{{{gold}}}")
     return _same_expressions(right, parsed), answer
 
 
@@ -247,17 +251,19 @@ def _equal(gold: str, answer: str) -> bool:
 
 def _same_expressions(right: list[Any], parsed: list[Any]) -> bool:
     """What math-verify says of what it parsed, without its absolute tolerance for small numbers."""
-    pair = [next((part for part in each if not isinstance(part, str)), None) for each in (right, parsed)]
-    if None in pair or any(part.has(*_UNFINISHED) for part in pair):
+    gold, answer = (
+        next((part for part in each if not isinstance(part, str)), None) for each in (right, parsed)
+    )
+    if gold is None or answer is None or any(part.has(*_UNFINISHED) for part in (gold, answer)):
         return bool(math_verify.verify(right, parsed, timeout_seconds=None))
-    if any(part.has(sympy.Float) for part in pair):
+    if any(part.has(sympy.Float) for part in (gold, answer)):
         # Rounded to a number of decimals by math-verify.
         same = bool(math_verify.verify(right, parsed, timeout_seconds=None))
-        return same and not _differ_in_size(*pair)
-    digits = _LEAST_DIGITS + sum(map(_scale, pair))
+        return same and not _differ_in_size(gold, answer)
+    digits = _LEAST_DIGITS + _scale(gold) + _scale(answer)
     precision = min(digits, _MOST_DIGITS)
     same = bool(math_verify.verify(right, parsed, numeric_precision=precision, timeout_seconds=None))
-    return same and not (digits > _MOST_DIGITS and _same_numbers(*pair, precision) is False)
+    return same and not (digits > _MOST_DIGITS and _same_numbers(gold, answer, precision) is False)
 
 
 def _differ_in_size(gold: Any, answer: Any) -> bool:
@@ -276,7 +282,9 @@ def _compact(text: str) -> str:
 def _rational(text: str) -> Fraction | None:
     """The number that a text is, where that can be seen without parsing it."""
     match = _RATIONAL.fullmatch(text)
-    divisor = int(match["denominator"] or match["divisor"] or 1) if match else 0
+    if match is None:
+        return None
+    divisor = int(match["denominator"] or match["divisor"] or 1)
     if not divisor:
         return None
     value = Fraction(int(match["numerator"] or match["number"]), divisor)
@@ -310,7 +318,9 @@ def _same_numbers(gold: Any, answer: Any, digits: int) -> bool | None:
 
 def _finished(expression: Any) -> Any:
     """Replaces sums and integrals whose values sympy finds fast: of geometric terms and of polynomials."""
-    parts = expression.atoms(sympy.Sum, sympy.Integral) if isinstance(expression, sympy.Expr) else ()
+    parts: Iterable[Any] = ()
+    if isinstance(expression, sympy.Expr):
+        parts = expression.atoms(sympy.Sum, sympy.Integral)
     values = {}
     for part in filter(_finishes_fast, parts):
         value = part.doit()
@@ -320,16 +330,17 @@ def _finished(expression: Any) -> Any:
 
 
 def _finishes_fast(part: Any) -> bool:
+    function = part.function
     is_simple = part.is_number and len(part.limits) == 1 and len(part.limits[0]) == 3
-    if not is_simple or part.function.count_ops() > _MOST_OPERATIONS:
+    if not is_simple or function.count_ops() > _MOST_OPERATIONS:
         return False
     variable, *ends = part.limits[0]
-    numbers = (*ends, *(power.exp for power in part.function.atoms(sympy.Pow)))
+    numbers = (*ends, *(power.exp for power in function.atoms(sympy.Pow)))
     if any(abs(number) > _LARGEST for number in numbers if number.is_Integer):
         return False
     if isinstance(part, sympy.Integral):
-        return part.function.is_polynomial(variable) and not any(end.is_infinite for end in ends)
-    ratio = part.function.subs(variable, variable + 1) / part.function
+        return function.is_polynomial(variable) and not any(end.is_infinite for end in ends)
+    ratio = function.subs(variable, variable + 1) / function
     return not sympy.simplify(ratio).has(variable)
 
 
@@ -346,7 +357,7 @@ def _scale(expression: Any) -> int:
     for part in sympy.preorder_traversal(expression):
         if isinstance(part, sympy.Expr) and part.is_number and not part.has(*_APPROXIMATED):
             size = abs(part.evalf(5))
-            if size.is_Float and size:
+            if isinstance(size, sympy.Float) and size:
                 digits += abs(sympy.Float(size)._mpf_[2] + size._mpf_[3]) * 3 // 10
     return digits
 
@@ -369,9 +380,7 @@ def _positive_symbols(gold: Any) -> dict[sympy.Symbol, sympy.Symbol]:
 @functools.lru_cache(maxsize=512)
 def _parse(text: str) -> list[Any]:
     text = text.replace(OPEN, r"\{").replace(CLOSE, r"\}")
-    parsed = math_verify.parse(
-        rf"\boxed{{{text}}}", [_LATEX], fallback_mode="no_fallback", parsing_timeout=None
-    )
+    parsed = _read(rf"\boxed{{{text}}}", [_LATEX], fallback_mode="no_fallback")
     return [_with_real_symbols(expression) for expression in parsed]
 
 

@@ -143,7 +143,9 @@ class _Process:
                 # An interrupt from the keyboard is for the run alone.
                 start_new_session=True,
             )
-            for pipe in (self._popen.stdin, self._popen.stdout):
+            assert self._popen.stdin is not None and self._popen.stdout is not None
+            self._stdin, self._stdout = self._popen.stdin, self._popen.stdout
+            for pipe in (self._stdin, self._stdout):
                 os.set_blocking(pipe.fileno(), False)
             if self._receive(time.monotonic() + START_LIMIT) != _READY:
                 self.end()
@@ -171,19 +173,19 @@ class _Process:
         self._popen.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(SLACK)
-        for pipe in (self._popen.stdin, self._popen.stdout):
+        for pipe in (self._stdin, self._stdout):
             with contextlib.suppress(OSError):
                 pipe.close()
 
     def _send(self, data: bytes, deadline: float) -> None:
-        pipe = self._popen.stdin.fileno()
+        pipe = self._stdin.fileno()
         while data:
             self._wait([], [pipe], deadline)
             data = data[os.write(pipe, data) :]
 
     def _receive(self, deadline: float) -> bytes:
         """The next line, without its end; what there is if the process ends or says too much."""
-        pipe = self._popen.stdout.fileno()
+        pipe = self._stdout.fileno()
         while b"\n" not in self._received and len(self._received) < _LONGEST_REPLY:
             try:
                 self._wait([pipe], [], deadline)

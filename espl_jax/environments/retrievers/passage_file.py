@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from espl_jax.environments.retrievers.base import RetrievalError
 from espl_jax.storage import json_values
 from espl_jax.types import Passage
@@ -24,7 +26,7 @@ class PassageFile:
       offsets: int64 [passages + 1], where the line of each passage begins, in bytes, and the file's size.
     """
 
-    def __init__(self, path: Path, offsets: Sequence[int]):
+    def __init__(self, path: Path, offsets: Sequence[int] | np.ndarray):
         self._path, self._offsets = path, offsets
         self._file = open(path, "rb")  # noqa: SIM115 (open for as long as the passages are)
 

@@ -88,10 +88,12 @@ class SearchServer:
         raise self._failure(f"no connection ({said})")
 
     def _attempt(self, body: bytes, deadline: float) -> bytes:
+        host = self._parts.hostname
+        assert host is not None
         secure = self._parts.scheme == "https"
         connect = http.client.HTTPSConnection if secure else http.client.HTTPConnection
         left = max(0.01, deadline - time.monotonic())
-        with contextlib.closing(connect(self._parts.hostname, self._parts.port, timeout=left)) as connection:
+        with contextlib.closing(connect(host, self._parts.port, timeout=left)) as connection:
             connection.connect()
             # The connection's own limit is for each read, so a server that dribbles would never meet it.
             left = max(0.0, deadline - time.monotonic())

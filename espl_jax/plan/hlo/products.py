@@ -55,6 +55,7 @@ def _splash(x: Instruction) -> int:
 def _convolution(left: Sequence[int], right: Sequence[int], result: Sequence[int], attributes: str) -> int:
     """Returns flops on real elements: in convolutions made from dots, the batch is a dilated dimension."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    assert labels is not None
     window = re.search(r"window=\{([^}]*)\}", attributes)
     fields = dict(field.split("=") for field in window[1].split()) if window else {}
     flops = 2 * result[labels[3].index("b")] * result[labels[3].index("f")] * right[labels[2].index("i")]

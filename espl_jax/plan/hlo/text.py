@@ -62,7 +62,9 @@ class Instruction:
 
     def called(self, attribute: str) -> str:
         """Returns the name of the computation in `attribute=%...`."""
-        return re.search(rf"{attribute}=%?([\w.\-]+)", self.attributes)[1]
+        found = re.search(rf"{attribute}=%?([\w.\-]+)", self.attributes)
+        assert found is not None
+        return found[1]
 
 
 @dataclasses.dataclass(frozen=True)

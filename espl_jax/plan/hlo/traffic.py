@@ -198,7 +198,9 @@ class _Counter:
         if x.opcode == "fusion":
             inner = self.computations[x.called("calls")]
             found = self.update(inner, inner.root)
-            target = found and _parameter(fused, x.operands[found[1]])
+            if found is None:
+                return None
+            target = _parameter(fused, x.operands[found[1]])
             return None if target is None else (found[0], target)
         if x.opcode in _UPDATES:
             target = _parameter(fused, x.operands[0])

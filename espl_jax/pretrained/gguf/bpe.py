@@ -7,6 +7,7 @@ tokenizers of the models.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -64,7 +65,7 @@ def byte_level_bpe(tokens: Sequence[str], merges: Sequence[str], split: str) -> 
     tokenizer = Tokenizer(
         models.BPE(
             vocab={token: i for i, token in enumerate(tokens)},
-            merges=[tuple(merge.split(" ")) for merge in merges],
+            merges=cast("list[tuple[str, str]]", [tuple(merge.split(" ")) for merge in merges]),
             ignore_merges=split in WHOLE_WORDS_FIRST,
         )
     )

@@ -141,7 +141,7 @@ class _Cursor:
     """Reads values in sequence; raises an error at the end of the data."""
 
     def __init__(self, data: np.ndarray):
-        self.data = memoryview(data)
+        self.data = data.data
         self.position = 0
 
     def unpack(self, spec: str) -> Any:
