@@ -161,7 +161,7 @@ class PrincipleEditor:
         kept = [add for add in listed if add.principle in old or add in new]
 
         def apply(some: Sequence[Edit]) -> SystemPrompt:
-            return dataclasses.replace(self.parent, principles=tuple(add.principle for add in some))
+            return dataclasses.replace(self.parent, principles=edit_entries({}, some))
 
         kept = self.record.kept(drop_too_large(kept, apply, guards))
         edit = Rewrite(self.parent.text, tuple(add.principle for add in kept))
@@ -372,12 +372,13 @@ class ProseEditor:
                     blocks.append(Replace(self.entries[name], principle, evidence))
                 case Remove(name, evidence):
                     blocks.append(Replace(self.entries[name], "", evidence))
-                case _:
+                case Replace():
                     blocks.append(edit)
         return tuple(blocks)
 
     def _that_apply(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
-        reasons = [(edit, why_not_replaced(self.parent.text, edit)) for edit in edits]
+        blocks = [edit for edit in edits if isinstance(edit, Replace)]
+        reasons = [(edit, why_not_replaced(self.parent.text, edit)) for edit in blocks]
         drops = [(reason, describe(edit)) for edit, reason in reasons if reason]
         return self.record.kept(([edit for edit, reason in reasons if not reason], drops))
 
@@ -385,6 +386,7 @@ class ProseEditor:
         """The text after all blocks that still apply after those before them, and that its limits allow."""
         prompt, kept, drops = self.parent, [], []
         for edit in edits:
+            assert isinstance(edit, Replace)  # prose is edited by nothing else
             after = apply_edits(prompt, [edit])
             guards = self.record.guards
             reason = why_not_replaced(prompt.text, edit) or guards.why_too_large(after, prompt)

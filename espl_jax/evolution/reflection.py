@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from espl_jax.evolution import formats
 from espl_jax.evolution.edits import REASONS, Drop, Edit
@@ -19,6 +19,7 @@ from espl_jax.evolution.guards import (
 )
 from espl_jax.evolution.settings import Evolution
 from espl_jax.types import (
+    Answerer,
     Conversation,
     Grammar,
     Problem,
@@ -101,8 +102,8 @@ class Record:
           rejected: what the placeholder `$rejected` is filled with.
         """
         self.guards, self.settings = evolution.guards, evolution.reflection
-        self.constrained = self.settings.constrained and is_answerer(reflect)
         self._reflect = reflect
+        self.constrained = self.settings.constrained and is_answerer(reflect)
         self._others = others
         self._rejected_shown = rejected
         self._told: dict[str, None] = {}
@@ -244,13 +245,14 @@ class Record:
         return Offspring(child, tuple(self._transcripts), dict(self._drops), reason, tuple(self._rejected))
 
 
-def ask_all(reflect: Reflect, questions: Sequence[Question]) -> list[Reply | None]:
+def ask_all(reflect: Reflect | Answerer, questions: Sequence[Question]) -> list[Reply | None]:
     """The replies of any reflector; of a plain function in two steps where it is to reason first."""
     if is_answerer(reflect):
         return list(reflect.ask(questions))
+    function = cast(Reflect, reflect)
 
     def answer(conversations: list[Conversation], _: list[Grammar | None]) -> list[Reply | None]:
-        return [None if text is None else Reply(text=text) for text in reflect(conversations)]
+        return [None if text is None else Reply(text=text) for text in function(conversations)]
 
     return in_two_steps(answer, questions)
 
@@ -270,18 +272,21 @@ def in_two_steps(
     replies = answer(conversations, [None if b else q.grammar for b, q in zip(brief, questions, strict=True)])
     if not any(brief) or len(replies) != len(questions):
         return replies
-    reasoned = [i for i, reply in enumerate(replies) if brief[i] and reply is not None and reply.ended]
+    reasoned: dict[int, str] = {}
     for i, reply in enumerate(replies):
-        if brief[i] and reply is not None and not reply.ended:
-            replies[i] = Reply(text="", reasoning=reply.text, ended=False)
+        if brief[i] and reply is not None:
+            if reply.ended:
+                reasoned[i] = reply.text
+            else:
+                replies[i] = Reply(text="", reasoning=reply.text, ended=False)
     if not reasoned:
         return replies
     second = answer(
-        [after_reasoning(questions[i], replies[i].text) for i in reasoned],
+        [after_reasoning(questions[i], text) for i, text in reasoned.items()],
         [questions[i].grammar for i in reasoned],
     )
-    for i, reply in zip(reasoned, second, strict=True):
-        replies[i] = reply and dataclasses.replace(reply, reasoning=replies[i].text)
+    for (i, text), reply in zip(reasoned.items(), second, strict=True):
+        replies[i] = reply and dataclasses.replace(reply, reasoning=text)
     return replies
 
 

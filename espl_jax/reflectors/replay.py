@@ -85,7 +85,7 @@ class ReplayReflector:
     def __call__(self, conversations: Sequence[Conversation]) -> list[str | None]:
         """One recorded reply for each conversation, or None."""
         records = [self._record(conversation) for conversation in conversations]
-        return [record and record["reply"] for record in records]
+        return [None if record is None else record["reply"] for record in records]
 
     def ask(self, questions: Sequence[Question]) -> list[Reply | None]:
         """One recorded reply each, or None; a grammar does not change what was recorded.
