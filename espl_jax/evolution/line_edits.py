@@ -17,15 +17,13 @@ from collections.abc import Sequence
 
 from espl_jax.evolution.edit_text import clean, ids_in
 from espl_jax.evolution.edits import Add, Drop, Edit, Merge, Modify, Remove, excerpt
+from espl_jax.evolution.schemas import MANY_IDS, MERGED_IDS
 
 KEYWORDS = {"add": "ADD", "modify": "CHANGE", "merge": "MERGE", "remove": "REMOVE"}
 """Operation -> how its line begins."""
 
 NOTHING = "NONE"
 """The reply that asks for no edit."""
-
-MERGED_IDS = 4
-"""Most ids that a merge names under the grammar."""
 
 _SYNONYMS = {
     "ADD": "add",
@@ -53,8 +51,9 @@ _PLAIN = re.compile(r"(ADD)( )(.+)")
 _HEAD = re.compile(
     r"(?:[\s,;&+()\[\]*`_]|[GCS]\d{1,6}\b|\b(?:and|with|to|the|a|new|principle|rule|id|line)s?\b)*", re.I
 )
-# A letter, perhaps behind a mark, and then whatever one line can hold.
-_TEXT = r'TEXT: /[\\$"(]?\p{L}[^\p{Cc}\p{Zl}\p{Zp}]*/'
+# A letter, perhaps behind a mark, and then whatever one line can hold; but no number such as "G0.".
+_CHARS = r"\p{Cc}\p{Zl}\p{Zp}"
+_TEXT = rf'TEXT: /[\\$"(]?\p{{L}}([^{_CHARS}\p{{Nd}}][^{_CHARS}]*)?/'
 _QUOTES = {'"': '"', "'": "'", "“": "”", "`": "`"}
 
 
@@ -85,8 +84,8 @@ def lines_grammar(
     if ids:
         rules |= {"modify": f'"CHANGE " ID ": " TEXT{because}', "remove": '"REMOVE " ID ": " TEXT'}
     if len(ids) > 1:
-        rules["merge"] = f'"MERGE " ID (" " ID){{1,{MERGED_IDS - 1}}} ": " TEXT{because}'
-    possible = [name for name in operations if name in rules]
+        rules["merge"] = f'"MERGE " ({_merged(ids)}) ": " TEXT{because}'
+    possible = [name for name in dict.fromkeys(operations) if name in rules]
     if not possible:
         raise ValueError(f"operations={tuple(operations)}: none is possible with ids={tuple(ids)}")
     named = "\n".join(f"{name}: {rules[name]}" for name in possible)
@@ -102,6 +101,15 @@ def lines_grammar(
             _TEXT,
         ]
     )
+
+
+def _merged(ids: Sequence[str]) -> str:
+    """Two ids or more, the first of them once (see `schemas.MANY_IDS`)."""
+    more = f"{{1,{MERGED_IDS - 1}}}"
+    if len(ids) > MANY_IDS:
+        return f'ID (" " ID){more}'
+    others = {first: " | ".join(f'" {name}"' for name in ids if name != first) for first in ids}
+    return " | ".join(f'"{first}" ({rest}){more}' for first, rest in others.items())
 
 
 def items_grammar(max_items: int) -> str:

@@ -142,13 +142,19 @@ def template_names() -> list[str]:
 def _load(name: str, folder: str) -> PromptTemplate:
     own = Path(folder).expanduser() / f"{name}.txt" if folder else None
     if own is not None and own.is_file():
-        return _read(name, own.read_text(encoding="utf-8"), str(own))
+        try:
+            return _read(name, own.read_text(encoding="utf-8"), str(own))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{own}: not UTF-8 ({error}); save it as UTF-8") from error
     return _read(name, (_PACKAGED / f"{name}.txt").read_text(encoding="utf-8"), f"{name}.txt")
 
 
 def _read(name: str, text: str, where: str) -> PromptTemplate:
     _, *parts = _HEADER.split(text)
-    sections = {title: body.strip() for title, body in zip(parts[::2], parts[1::2], strict=True)}
+    titles = parts[::2]
+    if twice := [title for title in titles if titles.count(title) > 1]:
+        raise ValueError(f"{where}: the section `=== {twice[0]} ===` is there twice; remove one")
+    sections = {title: body.strip() for title, body in zip(titles, parts[1::2], strict=True)}
     if unknown := set(sections) - set(SECTIONS):
         raise ValueError(f"{where}: the section {sorted(unknown)[0]!r} is unknown; use {', '.join(SECTIONS)}")
     if missing := {"system", "user"} - set(sections):

@@ -44,8 +44,9 @@ class LocalReflector:
       model: `.params` of the policy that reflects, `.config`, `.tokenizer`.
       key: one typed key, folded by the caller from seed, stream and iteration; a reply's own key is folded
         from it, a hash of its conversation and, among equal conversations of all calls, its number.
-      sampling: how replies are drawn; `max_new_tokens` of each, without opening and reasoning. Without
-        `stop_ids` the model's own end a reply.
+      sampling: how replies are drawn; `max_new_tokens` of each, without its opening. After reasoning, a reply
+        may also use what the reasoning left of `reasoning_tokens`. Without `stop_ids` the model's own end a
+        reply.
       max_input_tokens: of each conversation; what the model's context leaves beside the reply by default.
       reasoning_tokens: most tokens of reasoning before a reply.
       template_arguments: arguments of the chat template.
