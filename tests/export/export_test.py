@@ -131,7 +131,7 @@ def test_a_test_that_was_of_fewer_iterations_is_not_shown(tmp_path):
 def test_refusals(workdir, tmp_path):
     with pytest.raises(ValueError, match="format='onnx': choose one of merged, adapter"):
         export(workdir, tmp_path / "out", format="onnx")
-    with pytest.raises(ValueError, match="prompt='p9': give deployed, root, or one of p0, p1, p2"):
+    with pytest.raises(ValueError, match="prompt='p9': no such prompt; give deployed, root, or one of p0"):
         export(workdir, tmp_path / "out", prompt="p9", say=lambda line: None)
     with pytest.raises(FileNotFoundError, match=r"has no config.json"):
         export(tmp_path, tmp_path / "out", say=lambda line: None)

@@ -216,5 +216,5 @@ def test_adapters_that_do_not_fit(workdir, monkeypatch):
         return shapes(config, *args, **kwargs)
 
     monkeypatch.setattr(saved, "abstract_trainable", other_rank)
-    with pytest.raises(ValueError, match=r"lora_a'\]: float32\[.*2\] there, float32\[.*5\] now"):
+    with pytest.raises(ValueError, match=r"lora_a'\]: float32\[.*2\] saved, float32\[.*5\] now"):
         read_run(workdir)
