@@ -132,7 +132,7 @@ def get_config() -> ConfigDict:
     c.reflection.problems = "mixed_or_failed"  # problems to reflect on: mixed, failed, mixed_or_failed or all
     c.reflection.max_problems = 0  # problems per mutation, drawn at random; 0: all
     c.reflection.max_attempts = 0  # attempts shown per problem, drawn at random, half of them right; 0: all
-    c.reflection.show = ("summary", "verdict", "gold", "feedback")  # parts of an attempt; also: trajectory
+    c.reflection.show = ("task", "summary", "verdict", "gold", "feedback")  # or trajectory; see docs
     c.reflection.verbatim_chars = 2000  # attempts shorter than this are shown verbatim instead of summarized
     c.reflection.rejected_edits = 8  # recently rejected edits to show
     c.reflection.stages = 3  # 3 (summaries, critiques, revision) or 1 (one call for all problems)

@@ -23,8 +23,8 @@ OPTIMIZERS = ("adam", "adamw", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine")
 REFLECTORS = ("local", "openai", "replay")
 REFLECTED_PROBLEMS = ("mixed_or_failed", "mixed", "failed", "all")
-SHOWN = ("summary", "trajectory", "verdict", "gold", "feedback")
-"""What a reflector can be shown of an attempt."""
+SHOWN = ("task", "summary", "trajectory", "verdict", "gold", "feedback")
+"""What a reflector can be shown of a problem and the attempts at it."""
 
 REASONINGS = ("none", "brief", "model")
 EDIT_FORMATS = ("lines", "json")

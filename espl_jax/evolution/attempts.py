@@ -99,7 +99,7 @@ def problem_values(
     summaries: dict[Attempt, str | None],
     settings: Reflection,
 ) -> dict[str, str]:
-    """What a template is told about one problem: `problem`, `answer` and `attempts`, one item each.
+    """What a template is told about one problem: `problem`, `answer`, `attempts`, and all of it as `case`.
 
     Args:
       rollouts: the iteration's.
@@ -107,35 +107,50 @@ def problem_values(
       summaries: of those that were summarized; None where the reflector gave none.
       settings: what is shown.
     """
-    problem = rollouts.problems[attempts[0].problem]
+    problem, shown = rollouts.problems[attempts[0].problem], settings.show
     said: dict[str, list[int]] = {}
     for number, attempt in enumerate(attempts, start=1):
-        if "feedback" in settings.show and (feedback := rollouts.feedback_on(*attempt)):
+        if "feedback" in shown and (feedback := rollouts.feedback_on(*attempt)):
             said.setdefault(feedback, []).append(number)
-    # Without feedback that names them, attempts need no numbers.
-    lines = [
-        f"{f'{number}.' if said else '-'} {_shown(rollouts, attempt, summaries, settings)}"
-        for number, attempt in enumerate(attempts, start=1)
+    attempted = []
+    if {"summary", "trajectory", "verdict"} & {*shown}:
+        # Without feedback that names them, attempts need no numbers.
+        attempted = [
+            f"{f'{number}.' if said else '-'} {_shown(rollouts, attempt, summaries, settings)}"
+            for number, attempt in enumerate(attempts, start=1)
+        ]
+    feedback = [
+        f"Feedback on {_whose(numbers, len(attempts), bool(attempted))}: {text}"
+        for text, numbers in said.items()
     ]
-    for feedback, numbers in said.items():
-        whose = "all attempts" if len(numbers) == len(attempts) else ", ".join(map(str, numbers))
-        lines.append(f"Feedback on {whose}: {feedback}")
+    lines = [*attempted, *feedback]
+    task = [f"Task: {problem.text}"] if "task" in shown else []
+    task += [f"Correct answer: {problem.answer}"] if "gold" in shown else []
     return {
-        "problem": problem.text,
-        "answer": problem.answer if "gold" in settings.show else NOT_SHOWN,
-        "attempts": "\n".join(lines),
+        "problem": problem.text if "task" in shown else NOT_SHOWN,
+        "answer": problem.answer if "gold" in shown else NOT_SHOWN,
+        "attempts": "\n".join(lines) or "(none)",
+        "case": "\n".join([*task, *(["Attempts:"] if attempted else []), *lines]),
     }
+
+
+def _whose(numbers: Sequence[int], count: int, listed: bool) -> str:
+    """Which attempts of `count` some feedback is about: by number if they are listed."""
+    if len(numbers) == count:
+        return "all attempts"
+    if not listed:
+        return f"{len(numbers)} of {count} attempts"
+    return f"attempt{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
 def _shown(
     rollouts: Rollouts, attempt: Attempt, summaries: dict[Attempt, str | None], settings: Reflection
 ) -> str:
     i, b, j = attempt
+    text = ""
     if attempt in summaries:
         text = clean(summaries[attempt]).removeprefix("Summary:").strip() or "(no summary)"
     elif {"summary", "trajectory"} & {*settings.show}:
         text = rollouts.replies[i][b][j].strip() or "(nothing)"
-    else:
-        text = f"answer {rollouts.answers[i][b][j] or '(none found)'}"
-    judged = f"{verdict(rollouts, attempt)}: " if "verdict" in settings.show else ""
-    return judged + text.replace("\n", "\n  ")
+    judged = verdict(rollouts, attempt) if "verdict" in settings.show else ""
+    return ": ".join(filter(None, (judged, text.replace("\n", "\n  "))))

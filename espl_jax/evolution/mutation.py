@@ -104,9 +104,6 @@ def _drafted(
     if asked.stages == 3:
         proposed = editor.criticize(values)
         return editor.revise(proposed) if proposed else None
-    problems = "\n\n".join(
-        f"Task {number}: {each['problem']}\nCorrect answer: {each['answer']}\nAttempts:\n{each['attempts']}"
-        for number, each in enumerate(values, start=1)
-    )
+    problems = "\n\n".join(f"Case {number}\n{each['case']}" for number, each in enumerate(values, start=1))
     draft, usable = editor.rewrite(problems) if asked.output == "rewrite" else editor.reflect(problems)
     return draft if usable else None

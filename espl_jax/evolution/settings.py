@@ -18,9 +18,9 @@ class Reflection:
       max_problems: most problems of one mutation, drawn at random among those; 0 for all.
       max_attempts: most attempts shown of one problem, drawn at random with as many right as wrong ones if
         possible; 0 for all.
-      show: of `choices.SHOWN`, what the reflector sees of an attempt. With `summary`, attempts longer than
-        `verbatim_chars` are summarized first, and shorter ones are shown as they are; with `trajectory` all
-        are shown as they are.
+      show: of `choices.SHOWN`, what the reflector sees of problems and attempts. With `summary`, attempts of
+        `verbatim_chars` characters and more are summarized first, and shorter ones are shown as they are;
+        with `trajectory` all are; with neither, only what was said about them.
       verbatim_chars: characters; 0 summarizes every attempt.
       rejected_edits: most recently rejected edits that are shown.
       stages: 3 (summaries, one critique for each problem, one revision) or 1 (one call for all problems).
@@ -36,7 +36,7 @@ class Reflection:
     problems: str = "mixed_or_failed"
     max_problems: int = 0
     max_attempts: int = 0
-    show: tuple[str, ...] = ("summary", "verdict", "gold", "feedback")
+    show: tuple[str, ...] = ("task", "summary", "verdict", "gold", "feedback")
     verbatim_chars: int = 2000
     rejected_edits: int = 8
     stages: int = 3

@@ -14,12 +14,12 @@ from espl_jax.types import Conversation
 PLACEHOLDERS: dict[str, tuple[set[str], set[str]]] = {
     "summary": ({"problem", "attempt"}, {"answer", "taken", "verdict", "feedback"}),
     "critique": (
-        {"problem", "principles", "attempts"},
-        {"answer", "rejected", "format", "max_edits", "max_words"},
+        {"principles"},
+        {"case", "problem", "attempts", "answer", "rejected", "format", "max_edits", "max_words"},
     ),
     "critique_prose": (
-        {"problem", "instructions", "attempts"},
-        {"answer", "rejected", "format", "max_edits"},
+        {"instructions"},
+        {"case", "problem", "attempts", "answer", "rejected", "format", "max_edits"},
     ),
     "revision": ({"principles", "candidates", "suggestions"}, {"format", "max_words"}),
     "revision_prose": ({"instructions", "suggestions"}, {"format"}),

@@ -71,26 +71,33 @@ class TestShown:
         )
 
     def test_short_attempts_as_they_are_with_feedback(self):
+        attempts = "1. wrong: reply 000\n2. right: reply 001\nFeedback on attempt 1: There is no box."
         assert self.values() == {
             "problem": "What is 10 + 20?",
             "answer": "30",
-            "attempts": "1. wrong: reply 000\n2. right: reply 001\nFeedback on 1: There is no box.",
+            "attempts": attempts,
+            "case": f"Task: What is 10 + 20?\nCorrect answer: 30\nAttempts:\n{attempts}",
         }
 
-    def test_each_part_is_a_choice(self):
-        assert self.values(show=("verdict",)) == {
-            "problem": "What is 10 + 20?",
-            "answer": "(not shown)",
-            "attempts": "- wrong: answer (none found)\n- right: answer (none found)",
-        }
-        assert self.values(show=("trajectory", "feedback"))["attempts"] == (
-            "1. reply 000\n2. reply 001\nFeedback on 1: There is no box."
-        )
+    @pytest.mark.parametrize(
+        ("show", "case"),
+        [
+            (("verdict",), "Attempts:\n- wrong\n- right"),
+            (("task", "verdict"), "Task: What is 10 + 20?\nAttempts:\n- wrong\n- right"),
+            (("gold", "feedback"), "Correct answer: 30\nFeedback on 1 of 2 attempts: There is no box."),
+            (
+                ("trajectory", "feedback"),
+                "Attempts:\n1. reply 000\n2. reply 001\nFeedback on attempt 1: There is no box.",
+            ),
+        ],
+    )
+    def test_each_part_is_a_choice(self, show, case):
+        assert self.values(show=show)["case"] == case
 
     def test_summaries_where_there_are_some(self):
         summaries = {Attempt(0, 0, 0): "Summary: It guessed.", Attempt(0, 0, 1): None}
         assert self.values(summaries)["attempts"] == (
-            "1. wrong: It guessed.\n2. right: (no summary)\nFeedback on 1: There is no box."
+            "1. wrong: It guessed.\n2. right: (no summary)\nFeedback on attempt 1: There is no box."
         )
 
 
@@ -210,7 +217,7 @@ class TestStages:
         offspring = mutate(PARENT, rollouts_of([PARENT], [[[0, 0], [0, 0]]]), reflect, settings)
         ((question,),) = reflect.calls
         asked = user_turn(question.conversation)
-        assert "Task 1: What is 10 + 20?" in asked and "Task 2: What is 11 + 21?" in asked
+        assert "Case 1\nTask: What is 10 + 20?" in asked and "Case 2\nTask: What is 11 + 21?" in asked
         assert offspring.child.principles == ("Add the ones.", "Check the carry.")
         assert [each["op"] for each in offspring.child.edits] == ["add", "remove"]
 

@@ -14,7 +14,7 @@ from espl_jax.evolution.templates import Templates
 FIRST_TEMPLATES = Templates(str(Path(__file__).parents[1] / "evolution" / "first_templates"))
 AS_THE_PAPER = {
     "problems": "mixed",
-    "show": ("summary", "verdict", "gold"),
+    "show": ("task", "summary", "verdict", "gold"),
     "verbatim_chars": 0,
     "rejected_edits": 0,
     "format": "json",
