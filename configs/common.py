@@ -138,7 +138,7 @@ def get_config() -> ConfigDict:
     c.reflection.stages = 3  # 3 (summaries, critiques, revision) or 1 (one call for all problems)
     c.reflection.reasoning = "none"  # before edits: none, brief (free text) or model (its thinking block)
     c.reflection.reasoning_tokens = 512  # limit of reasoning per reply; longer reasoning gives no edit
-    c.reflection.format = "auto"  # format of edits: lines, json, or auto (json for openai, else lines)
+    c.reflection.format = "auto"  # format of edits: lines, json, or auto (lines for local, else json)
     c.reflection.templates = ""  # folder of templates that replace built-in ones of the same name
     c.reflection.constrained = True  # grammars for edits: constrained decoding, or JSON schemas for a server
     c.reflection.temperature = 0.7  # temperature of summaries, critiques and revisions

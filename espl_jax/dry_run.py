@@ -154,7 +154,9 @@ def programs_of(
         for sampling in workloads_of(config, parts, Lengths(*longest, most))
     }
     say(f"Rollouts: {describe(next(iter(stages.values())))}.")
-    held = programs.held(config, model.config, parts.optimizer, parts.mesh)
+    held = programs.held(
+        config, model.config, parts.optimizer, parts.mesh, parts.reflector and parts.reflector.config
+    )
     yield from programs.run_programs(
         config,
         model.config,

@@ -163,6 +163,12 @@ class _Run:
     programs: list[Program]
 
 
+def reflector_of(config: Config) -> DecoderConfig | None:
+    """Returns the configuration of the model of `reflection.source`, or None."""
+    source = config.reflection.source
+    return load.read_config(source, **on_tpu(config)) if source and config.mode != "rl" else None
+
+
 def on_tpu(config: Config) -> dict[str, Any]:
     """Returns the DecoderConfig fields that the run would have on a TPU."""
 
@@ -184,7 +190,7 @@ def _run(
     assert mesh is not None
     decoder = load.read_config(config.model.source, **on_tpu(config))
     optimizer = make_optimizer_of(config)
-    held = programs.held(config, decoder, optimizer, mesh)
+    held = programs.held(config, decoder, optimizer, mesh, reflector_of(config))
     sizes, axes = held.sizes(), dict(mesh.shape)
     splits = ("validation", "test") if config.data.test else ("validation",)
     templates = Templates(config.reflection.templates)
@@ -223,7 +229,8 @@ def least_memory(config: Config, topology: str, lengths: Lengths) -> float:
     mesh = sharding.make_mesh(dict(config.mesh), tpu_compiler.devices(topology))
     assert mesh is not None
     decoder = load.read_config(config.model.source, **on_tpu(config))
-    sizes = programs.held(config, decoder, make_optimizer_of(config), mesh).sizes()
+    held = programs.held(config, decoder, make_optimizer_of(config), mesh, reflector_of(config))
+    sizes = held.sizes()
     shards = sharding.row_shards(mesh)
     groups = -(-config.num_prompts * config.batch_size // config.loss.minibatches)
     rows = -(-groups * config.group_size // shards)

@@ -78,11 +78,13 @@ class Held:
       base: the model as loaded: the reference policy, and the frozen base of adapters.
       state: the train state; None if only prompts change.
       policy: the params used for sampling; shares the base if adapters are trained.
+      reflector: params of the model of `reflection.source`; None if there is none.
     """
 
     base: Params
     state: TrainState | None
     policy: Params
+    reflector: Params | None = None
 
     @property
     def copies(self) -> Params:
@@ -100,22 +102,39 @@ class Held:
             "trained": bytes_per_device(state and state.trainable),
             "optimizer": bytes_per_device(state and state.opt_state),
             "sampling copy": bytes_per_device(self.copies),
+            **({} if self.reflector is None else {"reflector": bytes_per_device(self.reflector)}),
         }
 
 
 def held(
-    config: Config, decoder: DecoderConfig, optimizer: optax.GradientTransformation, mesh: Mesh | None
+    config: Config,
+    decoder: DecoderConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None,
+    reflector: DecoderConfig | None = None,
 ) -> Held:
-    """Returns the abstract arrays that a run of this configuration holds."""
-    declared = abstract(decoder)
-    shapes = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.dtype(w.dtype)), declared)
-    base = sharding.place(shapes, declared, mesh, "sampling")
+    """Returns the abstract arrays that a run of this configuration holds.
+
+    Args:
+      config: the run's configuration.
+      decoder: the model's configuration.
+      optimizer: the optimizer of the run.
+      mesh: the device mesh.
+      reflector: configuration of the model of `reflection.source`.
+    """
+
+    def params(of: DecoderConfig) -> Params:
+        declared = abstract(of)
+        shapes = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.dtype(w.dtype)), declared)
+        return sharding.place(shapes, declared, mesh, "sampling")
+
+    base, other = params(decoder), None if reflector is None else params(reflector)
     if not trains(config):
-        return Held(base, None, base)
+        return Held(base, None, base, other)
     state = abstract_train_state(abstract_trainable(config, decoder, mesh), optimizer, mesh)
     frozen = base if config.lora.rank else None
     policy = sampling_params(state.trainable, frozen, declared_trainable(config, decoder), decoder, mesh)
-    return Held(base, state, policy)
+    return Held(base, state, policy, other)
 
 
 def run_programs(

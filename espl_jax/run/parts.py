@@ -189,7 +189,7 @@ def reflection_of(config: Config) -> Reflection:
     r = config.reflection
     names = ("problems", "max_problems", "max_attempts", "verbatim_chars", "rejected_edits", "stages")
     names += ("reasoning", "opening", "constrained")
-    by_reflector = "json" if r.reflector == "openai" else "lines"
+    by_reflector = "lines" if r.reflector == "local" else "json"
     return Reflection(
         **{name: r[name] for name in names},
         show=tuple(r.show),

@@ -42,8 +42,10 @@ def test_the_configs_that_come_along_are_fine(mode, tmp_path):
 
 @pytest.mark.parametrize("field", sorted(checked._CHOICES))
 def test_an_unknown_choice_is_refused_with_the_known_ones(field):
-    message = refusal(**{field.replace(".", "__"): "nonsense"})
-    assert message == f"{field}='nonsense': choose one of {', '.join(checked._CHOICES[field])}"
+    choices = checked._CHOICES[field]
+    wrong = "nonsense" if isinstance(choices[0], str) else max(choices) + 1
+    message = refusal(**{field.replace(".", "__"): wrong})
+    assert message == f"{field}={wrong!r}: choose one of {', '.join(map(str, choices))}"
 
 
 @pytest.mark.parametrize("field", sorted(checked._AT_LEAST))
@@ -129,10 +131,18 @@ def test_all_tokens_can_be_drawn_by_the_settings_that_say_so():
             "deployment.rule='ratings': with one prompt per iteration there are no tournaments",
         ),
         ({"selection.window": 1, "mode": "evolution"}, "deployment.rule='ratings': with one prompt"),
-        ({"reflection.max_new_tokens": 100}, "reflection.max_new_tokens=100: a reply may take"),
+        ({"reflection.show": ("verdict", "colour")}, "'colour' is unknown; choose from task, summary"),
+        ({"reflection.show": ("summary", "trajectory", "verdict")}, "leave out one of them"),
+        ({"reflection.show": ("task", "gold")}, "nothing says what was wrong; add verdict or feedback"),
+        ({"evolution.output": "rewrite"}, "evolution.output='rewrite': a rewrite takes one call"),
         (
-            {"reflection.max_new_tokens": 40, "evolution.form": "prose"},
-            "reflection.max_new_tokens=40: a reply may take",
+            {"reflection.templates": "/no/folder"},
+            "reflection.templates='/no/folder': there is no such folder",
+        ),
+        ({"reflection.chat_template_kwargs": "[]"}, "reflection.chat_template_kwargs='[]': "),
+        (
+            {"reflection.source": "smollm2", "reflection.policy": "current"},
+            "reflection.source='smollm2': another model reflects on device",
         ),
         ({"reflection.reflector": "openai"}, "reflection.model='': no model; give the name of a model"),
         (
@@ -150,7 +160,7 @@ def test_all_tokens_can_be_drawn_by_the_settings_that_say_so():
             )
         ),
         (
-            {"reflection.reflector": "openai", "reflection.model": "m"},
+            {"reflection.reflector": "openai", "reflection.model": "m", "reflection.opening": True},
             "reflection.opening=True: replies of a server cannot be prefilled",
         ),
         (
