@@ -194,7 +194,7 @@ def _text(value: Any, where: str) -> str:
         if abs(value) >= _EXACT_FLOAT:
             raise ValueError(f"{where} is the float {value!r}, whose digits are not exact; give it as text")
         value = int(value) if value.is_integer() else value
-    assert isinstance(value, int | Decimal)
+    assert isinstance(value, int | float | Decimal)
     if abs(value) >= 10**_MOST_DIGITS:
         raise ValueError(f"{where} is a number of more than {_MOST_DIGITS} digits; give it as text")
     return str(value)
