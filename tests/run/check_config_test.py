@@ -131,9 +131,15 @@ def test_all_tokens_can_be_drawn_by_the_settings_that_say_so():
             "deployment.rule='ratings': with one prompt per iteration there are no tournaments",
         ),
         ({"selection.window": 1, "mode": "evolution"}, "deployment.rule='ratings': with one prompt"),
-        ({"reflection.show": ("verdict", "colour")}, "'colour' is unknown; choose from task, summary"),
-        ({"reflection.show": ("summary", "trajectory", "verdict")}, "leave out one of them"),
-        ({"reflection.show": ("task", "gold")}, "nothing says what was wrong; add verdict or feedback"),
+        (
+            {"reflection.show": ("verdict", "colour")},
+            "reflection.show=('verdict', 'colour'): 'colour' is unknown",
+        ),
+        (
+            {"reflection.show": ("summary", "trajectory")},
+            "reflection.show=('summary', 'trajectory'): an attempt is shown whole or as a summary",
+        ),
+        ({"reflection.show": ("task",)}, "reflection.show=('task',): nothing says what was wrong"),
         ({"evolution.output": "rewrite"}, "evolution.output='rewrite': a rewrite takes one call"),
         (
             {"reflection.templates": "/no/folder"},
