@@ -24,9 +24,9 @@ import numpy as np
 
 from espl_jax.environments.arithmetic import Arithmetic
 from espl_jax.evolution.attempts import Attempt, problem_values
-from espl_jax.evolution.editors import PrincipleEditor
 from espl_jax.evolution.edits import REASONS
 from espl_jax.evolution.guards import Guards
+from espl_jax.evolution.principle_editor import PrincipleEditor
 from espl_jax.evolution.reflection import Record
 from espl_jax.evolution.settings import Evolution, Reflection
 from espl_jax.evolution.templates import BUILT_IN, Templates

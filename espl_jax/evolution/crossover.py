@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from espl_jax.evolution.editors import EDITORS, show_principles
+from espl_jax.evolution.editors import EDITORS
 from espl_jax.evolution.edits import numbered
+from espl_jax.evolution.principle_editor import show_principles
 from espl_jax.evolution.ratings import crossover_rating, exceeds, ranking
 from espl_jax.evolution.reflection import Offspring, Record, Unanswered
 from espl_jax.evolution.settings import Evolution

@@ -13,7 +13,8 @@ from espl_jax.evolution.attempts import (
     problem_values,
     summary_values,
 )
-from espl_jax.evolution.editors import EDITORS, Draft
+from espl_jax.evolution.drafts import Draft
+from espl_jax.evolution.editors import EDITORS
 from espl_jax.evolution.ratings import mutation_rating
 from espl_jax.evolution.reflection import Offspring, Record, Rejected, Unanswered, shown_rejected
 from espl_jax.evolution.settings import Evolution

@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import logging
 
-from espl_jax.evolution.reflection import in_two_steps
+from espl_jax.evolution.asking import in_two_steps
 from espl_jax.reflectors.journal import Journal, digest
 from espl_jax.reflectors.openai_server import FAILURES, FINAL, OpenAIServer
 from espl_jax.types import Conversation, Grammar, Question, Reply, Schema

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from espl_jax.evolution.reflection import after_reasoning
+from espl_jax.evolution.asking import after_reasoning
 from espl_jax.reflectors.journal import digest
 from espl_jax.storage import json_values
 from espl_jax.types import Conversation, Question, Reply

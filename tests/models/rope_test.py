@@ -45,7 +45,7 @@ class TestFrequencies:
 
     @pytest.mark.parametrize("scaling", ["llama3", "yarn"])
     def test_the_original_context_must_be_known(self, scaling):
-        with pytest.raises(ValueError, match="original_positions=0: scaling=.* needs the context length"):
+        with pytest.raises(ValueError, match=r"original_positions=0: scaling=.* needs the context length"):
             Rope(scaling=scaling, factor=2.0)
 
     def test_unknown_scaling(self):
