@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import enum
 import functools
+import importlib
 import io
 import math
 import re
@@ -167,14 +168,13 @@ def package() -> Any:
       ValueError: if it is not installed.
     """
     try:
-        import reasoning_gym
-        import reasoning_gym.dataset
-        import reasoning_gym.factory
+        for module in ("dataset", "factory"):
+            importlib.import_module(f"{PREFIX}.{module}")
+        return importlib.import_module(PREFIX)
     except ImportError as error:
         raise ValueError(
             f"the package reasoning-gym cannot be imported ({error}); pip install 'espl_jax[gym]'"
         ) from error
-    return reasoning_gym
 
 
 def _value(kinds: Mapping[str, dataclasses.Field], task: str, name: str, text: str) -> Any:
