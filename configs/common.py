@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     c.lora.scale = 1.0  # alpha / rank
 
     c.data = ConfigDict()
-    c.data.train = ""  # .jsonl or .parquet file, hub:org/name:split=train, or addition:digits=2,count=200
+    c.data.train = ""  # .jsonl or .parquet file, hub:org/name:split=train, or a generated set: docs/tasks.md
     c.data.validation = ""  # same formats; empty: hold out validation_count problems of train
     c.data.test = ""  # same formats; empty: no test
     c.data.validation_count = 10  # problems held out of train if data.validation is empty
@@ -45,12 +45,14 @@ def get_config() -> ConfigDict:
     c.data.fields.id = ""  # field of the id; empty: id if there is one, else a hash of the statement
 
     c.environment = ConfigDict()
-    c.environment.name = "math"  # math (math-verify), arithmetic (one number), search, or module:name
-    c.environment.answer_format = "boxed"  # boxed; for math also expression; for arithmetic also last_number
+    c.environment.name = "math"  # math (math-verify), arithmetic, reasoning_gym, search, or module:name
+    c.environment.answer_format = (
+        "boxed"  # boxed; math also: expression; arithmetic: last_number; reasoning_gym: tag, last_line
+    )
     c.environment.instruction = placeholder(str)  # appended to each problem; None: ask for a box if needed
     c.environment.show_thinking = False  # show thinking blocks to the grader and the reflector
     c.environment.reward = ""  # module:function of (problem, reply, grade) that replaces the reward
-    c.environment.options = "{}"  # JSON arguments of a module:name environment
+    c.environment.options = "{}"  # JSON arguments of reasoning_gym, or of a module:name environment
     c.environment.tool_format = "auto"  # call syntax: hermes, xml, mistral, llama; auto: by template
     c.environment.math = ConfigDict()
     c.environment.math.timeout = 5.0  # seconds to compare one answer; slower answers count as wrong

@@ -30,5 +30,10 @@ REASONINGS = ("none", "brief", "model")
 EDIT_FORMATS = ("lines", "json")
 OUTPUTS = ("edits", "rewrite")
 
-ENVIRONMENTS = {"math": ("boxed", "expression"), "arithmetic": ("boxed", "last_number"), "search": ()}
+ENVIRONMENTS = {
+    "math": ("boxed", "expression"),
+    "arithmetic": ("boxed", "last_number"),
+    "reasoning_gym": ("boxed", "tag", "last_line"),
+    "search": (),
+}
 """Environment -> its answer formats, if there is a choice."""

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "espl_jax"
 DEVICE = {"models", "sampling", "rl"}
 HOST = {"evolution", "environments", "data", "text"}
 LAYERS = [
-    {"types", "choices", "parallel", "console"},
+    {"types", "choices", "gym", "parallel", "console"},
     {"storage"},
     {"models"} | HOST,
     {"sampling", "rl", "pretrained"},
@@ -52,7 +52,7 @@ def for_editors(tree: ast.Module) -> set[str]:
 def import_violation(part: str, name: str) -> str | None:
     """Why module `part` of espl_jax may not import `name`, or None."""
     top, _, rest = name.partition(".")
-    if part in HOST | {"types", "choices"} and top in ACCELERATOR:
+    if part in HOST | {"types", "choices", "gym"} and top in ACCELERATOR:
         return f"{part} is host code and imports {top}"
     if name == "flax.nnx" or name.startswith("flax.nnx."):
         return "flax.nnx is not used"

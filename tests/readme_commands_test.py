@@ -66,7 +66,9 @@ QUICKSTART = {
     "reflection.temperature": 0.1,  # few replies end early and leave narrower batches
 }
 FILES = {"data.train": "problems.jsonl", "data.test": "test.jsonl"}
-FIELDS_OF = {"configs/quickstart.py": QUICKSTART, "configs/hmmt.py": FILES, "configs/search.py": FILES}
+FIELDS_OF = {"configs/quickstart.py": QUICKSTART} | {
+    f"configs/{name}.py": FILES for name in ("gsm8k", "hmmt", "search")
+}
 """Further fields by configuration, except those of a group (`data`, `environment`) that the command sets."""
 
 PLAN = ("--system_tokens=64", "--problem_tokens=32", "--config.data.test=")
@@ -120,6 +122,12 @@ def recipe(words):
 def value_of(args, name):
     """Returns `value` of the first argument `name=value`, or None."""
     return next((arg.partition("=")[2] for arg in args if arg.startswith(f"{name}=")), None)
+
+
+def gym_of(args):
+    """Returns the data spec if it names a task of reasoning-gym, else None."""
+    spec = value_of(args, "--config.data")
+    return spec if spec and spec.startswith("reasoning_gym:") else None
 
 
 def extras():
@@ -291,12 +299,16 @@ class Shell:
             fields |= self.server
         if "--config.data=encyclopedia" in args:
             fields["data"] = "encyclopedia:count=2"
+        if gym_of(args):
+            fields["data"] = "reasoning_gym:path_star:count=2"
         for flag, _, value in (arg.partition("=") for arg in args):
             if value in self.local:
                 fields[flag.removeprefix("--config.")] = self.local[value]
         return [f"--config.{name}={value}" for name, value in fields.items()]
 
     def _main(self, args):
+        if gym_of(args):
+            pytest.importorskip("reasoning_gym")
         folder = self.new_folder()
         if value_of(args, "--coordinator_address"):
             self._one_of_several(args, folder)

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from espl_jax.data.arithmetic import addition
+from espl_jax.data.gym import questions as gym_questions
 from espl_jax.data.hub import read_hub
 from espl_jax.data.jsonl import read_jsonl
 from espl_jax.data.problems import ProblemSet, choose, join
 from espl_jax.data.records import CANDIDATES
 from espl_jax.data.specs import Source, parse
 from espl_jax.data.tables import read_parquet
+from espl_jax.gym import PREFIX as GYM
 from espl_jax.types import Passage
 
 
@@ -25,7 +27,7 @@ def load(
     `train`), `config=` and `revision=` the version; see `read_hub`. For both, `shuffle=SEED` shuffles the
     problems, then `skip=N` drops the first N, then `count=N` keeps N. `text=`, `answer=` and `id=` name
     fields, and `repeats=` is as in `read_problems`. Generated sets take the parameters of `addition` and
-    `encyclopedia.questions` as options.
+    `encyclopedia.questions` as options, and tasks of reasoning-gym those of `gym.questions`.
 
     Args:
       spec: the data spec; see `specs`.
@@ -67,6 +69,11 @@ def _load(source: Source, split: str, seed: int, fields: Mapping[str, str] | Non
         from espl_jax.data.encyclopedia.problems import questions
 
         return _generate(questions, source, split, seed)
+    if source.kind == GYM:
+        try:
+            return gym_questions(source.place, source.options, split)
+        except ValueError as error:
+            raise ValueError(f"data={source.spec!r}: {error}") from error
     options = source.options
     fields = dict(fields or {}) | {name: options[name] for name in CANDIDATES if name in options}
     repeats = {"repeats": options["repeats"]} if "repeats" in options else {}

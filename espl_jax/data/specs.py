@@ -3,6 +3,7 @@
     problems.jsonl                            a .jsonl or .parquet file
     hub:org/name:split=test                   a data set on the Hugging Face Hub
     addition:digits=2,count=200               a generated set
+    reasoning_gym:leg_counting:count=200      problems of a task of the package reasoning-gym
     a.jsonl + hub:org/name                    a concatenation
 
 Options follow a colon, as comma-separated name=value pairs.
@@ -13,6 +14,8 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+
+from espl_jax.gym import PREFIX as GYM
 
 FILES = ("jsonl", "parquet")
 GENERATED = ("addition", "encyclopedia")
@@ -28,6 +31,7 @@ _NUMBERS = ("count", "skip", "shuffle")
 
 _FILE = re.compile(r"(?P<place>.+\.(?P<kind>jsonl|parquet))(?::(?P<options>.*))?", re.DOTALL)
 _HUB = re.compile(r"hub:(?P<place>[\w-][\w.-]*/[\w-][\w.-]*)(?::(?P<options>.*))?", re.DOTALL)
+_GYM = re.compile(rf"{GYM}:(?P<place>\w+)(?::(?P<options>.*))?", re.DOTALL)
 _GENERATED = re.compile(rf"(?P<kind>{'|'.join(GENERATED)})(?::(?P<options>.*))?", re.DOTALL)
 
 
@@ -36,8 +40,8 @@ class Source:
     """One source of problems.
 
     Attributes:
-      kind: `jsonl`, `parquet`, `hub`, or the name of a generated set.
-      place: path of the file, `org/name` on the Hub, or empty.
+      kind: `jsonl`, `parquet`, `hub`, `reasoning_gym`, or the name of a generated set.
+      place: path of the file, `org/name` on the Hub, the task of reasoning-gym, or empty.
       options: the options, as text.
       spec: the spec as written.
     """
@@ -84,6 +88,8 @@ def files(spec: str, name: str = "data") -> tuple[Path, ...]:
 def _parse(spec: str, name: str) -> Source:
     if match := _HUB.fullmatch(spec):
         kind, place = "hub", match["place"]
+    elif match := _GYM.fullmatch(spec):
+        kind, place = GYM, match["place"]
     elif match := _GENERATED.fullmatch(spec):
         kind, place = match["kind"], ""
     elif match := (None if spec.startswith("hub:") else _FILE.fullmatch(spec)):
@@ -91,7 +97,7 @@ def _parse(spec: str, name: str) -> Source:
     else:
         raise ValueError(
             f"{name}={spec!r}: not a data spec; give the path of a .jsonl or .parquet file, hub:org/name, "
-            "or a generated set such as addition:digits=2,count=100"
+            f"or a generated set such as addition:digits=2,count=100 or {GYM}:leg_counting:count=100"
         )
     options: dict[str, str] = {}
     for option in (match["options"] or "").split(",") if match["options"] is not None else ():

@@ -36,7 +36,11 @@ flags.DEFINE_string(
     "math",
     f"Environment that grades the problems: {', '.join(ENVIRONMENTS)}, or module:name.",
 )
-flags.DEFINE_string("answer_format", "boxed", "boxed; math also: expression; arithmetic also: last_number.")
+flags.DEFINE_string(
+    "answer_format",
+    "boxed",
+    "boxed; math also: expression; arithmetic: last_number; reasoning_gym: tag, last_line.",
+)
 flags.DEFINE_string("instruction", None, "Text appended to each problem; default: ask for a box if needed.")
 flags.DEFINE_string(
     "options",

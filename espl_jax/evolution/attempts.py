@@ -85,7 +85,7 @@ def summary_values(rollouts: Rollouts, attempt: Attempt, settings: Reflection) -
     problem, shown = rollouts.problems[b], settings.show
     return {
         "problem": problem.text,
-        "answer": problem.answer if "gold" in shown else NOT_SHOWN,
+        "answer": (problem.answer if "gold" in shown else "") or NOT_SHOWN,
         "attempt": rollouts.replies[i][b][j] or "(nothing)",
         "taken": rollouts.answers[i][b][j] or "(none found)",
         "verdict": verdict(rollouts, attempt) if "verdict" in shown else NOT_SHOWN,
@@ -125,10 +125,11 @@ def problem_values(
     ]
     lines = [*attempted, *feedback]
     task = [f"Task: {problem.text}"] if "task" in shown else []
-    task += [f"Correct answer: {problem.answer}"] if "gold" in shown else []
+    # Problems with many right answers have none to show.
+    task += [f"Correct answer: {problem.answer}"] if "gold" in shown and problem.answer else []
     return {
         "problem": problem.text if "task" in shown else NOT_SHOWN,
-        "answer": problem.answer if "gold" in shown else NOT_SHOWN,
+        "answer": (problem.answer if "gold" in shown else "") or NOT_SHOWN,
         "attempts": "\n".join(lines) or "(none)",
         "case": "\n".join([*task, *(["Attempts:"] if attempted else []), *lines]),
     }

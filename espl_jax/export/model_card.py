@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from espl_jax.console.tables import percent, table
-from espl_jax.environments import boxed, search
+from espl_jax.environments import boxed, reasoning_gym, search
 from espl_jax.pretrained.named import BASES
 from espl_jax.types import Schema, SystemPrompt
 
@@ -171,6 +171,8 @@ def _use(
     name, instruction = environment["name"], environment["instruction"]
     if instruction is None and name == "search":
         instruction = search.INSTRUCTION
+    elif instruction is None and name == "reasoning_gym":
+        instruction = reasoning_gym.INSTRUCTIONS[environment["answer_format"]]
     elif instruction is None and name in ("math", "arithmetic") and environment["answer_format"] == "boxed":
         instruction = boxed.INSTRUCTION
     notes = []

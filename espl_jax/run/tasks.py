@@ -6,12 +6,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from espl_jax.choices import ENVIRONMENTS
 from espl_jax.data import load
 from espl_jax.data.problems import ProblemSet, check_disjoint, hold_out
 from espl_jax.environments import own
 from espl_jax.environments.arithmetic import Arithmetic
 from espl_jax.environments.base import Dialogue, Environment, is_dialogue
 from espl_jax.environments.math import Math
+from espl_jax.environments.reasoning_gym import ReasoningGym
 from espl_jax.environments.retrievers.bm25 import Bm25
 from espl_jax.environments.retrievers.load import Retriever, open_retriever
 from espl_jax.environments.search import Search
@@ -59,7 +61,7 @@ def environment_of(config: Config) -> Environment | Dialogue:
 
 def has_turns(config: Config) -> bool:
     """Returns whether rollouts have several turns, without opening a retriever."""
-    if config.environment.name in ("math", "arithmetic", "search"):
+    if config.environment.name in ENVIRONMENTS:
         return config.environment.name == "search"
     return is_dialogue(environment_of(config))
 
@@ -70,7 +72,7 @@ def tools_of(config: Config) -> tuple[Schema, ...]:
     Raises:
       ValueError: if a user-defined environment cannot be constructed.
     """
-    if config.environment.name in ("math", "arithmetic", "search"):
+    if config.environment.name in ENVIRONMENTS:
         return tuple(Search.tools) if config.environment.name == "search" else ()
     return tuple(getattr(environment_of(config), "tools", ()))
 
@@ -86,10 +88,10 @@ def make_environment(
     """Returns the environment with the given name.
 
     Args:
-      name: `math`, `arithmetic`, `search`, or `module:name` of a user-defined environment, which is called
-        with `options`.
-      answer_format: for `math` and `arithmetic`.
-      instruction: for `math`, `arithmetic` and `search`.
+      name: `math`, `arithmetic`, `reasoning_gym`, `search`, or `module:name` of a user-defined environment,
+        which is called with `options`.
+      answer_format: for all but `search` and user-defined environments.
+      instruction: for all but user-defined environments.
       options: further arguments; for `search` including `retriever`, as `open_retriever` takes it.
       reward: `module:function`, see `environments.own.Reward`; empty for the environment's own reward.
       problems: the data spec; if it is an encyclopedia and no retriever is given, its passages are searched.
@@ -100,8 +102,8 @@ def make_environment(
     try:
         if name == "search":
             environment = _search(instruction, problems, **options)
-        elif name in ("math", "arithmetic"):
-            kind = {"math": Math, "arithmetic": Arithmetic}[name]
+        elif name in ENVIRONMENTS:
+            kind = {"math": Math, "arithmetic": Arithmetic, "reasoning_gym": ReasoningGym}[name]
             environment = kind(answer_format, instruction, **options)
         else:
             environment = own.find(name)(**options)

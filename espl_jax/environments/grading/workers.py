@@ -25,6 +25,9 @@ START_LIMIT = 120.0
 SLACK = 5.0
 """Seconds beyond the limit of an answer after which its process, which keeps that limit, is given up."""
 
+EQUIVALENCE = "espl_jax.environments.grading.equivalence"
+"""The module that judges answers to problems of mathematics."""
+
 ATTEMPTS = 3
 """Processes that may fail on one answer before it counts as wrong."""
 
@@ -42,8 +45,8 @@ class Verdict:
     """What became of a question.
 
     Attributes:
-      success: whether the answers are equivalent; False for whatever could not be graded.
-      answer: the answer as it was read, or None.
+      success: whether the answer is right; False for whatever could not be graded.
+      answer: what the judge adds: the answer as it was read, or its score as a number; or None.
       outcome: `graded`; `error` (what is written makes no sense, or takes too much memory); `timeout`; `died`
         (the interpreter crashed, or the system killed it); or `failed`, where the processes broke that keep
         these limits.
@@ -66,16 +69,29 @@ class Workers:
       count: processes.
       timeout: seconds for one answer.
       memory_mib: MiB of address space for one answer.
+      judge: the module that judges, see `process.Judge`.
+      slack: seconds for `Judge.prepare`, beyond the limit of an answer; None for `SLACK`.
     """
 
-    def __init__(self, count: int, timeout: float, memory_mib: int):
-        self._settings = timeout, memory_mib
+    def __init__(
+        self,
+        count: int,
+        timeout: float,
+        memory_mib: int,
+        judge: str = EQUIVALENCE,
+        slack: float | None = None,
+    ):
+        self._settings = timeout, memory_mib, judge, slack
         self._count = count
         self._lock = threading.Lock()
         self._start()
 
     def submit(self, rule: str, gold: str, answer: str) -> Future[Verdict]:
-        """Begins to judge an answer. The future raises RuntimeError if no process can be started."""
+        """Begins to judge an answer. The future raises RuntimeError if no process can be started.
+
+        Args:
+          rule, gold, answer: as the judge takes them.
+        """
         future: Future[Verdict] = Future()
         with self._lock:
             self._questions.put(([rule, gold, answer], future))
@@ -103,7 +119,9 @@ def _end(questions: queue.SimpleQueue, count: int) -> None:
         questions.put(None)
 
 
-def _work(questions: queue.SimpleQueue, timeout: float, memory_mib: int) -> None:
+def _work(
+    questions: queue.SimpleQueue, timeout: float, memory_mib: int, judge: str, slack: float | None
+) -> None:
     """What a thread does: passes questions to a process, and replaces it when it fails."""
     process = None
     while (item := questions.get()) is not None:
@@ -111,7 +129,7 @@ def _work(questions: queue.SimpleQueue, timeout: float, memory_mib: int) -> None
         verdict = None
         try:
             for _ in range(ATTEMPTS):
-                process = process or _Process(timeout, memory_mib)
+                process = process or _Process(timeout, memory_mib, judge, slack)
                 verdict = process.ask(question)
                 if verdict is not None:
                     break
@@ -127,13 +145,13 @@ def _work(questions: queue.SimpleQueue, timeout: float, memory_mib: int) -> None
 class _Process:
     """One grading process, spoken to by one thread; never waited for longer than its limits."""
 
-    def __init__(self, timeout: float, memory_mib: int):
+    def __init__(self, timeout: float, memory_mib: int, judge: str, slack: float | None):
         """Starts it. Raises RuntimeError if it does not get ready."""
-        self._limit = timeout + SLACK
+        self._limit = timeout + (SLACK if slack is None else slack)
         self._received = b""
         with tempfile.TemporaryFile() as errors:
             self._popen = subprocess.Popen(
-                [sys.executable, "-P", "-c", _BOOT, str(_ROOT), str(timeout), str(memory_mib)],
+                [sys.executable, "-P", "-c", _BOOT, str(_ROOT), judge, str(timeout), str(memory_mib)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

@@ -1,4 +1,5 @@
 import json
+import types
 
 import pytest
 
@@ -8,9 +9,9 @@ LARGE = 1 << 40
 """More address space than any test process has."""
 
 
-def reply(monkeypatch, judge, timeout=20.0, memory=LARGE):
-    monkeypatch.setattr(process.equivalence, "judge", judge)
-    return json.loads(process._in_a_fork(b'["boxed", "5", "10/2"]', timeout, memory))
+def reply(judge, timeout=20.0, memory=LARGE, prepare=lambda rule, gold: None):
+    module = types.SimpleNamespace(judge=judge, prepare=prepare)
+    return json.loads(process._in_a_fork(module, b'["boxed", "5", "10/2"]', timeout, memory))
 
 
 def fail(*question):
@@ -44,29 +45,41 @@ def take_memory(*question):
         (turn, 0.2, [False, None, "timeout"]),
     ],
 )
-def test_outcomes(monkeypatch, judge, timeout, expected):
-    assert reply(monkeypatch, judge, timeout) == expected
+def test_outcomes(judge, timeout, expected):
+    assert reply(judge, timeout) == expected
 
 
-def test_memory_is_limited(monkeypatch):
-    assert reply(monkeypatch, take_memory)[2] == "graded"
-    assert reply(monkeypatch, take_memory, memory=1 << 30)[2] in ("error", "died")
+def test_memory_is_limited():
+    assert reply(take_memory)[2] == "graded"
+    assert reply(take_memory, memory=1 << 30)[2] in ("error", "died")
 
 
-def test_files_cannot_be_written(monkeypatch, tmp_path):
+def test_files_cannot_be_written(tmp_path):
     def write(*question):
         (tmp_path / "file").write_text("x")
         return True, ""
 
-    assert reply(monkeypatch, write)[2] in ("error", "died")
+    assert reply(write)[2] in ("error", "died")
     assert not (tmp_path / "file").exists() or not (tmp_path / "file").read_text()
 
 
-def test_one_question_leaves_nothing_to_the_next(monkeypatch):
+def test_forks_see_what_was_prepared():
+    seen = []
+
+    def prepare(rule, gold):
+        seen.append((rule, gold))
+
+    for count in (1, 2):
+        assert reply(lambda *question: (True, str(len(seen))), prepare=prepare)[1] == str(count)
+    assert seen == [("boxed", "5")] * 2
+    assert reply(lambda *question: (True, ""), prepare=fail) == [False, None, "error"]
+
+
+def test_one_question_leaves_nothing_to_the_next():
     seen = []
 
     def remember(*question):
         seen.append(question)
         return len(seen) == 1, None
 
-    assert [reply(monkeypatch, remember)[0] for _ in range(2)] == [True, True]
+    assert [reply(remember)[0] for _ in range(2)] == [True, True]
