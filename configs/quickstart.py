@@ -53,5 +53,9 @@ def get_config(model="smollm2"):
         c.environment.instruction = ""
         c.population.text = "Reply with the result."
         c.sampling.max_new_tokens = 24
+        c.evolution.max_principles = 4
+        # A small reflector turns the feedback itself into a principle more often than whole attempts.
+        c.reflection.show = ("feedback",)
+        c.reflection.max_problems = 6
         c.optimizer.learning_rate = 3e-4
     return c
