@@ -193,7 +193,7 @@ def find_gguf(source: str) -> Path:
         return path if processes.is_first() else fetch.find(source)
     path = Path(source).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {source}; correct the path")
+        raise FileNotFoundError(f"{source} does not exist; correct the path")
     return path
 
 

@@ -56,7 +56,11 @@ def test_any_reply_is_graded(reply):
 def test_grades_come_in_order():
     zero = Problem("q", "What is 0 + 0?", "0")
     grades = Arithmetic().grade([PROBLEM, zero, PROBLEM], ["85", "I don't know", "27 + 58 = 95"])
-    assert grades == [Grade(1.0, True, "85"), Grade(0.0, False, None), Grade(0.0, False, "95")]
+    assert grades == [
+        Grade(1.0, True, "85"),
+        Grade(0.0, False, None, feedback="There is no number in the reply. The answer is one number."),
+        Grade(0.0, False, "95", feedback="The answer that was read, 95, is wrong."),
+    ]
     assert Arithmetic().grade([PROBLEM] * 2, ["085", "85.00"]) == [
         Grade(1.0, True, "085"),
         Grade(1.0, True, "85.00"),

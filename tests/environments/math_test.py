@@ -2,6 +2,7 @@ import threading
 
 import pytest
 
+from espl_jax.environments import boxed
 from espl_jax.environments import math as module
 from espl_jax.environments.math import Math
 from espl_jax.types import Grade, Problem
@@ -43,8 +44,8 @@ def test_grades_say_what_was_read(environment):
     problem = Problem("p", "text", "5")
     assert environment.grade([problem] * 3, [r"\boxed{10/2}", "5", r"\boxed{6}"]) == [
         Grade(1.0, True, "10/2"),
-        Grade(0.0, False, None),
-        Grade(0.0, False, "6"),
+        Grade(0.0, False, None, feedback=boxed.NO_BOX),
+        Grade(0.0, False, "6", feedback="The answer that was read, 6, is wrong."),
     ]
 
 

@@ -34,7 +34,11 @@ def test_says_what_is_missing(spec, words):
 def test_another_reward_leaves_everything_else():
     environment = with_reward(Arithmetic(), length)
     assert environment.user_message(PROBLEMS[0]) == "1 + 1?"
-    assert environment.grade(PROBLEMS, ["2", "it is 4"]) == [Grade(1.25, True, "2"), Grade(1.75, False, "4")]
+    wrong = "The answer that was read, 4, is wrong."
+    assert environment.grade(PROBLEMS, ["2", "it is 4"]) == [
+        Grade(1.25, True, "2"),
+        Grade(1.75, False, "4", feedback=wrong),
+    ]
     assert not hasattr(environment, "respond") and not hasattr(environment, "begin")
 
 

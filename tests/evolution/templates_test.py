@@ -14,8 +14,10 @@ REASONED = WHOLE + "=== reason ===\nThink.\n=== request ===\nNow edit. $format\n
 
 
 def values_of(name):
-    """Something to fill every placeholder with."""
-    return {each: f"<{each}>" for each in set.union(*PLACEHOLDERS[name])}
+    """Something to fill every placeholder with that built-in templates use."""
+    # Templates of a user's may take a case apart.
+    apart = {"problem", "answer", "attempts"} if "case" in PLACEHOLDERS[name][1] else set()
+    return {each: f"<{each}>" for each in set.union(*PLACEHOLDERS[name]) - apart}
 
 
 def folder_of(tmp_path, **files):
