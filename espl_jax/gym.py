@@ -188,7 +188,7 @@ def _value(kinds: Mapping[str, dataclasses.Field], task: str, name: str, text: s
     config = package().factory.DATASETS[task][1]
     try:
         return _converted(text, typing.get_type_hints(config)[name], _default(field))
-    except NotImplementedError:
+    except TypeError:
         raise ValueError(f"the option {name!r} cannot be set in a data spec; leave it out") from None
     except (ValueError, KeyError) as error:
         raise ValueError(f"invalid option {f'{name}={text}'!r}: {error}") from None
@@ -210,7 +210,7 @@ def _converted(text: str, kind: Any, default: Any = None) -> Any:
 
     Raises:
       ValueError: if the text is no value of this type.
-      NotImplementedError: for types other than numbers, text, truth values, enums, and lists of these.
+      TypeError: for types other than numbers, text, truth values, enums, and lists of these.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if type(None) in arguments:  # Optional
@@ -237,4 +237,4 @@ def _converted(text: str, kind: Any, default: Any = None) -> Any:
         item = arguments[0] if arguments else type(default[0]) if default else str
         items = [_converted(each, item) for each in text.split("|")]
         return tuple(items) if container is tuple else items
-    raise NotImplementedError
+    raise TypeError(f"no text stands for a value of {kind}")

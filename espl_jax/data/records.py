@@ -17,7 +17,7 @@ CANDIDATES = {"text": ("problem", "question"), "answer": ("answer",), "id": ("id
 """Field of a Problem -> default field names in a record."""
 
 _MOST_DIGITS = 640
-"""Maximum digits of a number: as many as Python always converts, whatever its limit is set to."""
+"""Maximum digits of a number: the smallest limit of conversion that Python can be set to."""
 
 _EXACT_FLOAT = 2**53
 """From this magnitude on, floats do not represent all integers exactly."""

@@ -54,7 +54,7 @@ class ReasoningGym:
     Attributes:
       answer_format: `tag` reads the last `<answer>...</answer>`, as the package does; `boxed` the last
         `\boxed{...}`; `last_line` the last line that is not blank.
-      instruction: said after the problem, in a paragraph of its own; None asks for the format.
+      instruction: appended to the problem as a separate paragraph; None asks for the format.
       timeout: seconds for one answer.
       workers: processes.
       memory_mib: MiB of address space for one answer.

@@ -64,7 +64,7 @@ flags.DEFINE_integer(
 flags.DEFINE_integer("seed", 0, "Sampling seed; the same seed gives the same rollouts.", lower_bound=0)
 flags.DEFINE_integer("batch_size", 32, "Problems per batch; smaller batches take less memory.", lower_bound=1)
 flags.DEFINE_integer(
-    "max_rows", 0, "Concurrent rollouts per prompt; 0: as many as memory holds.", lower_bound=0
+    "max_rows", 0, "Maximum concurrent rollouts per prompt; 0: limited by memory.", lower_bound=0
 )
 flags.DEFINE_string(
     "chat_template_kwargs",

@@ -56,7 +56,7 @@ def choose_attempts(
 
 
 def _drawn(attempts: list[Attempt], rollouts: Rollouts, most: int, rng: np.random.Generator) -> list[Attempt]:
-    """At most so many attempts, as many right as wrong ones if possible, one more wrong where it is odd."""
+    """Draws at most `most` attempts, half of them right if possible; of an odd number more are wrong."""
     if not most or len(attempts) <= most:
         return attempts
     order = rng.permutation(len(attempts)).tolist()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from espl_jax.evolution import edit_fields
-from espl_jax.evolution.edit_text import clean, ids_in, printable
+from espl_jax.evolution.edit_text import clean, ids_in, printable, says_nothing
 from espl_jax.evolution.edits import Add, Drop, Edit, Merge, Modify, Remove, Replace, excerpt
 from espl_jax.evolution.json_replies import begins_with_json, has_empty_list, json_lists
 from espl_jax.evolution.prose import marked_blocks
@@ -72,7 +72,7 @@ def _as_edit(value: dict[str, Any], is_cut: bool) -> Edit | str:
         return "not_an_edit"
     if operation == "remove":
         return Remove(ids[0], evidence) if len(ids) == 1 else "wrong_ids"
-    if not any(character.isalpha() for character in principle):
+    if says_nothing(principle):
         return "no_principle"
     if operation == "add":
         return Add(principle, evidence)

@@ -6,6 +6,8 @@ import re
 import unicodedata
 from typing import Any
 
+_NO_TEXT = {"none", "nothing", "n/a", "no change", "empty"}
+
 
 def ids_in(value: Any) -> tuple[str, ...]:
     """Ids from "G0", "[g0]", 0, "G0, G1" or a list of such; a bare number means a principle of the prompt."""
@@ -23,6 +25,11 @@ def clean(value: Any) -> str:
         value = " ".join(item for item in value if isinstance(item, str)) if isinstance(value, list) else ""
     line = " ".join(printable(value).split())
     return re.sub(r"^\[?[GC]\d+\]?[.:)]\s*", "", line)
+
+
+def says_nothing(principle: str) -> bool:
+    """Returns whether a principle has no words, or only such as "(none)"."""
+    return not any(map(str.isalpha, principle)) or principle.strip("()[].").lower() in _NO_TEXT
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from espl_jax.evolution.edit_text import clean, ids_in
+from espl_jax.evolution.edit_text import clean, ids_in, says_nothing
 from espl_jax.evolution.edits import Add, Drop, Edit, Merge, Modify, Remove, excerpt
 from espl_jax.evolution.schemas import MANY_IDS, MERGED_IDS
 
@@ -39,7 +39,6 @@ _SYNONYMS = {
     "BECAUSE": "because",
     "EVIDENCE": "because",
 }
-_NO_TEXT = {"none", "nothing", "n/a", "no change", "empty"}
 _MAX_CHARS = 100_000
 _MAX_LINE = 10_000
 _MARKS = " \t>*-•·#`_"
@@ -172,7 +171,7 @@ def _edit(operation: str, ids: tuple[str, ...], said: str) -> Edit | str:
     """The edit, or why it is none."""
     if operation == "remove":
         return Remove(ids[0], said) if len(ids) == 1 else "wrong_ids"
-    if not any(map(str.isalpha, said)) or said.strip("()[].").lower() in _NO_TEXT:
+    if says_nothing(said):
         return "no_principle"
     if operation == "add":
         return Add(said)

@@ -10,8 +10,6 @@ from espl_jax.evolution.population import prompt_from_json
 from espl_jax.evolution.ratings import Rating, crossover_rating, drifted, game, mutation_rating
 from espl_jax.types import SystemPrompt
 
-EVENTS = ("root", "born", "left")
-
 
 def entry(event: str, member: SystemPrompt, at: int) -> dict[str, Any]:
     """A line of the log `lineage`: the member as it was when it entered or left, at that iteration."""

@@ -24,7 +24,7 @@ class Reflection:
       verbatim_chars: characters; 0 summarizes every attempt.
       rejected_edits: most recently rejected edits that are shown.
       stages: 3 (summaries, one critique for each problem, one revision) or 1 (one call for all problems).
-      output: `edits`, or `rewrite`: the whole prompt anew (one stage).
+      output: `edits`, or `rewrite` (a new text of the whole prompt; one stage).
       format: `lines` or `json`, how edits are written.
       reasoning: what comes before edits: `none`, `brief` (free text in a turn of its own) or `model` (the
         model's own thinking).

@@ -14,11 +14,11 @@ from espl_jax.types import Conversation
 PLACEHOLDERS: dict[str, tuple[set[str], set[str]]] = {
     "summary": ({"problem", "attempt"}, {"answer", "taken", "verdict", "feedback"}),
     "critique": (
-        {"principles"},
+        {"principles", "case|attempts"},
         {"case", "problem", "attempts", "answer", "rejected", "format", "max_edits", "max_words"},
     ),
     "critique_prose": (
-        {"instructions"},
+        {"instructions", "case|attempts"},
         {"case", "problem", "attempts", "answer", "rejected", "format", "max_edits"},
     ),
     "revision": ({"principles", "candidates", "suggestions"}, {"format", "max_words"}),
@@ -30,7 +30,7 @@ PLACEHOLDERS: dict[str, tuple[set[str], set[str]]] = {
     "rewrite": ({"principles", "problems"}, {"rejected", "max_principles", "max_words"}),
     "rewrite_prose": ({"instructions", "problems"}, {"rejected"}),
 }
-"""Template -> (placeholders that it must have, placeholders that it may have)."""
+"""Template -> (placeholders that it must have, placeholders that it may have); `a|b` is one of the two."""
 
 SECTIONS = ("system", "user", "reason", "request", "opening")
 
@@ -168,13 +168,15 @@ def _read(name: str, text: str, where: str) -> PromptTemplate:
             )
         used.update(template.get_identifiers())
     required, optional = PLACEHOLDERS[name]
-    if unknown := used - required - optional:
+    known = {each for entry in required | optional for each in entry.split("|")}
+    if unknown := used - known:
         raise ValueError(
             f"{where}: the placeholder ${sorted(unknown)[0]} is unknown; use "
-            f"{', '.join(f'${each}' for each in sorted(required | optional))}"
+            f"{', '.join(f'${each}' for each in sorted(known))}"
         )
-    if missing := required - used:
-        raise ValueError(f"{where}: the placeholder ${sorted(missing)[0]} is missing; add it")
+    if missing := [entry for entry in sorted(required) if used.isdisjoint(entry.split("|"))]:
+        needed = missing[0].replace("|", " or $")
+        raise ValueError(f"{where}: the placeholder ${needed} is missing; add it")
     return PromptTemplate(name, **sections)
 
 

@@ -205,7 +205,8 @@ class LocalReflector:
             respond=respond if reasoning != "none" else None,
             constraint=constraint,
         )
-        begun = processes.decide(lambda: begun)
+        if reasoning != "none":
+            begun = processes.decide(lambda: begun)  # only the first process responds
         replies = []
         for i, question in enumerate(asked):
             place = (0, i, 0)

@@ -143,6 +143,7 @@ def test_latex_and_escapes(written, meant):
         ('{"edits": []}', []),
         ('[{"op": "add"}]', ["no_principle"]),
         ('[{"op": "add", "principle": "..."}]', ["no_principle"]),
+        ('[{"op": "add", "principle": "(none)"}]', ["no_principle"]),
         ('[{"op": "add", "principle": {"a": 1}}]', ["no_principle"]),
         ('[{"op": "paint", "principle": "x"}]', ["not_an_edit"]),
         ('[{"op": "modify", "principle": "x"}]', ["wrong_ids"]),

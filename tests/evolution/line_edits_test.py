@@ -47,6 +47,7 @@ def test_prose_is_no_edit(text):
     ("text", "reason"),
     [
         ("ADD: 12", "no_principle"),
+        ("ADD: (none)", "no_principle"),
         ("CHANGE: x", "wrong_ids"),
         ("CHANGE G0 G1: x", "wrong_ids"),
         ("MERGE G0: x", "wrong_ids"),

@@ -16,12 +16,14 @@ REASONED = WHOLE + "=== reason ===\nThink.\n=== request ===\nNow edit. $format\n
 def values_of(name):
     """Something to fill every placeholder with that built-in templates use."""
     # Templates of a user's may take a case apart.
-    apart = {"problem", "answer", "attempts"} if "case" in PLACEHOLDERS[name][1] else set()
-    return {each: f"<{each}>" for each in set.union(*PLACEHOLDERS[name]) - apart}
+    known = {each for entry in set.union(*PLACEHOLDERS[name]) for each in entry.split("|")}
+    apart = {"problem", "answer", "attempts"} if "case" in known else set()
+    return {each: f"<{each}>" for each in known - apart}
 
 
 def folder_of(tmp_path, **files):
     """The templates of a folder with these files."""
+    tmp_path.mkdir(exist_ok=True)
     for name, text in files.items():
         (tmp_path / f"{name}.txt").write_text(text)
     return Templates(str(tmp_path))
@@ -197,3 +199,16 @@ class TestFolder:
         with pytest.raises(ValueError, match="there is no such folder; correct"):
             Templates(str(tmp_path / "file")).check("none")
         BUILT_IN.check("brief")
+
+
+def test_a_critique_has_to_show_what_was_attempted(tmp_path):
+    """As one case, or taken apart."""
+    text = "=== system ===\nx\n=== user ===\n$principles {}\n"
+    for shown in ("$case", "$attempts"):
+        assert (
+            folder_of(tmp_path / shown[1:], critique=text.format(shown)).load("critique").user.endswith(shown)
+        )
+    with pytest.raises(
+        ValueError, match=r"critique\.txt: the placeholder \$case or \$attempts is missing; add"
+    ):
+        folder_of(tmp_path, critique=text.format("")).load("critique")
