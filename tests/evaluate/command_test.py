@@ -20,7 +20,7 @@ def run(*args, **environment):
         (["--modle=x"], "Unknown command line flag 'modle'"),
         (
             ["--model=a", "--data=addition:digits=1,count=3", "--environment=chess"],
-            "--environment=chess: choose one of math, arithmetic, search",
+            "--environment=chess: choose one of math, arithmetic, reasoning_gym, search",
         ),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
