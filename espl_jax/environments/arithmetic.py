@@ -15,29 +15,36 @@ ANSWER_FORMATS = ("last_number", "boxed")
 # Digits in groups of three with commas, or without; then decimals. ASCII digits only.
 _NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+", re.ASCII)
 _MINUS = "-\N{MINUS SIGN}"
+# What may stand between a number and its unit.
+_SPACE = r"(?:\s|~|\\[,;:! ])*"
+_TEXT = r"(?:\\(?:text|mathrm|textrm)\s*\{\s*)?"
 
 
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
-    r"""Grades a number: reward 1 for the right one, else 0.
+    r"""Grades a number: reward 1 for the right one, 0.5 for the right one without its unit, else 0.
 
     Attributes:
       answer_format: `last_number` reads the last number of the reply ("27 + 58 = 85" is 85), `boxed` the last
         number inside the last `\boxed{...}`.
       instruction: said after the problem; None asks for a box where one is needed, and says nothing else.
+      unit: has to follow the number, as in "85 points" or "85\text{ points}"; empty for a bare number.
 
     Raises:
-      ValueError: for an unknown answer_format.
+      ValueError: for an unknown answer_format, or a unit that is not a word.
     """
 
     answer_format: str = "last_number"
     instruction: str | None = None
+    unit: str = ""
 
     def __post_init__(self):
         if self.answer_format not in ANSWER_FORMATS:
             raise ValueError(
                 f"answer_format={self.answer_format!r} is unknown; choose one of {', '.join(ANSWER_FORMATS)}"
             )
+        if self.unit and not self.unit.isalpha():
+            raise ValueError(f"unit={self.unit!r}: must be one word of letters, or empty")
 
     def user_message(self, problem: Problem) -> str:
         """The problem's text, and the instruction on the same line."""
@@ -70,9 +77,19 @@ class Arithmetic:
         if number is None:
             where = "box" if is_boxed else "reply"
             return Grade(0.0, False, feedback=f"There is no number in the {where}. The answer is one number.")
-        success = Decimal(number) in golds
-        feedback = "" if success else f"The answer that was read, {number}, is wrong."
-        return Grade(float(success), success, number, feedback=feedback)
+        right, has_unit = Decimal(number) in golds, self._has_unit(text)
+        feedback = [] if right else [f"The answer that was read, {number}, is wrong."]
+        if not has_unit:
+            feedback.append(f'The unit is missing. The number has to be followed by the word "{self.unit}".')
+        reward = right * (1.0 if has_unit else 0.5)
+        return Grade(reward, right and has_unit, number, feedback=" ".join(feedback))
+
+    def _has_unit(self, text: str) -> bool:
+        """Whether the unit follows the last number of a text that has one."""
+        if not self.unit:
+            return True
+        after = text[list(_NUMBER.finditer(text))[-1].end() :]
+        return bool(re.match(rf"{_SPACE}{_TEXT}{_SPACE}{self.unit}(?![^\W\d_])", after, re.IGNORECASE))
 
 
 def last_number(text: str) -> str | None:

@@ -103,3 +103,36 @@ def test_errors_name_the_value():
         Arithmetic().grade([Problem("p", "", "none")], ["1"])
     with pytest.raises(ValueError, match="zip"):
         Arithmetic().grade([PROBLEM], [])
+
+
+@pytest.mark.parametrize(
+    ("reply", "reward"),
+    [
+        (r"\boxed{85 points}", 1),
+        (r"\boxed{85\text{ points}}", 1),
+        (r"\boxed{85~\mathrm{Points}}", 1),
+        (r"27 points + 58 points = \boxed{85points}", 1),
+        (r"\boxed{85}", 0.5),
+        (r"\boxed{85} points", 0.5),
+        (r"\boxed{85 pointsman}", 0.5),
+        (r"\boxed{points: 85}", 0.5),
+        (r"\boxed{86 points}", 0),
+        ("85 points", 0),
+    ],
+)
+def test_a_unit_is_wanted(reply, reward):
+    (grade,) = Arithmetic("boxed", unit="points").grade([PROBLEM], [reply])
+    assert (grade.reward, grade.success) == (reward, reward == 1)
+    assert ("unit" in grade.feedback) == (reward == 0.5)
+    assert ("box" in grade.feedback) == ("box" not in reply)
+
+
+def test_a_wrong_number_without_a_unit_is_told_both():
+    (grade,) = Arithmetic("boxed", unit="points").grade([PROBLEM], [r"\boxed{86}"])
+    assert "86, is wrong" in grade.feedback
+    assert '"points"' in grade.feedback
+
+
+def test_the_unit_is_a_word():
+    with pytest.raises(ValueError, match=r"unit='\(': must be one word"):
+        Arithmetic(unit="(")
