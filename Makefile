@@ -1,6 +1,7 @@
 # Everything sets itself up in .venv; a second run installs nothing. Needs Python 3.11 or newer and make.
 #
 #   make quickstart    train a small model and evolve its system prompt on this machine
+#   make showcase      RL alone, evolution alone and both, side by side on a harder task
 #   make test          the fast tests           make test-slow    the slow ones
 #   make lint          ruff and pyright         make docs         the documentation, in site/
 #   make clean         remove .venv and caches; runs/ stays
@@ -11,11 +12,10 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow lint docs clean FORCE
+.PHONY: help quickstart showcase test test-slow lint docs clean FORCE
 .SUFFIXES:
 .DELETE_ON_ERROR:
 
-WORKDIR ?= runs/quickstart
 ARGS ?=
 TORCH ?= torch==2.13.0
 MODEL := qwen2.5-coder-0.5b
@@ -98,10 +98,19 @@ $(VENV)/.quickstart: $(VENV)/.installed FORCE
 	[ $$model != smollm2 ] || $(MAKE_AGAIN) $(VENV)/.model || exit 1; \
 	echo $$model >$@
 
+$(VENV)/.qwen: $(VENV)/.installed FORCE
+	@$(BIN)/python -m espl_jax.pretrained.fetch qwen2.5-coder-0.5b >/dev/null
+
+quickstart: WORKDIR ?= runs/quickstart
 quickstart: $(VENV)/.quickstart
 	@JAX_PLATFORMS=cpu $(BIN)/python -m espl_jax.main \
 	  --config=configs/quickstart.py:$(or $(shell cat $(VENV)/.quickstart 2>/dev/null),$(MODEL)) \
 	  --workdir=$(WORKDIR) $(ARGS)
+
+showcase: WORKDIR ?= runs/showcase
+showcase: $(VENV)/.qwen
+	@JAX_PLATFORMS=cpu $(BIN)/python -m experiments.compare_methods --config=configs/showcase.py \
+	  --out=$(WORKDIR) $(ARGS)
 
 test: $(VENV)/.test $(VENV)/.model
 	@JAX_PLATFORMS=cpu $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

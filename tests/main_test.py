@@ -47,7 +47,7 @@ def test_refused_before_anything_is_loaded(args, message, without_jax, tmp_path)
     assert not workdir.exists()
 
 
-CONFIGS = "configs/ has aime.py, dapo.py, gsm8k.py, hmmt.py, quickstart.py, search.py"
+CONFIGS = "configs/ has aime.py, dapo.py, gsm8k.py, hmmt.py, quickstart.py, search.py, showcase.py"
 
 
 @pytest.mark.parametrize("command", ["main", "plan"])

@@ -12,6 +12,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -31,7 +32,9 @@ from espl_jax.plan import tpu_compiler
 from espl_jax.pretrained.load import load_pretrained
 from espl_jax.pretrained.named import MODELS
 from espl_jax.pretrained.save import save_pretrained
+from espl_jax.run.check_config import check_config
 from espl_jax.types import Passage
+from experiments.methods.runs import Run
 from tests.conftest import ROOT
 from tests.reflectors import faulty_server
 from tests.support import documents, fakes, tiny
@@ -210,6 +213,8 @@ class Shell:
                 return self._plan(args)
             case ["python", "-m", "espl_jax.evaluate", *args]:
                 return self._evaluate(args)
+            case ["python", "-m", "experiments.compare_methods", *args]:
+                return self._compare(args)
             case ["python", "-m", "espl_jax.export", *args]:
                 folder = self._made("espl_jax.main", "--workdir", value_of(args, "--workdir"))
                 self.module("espl_jax.export", args, folder)
@@ -355,6 +360,24 @@ class Shell:
         said = self.module("espl_jax.evaluate", [*args, *EVALUATE], folder)
         prompts, models = (sum(arg.startswith(name) for arg in args) for name in ("--prompt=", "--model="))
         assert said.count("\n| ") >= prompts * models
+        return folder
+
+    def _compare(self, args):
+        """Compares methods whose runs leave what the quickstart left; their configurations are checked."""
+        made = self._made("espl_jax.main", "--workdir", "runs/quickstart") / "runs" / "quickstart"
+        folder = self.new_folder()
+
+        def finish(run):
+            config = command_line.read_config_file(run.config)
+            config.mode = run.method
+            check_config(config)
+            shutil.copytree(made, run.workdir)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Run, "finish", finish)
+            said = self.module("experiments.compare_methods", args, folder)
+        assert "| espl " in said and "| espl - rl " in said
+        assert (folder / value_of(args, "--out") / "iterations.csv").is_file()
         return folder
 
     def _fetch(self, name):

@@ -1,0 +1,20 @@
+r"""A convention of two rules on a CPU: a box and a unit, trained on easy sums and tested on hard ones.
+
+    make showcase                    # RL alone, evolution alone, and both, at the same budget of rollouts
+
+The root prompt mentions neither rule. Without a box a reply earns nothing, with one alone half, and the
+feedback names the unit only where there is a box: a prompt needs two principles, found one after the other.
+Training is on sums of two-digit numbers, the test on sums of three-digit numbers.
+"""
+
+from configs import quickstart
+
+
+def get_config():
+    """Returns the settings of configs/quickstart.py with a unit, harder test problems and more time."""
+    c = quickstart.get_config("qwen2.5-coder-0.5b")
+    c.num_iterations = 8
+    c.environment.options = '{"unit": "points"}'
+    c.data.validation = "addition:digits=3,count=50"
+    c.data.test = "addition:digits=3,count=100"
+    return c

@@ -1,0 +1,93 @@
+"""Test results of several runs: means with intervals over seeds and problems, and paired differences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from espl_jax.console.tables import percent, table
+from espl_jax.rollouts import intervals
+from experiments.methods.runs import Run
+
+CELLS = tuple((weights, prompt) for weights in ("initial", "trained") for prompt in ("root", "deployed"))
+RESAMPLES = 10_000
+
+
+def interval(rates: np.ndarray) -> tuple[float, float]:
+    """Returns the 95% interval of a mean of success rates.
+
+    Seeds are resampled, and the same problems of all of them (percentile bootstrap). One seed, or rates that
+    are all 0 or all 1, which no resampling can vary, get Wilson's interval over problems.
+
+    Args:
+      rates: float [S, B], of S seeds on the same B problems.
+    """
+    if len(rates) == 1 or (rates == rates.flat[0]).all():
+        return intervals.of_share(rates.mean(axis=0), rates.size)
+    low, high = _bootstrap(rates)
+    return max(0.0, low), min(1.0, high)
+
+
+def difference(rates: np.ndarray, others: np.ndarray) -> tuple[float, float, float]:
+    """Returns the mean difference of two methods, paired by seed and problem, and its 95% interval.
+
+    Args:
+      rates, others: float [S, B], of the same seeds on the same problems.
+    """
+    paired = rates - others
+    return float(paired.mean()), *_bootstrap(paired)
+
+
+def _bootstrap(values: np.ndarray) -> tuple[float, float]:
+    rng = np.random.default_rng(0)
+    seeds, problems = values.shape
+    means = [
+        values[np.ix_(rng.integers(seeds, size=seeds), rng.integers(problems, size=problems))].mean()
+        for _ in range(RESAMPLES)
+    ]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def results(runs: Sequence[Run]) -> str:
+    """Returns tables of test accuracy, of differences from the last method, and the deployed prompts."""
+    by_method: dict[str, list[Run]] = {}
+    for run in runs:
+        by_method.setdefault(run.method, []).append(run)
+    tested = {method: [run.test() for run in each] for method, each in by_method.items()}
+    rows = [["method", "seeds", *(f"{weights} weights, {prompt} prompt" for weights, prompt in CELLS)]]
+    for method, tests in tested.items():
+        stacked = [np.stack([test[cell] for test in tests]) for cell in CELLS]
+        shown = [percent(float(rates.mean()), *interval(rates)) for rates in stacked]
+        rows.append([method, str(len(tests)), *shown])
+    parts = ["Test accuracy, with 95% intervals", table(rows)]
+    if differences := _differences(by_method, tested):
+        parts += ["Trained weights and deployed prompt: paired differences", table(differences)]
+    parts += ["Deployed prompts"]
+    for run in runs:
+        quoted = "\n".join(f"> {line}" for line in run.deployed().splitlines())
+        parts.append(f"{run.method}, seed {run.seed}:\n\n{quoted}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _differences(
+    by_method: Mapping[str, Sequence[Run]],
+    tested: Mapping[str, Sequence[Mapping[tuple[str, str], np.ndarray]]],
+) -> list[list[str]]:
+    """A table of the last method less each other one, on the seeds that both have."""
+    *others, last = by_method
+    rows = []
+    for other in others:
+        ends = [
+            {
+                run.seed: test["trained", "deployed"]
+                for run, test in zip(by_method[name], tested[name], strict=True)
+            }
+            for name in (last, other)
+        ]
+        seeds = sorted(ends[0].keys() & ends[1].keys())
+        if seeds:
+            mean, low, high = difference(*(np.stack([end[seed] for seed in seeds]) for end in ends))
+            rows.append([f"{last} - {other}", str(len(seeds)), percent(mean, low, high)])
+    return [["methods", "seeds", "difference"], *rows] if rows else []
