@@ -88,12 +88,14 @@ def test_a_server_out_of_order_costs_its_iterations_mutation_alone(tmp_path, mon
 
 def test_a_run_that_is_killed_asks_nothing_twice(tmp_path, monkeypatch):
     save, ask = loop.save, OpenAIServer.ask
+    # On a busy machine a reply may take longer than the second that other tests allow.
+    patient = {"num_iterations": 3, "reflection__timeout": 60.0}
 
     class Killed(BaseException):
         pass
 
     with faulty_server.serve(good) as server:
-        run(tmp_path / "whole", server.address, num_iterations=3)
+        run(tmp_path / "whole", server.address, **patient)
         once = len(server.asked)
         # Between an iteration's replies and its checkpoint, ...
         monkeypatch.setattr(
@@ -104,7 +106,7 @@ def test_a_run_that_is_killed_asks_nothing_twice(tmp_path, monkeypatch):
             raise Killed
 
         with pytest.raises(Killed):
-            run(tmp_path / "parts", server.address, num_iterations=3)
+            run(tmp_path / "parts", server.address, **patient)
         monkeypatch.setattr(loop, "save", save)
         before = len(server.asked) - once
         assert 0 < before < once
@@ -117,10 +119,10 @@ def test_a_run_that_is_killed_asks_nothing_twice(tmp_path, monkeypatch):
 
         monkeypatch.setattr(OpenAIServer, "ask", ask_some)
         with pytest.raises(RuntimeError, match="the power is gone"):
-            run(tmp_path / "parts", server.address, num_iterations=3, reflection__concurrency=1)
+            run(tmp_path / "parts", server.address, **patient, reflection__concurrency=1)
         monkeypatch.setattr(OpenAIServer, "ask", ask)
         assert len(server.asked) == once + before + 2
-        run(tmp_path / "parts", server.address, num_iterations=3)
+        run(tmp_path / "parts", server.address, **patient)
         assert len(server.asked) == 2 * once
     # The rest is as if nothing had happened.
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
