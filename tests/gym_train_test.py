@@ -6,9 +6,12 @@ import json
 import pytest
 from rich.console import Console
 
+from configs import quickstart
+from espl_jax import train as loop
 from espl_jax.run import reflection
 from espl_jax.train import train
 from tests.support import fakes
+from tests.train_test import lines, outcome
 
 pytest.importorskip("reasoning_gym")
 
@@ -25,24 +28,77 @@ def advice(conversations):
     return replies
 
 
-def test_feedback_becomes_a_principle(tmp_path, monkeypatch):
-    fakes.take_over(monkeypatch)
-    monkeypatch.setattr(reflection, "local_reflector", lambda model, **settings: advice)
-    spec = "reasoning_gym:path_star:count=2,degree=2,min_path_length=2,max_path_length=2,node_range=50"
+STARS = "reasoning_gym:path_star:count=2,degree=2,min_path_length=2,max_path_length=2,node_range=50"
+
+
+def run(folder, **changes):
     config = fakes.config(
-        mode="evolution",
-        num_iterations=1,
         num_prompts=1,
         evaluation__every=0,
         evaluation__test_samples=1,
         environment__name="reasoning_gym",
         environment__answer_format="tag",
-        **{f"data__{split}": spec for split in ("train", "validation", "test")},
+        **{f"data__{split}": STARS for split in ("train", "validation", "test")},
+        **changes,
     )
-    train(config, tmp_path, Console(file=io.StringIO()))
-    rollouts = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    train(config, folder, Console(file=io.StringIO()))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    fakes.take_over(monkeypatch)
+    monkeypatch.setattr(reflection, "local_reflector", lambda model, **settings: advice)
+
+
+def test_feedback_becomes_a_principle(tiny, tmp_path):
+    run(tmp_path, mode="evolution", num_iterations=1)
+    rollouts = lines(tmp_path, "rollouts")
     # The run adds that a reply was cut off.
     assert all(rollout["feedback"].startswith(FEEDBACK) for rollout in rollouts)
     assert all(rollout["problem"].startswith("reasoning_gym:path_star:") for rollout in rollouts)
     members = json.loads((tmp_path / "population.json").read_text())["members"]
     assert members[1]["principles"] == [f"Mind this: {FEEDBACK}"]
+
+
+def test_a_killed_run_on_star_graphs_resumes_bit_for_bit(tiny, tmp_path, monkeypatch):
+    """Entries are generated again from their ids, and feedback from the replies."""
+    run(tmp_path / "whole", mode="espl", num_iterations=3)
+    save = loop.save
+
+    class Killed(BaseException):
+        pass
+
+    def save_or_die(workdir, state):
+        if state.iteration == 2:
+            raise Killed
+        save(workdir, state)
+
+    monkeypatch.setattr(loop, "save", save_or_die)
+    with pytest.raises(Killed):
+        run(tmp_path / "parts", mode="espl", num_iterations=3)
+    monkeypatch.setattr(loop, "save", save)
+    run(tmp_path / "parts", mode="espl", num_iterations=3)
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+
+
+TEN = (
+    *("basic_arithmetic", "calendar_arithmetic", "count_bits", "gcd", "leg_counting"),
+    *("number_sorting", "path_star", "propositional_logic", "spell_backward", "time_intervals"),
+)
+
+
+@pytest.mark.slow(minutes=6)
+def test_ten_tasks_with_smollm2(tmp_path):
+    """Prompts evolve and weights learn on ten kinds of problems at once."""
+    config = quickstart.get_config()
+    config.num_iterations, config.batch_size = 2, 10
+    config.environment.name, config.environment.answer_format = "reasoning_gym", "boxed"
+    for split, count, seed in (("train", 2, 0), ("validation", 1, 1), ("test", 1, 2)):
+        config.data[split] = " + ".join(f"reasoning_gym:{name}:count={count},seed={seed}" for name in TEN)
+    config.sampling.max_new_tokens = 24
+    train(config, tmp_path, Console(file=io.StringIO()))
+    rollouts = lines(tmp_path, "rollouts")
+    assert len(rollouts) == 2 * 3 * 10 * 4
+    assert {rollout["problem"].split(":")[1] for rollout in rollouts} == {*TEN}
+    assert all(rollout["success"] or rollout["feedback"] for rollout in rollouts)
+    assert len(lines(tmp_path, "evaluations")) >= 2 * 10
