@@ -93,6 +93,14 @@ class TestExamples:
         assert [(each.num_problems, each.num_samples) for each in evaluations] == [(3, 2), (3, 2)]
         assert capsys.readouterr().out.startswith("plain: ")
 
+    def test_train_is_given_a_sound_configuration(self, monkeypatch):
+        module = example("train")
+        monkeypatch.setattr(module, "train", lambda config, workdir: (config, workdir))
+        config, workdir = module.main("w", batch_size=2, lora__rank=3)
+        assert (config.num_iterations, config.mode, workdir) == (2, "rl", "w")
+        assert (config.batch_size, config.lora.rank) == (2, 3)
+
+    @pytest.mark.slow
     def test_train(self, monkeypatch, tmp_path):
         fakes.take_over(monkeypatch)
         small = {

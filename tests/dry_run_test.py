@@ -66,6 +66,7 @@ def test_shows_the_problem_the_answer_and_the_programs(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_shapes_are_those_that_the_run_compiles(monkeypatch, tmp_path):
     """Every decode chunk, and the step, of a real run is among the shapes announced."""
     config = fakes.config(num_iterations=1, sampling__max_new_tokens=40, evaluation__every=0, data__test="")
@@ -144,6 +145,7 @@ def test_programs_with_each_layers_weights_alone():
     assert [program.name for program in found][-1] == "policy-gradient step"
 
 
+@pytest.mark.slow
 def test_a_long_answer_is_cut(monkeypatch):
     monkeypatch.setattr(dry, "LONGEST_ANSWER", 4)
     text = shown(fakes.config(mode="evolution", sampling__max_new_tokens=6))
@@ -157,6 +159,7 @@ def test_a_prompt_without_room_for_an_answer_is_refused():
         shown(fakes.config(sampling__context_limit=20))
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_batch():
     def numbers(text):
         return [float(n) for n in re.findall(r"([\d.]+) MiB", text.split("| prefill", 1)[1])]

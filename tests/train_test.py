@@ -138,6 +138,7 @@ def test_copies_of_a_prompt_are_one_player(tmp_path):
     assert record["groups"] == 2
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_leaves_the_reference_alone(tmp_path):
     before = jax.device_get(fakes.model(remat="none", param_dtype="float32", dtype="float32").params)
     settings = {
@@ -179,7 +180,13 @@ def test_who_reflects(policy, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("constrained", "reasoning"), [(False, "none"), (True, "none"), (True, "brief")], ids=str
+    ("constrained", "reasoning"),
+    [
+        pytest.param(False, "none", marks=pytest.mark.slow),
+        pytest.param(True, "none", marks=pytest.mark.slow),
+        (True, "brief"),
+    ],
+    ids=str,
 )
 def test_the_models_own_reflection_runs(constrained, reasoning, tmp_path, monkeypatch, caplog):
     """The programs are those that a plan lists, and noise that a limit cuts off makes no child."""

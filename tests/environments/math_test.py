@@ -99,6 +99,7 @@ def test_the_message_asks_for_a_box_only_where_one_counts():
     assert Math("expression").user_message(problem) == "Find $x$."
 
 
+@pytest.mark.slow
 def test_hostile_answers_cost_themselves_alone(tmp_path):
     """Every kind, at a short limit: all wrong, nothing run, and what comes after is graded as before."""
     marker = tmp_path / "marker"

@@ -99,6 +99,7 @@ def request(*prompts, sets=None, batch_size=4, **changes):
     return Request(**{**fields, **changes})
 
 
+@pytest.mark.slow
 def test_batches_draw_what_the_whole_draws():
     prompts = fakes.PROMPTS[:2]
     key = comparing.stream_key(0, "evaluation", 0)

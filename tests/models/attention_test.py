@@ -60,8 +60,16 @@ def one_by_one(level, ancestors, start, window=0):
     return out
 
 
-@pytest.mark.parametrize("block", [512, 9, 4])
-@pytest.mark.parametrize("window", [0, 1, 3, 7, 100])
+@pytest.mark.parametrize(
+    ("window", "block"),
+    [
+        *((0, 512), (0, 4), (1, 9), (3, 512), (3, 4), (7, 9), (100, 9)),
+        *(
+            pytest.param(window, block, marks=pytest.mark.slow)
+            for window, block in ((0, 9), (1, 512), (1, 4), (3, 9), (7, 512), (7, 4), (100, 512), (100, 4))
+        ),
+    ],
+)
 def test_against_one_query_at_a_time(monkeypatch, block, window):
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
     level, ancestors, start = inputs()

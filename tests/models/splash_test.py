@@ -84,7 +84,9 @@ def interpreted(query, key, value, sources, config, start):
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 8}], ids=["divided", "a copy on each device"]
+    "sizes",
+    [{"data": 2, "fsdp": 2, "tensor": 2}, pytest.param({"tensor": 8}, marks=pytest.mark.slow)],
+    ids=["divided", "a copy on each device"],
 )
 def test_gradients(sizes):
     mesh = sharding.make_mesh(sizes)

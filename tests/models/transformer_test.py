@@ -70,8 +70,14 @@ class TestDeclaration:
 
 
 class TestTree:
-    @pytest.mark.parametrize("scan", [True, False])
-    @pytest.mark.parametrize("tied", [True, False])
+    @pytest.mark.parametrize(
+        ("scan", "tied"),
+        [
+            (True, False),
+            (False, True),
+            *(pytest.param(same, same, marks=pytest.mark.slow) for same in (True, False)),
+        ],
+    )
     def test_all_levels_at_once_against_plain_sequences(self, scan, tied):
         config = tiny.CONFIG.replace(scan_layers=scan, tied_head=tied, remat="full" if scan else "none")
         params = tiny.params(config)

@@ -304,7 +304,7 @@ class TestStep:
     @pytest.mark.parametrize(
         "sizes",
         [
-            {"data": 2, "fsdp": 2, "tensor": 2},
+            pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
             pytest.param({"fsdp": 4, "expert": 2}, marks=pytest.mark.slow),
         ],
         ids=str,

@@ -100,6 +100,7 @@ def test_turns_and_stages_are_extended():
         assert there == {"admit": stage == 1, "move": True, "extend": stage > 1}[name], (stage, name)
 
 
+@pytest.mark.slow
 def test_a_run_of_conversations_compiles_nothing_else(tmp_path, monkeypatch, caplog):
     """See train_test for the other phases."""
     fakes.take_over(monkeypatch)

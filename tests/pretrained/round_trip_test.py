@@ -33,7 +33,10 @@ def same(ours, others):
     )
 
 
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(x, marks=() if x in ("gemma3", "qwen3") else pytest.mark.slow) for x in families.FAMILIES],
+)
 def test_logits(family, request, tmp_path):
     peft = pytest.importorskip("peft", reason="needs peft: pip install peft")
     seed = request.config.getoption("family_seed")

@@ -80,6 +80,7 @@ def text_tree(tokens, shape, widths, seed=0):
     )
 
 
+@pytest.mark.slow
 def test_logits(model, reference, text_tokens):
     config = model.config.replace(remat="none")
     with torch.no_grad():

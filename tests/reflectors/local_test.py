@@ -364,7 +364,7 @@ class TestBriefReasoning:
         for first, second in zip(together, reflect.ask(self.QUESTIONS), strict=True):
             assert first.reasoning != second.reasoning
 
-    @pytest.mark.parametrize("opens", [False, True])
+    @pytest.mark.parametrize("opens", [pytest.param(False, marks=pytest.mark.slow), True])
     def test_the_request_is_appended_as_a_user_turn(self, recorded, opens):
         tokens = opening_thoughts() if opens else tokenizer()
         on = dataclasses.replace(louder(model(), EOS), loaded_tokenizer=tokens)
@@ -446,7 +446,10 @@ class TestOwnReasoning:
     TEXTS = [f"task {i}" for i in range(8)]  # noqa: RUF012
     QUESTIONS = questions(TEXTS, GRAMMARS * 2, reasoning="model")
 
-    @pytest.mark.parametrize(("special", "opens"), [(False, False), (True, False), (False, True)])
+    @pytest.mark.parametrize(
+        ("special", "opens"),
+        [pytest.param(False, False, marks=pytest.mark.slow), (True, False), (False, True)],
+    )
     def test_the_reply_begins_after_the_block(self, recorded, special, opens):
         reflect, tokens = thinker(special, opens)
         replies = reflect.ask(self.QUESTIONS)
@@ -467,6 +470,7 @@ class TestOwnReasoning:
         assert ends.count(close) > 2
         assert EOS in ends, "a turn that ended without closing the block"
 
+    @pytest.mark.slow
     def test_results_do_not_depend_on_the_batch(self):
         together = thinker()[0].ask(self.QUESTIONS)
         assert thinker(max_rows=2)[0].ask(self.QUESTIONS[::-1]) == together[::-1]

@@ -631,6 +631,7 @@ def ask_twenty(address, path):
         return replies, reflect.counts, reflect.replayed
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_no_reply_that_arrived_is_asked_for_again(tmp_path):
     path = tmp_path / "replies.jsonl"
     unstable = fails(faulty.error(503))

@@ -29,7 +29,9 @@ def coverage(kind, problems, samples, k):
     return np.mean([low <= truth <= high for low, high in ends])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["hard", "either", *(pytest.param(x, marks=pytest.mark.slow) for x in ("even", "alike", "rare"))]
+)
 def test_coverage_of_shares(kind):
     settings = [(b, n, k) for b in (10, 30, 100) for n, k in ((1, 1), (4, 1), (4, 2), (4, 4), (16, 4))]
     found = {each: coverage(kind, *each) for each in settings}

@@ -81,7 +81,7 @@ def run(monkeypatch):
 
 
 @pytest.mark.parametrize("template", [PLAIN, WITH_TOOLS], ids=["described", "template"])
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("split", [pytest.param("train", marks=pytest.mark.slow), "test"])
 def test_a_policy_that_knows_the_encyclopedia_is_always_right(run, template, split):
     """It looks up page after page, and answers only if each was among what it was told."""
     problems = encyclopedia_problems.questions(split).problems

@@ -58,6 +58,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 def test_a_server_out_of_order_costs_its_iterations_mutation_alone(tmp_path, monkeypatch):
     """One fault an iteration, between a first and a last iteration without any."""
     faults = [None, *FAULTS.values(), faulty_server.closed, None]

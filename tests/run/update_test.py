@@ -131,6 +131,7 @@ def test_an_update_that_is_not_finite_is_left_out_and_said(tmp_path, monkeypatch
     assert np.isfinite(third["loss"]) and third["grad_norm"] > 0
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_stop_the_run_with_its_state_saved(tmp_path, monkeypatch):
     with monkeypatch.context() as context:
         failing(context, {2, 3, 4, 5})

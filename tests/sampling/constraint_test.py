@@ -88,7 +88,13 @@ def scores(place, tokens):
 
 class TestDraws:
     @pytest.mark.parametrize(
-        "truncation", [UNTRUNCATED, Truncation(top_p=0.8), Truncation(top_k=5)], ids=["all", "top-p", "top-k"]
+        "truncation",
+        [
+            pytest.param(UNTRUNCATED, marks=pytest.mark.slow),
+            Truncation(top_p=0.8),
+            pytest.param(Truncation(top_k=5), marks=pytest.mark.slow),
+        ],
+        ids=["all", "top-p", "top-k"],
     )
     def test_five_thousand_under_one_mask(self, truncation):
         """Tokens follow the distribution renormalized over the allowed tokens."""
@@ -178,7 +184,12 @@ class TestRows:
         np.testing.assert_array_equal(samples.tokens, np.where(kept, company[1].tokens, 0))
 
     @pytest.mark.parametrize(
-        ("max_rows", "sizes"), [(1, None), (4, None), (4, {"data": 2, "fsdp": 2, "tensor": 2})]
+        ("max_rows", "sizes"),
+        [
+            pytest.param(1, None, marks=pytest.mark.slow),
+            (4, None),
+            pytest.param(4, {"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
+        ],
     )
     def test_the_layout_does_not_matter(self, company, max_rows, sizes):
         mesh = sizes and sharding.make_mesh(sizes)

@@ -151,6 +151,7 @@ def test_tokens_of_almost_no_probability_are_drawn_at_no_edge(likely, truncation
         np.testing.assert_allclose(drawn.logprob, np.log(0.5), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_tokens_of_almost_no_probability_are_not_drawn_where_sums_are_rounded():
     """A thousand likely tokens among others of e^-40: tries every bound and the steps on either side."""
     vocab = 40_000

@@ -159,6 +159,7 @@ class TestPrograms:
             temporaries = program.compile().memory_analysis().temp_size_in_bytes
             assert temporaries < whole / 4, (name, temporaries, whole)
 
+    @pytest.mark.slow
     def test_chunks_keep_to_the_sizes_announced(self, monkeypatch):
         seen, sizes = set(), []
         chunk, choose = decode.decode_chunk, scheduler.Scheduler.__init__
@@ -238,7 +239,9 @@ class TestTurns:
                     at += len(said)
             assert samples.truncated[place] == (turns < 3)
 
-    @pytest.mark.parametrize("settings", [{"max_rows": 2, "chunk": 5}, {"max_rows": 4}])
+    @pytest.mark.parametrize(
+        "settings", [{"max_rows": 2, "chunk": 5}, pytest.param({"max_rows": 4}, marks=pytest.mark.slow)]
+    )
     def test_other_layouts_hold_the_same(self, samples, settings):
         other = self.run(**settings)
         np.testing.assert_array_equal(other.tokens, samples.tokens)
@@ -251,6 +254,7 @@ class TestTurns:
         np.testing.assert_array_equal(pieces.tokens, samples.tokens)
         np.testing.assert_allclose(pieces.logprobs, samples.logprobs, atol=2e-5)
 
+    @pytest.mark.slow
     def test_on_eight_devices(self, samples):
         mesh = sharding.make_mesh({"data": 4, "tensor": 2})
         spread = self.run(mesh=mesh)

@@ -179,6 +179,7 @@ def narrow(logits, truncation):
     return np.asarray(NARROW[truncation](logits, np.float32(1)))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     many_blocks(),

@@ -93,6 +93,7 @@ def assert_killed_after_any_change_ends_the_same(store, bucket, every):
         assert contents(f"gs://{bucket}-{steps}/whole") == whole, (steps, changes[steps - 1])
 
 
+@pytest.mark.slow
 def test_killed_after_some_changes(store, bucket):
     assert_killed_after_any_change_ends_the_same(store, bucket, every=20)
 

@@ -407,7 +407,7 @@ class TestGradient:
     @pytest.mark.parametrize(
         "truncation",
         [
-            Truncation(top_p=0.9),
+            pytest.param(Truncation(top_p=0.9), marks=pytest.mark.slow),
             pytest.param(Truncation(top_k=20, top_p=0.9, min_p=0.02), marks=pytest.mark.slow),
         ],
         ids=str,
@@ -463,6 +463,7 @@ class TestGradient:
         np.testing.assert_array_equal(seen, batch.targets[:, 8:12])
         assert total == batch.targets[:, 8:12].sum()
 
+    @pytest.mark.slow
     def test_parts_and_minibatches_add_up_to_it(self, rollouts):
         """The loss is a sum over rollouts divided by their number, however they are split."""
         weights = advantages_of(rollouts)

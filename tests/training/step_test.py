@@ -53,6 +53,7 @@ def batch(params):
 class TestAgainstTorch:
     """The tree in microbatches against autograd on the flattened batch."""
 
+    @pytest.mark.slow
     def test_all_weights(self, params, batch):
         model = torch_llama.from_params(params, CONFIG)
         loss, expected = torch_llama.full_gradients(model, batch, temperature=TEMPERATURE)
@@ -100,7 +101,7 @@ class TestAgainstTorch:
 
 
 class TestMicrobatches:
-    @pytest.mark.parametrize("rows", [2, 0, pytest.param(1, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("rows", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1))])
     def test_the_cut_does_not_matter(self, params, batch, rows):
         expected, totals = full_gradients(params, batch)
         config = CONFIG.replace(remat="none")

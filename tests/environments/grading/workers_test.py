@@ -105,6 +105,7 @@ def test_a_process_that_dies_or_stops_is_replaced(yes, signal_, monkeypatch):
     workers.close()
 
 
+@pytest.mark.slow
 def test_limits_are_kept_even_if_the_process_dies_within_a_question():
     before = grading()
     workers = Workers(count=1, timeout=1, memory_mib=1024)
@@ -192,6 +193,7 @@ def start_parent(answer, timeout, end):
     return parent
 
 
+@pytest.mark.slow
 def test_nothing_outlives_a_parent_that_is_killed():
     parent = start_parent(MONSTER, 2, "time.sleep(100)")
     (pid,) = grading(parent.pid)
@@ -202,6 +204,7 @@ def test_nothing_outlives_a_parent_that_is_killed():
     assert eventually(lambda: not any(os.path.exists(f"/proc/{each}/exe") for each in family))
 
 
+@pytest.mark.slow
 def test_a_fork_ends_even_if_the_process_that_keeps_its_limits_is_killed_too():
     parent = start_parent(MONSTER, 2, "time.sleep(100)")
     (pid,) = grading(parent.pid)
