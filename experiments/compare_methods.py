@@ -4,12 +4,12 @@ r"""Methods side by side: the same task, the same budget of rollouts, the same s
     python -m experiments.compare_methods --config=configs/quickstart.py:qwen2.5-coder-0.5b --seeds=0,1,2 \
         --out=runs/compare
 
-Each run is `python -m espl_jax.main` in a work directory of its own, `OUT/METHOD-SEED`, one after another.
-The same command resumes an interrupted comparison, and further seeds or methods are added to it; runs that
-have ended are not repeated. `--tables` prints what the ended runs say, and starts none. Written into OUT
-after each run: `iterations.csv`, a row for each method, seed and iteration, and `results.md`: accuracy of
-{initial, trained weights} x {root, deployed prompt} on the test problems, differences between methods, and
-the deployed prompts. Arguments after `--` go to `espl_jax.main`.
+Runs `python -m espl_jax.main` for each method and seed, one run after another, with the work directory
+`OUT/METHOD-SEED`. A run that has ended leaves the record `OUT/METHOD-SEED.json`, which is all that the tables
+need; the same command resumes an interrupted comparison and adds further seeds or methods to it. `--tables`
+starts no run. After each run, OUT gets `iterations.csv`, with a row for each method, seed and iteration, and
+`results.md`: accuracy of {initial, trained weights} x {root, deployed prompt} on the test problems,
+differences between methods, and the deployed prompts. Arguments after `--` go to `espl_jax.main`.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from pathlib import Path
 
 from espl_jax.choices import MODES
 from espl_jax.console.tables import duration
-from experiments.methods.runs import Run
+from experiments.methods.runs import Run, read
 from experiments.methods.summary import results
 
 
 def write(out: Path, runs: list[Run]) -> str:
     """Writes the tables of the runs that have ended; returns the text of `results.md`."""
-    ended = [run for run in runs if run.ended]
-    if not ended:
+    records = [read(run.path) for run in runs if run.has_ended()]
+    if not records:
         return "No run has ended.\n"
-    rows = [row for run in ended for row in run.iterations()]
+    rows = [row for record in records for row in record.iterations]
     with (out / "iterations.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    text = results(ended)
+    text = results(records)
     (out / "results.md").write_text(text, encoding="utf-8")
     return text
 
@@ -58,17 +58,18 @@ def main() -> None:
         parser.error(f"--methods={given.methods}: {unknown[0]!r} is none; choose from {', '.join(MODES)}")
     out = Path(given.out).absolute()
     runs = [Run(method, seed, given.config, out, (*given.arguments,)) for seed in seeds for method in methods]
-    for run in runs:
-        if not (run.ended or given.tables):
-            print(f"{run.method}, seed {run.seed}: {run.log}", flush=True)
-            start = time.monotonic()
-            try:
+    try:
+        for run in runs:
+            if not (run.has_ended() or given.tables):
+                print(f"{run.method}, seed {run.seed}: {run.log}", flush=True)
+                start = time.monotonic()
                 run.finish()
-            except RuntimeError as error:
-                sys.exit(str(error))
-            print(f"    {duration(time.monotonic() - start)}", flush=True)
-            write(out, runs)
-    print(write(out, runs), end="")
+                run.keep()
+                print(f"    {duration(time.monotonic() - start)}", flush=True)
+                write(out, runs)
+        print(write(out, runs), end="")
+    except (RuntimeError, ValueError) as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,8 @@ import numpy as np
 
 from espl_jax.console.tables import percent, table
 from espl_jax.rollouts import intervals
-from experiments.methods.runs import Run
+from experiments.methods.runs import CELLS, Record
 
-CELLS = tuple((weights, prompt) for weights in ("initial", "trained") for prompt in ("root", "deployed"))
 RESAMPLES = 10_000
 
 
@@ -50,44 +49,33 @@ def _bootstrap(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def results(runs: Sequence[Run]) -> str:
+def results(records: Sequence[Record]) -> str:
     """Returns tables of test accuracy, of differences from the last method, and the deployed prompts."""
-    by_method: dict[str, list[Run]] = {}
-    for run in runs:
-        by_method.setdefault(run.method, []).append(run)
-    tested = {method: [run.test() for run in each] for method, each in by_method.items()}
+    by_method: dict[str, dict[int, Record]] = {}
+    for each in records:
+        by_method.setdefault(each.method, {})[each.seed] = each
     rows = [["method", "seeds", *(f"{weights} weights, {prompt} prompt" for weights, prompt in CELLS)]]
-    for method, tests in tested.items():
-        stacked = [np.stack([test[cell] for test in tests]) for cell in CELLS]
+    for method, of_seeds in by_method.items():
+        stacked = [np.stack([each.test[cell] for each in of_seeds.values()]) for cell in CELLS]
         shown = [percent(float(rates.mean()), *interval(rates)) for rates in stacked]
-        rows.append([method, str(len(tests)), *shown])
-    parts = ["Test accuracy, with 95% intervals", table(rows)]
-    if differences := _differences(by_method, tested):
-        parts += ["Trained weights and deployed prompt: paired differences", table(differences)]
-    parts += ["Deployed prompts"]
-    for run in runs:
-        quoted = "\n".join(f"> {line}" for line in run.deployed().splitlines())
-        parts.append(f"{run.method}, seed {run.seed}:\n\n{quoted}")
+        rows.append([method, str(len(of_seeds)), *shown])
+    parts = ["Test accuracy, with 95% intervals:", table(rows)]
+    if differences := _differences(by_method):
+        parts += ["Paired differences, trained weights and deployed prompt:", table(differences)]
+    parts += ["Deployed prompts:"]
+    for each in records:
+        quoted = "\n".join(f"> {line}".rstrip() for line in each.deployed.splitlines())
+        parts.append(f"{each.method}, seed {each.seed}:\n\n{quoted}")
     return "\n\n".join(parts) + "\n"
 
 
-def _differences(
-    by_method: Mapping[str, Sequence[Run]],
-    tested: Mapping[str, Sequence[Mapping[tuple[str, str], np.ndarray]]],
-) -> list[list[str]]:
+def _differences(by_method: Mapping[str, Mapping[int, Record]]) -> list[list[str]]:
     """A table of the last method less each other one, on the seeds that both have."""
     *others, last = by_method
     rows = []
     for other in others:
-        ends = [
-            {
-                run.seed: test["trained", "deployed"]
-                for run, test in zip(by_method[name], tested[name], strict=True)
-            }
-            for name in (last, other)
-        ]
-        seeds = sorted(ends[0].keys() & ends[1].keys())
+        seeds = sorted(by_method[last].keys() & by_method[other].keys())
         if seeds:
-            mean, low, high = difference(*(np.stack([end[seed] for seed in seeds]) for end in ends))
-            rows.append([f"{last} - {other}", str(len(seeds)), percent(mean, low, high)])
+            ends = [np.stack([by_method[x][seed].test[CELLS[-1]] for seed in seeds]) for x in (last, other)]
+            rows.append([f"{last} - {other}", str(len(seeds)), percent(*difference(*ends))])
     return [["methods", "seeds", "difference"], *rows] if rows else []

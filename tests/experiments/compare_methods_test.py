@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from espl_jax.rollouts import intervals
 from experiments import compare_methods
 from experiments.methods import summary
-from experiments.methods.runs import Run
+from experiments.methods.runs import CELLS, Run, read
 
 
 def left_by(run, cells, *, deployed):
@@ -55,11 +56,16 @@ def runs(tmp_path):
     left_by(run("evolution", 0), {("initial", "p0"): none, ("initial", "p3"): half}, deployed="p3")
     cells = {(weights, prompt): none for weights in ("initial", "trained") for prompt in PROMPTS}
     left_by(run("espl", 0), cells | {("trained", "p3"): both}, deployed="p3")
-    return [run(method, 0) for method in ("rl", "evolution", "espl")]
+    made = [run(method, 0) for method in ("rl", "evolution", "espl")]
+    for each in made:
+        each.keep()
+    return made
 
 
 def test_cells_that_a_method_does_not_have_are_those_it_starts_from(runs):
-    rl, evolution, espl = ({key: rates.tolist() for key, rates in run.test().items()} for run in runs)
+    rl, evolution, espl = (
+        {cell: rates.tolist() for cell, rates in read(run.path).test.items()} for run in runs
+    )
     trained, prompted = ("trained", "deployed"), ("initial", "deployed")
     assert rl == {
         ("initial", "root"): [0, 0],
@@ -69,10 +75,12 @@ def test_cells_that_a_method_does_not_have_are_those_it_starts_from(runs):
     }
     assert evolution[trained] == evolution[prompted] == [0.5, 0.5]
     assert evolution["trained", "root"] == [0, 0]
-    assert [espl[cell] for cell in summary.CELLS] == [[0, 0], [0, 0], [0, 0], [1, 1]]
+    assert [espl[cell] for cell in CELLS] == [[0, 0], [0, 0], [0, 0], [1, 1]]
 
 
-def test_tables_of_the_runs_that_have_ended(runs, tmp_path):
+def test_tables_need_the_records_of_ended_runs_alone(runs, tmp_path):
+    for run in runs:
+        shutil.rmtree(run.workdir)
     unfinished = Run("espl", 1, "configs/x.py", tmp_path)
     text = compare_methods.write(tmp_path, [*runs, unfinished])
     assert text == (tmp_path / "results.md").read_text()
@@ -81,7 +89,7 @@ def test_tables_of_the_runs_that_have_ended(runs, tmp_path):
     low, high = intervals.interval(2, 2)
     assert espl[-1] == f"100.0% [{100 * low:.1f}, {100 * high:.1f}]"
     assert ["espl - rl", "1", "50.0% [50.0, 50.0]"] in cells
-    assert "espl, seed 0:\n\n> Add.\n> \n> G0. Use a box.\n" in text
+    assert "espl, seed 0:\n\n> Add.\n>\n> G0. Use a box.\n" in text
     rows = list(csv.DictReader((tmp_path / "iterations.csv").open()))
     assert [row["method"] + row["iteration"] for row in rows[:3]] == ["rl1", "rl2", "evolution1"]
     assert rows[1]["reward"] == "0.5"
@@ -114,11 +122,19 @@ def test_what_cannot_vary_gets_wilsons_interval():
 def test_runs_that_have_ended_are_not_started_again(runs, tmp_path, monkeypatch, capsys):
     started = []
     monkeypatch.setattr(Run, "finish", lambda run: started.append((run.method, run.seed)))
-    arguments = [f"--out={tmp_path}", "--methods=rl,espl", "--seeds=0,1"]
+    monkeypatch.setattr(Run, "keep", lambda run: None)
+    arguments = [f"--out={tmp_path}", "--config=configs/x.py", "--methods=rl,espl", "--seeds=0,1"]
     monkeypatch.setattr(sys, "argv", ["compare_methods", *arguments])
     compare_methods.main()
     assert started == [("rl", 1), ("espl", 1)]
     assert "Test accuracy" in capsys.readouterr().out
+
+
+def test_records_of_another_task_are_refused(runs, tmp_path, monkeypatch):
+    for changed in (["--config=configs/y.py"], ["--config=configs/x.py", "--", "--config.batch_size=9"]):
+        monkeypatch.setattr(sys, "argv", ["compare_methods", f"--out={tmp_path}", *changed])
+        with pytest.raises(SystemExit, match=r"rl-0.json: made with .*; name another --out"):
+            compare_methods.main()
 
 
 def test_a_run_that_fails_ends_the_comparison_with_what_it_said(tmp_path, monkeypatch):
