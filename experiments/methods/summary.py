@@ -40,11 +40,8 @@ def difference(rates: np.ndarray, others: np.ndarray) -> tuple[float, float, flo
 
 def _bootstrap(values: np.ndarray) -> tuple[float, float]:
     rng = np.random.default_rng(0)
-    seeds, problems = values.shape
-    means = [
-        values[np.ix_(rng.integers(seeds, size=seeds), rng.integers(problems, size=problems))].mean()
-        for _ in range(RESAMPLES)
-    ]
+    seeds, problems = (rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n for n in values.shape)
+    means = np.einsum("rs,sb,rb->r", seeds, values, problems, optimize=True)
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
 

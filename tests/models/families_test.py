@@ -40,6 +40,11 @@ def pytest_generate_tests(metafunc):
             slow = draws is None and number != seed + FAST[family]
             marks = [pytest.mark.slow] if slow else []
             cases.append(pytest.param((family, number), id=f"{family}-{number}", marks=marks))
+    if (
+        metafunc.function.__name__ == "test_gradients_of_token_logprobs"
+    ):  # two families add no other mechanism
+        plain = ("llama", "mistral")
+        cases = [pytest.param(x, marks=pytest.mark.slow if x[0] in plain else ()) for x in cases]
     metafunc.parametrize("case", cases, scope="module")
 
 

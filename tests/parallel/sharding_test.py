@@ -196,7 +196,7 @@ def sample(params, mesh, phase="training"):
     )
 
 
-@pytest.mark.parametrize("phase", ["training", "sampling"])
+@pytest.mark.parametrize("phase", [pytest.param("training", marks=pytest.mark.slow), "sampling"])
 def test_sampling_on_eight_devices(params, mesh, phase):
     spread_params = sharding.place(params, transformer.abstract(CONFIG), mesh, phase)
     alone, spread = sample(params, None), sample(spread_params, mesh, phase)

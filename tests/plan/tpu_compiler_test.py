@@ -70,6 +70,7 @@ def test_meshes_of_the_slices_that_can_be_had(chip):
                 assert mesh.shape["fsdp"] * tensor == len(found)
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_what_is_assigned_is_what_the_finished_program_has():
     early, whole = list(compile_each(lower, 3)), list(compile_each(lower, 3, codegen=True))

@@ -129,6 +129,7 @@ def test_a_run_that_is_killed_asks_nothing_twice(tmp_path, monkeypatch):
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_wrong_key_stops_the_run_and_nothing_is_lost(tmp_path):
     with faulty_server.serve(good) as server:
         run(tmp_path, server.address, num_iterations=1)

@@ -96,6 +96,7 @@ class TestOccupancy:
 
 
 class TestPrograms:
+    @pytest.mark.slow
     def test_other_problems_of_the_same_sizes_compile_nothing(self):
         """Lengths and random numbers differ; the longest problem that may come is known.
 
