@@ -117,7 +117,7 @@ class Run:
                 "rollouts": rollouts,
                 "drawn_tokens": round(each["new_tokens"] * rollouts),
                 "population": each["population"],
-                "seconds": round(sum(each["time"].values()), 1),
+                "seconds": round(each["time"]["total"], 1),
             }
             for each in _lines(self.workdir / "metrics.jsonl")
         ]

@@ -31,7 +31,7 @@ def left_by(run, cells, *, deployed):
             "success": 0.5,
             "new_tokens": 1.5,
             "population": 3,
-            "time": {"rollouts": 2.0, "update": 1.0},
+            "time": {"rollouts": 2.0, "update": 1.0, "total": 3.0},
         }
         for i in (1, 2)
     ]
