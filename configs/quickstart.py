@@ -35,7 +35,7 @@ def get_config(model="smollm2"):
 
     c.num_prompts, c.batch_size, c.group_size = 3, 8, 4
     c.sampling.temperature = 1.0
-    c.evolution.max_edits, c.evolution.max_words = 1, 16
+    c.evolution.max_edits, c.evolution.max_words = 1, 24
     c.evolution.max_principles = 2
     c.reflection.temperature = 0.7
     c.reflection.max_new_tokens = 48

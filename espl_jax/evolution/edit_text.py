@@ -7,6 +7,8 @@ import unicodedata
 from typing import Any
 
 _NO_TEXT = {"none", "nothing", "n/a", "no change", "empty"}
+# "(write the principle here)": a blank that was not filled in.
+_BLANK = re.compile(r"[(\[<][^()\[\]<>]*\b(?:principle|instruction)s?\b[^()\[\]<>]*[)\]>]\.?", re.IGNORECASE)
 
 
 def ids_in(value: Any) -> tuple[str, ...]:
@@ -28,8 +30,11 @@ def clean(value: Any) -> str:
 
 
 def says_nothing(principle: str) -> bool:
-    """Returns whether a principle has no words, or only such as "(none)"."""
-    return not any(map(str.isalpha, principle)) or principle.strip("()[].").lower() in _NO_TEXT
+    """Returns whether a principle has no words, or only such as "(none)" and "(the new principle)"."""
+    words = principle.strip()
+    if not any(map(str.isalpha, words)) or _BLANK.fullmatch(words):
+        return True
+    return words.strip("()[].").lower() in _NO_TEXT
 
 
 def printable(text: str, keep: str = "") -> str:

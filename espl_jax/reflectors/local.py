@@ -51,6 +51,8 @@ class LocalReflector:
       reasoning_tokens: most tokens of reasoning before a reply.
       template_arguments: arguments of the chat template.
       capacity: what of the devices replies may take; `longest_problem` and `coarse` are its own.
+      counts: `requests`, `prompt_tokens` (a shared system turn once for each group) and `completion_tokens`,
+        reasoning included.
     """
 
     model: Model
@@ -69,6 +71,7 @@ class LocalReflector:
         closing = encode(self.model.tokenizer, CLOSE)
         self._close = closing[0] if len(closing) == 1 else None
         self._asked: collections.Counter[int] = collections.Counter()
+        self.counts: dict[str, float] = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[str]:
         """One reply each, in order: the opening, if there was one, and what followed it, without thinking."""
@@ -207,6 +210,10 @@ class LocalReflector:
         )
         if reasoning != "none":
             begun = processes.decide(lambda: begun)  # only the first process responds
+        self.counts["requests"] += len(rests)
+        drawn, appended = int(samples.drawn.sum()), int(samples.lengths.sum() - samples.drawn.sum())
+        self.counts["prompt_tokens"] += len(system) + sum(map(len, rests)) + appended
+        self.counts["completion_tokens"] += drawn
         replies = []
         for i, question in enumerate(asked):
             place = (0, i, 0)

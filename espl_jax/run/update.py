@@ -26,7 +26,7 @@ class Updated(NamedTuple):
       metrics: empty if all advantages were zero. Otherwise the metrics of `policy_gradient_step`, averaged
         over the updates taken; `updates`, the number taken; `not_finite`, the number skipped because the loss
         or gradient was not finite; `not_finite_in_row`, the number skipped since the last update taken,
-        including earlier iterations.
+        including earlier iterations; `trained_tokens`, the tokens of all updates.
     """
 
     state: TrainState | None
@@ -49,9 +49,11 @@ def update(
         return Updated(None, {})
     config, parts = job.config, job.parts
     with job.progress.phase("update"):
-        batches = [place_batch(each, parts.mesh) for each in _batches(job, rollouts, iteration)]
+        batches = _batches(job, rollouts, iteration)
         if not batches:
             return Updated(state, {})
+        trained_tokens = config.loss.epochs * sum(int(each.mask.sum()) for each in batches)
+        batches = [place_batch(each, parts.mesh) for each in batches]
         if config.loss.epochs * config.loss.minibatches > 1 and parts.objective.loss.needs_old_logprobs:
             batches = [_with_old_logprobs(job, batch, state) for batch in batches]
         steps, after = [], state
@@ -62,7 +64,8 @@ def update(
                 steps.append(metrics)
         # Wait here, so that the time of the update is not counted in the next phase on these devices.
         steps = jax.device_get(jax.block_until_ready(steps))
-    return Updated(after, _summary(steps, rollouts, iteration, job.progress, skipped_before))
+    summary = _summary(steps, rollouts, iteration, job.progress, skipped_before)
+    return Updated(after, summary | {"trained_tokens": trained_tokens})
 
 
 def _batches(job: Job, rollouts: Rollouts, iteration: int) -> list[TrainBatch]:

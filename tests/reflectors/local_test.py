@@ -358,6 +358,19 @@ class TestBriefReasoning:
         assert reasoner(max_rows=2).ask(self.QUESTIONS[::-1]) == together[::-1]
         assert reasoner().ask(self.QUESTIONS[3:4]) == together[3:4]
 
+    def test_tokens_are_counted(self, recorded):
+        reflect = reasoner()
+        reflect.ask(self.QUESTIONS[:3])
+        ((rests, samples),) = recorded
+        written = [turns(samples, i) for i in range(3)]
+        assert any(len(appended) for _, appended, _ in written)
+        system = encode_conversation(tokenizer(), self.QUESTIONS[0].conversation)[0]
+        assert reflect.counts == {
+            "requests": 3,
+            "prompt_tokens": len(system) + sum(len(x) for x in [*rests[:3], *(each[1] for each in written)]),
+            "completion_tokens": sum(len(first) + len(last) for first, _, last in written),
+        }
+
     def test_the_same_question_again_gets_other_reasoning(self, together):
         reflect = reasoner()
         assert reflect.ask(self.QUESTIONS) == together

@@ -1,0 +1,36 @@
+"""Which principles say nothing."""
+
+import pytest
+
+from espl_jax.evolution.edit_text import says_nothing
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "...",
+        "(none)",
+        "N/A.",
+        "[the new principle]",
+        "(Write the new principle here).",
+        "<insert instruction>",
+        "(the principle is missing)",
+    ],
+)
+def test_blanks(text):
+    assert says_nothing(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(a) Name the principle of each step. (b) Apply it.",
+        "State the principle (of Archimedes)",
+        "[x] is an index.",
+        r"\boxed{...}",
+        "None of the units may be left out.",
+    ],
+)
+def test_principles(text):
+    assert not says_nothing(text)
