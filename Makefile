@@ -109,7 +109,7 @@ quickstart: $(VENV)/.quickstart
 
 showcase: WORKDIR ?= runs/showcase
 showcase: $(VENV)/.qwen
-	@JAX_PLATFORMS=cpu $(BIN)/python -m experiments.compare_methods --config=configs/showcase.py \
+	@JAX_PLATFORMS=cpu $(BIN)/python -m experiments.compare_methods --task=showcase \
 	  --out=$(WORKDIR) $(ARGS)
 
 test: $(VENV)/.test $(VENV)/.model

@@ -371,14 +371,18 @@ class Shell:
         made = self._made("espl_jax.main", "--workdir", "runs/quickstart") / "runs" / "quickstart"
         folder = self.new_folder()
 
-        def finish(run):
-            config = command_line.read_config_file(run.config)
-            config.mode = run.method
-            check_config(config)
-            shutil.copytree(made, run.workdir)
+        def process(run, command):
+            """Stands for a run, whose configuration is checked, or for what is measured after it."""
+            if command[2] == "espl_jax.main":
+                fields = dict(each.removeprefix("--config.").split("=", 1) for each in command[5:])
+                config = command_line.read_config_file(run.task.config)
+                config.mode = fields["mode"]
+                check_config(config)
+                shutil.copytree(made, run.workdir)
+            return "0.5"
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Run, "finish", finish)
+            patch.setattr(Run, "_process", process)
             said = self.module("experiments.compare_methods", args, folder)
         assert "| espl " in said and "| espl - rl " in said
         assert (folder / value_of(args, "--out") / "iterations.csv").is_file()

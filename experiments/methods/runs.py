@@ -12,45 +12,66 @@ from typing import Any
 
 import numpy as np
 
+from espl_jax.console.command_line import read_config_file
 from espl_jax.types import SystemPrompt
+from experiments.methods.methods import Given, Variant
+from experiments.methods.tasks import Task
 
 ROOT = Path(__file__).resolve().parents[2]
 CELLS = tuple((weights, prompt) for weights in ("initial", "trained") for prompt in ("root", "deployed"))
 """The cells of a test: (weights, prompt)."""
 
+Rates = dict[str, float]
+"""Test problem -> success rate."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A method with a seed.
+    """A method with a seed, on a task.
 
     Attributes:
-      method: a `mode` of the configuration.
+      variant: the method, perhaps with changed fields.
       seed: of the run.
-      config: file with the configuration, as `--config` takes it.
+      task: what is learnt.
       out: folder of the comparison.
       arguments: further ones for `espl_jax.main`, the same for all runs.
     """
 
-    method: str
+    variant: Variant
     seed: int
-    config: str
+    task: Task
     out: Path
     arguments: tuple[str, ...] = ()
 
     @property
     def workdir(self) -> Path:
         """The work directory of the run."""
-        return self.out / f"{self.method}-{self.seed}"
-
-    @property
-    def log(self) -> Path:
-        """The file with what the run printed."""
-        return self.workdir.with_suffix(".log")
+        return self.out / f"{self.variant.file}-{self.seed}"
 
     @property
     def path(self) -> Path:
         """The file with the record, which is there once the run has ended."""
-        return self.workdir.with_suffix(".json")
+        return self._beside("json")
+
+    @property
+    def log(self) -> Path:
+        """The file with what the run printed."""
+        return self._beside("log")
+
+    def _beside(self, ending: str) -> Path:
+        return self.out / f"{self.workdir.name}.{ending}"
+
+    def __str__(self) -> str:
+        return f"{self.variant.spec}, seed {self.seed}"
+
+    def other(self, method: str) -> Run:
+        """Returns the run of another method on the same task with the same seed."""
+        return dataclasses.replace(self, variant=Variant(method))
+
+    def before(self) -> tuple[Run, ...]:
+        """Returns the runs that have to end before this one starts."""
+        method = self.variant.method
+        return tuple(self.other(name) for name in (method.after, method.weights) if name)
 
     def has_ended(self) -> bool:
         """Returns whether there is a record.
@@ -61,69 +82,131 @@ class Run:
         if not self.path.is_file():
             return False
         kept = json.loads(self.path.read_text(encoding="utf-8"))
-        ours = {"config": self.config, "arguments": [*self.arguments]}
-        for name, value in ours.items():
+        for name, value in self._settings().items():
             if kept[name] != value:
                 raise ValueError(
                     f"{self.path}: made with {name}={kept[name]}, not {value}; name another --out"
                 )
         return True
 
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "config": self.task.config,
+            "fields": dict(self.task.fields),
+            "arguments": list(self.arguments),
+        }
+
+    def root(self) -> SystemPrompt | None:
+        """Returns the root prompt; None for that of the task."""
+        method = self.variant.method
+        if not method.root:
+            return None
+        config = read_config_file(self.task.config)
+        config.update_from_flattened_dict(dict(self.task.fields))
+        of_task = SystemPrompt(config.population.text, tuple(config.population.principles))
+        deployed = read(self.other(method.after).path).deployed if method.after else None
+        return method.root(Given(of_task, self.task.feedback, deployed, self.seed))
+
     def command(self) -> list[str]:
         """Returns the command that starts or resumes the run."""
+        method = self.variant.method
+        fields = dict(self.task.fields)
+        if method.more_rollouts:
+            config = read_config_file(self.task.config)
+            config.update_from_flattened_dict(fields)
+            fields["group_size"] = config.group_size * config.num_prompts
+        fields |= {"mode": method.mode, "seed": self.seed} | self.variant.changes
+        if root := self.root():
+            file = self._beside("root.jsonl")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({"text": root.text, "principles": root.principles}) + "\n")
+            fields["population.start_from"] = file
         return [
-            *(sys.executable, "-m", "espl_jax.main", f"--config={self.config}", f"--workdir={self.workdir}"),
-            *(f"--config.mode={self.method}", f"--config.seed={self.seed}", *self.arguments),
+            *(sys.executable, "-m", "espl_jax.main"),
+            *(f"--config={self.task.config}", f"--workdir={self.workdir}"),
+            *(f"--config.{name}={value}" for name, value in fields.items()),
+            *self.arguments,
         ]
 
     def finish(self) -> None:
-        """Starts or resumes the run.
+        """Starts or resumes the run, and writes its record: iterations, test, KL, deployed prompt.
 
         Raises:
-          RuntimeError: with the end of the log, if the process failed.
+          RuntimeError: with the end of the log, if a process failed.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
-            code = subprocess.run(self.command(), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
-        if code:
-            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-20:])
-            raise RuntimeError(f"{self.method}, seed {self.seed} ended with exit code {code}:\n{tail}")
+        record = self._crossed() if self.variant.method.weights else self._trained()
+        record = {"method": self.variant.spec, "seed": self.seed, **self._settings(), **record}
+        self.path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    def keep(self) -> None:
-        """Writes the record of the run: its iterations, its test, and the deployed prompt."""
-        record = {
-            "method": self.method,
-            "seed": self.seed,
-            "config": self.config,
-            "arguments": self.arguments,
+    def _trained(self) -> dict[str, Any]:
+        self._process(self.command())
+        results = self._json("results.json")
+        return {
             "iterations": self._iterations(),
             "test": {", ".join(cell): rates for cell, rates in self._test().items()},
-            "deployed": SystemPrompt(**self._json("results.json")["deployed"]).render(),
+            "kl": json.loads(self._ended("kl", str(self.workdir))) if "trained" in results["test"] else 0.0,
+            "deployed": {name: results["deployed"][name] for name in ("text", "principles")},
         }
-        self.path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _crossed(self) -> dict[str, Any]:
+        """The record of weights and a prompt from two runs: the fourth cell is new."""
+        prompts, weights = (
+            json.loads(self.other(name).path.read_text(encoding="utf-8"))
+            for name in (self.variant.method.after, self.variant.method.weights)
+        )
+        prompt = self._beside("prompt.json")
+        prompt.write_text(json.dumps(prompts["deployed"]), encoding="utf-8")
+        workdir = self.other(self.variant.method.weights).workdir
+        tests = {
+            "initial, root": weights["test"]["initial, root"],
+            "initial, deployed": prompts["test"]["initial, deployed"],
+            "trained, root": weights["test"]["trained, root"],
+            "trained, deployed": json.loads(self._ended("test", str(workdir), str(prompt))),
+        }
+        return {"iterations": [], "test": tests, "kl": weights["kl"], "deployed": prompts["deployed"]}
+
+    def _ended(self, *arguments: str) -> str:
+        """The last line that `experiments.methods.ended` prints."""
+        return self._process([sys.executable, "-m", "experiments.methods.ended", *arguments])
+
+    def _process(self, command: Sequence[str]) -> str:
+        """Runs a process whose output is appended to the log; returns its last line."""
+        with self.log.open("ab") as log:
+            code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if code:
+            raise RuntimeError(f"{self} ended with exit code {code}:\n" + "\n".join(lines[-20:]))
+        return lines[-1] if lines else ""
 
     def _iterations(self) -> list[dict[str, Any]]:
         """Rows of the tidy table, one for each iteration."""
         config = self._json("config.json")
         rollouts = config["num_prompts"] * config["batch_size"] * config["group_size"]
-        return [
-            {
-                "method": self.method,
-                "seed": self.seed,
-                "iteration": each["iteration"],
-                "reward": each["reward"],
-                "success": each["success"],
-                "validation": each.get("held_out"),
-                "rollouts": rollouts,
-                "drawn_tokens": round(each["new_tokens"] * rollouts),
-                "population": each["population"],
-                "seconds": round(each["time"]["total"], 1),
-            }
-            for each in _lines(self.workdir / "metrics.jsonl")
-        ]
+        rows = []
+        for each in _lines(self.workdir / "metrics.jsonl"):
+            reflector = each["reflector"]
+            rows.append(
+                {
+                    "method": self.variant.spec,
+                    "seed": self.seed,
+                    "iteration": each["iteration"],
+                    "reward": each["reward"],
+                    "success": each["success"],
+                    "validation": each.get("held_out"),
+                    "rollouts": rollouts,
+                    "drawn_tokens": round(each["new_tokens"] * rollouts),
+                    "trained_tokens": each.get("trained_tokens", 0),
+                    "reflector_prompt_tokens": reflector.get("prompt_tokens", 0),
+                    "reflector_tokens": reflector.get("completion_tokens", 0),
+                    "population": each["population"],
+                    "seconds": round(each["time"]["total"], 1),
+                }
+            )
+        return rows
 
-    def _test(self) -> dict[tuple[str, str], dict[str, float]]:
-        """Success rates on each test problem, by cell.
+    def _test(self) -> dict[tuple[str, str], Rates]:
+        """Success rates of the test, by cell.
 
         Without training or without another prompt than the root, the trained weights are the initial ones,
         and the deployed prompt is the root.
@@ -154,24 +237,32 @@ class Record:
     """What a run left.
 
     Attributes:
-      method, seed: of the run.
+      method: the spec of its variant.
+      seed: of the run.
       iterations: rows of the tidy table.
       test: cell -> float [B], success rates on the test problems, in the order of their ids.
-      deployed: the deployed prompt as the model reads it.
+      kl: of the trained weights to the initial ones, in nats per token; 0 without training.
+      deployed: the deployed prompt.
     """
 
     method: str
     seed: int
     iterations: Sequence[dict[str, Any]]
     test: dict[tuple[str, str], np.ndarray]
-    deployed: str
+    kl: float
+    deployed: SystemPrompt
 
 
 def read(path: Path) -> Record:
-    """Reads a record that `Run.keep` wrote."""
+    """Reads the record of a run."""
     kept = json.loads(path.read_text(encoding="utf-8"))
-    test = {cell: np.array(list(kept["test"][", ".join(cell)].values())) for cell in CELLS}
-    return Record(kept["method"], kept["seed"], kept["iterations"], test, kept["deployed"])
+    test = {}
+    for cell in CELLS:
+        rates = kept["test"][", ".join(cell)]
+        test[cell] = np.array([rates[problem] for problem in sorted(rates)])
+    prompt = kept["deployed"]
+    deployed = SystemPrompt(prompt["text"], tuple(prompt["principles"]))
+    return Record(kept["method"], kept["seed"], kept["iterations"], test, kept["kl"], deployed)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

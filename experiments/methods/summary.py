@@ -51,17 +51,19 @@ def results(records: Sequence[Record]) -> str:
     by_method: dict[str, dict[int, Record]] = {}
     for each in records:
         by_method.setdefault(each.method, {})[each.seed] = each
-    rows = [["method", "seeds", *(f"{weights} weights, {prompt} prompt" for weights, prompt in CELLS)]]
+    cells = (f"{weights} weights, {prompt} prompt" for weights, prompt in CELLS)
+    rows = [["method", "seeds", *cells, "KL, nats per token"]]
     for method, of_seeds in by_method.items():
         stacked = [np.stack([each.test[cell] for each in of_seeds.values()]) for cell in CELLS]
         shown = [percent(float(rates.mean()), *interval(rates)) for rates in stacked]
-        rows.append([method, str(len(of_seeds)), *shown])
+        kl = np.mean([each.kl for each in of_seeds.values()])
+        rows.append([method, str(len(of_seeds)), *shown, f"{kl:.4f}"])
     parts = ["Test accuracy, with 95% intervals:", table(rows)]
     if differences := _differences(by_method):
         parts += ["Paired differences, trained weights and deployed prompt:", table(differences)]
     parts += ["Deployed prompts:"]
     for each in records:
-        quoted = "\n".join(f"> {line}".rstrip() for line in each.deployed.splitlines())
+        quoted = "\n".join(f"> {line}".rstrip() for line in each.deployed.render().splitlines())
         parts.append(f"{each.method}, seed {each.seed}:\n\n{quoted}")
     return "\n\n".join(parts) + "\n"
 

@@ -1,21 +1,49 @@
-"""What the comparison of methods reads from work directories, and its intervals, on hand values."""
+"""What the comparison of methods starts and reads, and its intervals, on hand values."""
 
 import csv
 import json
 import shutil
 import sys
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from espl_jax.models import lora
 from espl_jax.rollouts import intervals
 from experiments import compare_methods
-from experiments.methods import summary
+from experiments.methods import ended, summary
+from experiments.methods.methods import variants
 from experiments.methods.runs import CELLS, Run, read
+from experiments.methods.tasks import TASKS, Task
+from tests.support import tiny
+
+PROMPTS = {
+    "p0": {"text": "Add.", "principles": []},
+    "p3": {"text": "Add.", "principles": ["Use a box."]},
+}
+TASK = Task("configs/quickstart.py", {"population.text": "Add."}, feedback="There is no box.")
+NONE, HALF, BOTH = {"a": [0], "b": [0]}, {"a": [1, 0], "b": [0, 1]}, {"b": [1], "a": [1]}
+LEFT = {
+    "rl": ({("initial", "p0"): NONE, ("trained", "p0"): HALF}, "p0"),
+    "evolution": ({("initial", "p0"): NONE, ("initial", "p3"): HALF}, "p3"),
+    "espl": (
+        {(w, p): NONE for w in ("initial", "trained") for p in PROMPTS} | {("trained", "p3"): BOTH},
+        "p3",
+    ),
+}
+"""Mode -> successes by (weights, prompt) and problem, and the deployed prompt."""
 
 
-def left_by(run, cells, *, deployed):
-    """Writes what a run leaves: `cells` is {(weights, prompt): {problem: successes}}."""
+def of(out, spec, seed=0):
+    (variant,) = variants(spec)
+    return Run(variant, seed, TASK, out)
+
+
+def leave(run, mode):
+    """Writes what a run leaves."""
+    cells, deployed = LEFT[mode]
     run.workdir.mkdir(parents=True)
     evaluations = [
         {"split": "test", "weights": weights, "prompt": prompt, "problem": problem, "success": success}
@@ -31,6 +59,7 @@ def left_by(run, cells, *, deployed):
             "success": 0.5,
             "new_tokens": 1.5,
             "population": 3,
+            "reflector": {"completion_tokens": 7},
             "time": {"rollouts": 2.0, "update": 1.0, "total": 3.0},
         }
         for i in (1, 2)
@@ -38,33 +67,46 @@ def left_by(run, cells, *, deployed):
     for name, lines in (("evaluations", evaluations), ("metrics", metrics)):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (run.workdir / f"{name}.jsonl").write_text(text)
+    results = {"deployed": {"id": deployed, **PROMPTS[deployed]}, "test": {w: {} for w, _ in cells}}
     config = {"num_prompts": 3, "batch_size": 2, "group_size": 4}
-    (run.workdir / "config.json").write_text(json.dumps(config))
-    (run.workdir / "results.json").write_text(json.dumps({"deployed": {"id": deployed, **PROMPTS[deployed]}}))
+    for name, value in (("config", config), ("results", results)):
+        (run.workdir / f"{name}.json").write_text(json.dumps(value))
 
 
-PROMPTS = {"p0": {"text": "Add."}, "p3": {"text": "Add.", "principles": ["Use a box."]}}
+def value(command, flag):
+    return next((each.partition("=")[2] for each in command if each.startswith(f"--{flag}=")), None)
 
 
 @pytest.fixture
-def runs(tmp_path):
-    def run(method, seed):
-        return Run(method, seed, "configs/x.py", tmp_path)
+def started(monkeypatch):
+    """The commands of all runs, which end at once and leave what `LEFT` says."""
+    commands = []
 
-    half, none, both = {"a": [1, 0], "b": [0, 1]}, {"a": [0], "b": [0]}, {"b": [1], "a": [1]}
-    left_by(run("rl", 0), {("initial", "p0"): none, ("trained", "p0"): half}, deployed="p0")
-    left_by(run("evolution", 0), {("initial", "p0"): none, ("initial", "p3"): half}, deployed="p3")
-    cells = {(weights, prompt): none for weights in ("initial", "trained") for prompt in PROMPTS}
-    left_by(run("espl", 0), cells | {("trained", "p3"): both}, deployed="p3")
-    made = [run(method, 0) for method in ("rl", "evolution", "espl")]
-    for each in made:
-        each.keep()
-    return made
+    def process(run, command):
+        commands.append(command)
+        if command[2] == "espl_jax.main":
+            leave(run, value(command, "config.mode"))
+            return ""
+        return "0.25" if command[3] == "kl" else json.dumps({"a": 1.0, "b": 0.5})
+
+    monkeypatch.setattr(Run, "_process", process)
+    return commands
 
 
-def test_cells_that_a_method_does_not_have_are_those_it_starts_from(runs):
+def compare(monkeypatch, out, methods, *more):
+    """Runs the command; returns what its runs left."""
+    monkeypatch.setitem(TASKS, "sums", TASK)
+    arguments = ["--task=sums", f"--out={out}", f"--methods={methods}", *more]
+    monkeypatch.setattr(sys, "argv", ["compare_methods", *arguments])
+    compare_methods.main()
+
+
+def test_cells_that_a_method_does_not_have_are_those_it_starts_from(started, tmp_path):
+    for method in LEFT:
+        of(tmp_path, method).finish()
     rl, evolution, espl = (
-        {cell: rates.tolist() for cell, rates in read(run.path).test.items()} for run in runs
+        {cell: rates.tolist() for cell, rates in read(of(tmp_path, method).path).test.items()}
+        for method in LEFT
     )
     trained, prompted = ("trained", "deployed"), ("initial", "deployed")
     assert rl == {
@@ -76,25 +118,89 @@ def test_cells_that_a_method_does_not_have_are_those_it_starts_from(runs):
     assert evolution[trained] == evolution[prompted] == [0.5, 0.5]
     assert evolution["trained", "root"] == [0, 0]
     assert [espl[cell] for cell in CELLS] == [[0, 0], [0, 0], [0, 0], [1, 1]]
+    assert [read(of(tmp_path, method).path).kl for method in LEFT] == [0.25, 0, 0.25]
 
 
-def test_tables_need_the_records_of_ended_runs_alone(runs, tmp_path):
-    for run in runs:
-        shutil.rmtree(run.workdir)
-    unfinished = Run("espl", 1, "configs/x.py", tmp_path)
-    text = compare_methods.write(tmp_path, [*runs, unfinished])
-    assert text == (tmp_path / "results.md").read_text()
+def test_tables_need_the_records_of_ended_runs_alone(started, tmp_path, monkeypatch, capsys):
+    compare(monkeypatch, tmp_path, "rl,evolution,espl")
+    for method in LEFT:
+        shutil.rmtree(of(tmp_path, method).workdir)
+    count = len(started)
+    compare(monkeypatch, tmp_path, "rl,evolution,espl", "--seeds=0,1", "--tables")
+    assert len(started) == count
+    text = (tmp_path / "results.md").read_text()
+    assert capsys.readouterr().out.endswith(text)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     (espl,) = (line for line in cells if line[:2] == ["espl", "1"])
     low, high = intervals.interval(2, 2)
-    assert espl[-1] == f"100.0% [{100 * low:.1f}, {100 * high:.1f}]"
+    assert espl[-2:] == [f"100.0% [{100 * low:.1f}, {100 * high:.1f}]", "0.2500"]
     assert ["espl - rl", "1", "50.0% [50.0, 50.0]"] in cells
     assert "espl, seed 0:\n\n> Add.\n>\n> G0. Use a box.\n" in text
     rows = list(csv.DictReader((tmp_path / "iterations.csv").open()))
     assert [row["method"] + row["iteration"] for row in rows[:3]] == ["rl1", "rl2", "evolution1"]
-    assert rows[1]["reward"] == "0.5"
-    assert rows[1]["drawn_tokens"] == "36"  # 3 x 2 x 4 rollouts of 1.5
-    assert rows[1]["seconds"] == "3.0"
+    expected = {"reward": "0.5", "drawn_tokens": "36", "reflector_tokens": "7", "seconds": "3.0"}
+    assert rows[1].items() >= expected.items()  # 36: 3 x 2 x 4 rollouts of 1.5
+
+
+def test_runs_that_have_ended_are_not_started_again(started, tmp_path, monkeypatch):
+    compare(monkeypatch, tmp_path, "rl")
+    compare(monkeypatch, tmp_path, "rl,espl", "--seeds=0,1")
+    mains = [command for command in started if command[2] == "espl_jax.main"]
+    assert [(value(x, "config.mode"), value(x, "config.seed")) for x in mains] == [
+        ("rl", "0"),
+        ("espl", "0"),
+        ("rl", "1"),
+        ("espl", "1"),
+    ]
+    assert all(value(x, "config.population.text") == "Add." for x in mains)
+
+
+@pytest.mark.parametrize("changed", ["batch_size=9", "arguments"])
+def test_records_of_another_task_are_refused(changed, started, tmp_path, monkeypatch):
+    compare(monkeypatch, tmp_path, "rl")
+    more = ["--", "--config.batch_size=9"]
+    if changed != "arguments":
+        monkeypatch.setitem(TASK.fields, "batch_size", 9)
+        more = []
+    with pytest.raises(SystemExit, match=r"rl-0.json: made with .*; name another --out"):
+        compare(monkeypatch, tmp_path, "rl", *more)
+
+
+def roots(command):
+    return json.loads(Path(value(command, "config.population.start_from")).read_text())
+
+
+def test_controls_start_from_the_prompts_of_other_runs(started, tmp_path, monkeypatch):
+    compare(monkeypatch, tmp_path, "rl_from_evolved,rl_from_feedback,rl_from_random")
+    evolution, evolved, fed_back, random = (x for x in started if x[2] == "espl_jax.main")
+    assert value(evolution, "config.mode") == "evolution" and not value(
+        evolution, "config.population.start_from"
+    )
+    assert {value(x, "config.mode") for x in (evolved, fed_back, random)} == {"rl"}
+    assert roots(evolved) == PROMPTS["p3"]
+    assert roots(fed_back) == {"text": "Add.", "principles": ["There is no box."]}
+    (principle,) = roots(random)["principles"]
+    assert len(principle.split()) == 4  # as "G0. Use a box."
+    assert not set(principle.lower().strip(".").split()) & {"use", "a", "box"}
+
+
+def test_the_weights_of_one_run_under_the_prompt_of_another(started, tmp_path, monkeypatch):
+    compare(monkeypatch, tmp_path, "rl_under_evolved")
+    *_, command = started
+    assert command[2:5] == ["experiments.methods.ended", "test", str(of(tmp_path, "rl").workdir)]
+    assert json.loads(Path(command[5]).read_text()) == PROMPTS["p3"]
+    record = read(of(tmp_path, "rl_under_evolved").path)
+    assert [record.test[cell].tolist() for cell in CELLS] == [[0, 0], [0.5, 0.5], [0.5, 0.5], [1, 0.5]]
+    assert record.kl == 0.25 and record.deployed.principles == ("Use a box.",)
+
+
+def test_more_rollouts_are_those_of_all_prompts(started, tmp_path, monkeypatch):
+    compare(monkeypatch, tmp_path, "rl_more;espl:num_prompts=1,selection.strategy=ucb")
+    more, changed = (x for x in started if x[2] == "espl_jax.main")
+    assert value(more, "config.group_size") == "12"  # three prompts with four rollouts each
+    assert value(changed, "config.num_prompts") == "1"
+    assert value(changed, "config.selection.strategy") == "ucb"
+    assert (tmp_path / "espl_num_prompts=1_selection.strategy=ucb-0.json").is_file()
 
 
 def test_an_interval_over_seeds_is_wider_than_over_problems_alone():
@@ -119,34 +225,37 @@ def test_what_cannot_vary_gets_wilsons_interval():
     assert summary.interval(np.zeros((3, 50))) == intervals.interval(0, 50)
 
 
-def test_runs_that_have_ended_are_not_started_again(runs, tmp_path, monkeypatch, capsys):
-    started = []
-    monkeypatch.setattr(Run, "finish", lambda run: started.append((run.method, run.seed)))
-    monkeypatch.setattr(Run, "keep", lambda run: None)
-    arguments = [f"--out={tmp_path}", "--config=configs/x.py", "--methods=rl,espl", "--seeds=0,1"]
-    monkeypatch.setattr(sys, "argv", ["compare_methods", *arguments])
-    compare_methods.main()
-    assert started == [("rl", 1), ("espl", 1)]
-    assert "Test accuracy" in capsys.readouterr().out
-
-
-def test_records_of_another_task_are_refused(runs, tmp_path, monkeypatch):
-    for changed in (["--config=configs/y.py"], ["--config=configs/x.py", "--", "--config.batch_size=9"]):
-        monkeypatch.setattr(sys, "argv", ["compare_methods", f"--out={tmp_path}", *changed])
-        with pytest.raises(SystemExit, match=r"rl-0.json: made with .*; name another --out"):
-            compare_methods.main()
-
-
-def test_a_run_that_fails_ends_the_comparison_with_what_it_said(tmp_path, monkeypatch):
+def test_a_process_that_fails_ends_the_comparison_with_what_it_said(tmp_path, monkeypatch):
     command = [sys.executable, "-c", "print('disk is full'); raise SystemExit(3)"]
     monkeypatch.setattr(Run, "command", lambda run: command)
-    monkeypatch.setattr(sys, "argv", ["compare_methods", f"--out={tmp_path}/new", "--methods=rl"])
     with pytest.raises(SystemExit, match="rl, seed 0 ended with exit code 3:\ndisk is full"):
-        compare_methods.main()
+        compare(monkeypatch, tmp_path / "new", "rl")
 
 
-def test_unknown_methods_are_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["compare_methods", "--methods=espl,ppo"])
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ("espl,ppo", "--methods=espl,ppo: 'ppo' is none; choose from espl, rl"),
+        ("espl:num_prompts", "'num_prompts' is not field=value"),
+    ],
+)
+def test_unknown_methods_are_refused(methods, message, monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        compare_methods.main()
-    assert "--methods=espl,ppo: 'ppo' is none; choose from espl, rl" in capsys.readouterr().err
+        compare(monkeypatch, "x", methods)
+    assert message in capsys.readouterr().err
+
+
+def test_kl_is_summed_where_tokens_were_drawn():
+    """Against the definition, position by position."""
+    params, config = tiny.params(), tiny.CONFIG
+    trained = lora.attach(params, tiny.adapters())
+    tokens = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]], np.int32)
+    drawn = np.array([[0, 1, 1, 0, 0], [0, 0, 1, 1, 1]], bool)
+    ours, theirs = (jax.nn.softmax(tiny.logits(each, config, tokens)) for each in (trained, params))
+    expected = sum(
+        float((ours[place] * np.log(ours[place] / theirs[place])).sum())
+        for place in zip(*drawn.nonzero(), strict=True)
+    )
+    assert expected > 1e-4
+    found = ended._summed_kl(trained, params, config, tokens, drawn)
+    assert float(found) == pytest.approx(expected, rel=1e-3)

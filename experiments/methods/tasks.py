@@ -1,0 +1,54 @@
+r"""The tasks that methods are compared on: a configuration, changes of it, and what its grader says.
+
+On a CPU, with Qwen2.5-Coder-0.5B-Instruct:
+
+- `convention`: two-digit sums that have to be boxed, which the root prompt does not say. RL cannot start.
+- `sometimes`: the same under a root prompt that asks for a box in words that the model rarely follows.
+- `showcase`: a box and a unit, trained on two-digit sums and tested on three-digit ones.
+
+On TPUs, the paper's, each with the slice that `python -m espl_jax.plan` finds for it (see docs/tpus.md):
+`hmmt`, `aime`, `dapo` and `search`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from espl_jax.environments import boxed
+
+QWEN = "configs/quickstart.py:qwen2.5-coder-0.5b"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task.
+
+    Attributes:
+      config: file with the configuration, as `--config` takes it.
+      fields: changes to it.
+      feedback: what the grader says of a reply that breaks the convention; the control `rl_from_feedback`
+        puts it into the root prompt.
+    """
+
+    config: str
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    feedback: str = boxed.NO_BOX
+
+
+TASKS = {
+    "convention": Task(QWEN, {"data.test": "addition:digits=2,count=100"}),
+    "sometimes": Task(
+        QWEN,
+        {
+            "data.test": "addition:digits=2,count=100",
+            "population.text": "Reply with the result. Put it in a LaTeX box.",
+        },
+    ),
+    "showcase": Task("configs/showcase.py"),
+    "hmmt": Task("configs/hmmt.py"),
+    "aime": Task("configs/aime.py"),
+    "dapo": Task("configs/dapo.py"),
+    "search": Task("configs/search.py", feedback="There is no line that begins with Answer:."),
+}
