@@ -47,7 +47,7 @@ def _bootstrap(values: np.ndarray) -> tuple[float, float]:
 
 
 def results(records: Sequence[Record]) -> str:
-    """Returns tables of test accuracy, of differences from the last method, and the deployed prompts."""
+    """Returns tables of test accuracy and of differences between methods, and the deployed prompts."""
     by_method: dict[str, dict[int, Record]] = {}
     for each in records:
         by_method.setdefault(each.method, {})[each.seed] = each
@@ -69,12 +69,12 @@ def results(records: Sequence[Record]) -> str:
 
 
 def _differences(by_method: Mapping[str, Mapping[int, Record]]) -> list[list[str]]:
-    """A table of the last method less each other one, on the seeds that both have."""
-    *others, last = by_method
+    """A table of `espl`, or of the last method, less each other one, on the seeds that both have."""
+    last = "espl" if "espl" in by_method else [*by_method][-1]
     rows = []
-    for other in others:
+    for other in by_method:
         seeds = sorted(by_method[last].keys() & by_method[other].keys())
-        if seeds:
+        if seeds and other != last:
             ends = [np.stack([by_method[x][seed].test[CELLS[-1]] for seed in seeds]) for x in (last, other)]
             rows.append([f"{last} - {other}", str(len(seeds)), percent(*difference(*ends))])
     return [["methods", "seeds", "difference"], *rows] if rows else []
