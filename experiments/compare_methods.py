@@ -13,13 +13,15 @@ the record `OUT/METHOD-SEED.json`, which is all that the tables need; the same c
 comparison and adds further seeds or methods to it. `--tables` starts no run. After each run, OUT gets
 `iterations.csv`, with a row for each method, seed and iteration, and `results.md`: accuracy of {initial,
 trained weights} x {root, deployed prompt} on the test problems, KL divergence of the trained weights,
-differences between methods, and the deployed prompts. Arguments after `--` go to `espl_jax.main`.
+differences between methods, and the deployed prompts; with matplotlib also `curves.png`. Arguments after `--`
+go to `espl_jax.main`.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -44,6 +46,10 @@ def write(out: Path, runs: list[Run]) -> str:
         writer.writerows(rows)
     text = results(records)
     (out / "results.md").write_text(text, encoding="utf-8")
+    if importlib.util.find_spec("matplotlib"):
+        from experiments.methods import curves  # late: an optional package
+
+        curves.draw(records, out / "curves.png")
     return text
 
 

@@ -12,10 +12,11 @@ import pytest
 
 from espl_jax.models import lora
 from espl_jax.rollouts import intervals
+from espl_jax.types import SystemPrompt
 from experiments import compare_methods
 from experiments.methods import ended, summary
 from experiments.methods.methods import variants
-from experiments.methods.runs import CELLS, Run, read
+from experiments.methods.runs import CELLS, Record, Run, read
 from experiments.methods.tasks import TASKS, Task
 from tests.support import tiny
 
@@ -259,3 +260,21 @@ def test_kl_is_summed_where_tokens_were_drawn():
     assert expected > 1e-4
     found = ended._summed_kl(trained, params, config, tokens, drawn)
     assert float(found) == pytest.approx(expected, rel=1e-3)
+
+
+def test_curves_have_the_iterations_that_all_seeds_have(tmp_path):
+    curves = pytest.importorskip("experiments.methods.curves", exc_type=ImportError)
+
+    def record(method, seed, rewards):
+        rows = [{"reward": x, "validation": None} for x in rewards]
+        return Record(method, seed, rows, {}, 0.0, SystemPrompt())
+
+    records = [record("rl", 0, [0, 1, 2]), record("rl", 1, [1, 1]), record("espl", 0, [5])]
+    found = curves.curves(records, "reward")
+    assert {method: seeds.tolist() for method, seeds in found.items()} == {
+        "rl": [[0, 1], [1, 1]],
+        "espl": [[5]],
+    }
+    assert curves.curves(records, "validation") == {}
+    curves.draw(records, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
