@@ -28,7 +28,7 @@ def curves(records: Sequence[Record], column: str) -> dict[str, np.ndarray]:
 
 
 def draw(records: Sequence[Record], path: Path) -> None:
-    """Draws a panel for each column that a record has: a thin line for each seed, a thick one for the mean."""
+    """Draws a panel for each column that a record has: thin lines for seeds, a thick one for their mean."""
     panels = {title: found for column, title in PANELS.items() if (found := curves(records, column))}
     if not panels:
         return

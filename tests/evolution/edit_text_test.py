@@ -10,6 +10,8 @@ from espl_jax.evolution.edit_text import says_nothing
     [
         "",
         "...",
+        "C G0",
+        "[G1], C12.",
         "(none)",
         "N/A.",
         "[the new principle]",
@@ -29,6 +31,7 @@ def test_blanks(text):
         "State the principle (of Archimedes)",
         "[x] is an index.",
         r"\boxed{...}",
+        "Call it C.",
         "None of the units may be left out.",
     ],
 )
