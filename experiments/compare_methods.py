@@ -14,7 +14,8 @@ comparison and adds further seeds or methods to it. `--tables` starts no run. Af
 `iterations.csv`, with a row for each method, seed and iteration, and `results.md`: accuracy of {initial,
 trained weights} x {root, deployed prompt} on the test problems, KL divergence of the trained weights,
 differences between methods, and the deployed prompts; with matplotlib also `curves.png`. Arguments after `--`
-go to `espl_jax.main`.
+go to `espl_jax.main`, with `{method}` and `{seed}` replaced: after exporting the runs of one task, a second
+one can go on from their weights with `-- --config.model.source=exported/{method}-{seed}`.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Run:
       seed: of the run.
       task: what is learnt.
       out: folder of the comparison.
-      arguments: further ones for `espl_jax.main`, the same for all runs.
+      arguments: further ones for `espl_jax.main`; `{method}` and `{seed}` in them are replaced.
     """
 
     variant: Variant
@@ -125,8 +125,11 @@ class Run:
             *(sys.executable, "-m", "espl_jax.main"),
             *(f"--config={self.task.config}", f"--workdir={self.workdir}"),
             *(f"--config.{name}={value}" for name, value in fields.items()),
-            *self.arguments,
+            *(self._filled(each) for each in self.arguments),
         ]
+
+    def _filled(self, argument: str) -> str:
+        return argument.replace("{method}", self.variant.file).replace("{seed}", str(self.seed))
 
     def finish(self) -> None:
         """Starts or resumes the run, and writes its record: iterations, test, KL, deployed prompt.

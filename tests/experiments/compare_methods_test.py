@@ -196,8 +196,10 @@ def test_the_weights_of_one_run_under_the_prompt_of_another(started, tmp_path, m
 
 
 def test_more_rollouts_are_those_of_all_prompts(started, tmp_path, monkeypatch):
-    compare(monkeypatch, tmp_path, "rl_more;espl:num_prompts=1,selection.strategy=ucb")
+    methods = "rl_more;espl:num_prompts=1,selection.strategy=ucb"
+    compare(monkeypatch, tmp_path, methods, "--", "--config.model.source=exported/{method}-{seed}")
     more, changed = (x for x in started if x[2] == "espl_jax.main")
+    assert value(more, "config.model.source") == "exported/rl_more-0"
     assert value(more, "config.group_size") == "12"  # three prompts with four rollouts each
     assert value(changed, "config.num_prompts") == "1"
     assert value(changed, "config.selection.strategy") == "ucb"
