@@ -7,7 +7,8 @@ Each cell asks for `--count` critiques of failed attempts at two-digit sums whos
 answer in a box. The answer has to be written as \boxed{...}.", through the same code as a run. The attempts
 are written by rule, so that all cells and models reflect on the same ones. Counted for each cell: replies
 that ended by themselves, replies with an edit that can be read, edits that repeat the reflector's
-instructions, edits accepted, and those of them that pass the feedback on (they say "box"). Results are added
+instructions, edits accepted, and those of them that pass the feedback on (they say "box"). "Feedback alone"
+are conversations that show neither the task nor the attempts, as in configs/quickstart.py. Results are added
 to `--out`; cells that it holds are not measured again.
 """
 
@@ -24,7 +25,6 @@ import numpy as np
 
 from espl_jax.environments.arithmetic import Arithmetic
 from espl_jax.evolution.attempts import Attempt, problem_values
-from espl_jax.evolution.edits import REASONS
 from espl_jax.evolution.guards import Guards
 from espl_jax.evolution.principle_editor import PrincipleEditor
 from espl_jax.evolution.reflection import Record
@@ -43,7 +43,13 @@ CELLS = {
     for reasoning in ("none", "brief")
     # The old templates ask for JSON, and have no place to reason.
     if name == "new templates" or (form, reasoning) == ("json", "none")
+} | {
+    f"{form}, none, new templates, feedback alone": {"format": form, "show": ("feedback",)}
+    for form in ("lines", "json")
 }
+UNREAD = ("no_edit", "truncated", "broken_json", "unclear_end", "not_an_edit", "no_principle", "wrong_ids")
+"""Drops of replies without an edit that can be read; a critique here proposes one."""
+
 ATTEMPTS = 4
 
 
@@ -106,7 +112,7 @@ def measure(model: Any, rollouts: Rollouts, cell: dict[str, Any], temperature: f
     accepted = editor.criticize(values)
     seconds = time.monotonic() - start
     made = record.offspring(None)
-    unread = sum(made.drops.get(reason, 0) for reason in REASONS if reason in UNREAD)
+    unread = sum(made.drops.get(reason, 0) for reason in UNREAD)
     count = len(rollouts.problems)
     return {
         "count": count,
@@ -120,10 +126,6 @@ def measure(model: Any, rollouts: Rollouts, cell: dict[str, Any], temperature: f
         "replies": [each["reply"] for each in made.transcripts],
         "reasoning": [each.get("reasoning", "") for each in made.transcripts][:10],
     }
-
-
-UNREAD = ("no_edit", "truncated", "broken_json", "unclear_end", "not_an_edit", "no_principle", "wrong_ids")
-"""Drops of replies without an edit that can be read; a critique here proposes one."""
 
 
 def main() -> None:
