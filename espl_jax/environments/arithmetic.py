@@ -16,8 +16,7 @@ ANSWER_FORMATS = ("last_number", "boxed")
 _NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+", re.ASCII)
 _MINUS = "-\N{MINUS SIGN}"
 # What may stand between a number and its unit.
-_SPACE = r"(?:\s|~|\\[,;:! ])*"
-_TEXT = r"(?:\\(?:text|mathrm|textrm)\s*\{\s*)?"
+_BEFORE_UNIT = r"(?:\s|~|\\[,;:! )\]]|[}$*]|\\(?:text|mathrm|textrm)\s*\{)*"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +27,8 @@ class Arithmetic:
       answer_format: `last_number` reads the last number of the reply ("27 + 58 = 85" is 85), `boxed` the last
         number inside the last `\boxed{...}`.
       instruction: said after the problem; None asks for a box where one is needed, and says nothing else.
-      unit: has to follow the number, as in "85 points" or "85\text{ points}"; empty for a bare number.
+      unit: has to follow the number, as in `\boxed{85 points}`, `\boxed{85\text{ points}}` or `\boxed{85} points`; empty
+        for a bare number.
 
     Raises:
       ValueError: for an unknown answer_format, or a unit that is not a word.
@@ -77,19 +77,23 @@ class Arithmetic:
         if number is None:
             where = "box" if is_boxed else "reply"
             return Grade(0.0, False, feedback=f"There is no number in the {where}. The answer is one number.")
-        right, has_unit = Decimal(number) in golds, self._has_unit(text)
+        right, has_unit = Decimal(number) in golds, self._has_unit(text, reply)
         feedback = [] if right else [f"The answer that was read, {number}, is wrong."]
         if not has_unit:
             feedback.append(f'The unit is missing. The number has to be followed by the word "{self.unit}".')
         reward = right * (1.0 if has_unit else 0.5)
         return Grade(reward, right and has_unit, number, feedback=" ".join(feedback))
 
-    def _has_unit(self, text: str) -> bool:
-        """Whether the unit follows the last number of a text that has one."""
+    def _has_unit(self, text: str, reply: str) -> bool:
+        """Whether the unit follows the last number of `text`, in the box or right behind it."""
         if not self.unit:
             return True
-        after = text[list(_NUMBER.finditer(text))[-1].end() :]
-        return bool(re.match(rf"{_SPACE}{_TEXT}{_SPACE}{self.unit}(?![^\W\d_])", after, re.IGNORECASE))
+        number = re.escape(list(_NUMBER.finditer(text))[-1].group())
+        return bool(
+            re.search(
+                rf"{number}{_BEFORE_UNIT}{self.unit}(?![^\W\d_])", reply.replace("{,}", ","), re.IGNORECASE
+            )
+        )
 
 
 def last_number(text: str) -> str | None:

@@ -34,7 +34,7 @@ from espl_jax.storage import durable
 from espl_jax.storage.workdir import plain
 from espl_jax.text.chat import encode
 from espl_jax.text.chat_format import ChatFormat
-from espl_jax.types import Problem, Rollouts, SystemPrompt
+from espl_jax.types import Grade, Problem, Rollouts, SystemPrompt
 
 
 def compare(request: Request) -> list[Cell]:
@@ -113,10 +113,17 @@ def find_model(source: str) -> None:
 
 
 def check_gradable(environment: Environment | Dialogue, problem_set: ProblemSet) -> None:
-    """Raises ValueError unless the gold answer of every problem, in a box, is graded as correct."""
+    """Raises ValueError unless the gold answer of every problem, in a box, is graded as correct.
+
+    A reward without success will do: the answer is right, and only lacks a unit, for example.
+    """
+
+    def right(grade: Grade) -> bool:
+        return grade.success or grade.reward > 0
+
     problems = problem_set.problems
     grades = checked_grades(environment, problems, [rf"\boxed{{{problem.answer}}}" for problem in problems])
-    wrong = [problem for problem, grade in zip(problems, grades, strict=True) if not grade.success]
+    wrong = [problem for problem, grade in zip(problems, grades, strict=True) if not right(grade)]
     if wrong:
         raise ValueError(
             f"the environment grades the gold answers of {len(wrong)} of {len(problems)} problems as wrong, "

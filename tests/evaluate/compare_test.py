@@ -178,7 +178,9 @@ def test_figures_are_those_of_the_rollouts(loaded):
     assert [cell.evaluation for cell in compare(asked)] == summarize(whole)
 
 
-@pytest.mark.parametrize("environment", [Math(), Math("expression"), Arithmetic(), Arithmetic("boxed")])
+@pytest.mark.parametrize(
+    "environment", [Math(), Math("expression"), Arithmetic(), Arithmetic("boxed", unit="kg")]
+)
 def test_problems_that_can_be_graded(environment):
     answers = ["4", "-1,234", "0.5"]
     check_gradable(environment, ProblemSet(tuple(Problem(a, a, a) for a in answers), "x"))
