@@ -27,8 +27,8 @@ class Arithmetic:
       answer_format: `last_number` reads the last number of the reply ("27 + 58 = 85" is 85), `boxed` the last
         number inside the last `\boxed{...}`.
       instruction: said after the problem; None asks for a box where one is needed, and says nothing else.
-      unit: has to follow the number, as in `\boxed{85 points}`, `\boxed{85\text{ points}}` or `\boxed{85} points`; empty
-        for a bare number.
+      unit: has to follow the number, as in `\boxed{85 points}`, `\boxed{85\text{ points}}` or
+        `\boxed{85} points`; empty for a bare number.
 
     Raises:
       ValueError: for an unknown answer_format, or a unit that is not a word.
@@ -89,11 +89,8 @@ class Arithmetic:
         if not self.unit:
             return True
         number = re.escape(list(_NUMBER.finditer(text))[-1].group())
-        return bool(
-            re.search(
-                rf"{number}{_BEFORE_UNIT}{self.unit}(?![^\W\d_])", reply.replace("{,}", ","), re.IGNORECASE
-            )
-        )
+        followed = rf"(?<![\d.,]){number}{_BEFORE_UNIT}{self.unit}(?![^\W\d_])"
+        return bool(re.search(followed, reply.replace("{,}", ","), re.IGNORECASE))
 
 
 def last_number(text: str) -> str | None:

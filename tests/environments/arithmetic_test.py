@@ -116,6 +116,7 @@ def test_errors_name_the_value():
         (r"$\boxed{85}$ points", 1),
         (r"27 points + 58 points = \boxed{85}", 0.5),
         (r"\boxed{85}. No points.", 0.5),
+        (r"185 points, so \boxed{85}", 0.5),
         (r"\boxed{85 pointsman}", 0.5),
         (r"\boxed{points: 85}", 0.5),
         (r"\boxed{86 points}", 0),
