@@ -144,11 +144,12 @@ class Run:
 
     def _trained(self) -> dict[str, Any]:
         self._process(self.command())
-        results = self._json("results.json")
+        results, iterations = self._json("results.json"), self._iterations()
+        trained = any(row["trained_tokens"] for row in iterations)
         return {
-            "iterations": self._iterations(),
+            "iterations": iterations,
             "test": {", ".join(cell): rates for cell, rates in self._test().items()},
-            "kl": json.loads(self._ended("kl", str(self.workdir))) if "trained" in results["test"] else 0.0,
+            "kl": json.loads(self._ended("kl", str(self.workdir))) if trained else 0.0,
             "deployed": {name: results["deployed"][name] for name in ("text", "principles")},
         }
 

@@ -60,6 +60,7 @@ def leave(run, mode):
             "success": 0.5,
             "new_tokens": 1.5,
             "population": 3,
+            "trained_tokens": 5 * (mode != "evolution"),
             "reflector": {"completion_tokens": 7},
             "time": {"rollouts": 2.0, "update": 1.0, "total": 3.0},
         }
