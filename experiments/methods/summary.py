@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -62,7 +63,7 @@ def results(records: Sequence[Record]) -> str:
     if differences := _differences(by_method):
         parts += ["Paired differences, trained weights and deployed prompt:", table(differences)]
     parts += ["Deployed prompts:"]
-    for each in records:
+    for each in itertools.chain.from_iterable(of_seeds.values() for of_seeds in by_method.values()):
         quoted = "\n".join(f"> {line}".rstrip() for line in each.deployed.render().splitlines())
         parts.append(f"{each.method}, seed {each.seed}:\n\n{quoted}")
     return "\n\n".join(parts) + "\n"
