@@ -1,9 +1,9 @@
-"""What is measured on runs that have ended: the KL divergence of their weights, and other prompts.
+"""Measures runs that have ended: the KL divergence of their weights, and their accuracy under other prompts.
 
     python -m experiments.methods.ended kl WORKDIR
     python -m experiments.methods.ended test WORKDIR PROMPT.json
 
-Prints JSON. A process of its own, so that a comparison holds no model.
+Prints JSON. `compare_methods` starts it as a separate process, so that no model stays in memory between runs.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _summed_kl(
 
 
 def test_under(workdir: Path, prompt: SystemPrompt) -> dict[str, float]:
-    """Returns success rates of a run's weights under any prompt, by test problem, as the run's own test."""
+    """Returns success rates of a run's weights under a prompt, by problem of the run's test set."""
     run = read_run(workdir)
     config = run.config
     rollouts = collect_rollouts(

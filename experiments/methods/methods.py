@@ -1,4 +1,4 @@
-"""What can be compared: the modes of the configuration, and controls that start from another run's prompt."""
+"""The methods: modes of the configuration, and controls that use the prompt of another run."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def fed_back(given: Given) -> SystemPrompt:
 
 
 def at_random(given: Given) -> SystemPrompt:
-    """Returns the root prompt with a principle of random words: as many as evolution added, at least one."""
+    """Returns the root prompt with a principle of random words, which is as long as what evolution added."""
     assert given.deployed
     added = len(given.deployed.render().split()) - len(given.root.render().split())
     words = random.Random(given.seed).choices(WORDS, k=max(1, added))
@@ -126,7 +126,7 @@ def variants(specs: str) -> list[Variant]:
     for spec in re.split(";" if {":", ";"} & {*specs} else ",", specs):
         name, _, rest = spec.partition(":")
         if name not in METHODS:
-            raise ValueError(f"--methods={specs}: {name!r} is none; choose from {', '.join(METHODS)}")
+            raise ValueError(f"--methods={specs}: unknown method {name!r}; choose from {', '.join(METHODS)}")
         if bad := [pair for pair in rest.split(",") if pair and "=" not in pair]:
             raise ValueError(f"--methods={specs}: {bad[0]!r} is not field=value; separate methods by ;")
         found.append(Variant(spec))

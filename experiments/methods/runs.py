@@ -1,4 +1,4 @@
-"""One run of a comparison: its command, and the record that is kept of it."""
+"""One run of a comparison: its command, and its record."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Run:
     Attributes:
       variant: the method, perhaps with changed fields.
       seed: of the run.
-      task: what is learnt.
+      task: the task.
       out: folder of the comparison.
       arguments: further ones for `espl_jax.main`; `{method}` and `{seed}` in them are replaced.
     """
@@ -83,9 +83,9 @@ class Run:
             return False
         kept = json.loads(self.path.read_text(encoding="utf-8"))
         for name, value in self._settings().items():
-            if kept[name] != value:
+            if kept.get(name) != value:
                 raise ValueError(
-                    f"{self.path}: made with {name}={kept[name]}, not {value}; name another --out"
+                    f"{self.path}: made with {name}={kept.get(name)}, not {value}; name another --out"
                 )
         return True
 

@@ -1,4 +1,4 @@
-r"""The tasks that methods are compared on: a configuration, changes of it, and what its grader says.
+r"""The tasks: a configuration, changes to it, and the feedback of its grader.
 
 On a CPU, with Qwen2.5-Coder-0.5B-Instruct:
 

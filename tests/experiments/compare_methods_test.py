@@ -1,4 +1,4 @@
-"""What the comparison of methods starts and reads, and its intervals, on hand values."""
+"""The comparison of methods: the commands it starts, the records it reads, and its intervals."""
 
 import csv
 import json
@@ -239,7 +239,7 @@ def test_a_process_that_fails_ends_the_comparison_with_what_it_said(tmp_path, mo
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
-        ("espl,ppo", "--methods=espl,ppo: 'ppo' is none; choose from espl, rl"),
+        ("espl,ppo", "--methods=espl,ppo: unknown method 'ppo'; choose from espl, rl"),
         ("espl:num_prompts", "'num_prompts' is not field=value"),
     ],
 )
