@@ -6,7 +6,8 @@ import re
 import unicodedata
 from typing import Any
 
-_IDS = re.compile(r"\b[GCS]\d{0,6}\b")
+# "C G0": ids, and letters of ids, with at least one whole id.
+_IDS = re.compile(r"\W*(?:[GCS]\W+)*[GCS]\d{1,6}(?:\W+[GCS]\d{0,6})*\W*")
 _NO_TEXT = {"none", "nothing", "n/a", "no change", "empty"}
 # "(write the principle here)": a blank that was not filled in.
 _BLANK = re.compile(r"[(\[<][^()\[\]<>]*\b(?:principle|instruction)s?\b[^()\[\]<>]*[)\]>]\.?", re.IGNORECASE)
@@ -33,7 +34,7 @@ def clean(value: Any) -> str:
 def says_nothing(principle: str) -> bool:
     """Returns whether a principle is a blank: only ids, "(none)", or "(the new principle)"."""
     words = principle.strip()
-    if not any(map(str.isalpha, _IDS.sub("", words))) or _BLANK.fullmatch(words):
+    if not any(map(str.isalpha, words)) or _BLANK.fullmatch(words) or _IDS.fullmatch(words):
         return True
     return words.strip("()[].").lower() in _NO_TEXT
 

@@ -12,6 +12,7 @@ from espl_jax.evolution.edit_text import says_nothing
         "...",
         "C G0",
         "[G1], C12.",
+        "C(C1)",
         "(none)",
         "N/A.",
         "[the new principle]",
@@ -32,6 +33,8 @@ def test_blanks(text):
         "[x] is an index.",
         r"\boxed{...}",
         "Call it C.",
+        "C",
+        "G0 is wrong.",
         "None of the units may be left out.",
     ],
 )

@@ -114,8 +114,11 @@ def sampled(monkeypatch):
         drawing = [bool(n) for n in sampling.max_new_tokens[0, :, 0]]
         seen.extend((systems[0], rest) for rest, draws in zip(rests[0], drawing, strict=True) if draws)
         shape = (1, len(rests[0]), 1)
-        return dataclasses.make_dataclass("Samples", ["tokens", "lengths", "truncated"])(
-            np.zeros((*shape, 1), int), np.zeros(shape, int), np.zeros(shape, bool)
+        return dataclasses.make_dataclass("Samples", ["tokens", "lengths", "truncated", "drawn"])(
+            np.zeros((*shape, 1), int),
+            np.zeros(shape, int),
+            np.zeros(shape, bool),
+            np.zeros((*shape, 1), bool),
         )
 
     monkeypatch.setattr(local, "sample_tree", sample_tree)

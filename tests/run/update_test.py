@@ -79,7 +79,9 @@ def test_old_logprobs_are_computed_where_an_update_reads_them(fields, batches, s
     """Once for each batch before the first of several updates; never for ratios to the sampler."""
     c = common.get_config()
     c.loss.update(fields)
+    mask = np.array([[True, True, False], [True, False, False]])
     given = [TrainBatch(*[None] * 12, num_rollouts=n, num_tokens=n) for n in range(batches)]
+    given = [batch._replace(mask=mask) for batch in given]
     seen = []
 
     def step(state, batch, **settings):
@@ -107,6 +109,7 @@ def test_old_logprobs_are_computed_where_an_update_reads_them(fields, batches, s
     job = Job(c, parts, None, progress)
     state, record = update.update(job, untrained, rollouts, 1)
     assert record["updates"] == state.trainable == c.loss.epochs * batches
+    assert record["trained_tokens"] == 3 * c.loss.epochs * batches
     expected = [(n, (0, n) if scored else None) for n in range(batches)]
     assert seen == expected * c.loss.epochs
 
