@@ -30,7 +30,7 @@ from pathlib import Path
 from espl_jax.console.tables import duration
 from experiments.methods.methods import METHODS, variants
 from experiments.methods.runs import Run, read
-from experiments.methods.summary import results
+from experiments.methods.summary import results, with_test
 from experiments.methods.tasks import TASKS, Task
 
 
@@ -39,10 +39,11 @@ def write(out: Path, runs: list[Run]) -> str:
     records = [read(run.path) for run in runs if run.has_ended()]
     if not records:
         return "No run has ended.\n"
-    rows = [row for record in records for row in record.iterations]
+    rows = [row for record in records for row in with_test(record)]
     out.mkdir(parents=True, exist_ok=True)
+    columns = dict.fromkeys(column for row in rows for column in row)
     with (out / "iterations.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0] if rows else (), lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     text = results(records)

@@ -190,8 +190,13 @@ class WorkDir:
           ValueError: if a file of the checkpoint is damaged (the message names the file and the previous
             checkpoint), or if its arrays have other names, shapes or dtypes.
         """
-        newest = self._first(lambda: _newest(self._storage, _committed(self._storage)))
-        return _with_arrays(self._storage, newest, abstract_arrays) if newest else None
+
+        def newest() -> tuple[int, dict[int, dict[str, Any]], bytes] | None:
+            committed = _committed(self._storage)
+            return _state_of(self._storage, committed) if committed else None
+
+        found = self._first(newest)
+        return _with_arrays(self._storage, found, abstract_arrays) if found else None
 
     def _first(self, act: Callable[[], T]) -> T:
         """Runs `act` in the first process and shares the result, or raises its earlier failure."""
@@ -275,31 +280,38 @@ class WorkDir:
 
 
 def read_checkpoint(
-    path: str | os.PathLike[str], abstract_arrays: Any
+    path: str | os.PathLike[str], abstract_arrays: Any, iteration: int | None = None
 ) -> tuple[int, Any, dict[str, Any]] | None:
-    """Reads the newest checkpoint without holding the directory: nothing is locked, truncated or written.
+    """Reads a checkpoint without holding the directory: nothing is locked, truncated or written.
 
     A run may be using the directory at the same time.
 
     Args:
       path: the work directory.
       abstract_arrays: as for `WorkDir.restore`, or a subtree of it; other arrays are not loaded.
+      iteration: of the checkpoint; None for the newest one.
 
     Returns:
       As `WorkDir.restore`.
 
     Raises:
-      As `WorkDir.restore`.
+      ValueError: if there are checkpoints, but none of that iteration. Otherwise as `WorkDir.restore`.
     """
     folder = folders.open_folder(path)
     while committed := processes.decide(lambda: _committed(folder)):
+        if iteration is not None and iteration not in committed:
+            kept = ", ".join(map(str, sorted(committed)))
+            raise ValueError(
+                f"iteration={iteration}: {folder.path} has no checkpoint of it; choose one of {kept} (a run "
+                "keeps the last checkpoint_keep)"
+            )
         try:
-            newest = processes.decide(lambda found=committed: _newest(folder, found))
-            assert newest is not None
-            return _with_arrays(folder, newest, abstract_arrays, partial=True)
+            found = processes.decide(lambda committed=committed: _state_of(folder, committed, iteration))
+            return _with_arrays(folder, found, abstract_arrays, partial=True)
         except Exception:
             # If the run has meanwhile replaced the checkpoint with a newer one, read that.
-            if jax.process_count() > 1 or max(_committed(folder), default=-1) == max(committed):
+            is_newest = max(_committed(folder), default=-1) == max(committed)
+            if iteration is not None or jax.process_count() > 1 or is_newest:
                 raise
     return None
 
@@ -356,13 +368,12 @@ def _damaged(folder: folders.Folder, iteration: int, file: str, committed: Colle
     )
 
 
-def _newest(
-    folder: folders.Folder, committed: dict[int, dict[str, Any]]
-) -> tuple[int, dict[int, dict[str, Any]], bytes] | None:
-    """Returns (iteration of the newest checkpoint, all COMMITs by iteration, its state.json)."""
-    if not committed:
-        return None
-    iteration = max(committed)
+def _state_of(
+    folder: folders.Folder, committed: dict[int, dict[str, Any]], iteration: int | None = None
+) -> tuple[int, dict[int, dict[str, Any]], bytes]:
+    """Returns (iteration, all COMMITs by iteration, state.json) of a checkpoint; None: of the newest one."""
+    if iteration is None:
+        iteration = max(committed)
     text = folder.read(f"{_folder(iteration)}/state.json") or b""
     if hashlib.sha256(text).hexdigest() != committed[iteration]["state_sha256"]:
         raise ValueError(_damaged(folder, iteration, "state.json", committed))
@@ -371,12 +382,12 @@ def _newest(
 
 def _with_arrays(
     folder: folders.Folder,
-    newest: tuple[int, dict[int, dict[str, Any]], bytes],
+    found: tuple[int, dict[int, dict[str, Any]], bytes],
     abstract_arrays: Any,
     partial: bool = False,
 ) -> tuple[int, Any, dict[str, Any]]:
     """Loads the arrays of a checkpoint: all of them, or with `partial` those in `abstract_arrays`."""
-    iteration, committed, text = newest
+    iteration, committed, text = found
     path, commit = folder.path / _folder(iteration), committed[iteration]
     leaves, treedef = storage_arrays.named_leaves(abstract_arrays)
     wanted = storage_arrays.describe(leaves)

@@ -13,16 +13,25 @@ from typing import Any
 import numpy as np
 
 from espl_jax.console.command_line import read_config_file
+from espl_jax.run.config import Config
 from espl_jax.types import SystemPrompt
 from experiments.methods.methods import Given, Variant
 from experiments.methods.tasks import Task
 
 ROOT = Path(__file__).resolve().parents[2]
-CELLS = tuple((weights, prompt) for weights in ("initial", "trained") for prompt in ("root", "deployed"))
-"""The cells of a test: (weights, prompt)."""
+Cell = tuple[str, str]
+"""Weights and prompt."""
+
+CELLS: tuple[Cell, ...] = tuple(
+    (weights, prompt) for weights in ("initial", "trained") for prompt in ("root", "deployed")
+)
+"""The cells of a test."""
 
 Rates = dict[str, float]
 """Test problem -> success rate."""
+
+TESTS = ("test", "hard")
+"""The test problems of the configuration, and harder ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,26 +103,31 @@ class Run:
             "config": self.task.config,
             "fields": dict(self.task.fields),
             "arguments": list(self.arguments),
-        }
+        } | ({"hard problems": self.task.hard} if self.task.hard else {})
 
     def root(self) -> SystemPrompt | None:
         """Returns the root prompt; None for that of the task."""
         method = self.variant.method
         if not method.root:
             return None
-        config = read_config_file(self.task.config)
-        config.update_from_flattened_dict(dict(self.task.fields))
+        config = self._config()
         of_task = SystemPrompt(config.population.text, tuple(config.population.principles))
         deployed = read(self.other(method.after).path).deployed if method.after else None
         return method.root(Given(of_task, self.task.feedback, deployed, self.seed))
 
+    def _config(self) -> Config:
+        """The configuration of the task."""
+        config = read_config_file(self.task.config)
+        config.update_from_flattened_dict(dict(self.task.fields))
+        return config
+
     def command(self) -> list[str]:
         """Returns the command that starts or resumes the run."""
-        method = self.variant.method
-        fields = dict(self.task.fields)
+        method, config = self.variant.method, self._config()
+        # All checkpoints are kept, for the KL divergence after each iteration.
+        fields = {"checkpoint_keep": max(config.checkpoint_keep, config.num_iterations)}
+        fields |= self.task.fields
         if method.more_rollouts:
-            config = read_config_file(self.task.config)
-            config.update_from_flattened_dict(fields)
             fields["group_size"] = config.group_size * config.num_prompts
         fields |= {"mode": method.mode, "seed": self.seed} | self.variant.changes
         if root := self.root():
@@ -138,20 +152,30 @@ class Run:
           RuntimeError: with the end of the log, if a process failed.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        record = self._crossed() if self.variant.method.weights else self._trained()
+        record = self._crossed() if self.variant.method.weights else self._ran()
         record = {"method": self.variant.spec, "seed": self.seed, **self._settings(), **record}
         self.path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    def _trained(self) -> dict[str, Any]:
+    def _ran(self) -> dict[str, Any]:
+        """Starts or resumes the run; returns its record."""
         self._process(self.command())
-        results, iterations = self._json("results.json"), self._iterations()
-        trained = any(row["trained_tokens"] for row in iterations)
-        return {
-            "iterations": iterations,
-            "test": {", ".join(cell): rates for cell, rates in self._test().items()},
-            "kl": json.loads(self._ended("kl", str(self.workdir))) if trained else 0.0,
-            "deployed": {name: results["deployed"][name] for name in ("text", "principles")},
+        deployed, iterations = self._json("results.json")["deployed"], self._iterations()
+        kl = [0.0] * len(iterations)
+        if any(row["trained_tokens"] for row in iterations):
+            kl = json.loads(self._ended("kl", self.workdir))
+        test = self._test()
+        record = {
+            "iterations": [row | {"kl": after} for row, after in zip(iterations, kl, strict=True)],
+            "kl": kl[-1],
+            "deployed": {name: deployed[name] for name in ("text", "principles")},
+            "test": {", ".join(cell): rates for cell, (_, rates) in test.items()},
         }
+        if self.task.hard:
+            cells = [*dict.fromkeys(cell for cell, _ in test.values())]
+            asked = [{"weights": w, "prompt": prompt, "data": self.task.hard} for w, prompt in cells]
+            rates = dict(zip(cells, self._tested(self.workdir, asked), strict=True))
+            record["hard"] = {", ".join(cell): rates[source] for cell, (source, _) in test.items()}
+        return record
 
     def _crossed(self) -> dict[str, Any]:
         """The record of weights and a prompt from two runs: the fourth cell is new."""
@@ -159,20 +183,29 @@ class Run:
             json.loads(self.other(name).path.read_text(encoding="utf-8"))
             for name in (self.variant.method.after, self.variant.method.weights)
         )
-        prompt = self._beside("prompt.json")
-        prompt.write_text(json.dumps(prompts["deployed"]), encoding="utf-8")
+        tests = [name for name in TESTS if name in weights]
+        cell = {"weights": "trained", "prompt": prompts["deployed"]}
+        asked = [cell | {"data": self.task.hard if name == "hard" else ""} for name in tests]
         workdir = self.other(self.variant.method.weights).workdir
-        tests = {
-            "initial, root": weights["test"]["initial, root"],
-            "initial, deployed": prompts["test"]["initial, deployed"],
-            "trained, root": weights["test"]["trained, root"],
-            "trained, deployed": json.loads(self._ended("test", str(workdir), str(prompt))),
-        }
-        return {"iterations": [], "test": tests, "kl": weights["kl"], "deployed": prompts["deployed"]}
+        record = {"iterations": [], "kl": weights["kl"], "deployed": prompts["deployed"]}
+        for name, rates in zip(tests, self._tested(workdir, asked), strict=True):
+            record[name] = {
+                "initial, root": weights[name]["initial, root"],
+                "initial, deployed": prompts[name]["initial, deployed"],
+                "trained, root": weights[name]["trained, root"],
+                "trained, deployed": rates,
+            }
+        return record
 
-    def _ended(self, *arguments: str) -> str:
+    def _tested(self, workdir: Path, cells: list[dict[str, Any]]) -> list[Rates]:
+        """Success rates on further cells, as `ended.test_cells` describes them."""
+        asked = self._beside("cells.json")
+        asked.write_text(json.dumps(cells), encoding="utf-8")
+        return json.loads(self._ended("test", workdir, asked))
+
+    def _ended(self, *arguments: str | Path) -> str:
         """The last line that `experiments.methods.ended` prints."""
-        return self._process([sys.executable, "-m", "experiments.methods.ended", *arguments])
+        return self._process([sys.executable, "-m", "experiments.methods.ended", *map(str, arguments)])
 
     def _process(self, command: Sequence[str]) -> str:
         """Runs a process whose output is appended to the log; returns its last line."""
@@ -209,8 +242,8 @@ class Run:
             )
         return rows
 
-    def _test(self) -> dict[tuple[str, str], Rates]:
-        """Success rates of the test, by cell.
+    def _test(self) -> dict[Cell, tuple[Cell, Rates]]:
+        """Cell of the test -> (cell with the same weights and prompt that the run has, its success rates).
 
         Without training or without another prompt than the root, the trained weights are the initial ones,
         and the deployed prompt is the root.
@@ -227,10 +260,12 @@ class Run:
         }
         prompts = {"deployed": deployed}
         prompts["root"] = next((prompt for _, prompt in rates if prompt != deployed), deployed)
-        return {
-            (weights, name): rates.get((weights, prompts[name]), rates["initial", prompts[name]])
-            for weights, name in CELLS
-        }
+        found = {}
+        for weights, name in CELLS:
+            had = weights if (weights, prompts[name]) in rates else "initial"
+            source = (had, "root" if prompts["root"] == deployed else name)
+            found[weights, name] = (source, rates[had, prompts[name]])
+        return found
 
     def _json(self, name: str) -> Any:
         return json.loads((self.workdir / name).read_text(encoding="utf-8"))
@@ -244,7 +279,7 @@ class Record:
       method: the spec of its variant.
       seed: of the run.
       iterations: rows of the tidy table.
-      test: cell -> float [B], success rates on the test problems, in the order of their ids.
+      tests: name of the problems, of `TESTS`, -> cell -> float [B], success rates in the order of their ids.
       kl: of the trained weights to the initial ones, in nats per token; 0 without training.
       deployed: the deployed prompt.
     """
@@ -252,7 +287,7 @@ class Record:
     method: str
     seed: int
     iterations: Sequence[dict[str, Any]]
-    test: dict[tuple[str, str], np.ndarray]
+    tests: dict[str, dict[Cell, np.ndarray]]
     kl: float
     deployed: SystemPrompt
 
@@ -260,13 +295,18 @@ class Record:
 def read(path: Path) -> Record:
     """Reads the record of a run."""
     kept = json.loads(path.read_text(encoding="utf-8"))
-    test = {}
-    for cell in CELLS:
-        rates = kept["test"][", ".join(cell)]
-        test[cell] = np.array([rates[problem] for problem in sorted(rates)])
+    tests = {
+        name: {cell: _in_order(kept[name][", ".join(cell)]) for cell in CELLS}
+        for name in TESTS
+        if name in kept
+    }
     prompt = kept["deployed"]
     deployed = SystemPrompt(prompt["text"], tuple(prompt["principles"]))
-    return Record(kept["method"], kept["seed"], kept["iterations"], test, kept["kl"], deployed)
+    return Record(kept["method"], kept["seed"], kept["iterations"], tests, kept["kl"], deployed)
+
+
+def _in_order(rates: Rates) -> np.ndarray:
+    return np.array([rates[problem] for problem in sorted(rates)])
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

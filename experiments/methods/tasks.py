@@ -29,12 +29,14 @@ class Task:
     Attributes:
       config: file with the configuration, as `--config` takes it.
       fields: changes to it.
+      hard: a data spec with harder problems, which are tested besides; empty for none.
       feedback: what the grader says of a reply that breaks the convention; the control `rl_from_feedback`
         puts it into the root prompt.
     """
 
     config: str
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    hard: str = ""
     feedback: str = boxed.NO_BOX
 
 

@@ -1,6 +1,8 @@
 """The comparison of methods: the commands it starts, the records it reads, and its intervals."""
 
 import csv
+import dataclasses
+import functools
 import json
 import shutil
 import sys
@@ -89,15 +91,17 @@ def started(monkeypatch):
         if command[2] == "espl_jax.main":
             leave(run, value(command, "config.mode"))
             return ""
-        return "0.25" if command[3] == "kl" else json.dumps({"a": 1.0, "b": 0.5})
+        if command[3] == "kl":
+            return "[0.125, 0.25]"
+        return json.dumps([{"a": 1.0, "b": 0.5}] * len(json.loads(Path(command[5]).read_text())))
 
     monkeypatch.setattr(Run, "_process", process)
     return commands
 
 
-def compare(monkeypatch, out, methods, *more):
-    """Runs the command; returns what its runs left."""
-    monkeypatch.setitem(TASKS, "sums", TASK)
+def compare(monkeypatch, out, methods, *more, task=TASK):
+    """Runs the command."""
+    monkeypatch.setitem(TASKS, "sums", task)
     arguments = ["--task=sums", f"--out={out}", f"--methods={methods}", *more]
     monkeypatch.setattr(sys, "argv", ["compare_methods", *arguments])
     compare_methods.main()
@@ -107,7 +111,7 @@ def test_cells_that_a_method_does_not_have_are_those_it_starts_from(started, tmp
     for method in LEFT:
         of(tmp_path, method).finish()
     rl, evolution, espl = (
-        {cell: rates.tolist() for cell, rates in read(of(tmp_path, method).path).test.items()}
+        {cell: rates.tolist() for cell, rates in read(of(tmp_path, method).path).tests["test"].items()}
         for method in LEFT
     )
     trained, prompted = ("trained", "deployed"), ("initial", "deployed")
@@ -142,6 +146,13 @@ def test_tables_need_the_records_of_ended_runs_alone(started, tmp_path, monkeypa
     assert [row["method"] + row["iteration"] for row in rows[:3]] == ["rl1", "rl2", "evolution1"]
     expected = {"reward": "0.5", "drawn_tokens": "36", "reflector_tokens": "7", "seconds": "3.0"}
     assert rows[1].items() >= expected.items()  # 36: 3 x 2 x 4 rollouts of 1.5
+    assert [(row["kl"], row["test"]) for row in rows[:4]] == [
+        ("0.125", ""),
+        ("0.25", "0.5"),
+        ("0.0", ""),
+        ("0.0", "0.5"),
+    ]
+    assert value(started[0], "config.checkpoint_keep") == "4"  # all iterations of the quickstart
 
 
 def test_runs_that_have_ended_are_not_started_again(started, tmp_path, monkeypatch):
@@ -190,10 +201,37 @@ def test_the_weights_of_one_run_under_the_prompt_of_another(started, tmp_path, m
     compare(monkeypatch, tmp_path, "rl_under_evolved")
     *_, command = started
     assert command[2:5] == ["experiments.methods.ended", "test", str(of(tmp_path, "rl").workdir)]
-    assert json.loads(Path(command[5]).read_text()) == PROMPTS["p3"]
+    (cell,) = json.loads(Path(command[5]).read_text())
+    assert cell == {"weights": "trained", "prompt": PROMPTS["p3"], "data": ""}
     record = read(of(tmp_path, "rl_under_evolved").path)
-    assert [record.test[cell].tolist() for cell in CELLS] == [[0, 0], [0.5, 0.5], [0.5, 0.5], [1, 0.5]]
+    assert [record.tests["test"][cell].tolist() for cell in CELLS] == [
+        [0, 0],
+        [0.5, 0.5],
+        [0.5, 0.5],
+        [1, 0.5],
+    ]
     assert record.kl == 0.25 and record.deployed.principles == ("Use a box.",)
+
+
+def test_harder_problems_are_tested_in_the_cells_that_a_method_has(started, tmp_path, monkeypatch, capsys):
+    task = dataclasses.replace(TASK, hard="addition:digits=3,count=9")
+    run = functools.partial(dataclasses.replace, task=task)
+    asked = {}
+    for method in [*LEFT, "rl_under_evolved"]:
+        run(of(tmp_path, method)).finish()
+        cells = json.loads(Path(started[-1][5]).read_text())
+        assert {cell["data"] for cell in cells} <= {"", task.hard}
+        asked[method] = [(cell["weights"], cell["prompt"]) for cell in cells if cell["data"]]
+    root = [("initial", "root"), ("trained", "root")]
+    assert asked == {
+        "rl": root,
+        "evolution": [("initial", "root"), ("initial", "deployed")],
+        "espl": [*CELLS],
+        "rl_under_evolved": [("trained", PROMPTS["p3"])],
+    }
+    compare(monkeypatch, tmp_path, "rl,espl,rl_under_evolved", "--tables", task=task)
+    said = capsys.readouterr().out
+    assert said.count("Accuracy on harder problems") == 1 and said.count("| espl - rl ") == 2
 
 
 def test_more_rollouts_are_those_of_all_prompts(started, tmp_path, monkeypatch):

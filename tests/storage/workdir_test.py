@@ -243,6 +243,20 @@ def test_every_damaged_file_of_arrays_is_named(tmp_path, damage):
     assert read_checkpoint(tmp_path, ABSTRACT)[0] == 2
 
 
+def test_an_earlier_checkpoint_can_be_read(tmp_path):
+    with WorkDir(tmp_path, CONFIG) as workdir:
+        for iteration in (1, 2, 3):
+            advance(workdir, iteration)
+    iteration, arrays, state = read_checkpoint(tmp_path, ABSTRACT, 2)
+    assert (iteration, state) == (2, {"position": 20})
+    np.testing.assert_array_equal(arrays["params"], np.arange(4, dtype=np.float32) * 2 / np.float32(3))
+    with pytest.raises(ValueError, match=r"iteration=1: .* has no checkpoint of it; choose one of 2, 3 "):
+        read_checkpoint(tmp_path, ABSTRACT, 1)
+    (tmp_path / "checkpoints" / "00000002" / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"state.json is damaged: .* to resume from iteration 3\.$"):
+        read_checkpoint(tmp_path, ABSTRACT, 2)
+
+
 def test_a_damaged_marker_is_refused_before_logs_are_cut_back(tmp_path):
     with WorkDir(tmp_path, CONFIG) as workdir:
         advance(workdir, 1)
