@@ -15,6 +15,7 @@ def get_config():
     c = quickstart.get_config("qwen2.5-coder-0.5b")
     c.num_iterations = 8
     c.environment.options = '{"unit": "points"}'
+    c.evolution.max_principles = 8  # the first mutation may fill four
     c.data.validation = "addition:digits=3,count=50"
     c.data.test = "addition:digits=3,count=100"
     return c
