@@ -6,13 +6,14 @@ r"""Methods side by side: the same task, the same budget of rollouts, the same s
     python -m experiments.compare_methods --config=configs/quickstart.py:qwen2.5-coder-0.5b --out=runs/mine \
         --methods="espl;espl:selection.strategy=ucb,num_prompts=1"
 
-`--task` is one of `experiments/methods/tasks.py`, `--methods` are of `experiments/methods/methods.py`: the
-modes of the configuration, and controls, perhaps with changed fields. Runs `python -m espl_jax.main` for each
-method and seed, one run after another, with the work directory `OUT/METHOD-SEED`. A run that has ended leaves
-the record `OUT/METHOD-SEED.json`, which is all that the tables need; the same command resumes an interrupted
-comparison and adds further seeds or methods to it. `--tables` starts no run. After each run, OUT gets
-`iterations.csv`, with a row for each method, seed and iteration, and `results.md`: accuracy of {initial,
-trained weights} x {root, deployed prompt} on the test problems, KL divergence of the trained weights,
+`--task` names tasks of `experiments/methods/tasks.py`, or a preset of them such as `cpu`; with several, each
+has the folder `OUT/TASK`. `--methods` are of `experiments/methods/methods.py`: modes of the configuration,
+and controls, perhaps with changed fields. Runs `python -m espl_jax.main` for each method and seed, one run
+after another, with the work directory `OUT/METHOD-SEED`. A run that has ended leaves the record
+`OUT/METHOD-SEED.json`, which is all that the tables need; the same command resumes an interrupted comparison
+and adds further seeds or methods to it. `--tables` starts no run. After each run, OUT gets `iterations.csv`,
+with a row for each method, seed and iteration, and `results.md`: accuracy of {initial, trained weights} x
+{root, deployed prompt} on the test problems and on harder ones, KL divergence of the trained weights,
 differences between methods, and the deployed prompts; with matplotlib also `curves.png`. Arguments after `--`
 go to `espl_jax.main`, with `{method}` and `{seed}` replaced: after exporting the runs of one task, a second
 one can go on from their weights with `-- --config.model.source=exported/{method}-{seed}`.
@@ -31,7 +32,9 @@ from espl_jax.console.tables import duration
 from experiments.methods.methods import METHODS, variants
 from experiments.methods.runs import Run, read
 from experiments.methods.summary import results, with_test
-from experiments.methods.tasks import TASKS, Task
+from experiments.methods.tasks import PRESETS, TASKS, Task, named
+
+KNOWN = [*TASKS, *PRESETS]
 
 
 def write(out: Path, runs: list[Run]) -> str:
@@ -72,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--task", default="", help=f"one of {', '.join(TASKS)}")
+    parser.add_argument("--task", default="", help=f"such as convention,sometimes; of {', '.join(KNOWN)}")
     parser.add_argument("--config", default="", help="instead of a task, as for espl_jax.main")
     parser.add_argument("--methods", default="rl,evolution,espl", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--seeds", default="0", help="such as 0,1,2")
@@ -82,21 +85,19 @@ def main() -> None:
     given = parser.parse_args()
     if bool(given.task) == bool(given.config):
         parser.error("give either --task or --config")
-    if given.task and given.task not in TASKS:
-        parser.error(f"--task={given.task}: choose one of {', '.join(TASKS)}")
-    task = TASKS[given.task] if given.task else Task(given.config)
     try:
+        tasks = named(given.task) if given.task else {"": Task(given.config)}
         methods, seeds = variants(given.methods), [int(seed) for seed in given.seeds.split(",")]
     except ValueError as error:
         parser.error(str(error))
-    out = Path(given.out).absolute()
-    runs = [Run(method, seed, task, out, (*given.arguments,)) for seed in seeds for method in methods]
     try:
-        if not given.tables:
-            for run in runs:
+        for name, task in tasks.items():
+            out = Path(given.out).absolute() / (name if len(tasks) > 1 else "")
+            runs = [Run(method, seed, task, out, (*given.arguments,)) for seed in seeds for method in methods]
+            for run in () if given.tables else runs:
                 finish(run)
                 write(out, runs)
-        print(write(out, runs), end="")
+            print((f"# {name}\n\n" if len(tasks) > 1 else "") + write(out, runs), end="")
     except (RuntimeError, ValueError) as error:
         sys.exit(str(error))
 

@@ -379,7 +379,10 @@ class Shell:
                 config.mode = fields["mode"]
                 check_config(config)
                 shutil.copytree(made, run.workdir)
-            return "0.5"
+                return ""
+            if command[3] == "kl":
+                return json.dumps([0.5] * len((made / "metrics.jsonl").read_text().splitlines()))
+            return json.dumps([{"a": 0.5}] * len(json.loads(Path(command[5]).read_text())))
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Run, "_process", process)

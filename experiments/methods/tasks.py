@@ -6,6 +6,8 @@ On a CPU, with Qwen2.5-Coder-0.5B-Instruct:
 - `sometimes`: the same under a root prompt that asks for a box in words that the model rarely follows.
 - `showcase`: a box and a unit, trained on two-digit sums and tested on three-digit ones.
 
+The first two are also tested on three-digit sums; `cpu` names both.
+
 On TPUs, the paper's settings: `hmmt`, `aime`, `dapo` and `search`. By the bounds of docs/tpus.md, 30
 iterations of one of the first three (Qwen3-8B, LoRA, all rollouts at full length) take at least 5 hours on
 v5p:2x2x1, and 15 on v5e:2x2 with `-- --config.mesh.tensor=4`.
@@ -40,14 +42,17 @@ class Task:
     feedback: str = boxed.NO_BOX
 
 
+THREE_DIGITS = "addition:digits=3,count=100"
+
 TASKS = {
-    "convention": Task(QWEN, {"data.test": "addition:digits=2,count=100"}),
+    "convention": Task(QWEN, {"data.test": "addition:digits=2,count=100"}, hard=THREE_DIGITS),
     "sometimes": Task(
         QWEN,
         {
             "data.test": "addition:digits=2,count=100",
             "population.text": "Reply with the result. Put it in a LaTeX box.",
         },
+        hard=THREE_DIGITS,
     ),
     "showcase": Task("configs/showcase.py"),
     "hmmt": Task("configs/hmmt.py"),
@@ -55,3 +60,21 @@ TASKS = {
     "dapo": Task("configs/dapo.py"),
     "search": Task("configs/search.py", feedback="There is no line that begins with Answer:."),
 }
+
+PRESETS = {"cpu": ("convention", "sometimes")}
+"""Names for several tasks."""
+
+
+def named(names: str) -> dict[str, Task]:
+    """Returns the tasks of a list such as `convention,sometimes` or `cpu`, by name.
+
+    Raises:
+      ValueError: for an unknown name.
+    """
+    found = {}
+    for name in names.split(","):
+        if name not in TASKS and name not in PRESETS:
+            known = ", ".join([*TASKS, *PRESETS])
+            raise ValueError(f"--task={names}: unknown task {name!r}; choose from {known}")
+        found |= {task: TASKS[task] for task in PRESETS.get(name, (name,))}
+    return found

@@ -19,7 +19,7 @@ from experiments import compare_methods
 from experiments.methods import ended, summary
 from experiments.methods.methods import variants
 from experiments.methods.runs import CELLS, Record, Run, read
-from experiments.methods.tasks import TASKS, Task
+from experiments.methods.tasks import PRESETS, TASKS, Task
 from tests.support import tiny
 
 PROMPTS = {
@@ -272,6 +272,19 @@ def test_a_process_that_fails_ends_the_comparison_with_what_it_said(tmp_path, mo
     monkeypatch.setattr(Run, "command", lambda run: command)
     with pytest.raises(SystemExit, match="rl, seed 0 ended with exit code 3:\ndisk is full"):
         compare(monkeypatch, tmp_path / "new", "rl")
+
+
+def test_a_preset_is_several_tasks_with_a_folder_each(started, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(TASKS, "other", TASK)
+    monkeypatch.setitem(PRESETS, "both", ("sums", "other"))
+    compare(monkeypatch, tmp_path, "rl", "--task=both")
+    assert [value(x, "workdir") for x in started if x[2] == "espl_jax.main"] == [
+        str(tmp_path / "sums" / "rl-0"),
+        str(tmp_path / "other" / "rl-0"),
+    ]
+    said = capsys.readouterr().out
+    assert "# sums\n\nTest accuracy" in said and "# other\n\nTest accuracy" in said
+    assert (tmp_path / "other" / "results.md").is_file()
 
 
 @pytest.mark.parametrize(
