@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from espl_jax.console.tables import table
 from espl_jax.environments.arithmetic import Arithmetic
 from espl_jax.evolution.attempts import Attempt, problem_values
 from espl_jax.evolution.guards import Guards
@@ -150,10 +151,18 @@ def main() -> None:
             model = load_pretrained(given.source, dtype="auto", param_dtype="auto", matmul_precision="auto")
         results[key] = measure(model, rollouts, cell, given.temperature)
         path.write_text(json.dumps(results, indent=1, ensure_ascii=False))
-    columns = ("count", "ended", "read", "echoes", "accepted", "passes_on", "seconds")
-    print("| model, cell | " + " | ".join(columns) + " |\n" + "| --- " * (len(columns) + 1) + "|")
-    for key, result in results.items():
-        print(f"| {key.replace(' | ', ': ')} | " + " | ".join(str(result[name]) for name in columns) + " |")
+    print(shown(results))
+
+
+def shown(results: dict[str, Any]) -> str:
+    """Returns the results as a table, model by model, in the order of `CELLS`."""
+    columns = ("count", "ended", "read", "echoes", "accepted", "passes_on")
+    rows = [["model", "cell", *(column.replace("_", " ") for column in columns)]]
+    for source in dict.fromkeys(key.split(" | ")[0] for key in results):
+        for cell in CELLS:
+            if result := results.get(f"{source} | {cell}"):
+                rows.append([source, cell, *(str(result[column]) for column in columns)])
+    return table(rows)
 
 
 if __name__ == "__main__":

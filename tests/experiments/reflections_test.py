@@ -44,10 +44,8 @@ def test_counts_and_what_is_not_measured_again(tmp_path, monkeypatch, capsys):
         2,
         1,
     ]
-    assert (
-        "| smollm2: lines, none, new templates, feedback alone | 5 | 4 | 3 | 1 | 2 | 1 |"
-        in capsys.readouterr().out
-    )
+    said = " ".join(capsys.readouterr().out.split())
+    assert "| smollm2 | lines, none, new templates, feedback alone | 5 | 4 | 3 | 1 | 2 | 1 |" in said
 
     monkeypatch.setattr(reflections, "LocalReflector", None)  # raises if it is called
     reflections.main()
