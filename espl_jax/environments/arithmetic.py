@@ -70,8 +70,9 @@ class Arithmetic:
             golds.append(Decimal(gold))
         is_boxed = self.answer_format == "boxed"
         text = boxed.last_boxed(reply) if is_boxed else reply
+        unit = f'The number has to be followed by the word "{self.unit}".' if self.unit else ""
         if text is None:
-            return Grade(0.0, False, feedback=boxed.NO_BOX)
+            return Grade(0.0, False, feedback=f"{boxed.NO_BOX} {unit}".rstrip())
         # LaTeX writes a thousands separator as {,} to avoid the space after a comma.
         number = last_number(text.replace("{,}", ",") if is_boxed else text)
         if number is None:
@@ -80,7 +81,7 @@ class Arithmetic:
         right, has_unit = Decimal(number) in golds, self._has_unit(text, reply)
         feedback = [] if right else [f"The answer that was read, {number}, is wrong."]
         if not has_unit:
-            feedback.append(f'The unit is missing. The number has to be followed by the word "{self.unit}".')
+            feedback.append(f"The unit is missing. {unit}")
         reward = right * (1.0 if has_unit else 0.5)
         return Grade(reward, right and has_unit, number, feedback=" ".join(feedback))
 

@@ -130,6 +130,12 @@ def test_a_unit_is_wanted(reply, reward):
     assert ("box" in grade.feedback) == ("box" not in reply)
 
 
+def test_a_reply_without_a_box_is_told_of_box_and_unit():
+    (grade,) = Arithmetic("boxed", unit="points").grade([PROBLEM], ["85 points"])
+    assert grade.reward == 0
+    assert r"\boxed{...}" in grade.feedback and '"points"' in grade.feedback
+
+
 def test_a_wrong_number_without_a_unit_is_told_both():
     (grade,) = Arithmetic("boxed", unit="points").grade([PROBLEM], [r"\boxed{86}"])
     assert "86, is wrong" in grade.feedback
