@@ -1,0 +1,36 @@
+"""Keeps credentials out of what trackers and the work directory get."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from espl_jax.trackers.base import Hyperparameter
+
+_SECRET_NAME = re.compile(r"(KEY|TOKEN|PASSWORD|SECRET|CREDENTIALS)$", re.IGNORECASE)
+_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+@")
+_SHORTEST = 8
+
+
+def redacted(text: str) -> str:
+    """Replaces the user part of addresses, and the values of environment variables named like credentials."""
+    text = _IN_ADDRESS.sub("***@", text)
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and _SECRET_NAME.search(name):
+            text = text.replace(value, "***")
+    return text
+
+
+def hyperparameters(config: Mapping[str, Any]) -> dict[str, Hyperparameter]:
+    """Flattens a configuration to `group.field`, without credentials; None and tuples become text."""
+    found: dict[str, Hyperparameter] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            found |= {f"{name}.{inner}": leaf for inner, leaf in hyperparameters(value).items()}
+        elif isinstance(value, bool | int | float):
+            found[name] = value
+        else:
+            found[name] = redacted(str(list(value) if isinstance(value, tuple) else value))
+    return found
