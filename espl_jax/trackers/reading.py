@@ -70,7 +70,7 @@ class Reading:
             self._prompts[entry["id"]] = prompt_from_json(entry)
 
     def _valid(self, lengths: Offsets) -> bool:
-        """Returns whether the next lines of both logs belong to the iterations that follow, or earlier ones."""
+        """Returns whether the next lines of both logs belong to the next iteration or an earlier one."""
         for log, begin in self._offsets.items():
             if begin > lengths.get(log, 0):
                 return False

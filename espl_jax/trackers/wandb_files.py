@@ -1,8 +1,8 @@
 """Reads the transaction logs of Weights & Biases (`run-<id>.wandb`), all that there is of an offline run.
 
-The format is that of LevelDB's logs: a file header of 7 bytes, then blocks of 32 KiB with fragments of records.
-A fragment has a header of 7 bytes (checksum, length, type); type 1 is a whole record, 2, 3 and 4 are the first,
-middle and last fragment of one. Records are protocol buffers.
+The format is that of LevelDB's logs: a file header of 7 bytes, then blocks of 32 KiB with fragments of
+records. A fragment has a header of 7 bytes (checksum, length, type); type 1 is a whole record, 2, 3 and 4 are
+the first, middle and last fragment of one. Records are protocol buffers.
 """
 
 # pyright: reportMissingImports=false

@@ -23,8 +23,8 @@ _MOST_BINS = 64
 class WeightsAndBiases:
     """Logs each iteration as one row of the run's history, and results to its summary.
 
-    A row is atomic, and the summary is overwritten. A resumed online run begins at the step after the last row
-    that the server has; that of an offline run is read from its files.
+    A row is atomic, and the summary is overwritten. A resumed online run begins at the step after the last
+    row that the server has; that of an offline run is read from its files.
     """
 
     fix = "check WANDB_API_KEY and the network, or set WANDB_MODE=offline and sync later"
