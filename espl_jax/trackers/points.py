@@ -50,9 +50,8 @@ def iteration_point(
 def results_point(results: Mapping[str, Any]) -> Point:
     """Returns the point of a run's test, from `results.json`."""
     best = prompt_from_json(dict(results["deployed"]))
-    text = (
-        _described(best, f"rating {best.mu:.2f} ± {best.sigma:.2f}") + f"\n\nChosen by: {results['reason']}"
-    )
+    rating = f"rating {best.mu:.2f} ± {best.sigma:.2f}"
+    text = f"{_described(best, rating)}\n\nReason: {results['reason']}"
     scalars = dict(_leaves({"test": results.get("test", {})}))
     return Point("results", results["iteration"], scalars, texts={"prompts/deployed": text})
 
