@@ -1,7 +1,7 @@
 """Event files of TensorBoard: records with checksums, of which one holds a whole point."""
 
-# pyright: reportMissingImports=false
-# The package is optional.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# The package is optional, and its protocol buffers have no types.
 
 from __future__ import annotations
 

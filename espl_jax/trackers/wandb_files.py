@@ -5,8 +5,8 @@ records. A fragment has a header of 7 bytes (checksum, length, type); type 1 is 
 the first, middle and last fragment of one. Records are protocol buffers.
 """
 
-# pyright: reportMissingImports=false
-# The package is optional.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# The package is optional, and its protocol buffers have no types.
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Watches a run: `python -m espl_jax.watch --workdir=runs/hmmt`.
 
-On a terminal, the view is redrawn until the run ends or Ctrl-C. Elsewhere, a line is printed at each iteration
-and phase. With --once, the whole view is printed once. The command only reads, and needs no accelerator.
+On a terminal, the view is redrawn until the run ends or Ctrl-C. Elsewhere, a line is printed at each
+iteration and phase. With --once, the whole view is printed once. The command only reads, and needs no accelerator.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -100,7 +102,7 @@ def _edits(view: RunView) -> RenderableType:
     return Group(*rows)
 
 
-def _shortened(lines: list[str] | tuple[str, ...]) -> list[Text]:
+def _shortened(lines: Sequence[str]) -> list[Text]:
     kept = [each for each in lines if each.strip()]
     more = [f"... {len(kept) - _TEXT_LINES} more lines"] if len(kept) > _TEXT_LINES else []
     # Text is never parsed as markup.

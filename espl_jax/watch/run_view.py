@@ -191,16 +191,14 @@ class Watcher:
             said.append("There is no status.json: the run has not started, or is of an earlier version.")
         recent = list(self._recent)[-_FEW:]
         last = recent[-1] if recent else {}
-        if last.get("not_finite_in_row"):
-            said.append(
-                f"{last['not_finite_in_row']} consecutive updates skipped: loss or gradient not finite."
-            )
+        if count := last.get("not_finite_in_row"):
+            said.append(f"{count} consecutive updates skipped: loss or gradient not finite.")
         if last.get("skipped_updates"):
             said.append(f"{last['skipped_updates']} updates skipped: all rewards of every group were equal.")
         if recent and all(record.get("truncated", 0) >= 0.5 for record in recent):
             said.append(
-                f"{last['truncated']:.0%} of rollouts are truncated; raise sampling.max_new_tokens if replies need "
-                "more."
+                f"{last['truncated']:.0%} of rollouts are truncated; raise sampling.max_new_tokens if replies "
+                "need more."
             )
         if len(recent) == _FEW and all("children" in each and not each["children"] for each in recent):
             reasons = {reason for each in recent for reason in each.get("no_child", {}).values()}
@@ -230,9 +228,8 @@ def _tokens_per_second(record: Mapping[str, Any], config: Mapping[str, Any]) -> 
     seconds = record.get("time", {}).get("rollouts")
     if not seconds or "new_tokens" not in record:
         return None
-    return (
-        record["new_tokens"] * config["num_prompts"] * config["batch_size"] * config["group_size"] / seconds
-    )
+    rollouts = config["num_prompts"] * config["batch_size"] * config["group_size"]
+    return record["new_tokens"] * rollouts / seconds
 
 
 def _results(results: Mapping[str, Any]) -> list[str]:

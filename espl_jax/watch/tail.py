@@ -41,9 +41,8 @@ class Tail:
         log = folders.open_log(self._path)
         length = log.length()
         # A log that was cut back and has grown again differs in the last line that was read.
-        kept = (
-            length >= self._begin and log.read(self._begin - len(self._last), len(self._last)) == self._last
-        )
+        before = log.read(self._begin - len(self._last), len(self._last)) if self._last else b""
+        kept = length >= self._begin and before == self._last
         again = bool(self._begin) and not kept
         if again:
             self._begin, self._last = 0, b""
@@ -58,12 +57,8 @@ class Tail:
                 whole = content[: content.find(b"\n") + 1]
                 if not whole:
                     break
-            lines = whole.splitlines(keepends=True) if b"\r" not in whole else _lines(whole)
+            lines = whole.split(b"\n")[:-1]
             records += [json.loads(line) for line in lines]
             self._begin += len(whole)
-            self._last = lines[-1]
+            self._last = lines[-1] + b"\n"
         return Added(records, again)
-
-
-def _lines(content: bytes) -> list[bytes]:
-    return [line + b"\n" for line in content.split(b"\n")[:-1]]

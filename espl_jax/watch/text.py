@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -22,9 +23,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
         return ""
     if len(values) > width:
         edges = [round(i * len(values) / width) for i in range(width + 1)]
-        values = [
-            sum(values[begin:end]) / (end - begin) for begin, end in zip(edges, edges[1:], strict=False)
-        ]
+        values = [sum(values[begin:end]) / (end - begin) for begin, end in itertools.pairwise(edges)]
     low, high = min(values), max(values)
     if high == low:
         return _BARS[3] * len(values)

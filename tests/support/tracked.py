@@ -168,7 +168,7 @@ def main(path, tracker, iterations, moment="", number="0"):
         return lambda run: Killed(tracker_of(name)(run), moment, int(number))
 
     begin = time.monotonic()
-    simulate(path, config([tracker], int(iterations)), make=make)
+    simulate(path, config([tracker], int(iterations)), make=make, drain=300.0)
     print(f"done in {time.monotonic() - begin:.1f} s")
 
 

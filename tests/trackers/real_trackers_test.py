@@ -27,12 +27,13 @@ KILLS = (("before", 2), ("after", 2), ("noted", 1), ())
 @pytest.fixture(params=READERS)
 def tracker(request, tmp_path, monkeypatch):
     """The name of a tracker whose package is there; everything that it stores is in a folder of the test."""
-    pytest.importorskip(request.param, reason=f"needs the package {request.param}")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_DIR", raising=False)
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.chdir(tmp_path)  # where MLflow keeps artifacts
+    # trackio reads its variables when it is imported.
+    pytest.importorskip(request.param, reason=f"needs the package {request.param}")
     return request.param
 
 
