@@ -1,7 +1,8 @@
 """Watches a run: `python -m espl_jax.watch --workdir=runs/hmmt`.
 
 On a terminal, the view is redrawn until the run ends or Ctrl-C. Elsewhere, a line is printed at each
-iteration and phase. With --once, the whole view is printed once. The command only reads, and needs no accelerator.
+iteration and phase. With --once, the whole view is printed once. The command only reads, and does not use
+accelerators.
 """
 
 from __future__ import annotations

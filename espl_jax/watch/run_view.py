@@ -197,8 +197,8 @@ class Watcher:
             said.append(f"{last['skipped_updates']} updates skipped: all rewards of every group were equal.")
         if recent and all(record.get("truncated", 0) >= 0.5 for record in recent):
             said.append(
-                f"{last['truncated']:.0%} of rollouts are truncated; raise sampling.max_new_tokens if replies "
-                "need more."
+                f"{last['truncated']:.0%} of rollouts are truncated; if replies need more tokens, raise "
+                "sampling.max_new_tokens."
             )
         if len(recent) == _FEW and all("children" in each and not each["children"] for each in recent):
             reasons = {reason for each in recent for reason in each.get("no_child", {}).values()}
