@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
@@ -33,6 +34,7 @@ class MLflow:
 
     def __init__(self, run: TrackedRun):
         self._tracked = run
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it reports every migration of its tables
         self._client = MlflowClient()
         self._run_id = ""
         self._logged: set[tuple[str, int]] = set()
