@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -56,7 +55,9 @@ def _head(view: RunView, width: int) -> RenderableType:
         state.append(", no checkpoint yet", style="default not bold")
     elif view.checkpoint != view.iteration:
         state.append(f", checkpoint of {view.checkpoint}", style="default not bold")
-    bar = ProgressBar(total=max(1, view.num_iterations), completed=view.iteration, width=max(8, width - 4))
+    room = max(8, width - 4)
+    done = round(room * min(1.0, view.iteration / max(1, view.num_iterations)))
+    bar = Text("━" * done, style=_STATES[view.state]).append("┄" * (room - done), style="dim")
     rows: list[RenderableType] = [state, bar]
     if view.phase:
         rows.append(Text(f"{safe(view.phase[0])} for {duration(view.phase[1])}"))

@@ -127,7 +127,7 @@ class Watcher:
             best=self._best(),
             edits=[_edit(member) for member in reversed(self._born)],
             warnings=self._warnings(state, found, now),
-            results=_results(results) if results.get("iteration") == done else [],
+            results=_results(results) if results.get("iteration") == total == done else [],
         )
 
     def _config(self) -> dict[str, Any]:

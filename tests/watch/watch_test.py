@@ -102,7 +102,15 @@ class TestStates:
         assert [heading for heading, _ in view.edits] == [
             f"p{i}  mutation of p0, iteration {i}" for i in (6, 5, 4)
         ]
-        assert "rollouts for 5.0 s" in shown(view)
+        lines = shown(view).splitlines()
+        assert lines[2] == f"│ {'━' * 46}{'┄' * 30} │" and lines[3].startswith("│ rollouts for 5.0 s ")
+
+    def test_results_of_an_earlier_end_are_not_shown(self, run):
+        assert look(run).results
+        settings = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(settings | {"num_iterations": 10}))
+        write_status(run, num_iterations=10)
+        assert not look(run).results
 
     def test_finished(self, run):
         write_status(run, state="finished", alive=NOW - 1e6)
