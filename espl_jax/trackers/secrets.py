@@ -11,12 +11,17 @@ from espl_jax.trackers.base import Hyperparameter
 
 _SECRET_NAME = re.compile(r"(KEY|TOKEN|PASSWORD|SECRET|CREDENTIALS)$", re.IGNORECASE)
 _IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+@")
+_IN_JSON = re.compile(r"""("[^"]*(?:key|token|password|secret)"\s*:\s*)"[^"]*\"""", re.IGNORECASE)
 _SHORTEST = 8
 
 
 def redacted(text: str) -> str:
-    """Replaces the user part of addresses, and the values of environment variables named like credentials."""
-    text = _IN_ADDRESS.sub("***@", text)
+    """Replaces credentials by `***`.
+
+    These are the user part of addresses, strings of JSON objects whose key ends like `api_key`, and the
+    values of environment variables with such names.
+    """
+    text = _IN_JSON.sub(r'\1"***"', _IN_ADDRESS.sub("***@", text))
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST and _SECRET_NAME.search(name):
             text = text.replace(value, "***")

@@ -18,8 +18,8 @@ from espl_jax.trackers.base import TrackedRun, Tracker
 from espl_jax.trackers.follower import Follower
 from espl_jax.trackers.secrets import hyperparameters
 
-DRAIN_SECONDS = 120.0
-"""How long a finished run waits for its trackers."""
+DRAIN_SECONDS, INTERRUPTED_SECONDS = 120.0, 15.0
+"""How long a finished run, and a run that an error or Ctrl-C ends, waits for its trackers."""
 
 Make = Callable[[TrackedRun], Tracker]
 
@@ -85,7 +85,7 @@ def tracking(
     finally:
         for follower in followers:
             follower.stop(finished)
-        deadline = time.monotonic() + drain
+        deadline = time.monotonic() + (drain if finished else min(drain, INTERRUPTED_SECONDS))
         for follower in followers:
             follower.join(deadline)
 
