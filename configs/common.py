@@ -199,6 +199,11 @@ def get_config() -> ConfigDict:
     c.mesh.tensor = 1  # tensor parallelism
     c.mesh.expert = 1  # expert parallelism; models without experts use this axis as data parallelism
 
+    c.trackers = ()  # any of tensorboard, wandb, trackio, mlflow: docs/trackers.md
+    c.tracking = ConfigDict()
+    c.tracking.project = "espl_jax"  # project of wandb and trackio, experiment of mlflow
+    c.tracking.name = ""  # name of the run; empty: the name of the work directory
+
     c.resume = ConfigDict()
     c.resume.changed_inputs = "refuse"  # inputs replaced since the checkpoint: refuse, or allow (and warn)
 

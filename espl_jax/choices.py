@@ -37,3 +37,6 @@ ENVIRONMENTS = {
     "search": (),
 }
 """Environment -> its answer formats, if there is a choice."""
+
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
+"""Trackers; each needs the package of its name, which the extra of the same name installs."""

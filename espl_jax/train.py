@@ -34,7 +34,9 @@ from espl_jax.run.state import MAY_CHANGE, Run, restore, save, stop_if_stuck
 from espl_jax.run.update import Updated, update
 from espl_jax.run.weights import settle_numerics
 from espl_jax.sampling.sizes import describe
+from espl_jax.storage import status
 from espl_jax.storage.workdir import WorkDir
+from espl_jax.trackers.start import tracking
 from espl_jax.training.state import TrainState
 from espl_jax.types import Problem, Reflect, Rollouts, SystemPrompt, counts_of
 
@@ -59,10 +61,16 @@ def train(config: Config, workdir: str | Path, console: Console | None = None) -
     with contextlib.ExitStack() as stack:
         folder = WorkDir(workdir, config.to_dict(), may_change=MAY_CHANGE, keep=config.checkpoint_keep)
         stack.enter_context(folder)
+        show = stack.enter_context(status.written(folder.path, config.num_iterations, processes.is_first()))
         parts = assemble(config)
         make_reflect = stack.enter_context(open_reflectors(config, parts, folder.path))
         run = restore(folder, config, parts)
-        with Progress(config.num_iterations, folder.append, done=run.iteration, console=console) as progress:
+        with (
+            Progress(
+                config.num_iterations, folder.append, done=run.iteration, console=console, listen=show
+            ) as progress,
+            tracking(config.to_dict(), str(folder.path), progress.say) as update_trackers,
+        ):
             progress.say(
                 f"Rollouts: {describe(rollout_sizes(config, parts))}, each compiled when first needed."
             )
@@ -76,8 +84,11 @@ def train(config: Config, workdir: str | Path, console: Console | None = None) -
                     run = iterate(job, run, make_reflect)
                 if iteration % config.checkpoint_every == 0 or iteration == config.num_iterations:
                     save(folder, run)
+                    update_trackers()
                 stop_if_stuck(folder, run, config)
-            return finish(job, parts.policy(run.train_state), run.root, run.population)
+            results = finish(job, parts.policy(run.train_state), run.root, run.population)
+            update_trackers()
+            return results
 
 
 def left_out(parts: Parts) -> list[str]:

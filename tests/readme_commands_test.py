@@ -24,6 +24,7 @@ import pytest
 from absl import app, flags, logging
 from transformers import AutoTokenizer
 
+from espl_jax.choices import TRACKERS
 from espl_jax.console import command_line
 from espl_jax.environments.retrievers.load import Bm25, SearchServer
 from espl_jax.environments.retrievers.serve import make_server
@@ -223,6 +224,11 @@ class Shell:
                 folder = self._made("espl_jax.main", "--workdir", value_of(args, "--workdir"))
                 self.module("espl_jax.export", args, folder)
                 return folder
+            case ["python", "-m", "espl_jax.watch", *args]:
+                folder = self._made("espl_jax.main", "--workdir", value_of(args, "--workdir"))
+                said = self.module("espl_jax.watch", args, folder)
+                assert "finished  iteration 1" in said if "--once" in args else "iteration 1/1" in said
+                return folder
             case ["python", "-m", "espl_jax.pretrained.fetch", name]:
                 return self._fetch(name)
             case ["python", "-m", "espl_jax.environments.retrievers.serve", *args]:
@@ -241,6 +247,11 @@ class Shell:
                 prompt = (folder / exported / "system_prompt.txt").read_text()
                 template = AutoTokenizer.from_pretrained(folder / exported).chat_template
                 assert prompt.splitlines()[0] in template
+                return folder
+            case ["tensorboard", *args]:  # serves until it is stopped
+                logdir = value_of(args, "--logdir")
+                folder = self._made("espl_jax.main", "--workdir", logdir)
+                assert list((folder / logdir / "tensorboard").glob("events.out.tfevents.*"))
                 return folder
             case ["gcloud", "storage", "cat", address]:  # needs Google's cloud; logs have the same names
                 log = Path(address.removeprefix("gs://bucket/").removesuffix("/*"))
@@ -318,6 +329,9 @@ class Shell:
     def _main(self, args):
         if gym_of(args):
             pytest.importorskip("reasoning_gym")
+        for name in TRACKERS:
+            if name in (value_of(args, "--config.trackers") or ""):
+                pytest.importorskip(name)
         folder = self.new_folder()
         if value_of(args, "--coordinator_address"):
             self._one_of_several(args, folder)

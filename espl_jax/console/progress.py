@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import rich.box
@@ -34,6 +34,7 @@ class Progress:
       append: called as `append("metrics", record)`.
       done: iterations done by earlier processes.
       console: console to print to; standard output by default.
+      listen: called with the current phases and the iterations done whenever one of them changes.
       clock: returns seconds; replaced in tests.
     """
 
@@ -44,12 +45,14 @@ class Progress:
         *,
         done: int = 0,
         console: rich.console.Console | None = None,
+        listen: Callable[[Sequence[str], int], None] = lambda phases, done: None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._total = num_iterations
         self._append = append
         self._done = done
         self._console = console or rich.console.Console()
+        self._listen = listen
         self._clock = clock
         self._phases: list[str] = []
         self._seconds: dict[str, float] = {}
@@ -70,6 +73,7 @@ class Progress:
     def __enter__(self) -> Progress:
         self._start = self._clock()
         self._bar.start()
+        self._listen((), self._done)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -134,6 +138,7 @@ class Progress:
         return statistics.median(self._durations[-9:]) * (self._total - self._done)
 
     def _show_phase(self) -> None:
+        self._listen(tuple(self._phases), self._done)
         phases = " > ".join(self._phases)
         self._bar.update(self._task, description="  ".join(filter(None, [phases, self._last])))
 

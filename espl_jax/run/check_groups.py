@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
-from espl_jax.choices import CLIP_RANGES, ENVIRONMENTS, LORA_TARGETS, SEQUENCE_LOSSES, SHOWN
+from espl_jax.choices import CLIP_RANGES, ENVIRONMENTS, LORA_TARGETS, SEQUENCE_LOSSES, SHOWN, TRACKERS
 from espl_jax.data import specs
 from espl_jax.environments.retrievers.server import is_address
 from espl_jax.evolution.templates import Templates
@@ -42,11 +44,23 @@ def check_files(config: Config) -> None:
     for field, path in files.items():
         if path.endswith((".jsonl", ".json", ".gguf")) and not Path(path).expanduser().is_file():
             _refuse(field, path, "file not found; correct the path")
+    for name in config.trackers:
+        if name in TRACKERS and not _is_installed(name):
+            fix = f"pip install -e '.[{name}]'"
+            _refuse("trackers", tuple(config.trackers), f"the package {name} is not installed; {fix}")
+
+
+def _is_installed(package: str) -> bool:
+    """Returns whether a package can be imported, without importing it."""
+    spec = importlib.util.find_spec(package)
+    # A folder of that name, such as the one that W&B writes, is found as a namespace package.
+    return spec is not None and spec.origin is not None
 
 
 def check_groups(config: Config) -> None:
     """Checks each group of fields, including constraints between groups. Raises ValueError."""
     _check_run(config)
+    _check_trackers(config)
     _check_model(config)
     _check_sampling(config)
     _check_population(config)
@@ -79,6 +93,18 @@ def _check_run(config: Config) -> None:
         )
     if list(config.mesh.values()).count(-1) > 1:
         _refuse("mesh", dict(config.mesh), "only one axis can be -1; set the others to positive sizes")
+
+
+def _check_trackers(config: Config) -> None:
+    names = tuple(config.trackers)
+    if unknown := [name for name in names if name not in TRACKERS]:
+        _refuse(
+            "trackers", names, f"unknown {', '.join(map(repr, unknown))}; choose from {', '.join(TRACKERS)}"
+        )
+    if len(set(names)) < len(names):
+        _refuse("trackers", names, "name each tracker once")
+    if names and not re.fullmatch(r"[\w.-]+", config.tracking.project):
+        _refuse("tracking.project", config.tracking.project, "use letters, digits, '.', '_' and '-' only")
 
 
 def _check_model(config: Config) -> None:

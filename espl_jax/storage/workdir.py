@@ -26,11 +26,9 @@ shares what it reads and its errors with the others.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
@@ -39,7 +37,7 @@ from absl import logging
 
 from espl_jax.parallel import processes
 from espl_jax.storage import arrays as storage_arrays
-from espl_jax.storage import folders
+from espl_jax.storage import commits, folders
 from espl_jax.storage.json_values import differences, plain
 
 LOGS = ("metrics", "rollouts", "reflections", "lineage", "evaluations")
@@ -169,7 +167,7 @@ class WorkDir:
         leaves, _ = storage_arrays.named_leaves(arrays)
         storage_arrays.check_shared(leaves)
         self._first(lambda: self._begin(iteration))
-        path = self.path / _folder(iteration) / "arrays"
+        path = self.path / commits.folder_of(iteration) / "arrays"
         storage_arrays.save(path, leaves)
         files = storage_arrays.hashes(path)
         self._first(lambda: self._commit(iteration, text, storage_arrays.describe(leaves), files))
@@ -192,7 +190,7 @@ class WorkDir:
         """
 
         def newest() -> tuple[int, dict[int, dict[str, Any]], bytes] | None:
-            committed = _committed(self._storage)
+            committed = commits.committed(self._storage)
             return _state_of(self._storage, committed) if committed else None
 
         found = self._first(newest)
@@ -232,31 +230,33 @@ class WorkDir:
             )
 
     def _recover(self) -> None:
-        committed = _committed(self._storage)
+        committed = commits.committed(self._storage)
         lengths = committed[max(committed)]["logs"] if committed else {}
         for name, log in self._logs.items():
             log.cut_back(lengths.get(name, 0))
-        for iteration in _iterations(self._storage):
+        for iteration in commits.iterations(self._storage):
             if iteration not in committed:
-                logging.info("Removing the unfinished checkpoint %s", self.path / _folder(iteration))
+                logging.info(
+                    "Removing the unfinished checkpoint %s", self.path / commits.folder_of(iteration)
+                )
                 self._remove(iteration)
         self._remove_old()
 
     def _begin(self, iteration: int) -> None:
-        newest = max(_committed(self._storage), default=-1)
+        newest = max(commits.committed(self._storage), default=-1)
         if iteration <= newest:
             raise ValueError(
                 f"iteration={iteration}: {self.path} already has a checkpoint of iteration {newest}"
             )
         self._storage.check_held()
-        if iteration in _iterations(self._storage):  # left by a `save` that failed in this process
+        if iteration in commits.iterations(self._storage):  # left by a `save` that failed in this process
             self._remove(iteration)
-        self._storage.make(_folder(iteration))
+        self._storage.make(commits.folder_of(iteration))
 
     def _commit(self, iteration: int, state: bytes, arrays: dict[str, str], files: dict[str, str]) -> None:
         for log in self._logs.values():
             log.sync()
-        folder = _folder(iteration)
+        folder = commits.folder_of(iteration)
         self._storage.write(f"{folder}/state.json", state)
         commit = {
             "iteration": iteration,
@@ -265,18 +265,18 @@ class WorkDir:
             "files_sha256": files,
             "state_sha256": hashlib.sha256(state).hexdigest(),
         }
-        commit["sha256"] = _hash_of_commit(commit)
+        commit["sha256"] = commits.hash_of(commit)
         self._storage.write(f"{folder}/COMMIT", json.dumps(commit, sort_keys=True).encode())
         self._remove_old()
 
     def _remove_old(self) -> None:
-        for iteration in sorted(_committed(self._storage))[: -self.keep]:
+        for iteration in sorted(commits.committed(self._storage))[: -self.keep]:
             self._remove(iteration)
 
     def _remove(self, iteration: int) -> None:
         # The marker first, so that a partly removed checkpoint does not look complete.
-        self._storage.remove(f"{_folder(iteration)}/COMMIT")
-        self._storage.remove(_folder(iteration))
+        self._storage.remove(f"{commits.folder_of(iteration)}/COMMIT")
+        self._storage.remove(commits.folder_of(iteration))
 
 
 def read_checkpoint(
@@ -298,7 +298,7 @@ def read_checkpoint(
       ValueError: if there are checkpoints, but none of that iteration. Otherwise as `WorkDir.restore`.
     """
     folder = folders.open_folder(path)
-    while committed := processes.decide(lambda: _committed(folder)):
+    while committed := processes.decide(lambda: commits.committed(folder)):
         if iteration is not None and iteration not in committed:
             kept = ", ".join(map(str, sorted(committed)))
             raise ValueError(
@@ -310,7 +310,7 @@ def read_checkpoint(
             return _with_arrays(folder, found, abstract_arrays, partial=True)
         except Exception:
             # If the run has meanwhile replaced the checkpoint with a newer one, read that.
-            is_newest = max(_committed(folder), default=-1) == max(committed)
+            is_newest = max(commits.committed(folder), default=-1) == max(committed)
             if iteration is not None or jax.process_count() > 1 or is_newest:
                 raise
     return None
@@ -321,62 +321,15 @@ def read_log(path: str | os.PathLike[str], log: str) -> list[bytes]:
     return list(folders.open_log(folders.parse(path) / f"{log}.jsonl").lines())
 
 
-def _folder(iteration: int) -> str:
-    return f"checkpoints/{iteration:08d}"
-
-
-def _iterations(folder: folders.Folder) -> list[int]:
-    """Returns the iterations of all checkpoints, finished or not."""
-    return [int(name) for name in folder.names("checkpoints") if re.fullmatch(r"\d{8}", name)]
-
-
-def _committed(folder: folders.Folder) -> dict[int, dict[str, Any]]:
-    """Returns the contents of COMMIT by iteration. A marker truncated by a kill is ignored.
-
-    Raises:
-      ValueError: if a marker is complete but damaged, or was written by another version of the package.
-    """
-    committed = {}
-    for iteration in _iterations(folder):
-        text = folder.read(f"{_folder(iteration)}/COMMIT") or b""
-        with contextlib.suppress(json.JSONDecodeError):
-            committed[iteration] = json.loads(text.decode("ascii", errors="replace"))
-    for iteration, commit in committed.items():
-        if "sha256" not in commit:
-            raise ValueError(
-                f"{folder.path / _folder(iteration)} was written by another version of espl_jax, without "
-                "hashes; read it with that version"
-            )
-        if commit["sha256"] != _hash_of_commit(commit):
-            raise ValueError(_damaged(folder, iteration, "COMMIT", committed))
-    return committed
-
-
-def _hash_of_commit(commit: dict[str, Any]) -> str:
-    """Returns the hash of all fields of COMMIT except the hash itself."""
-    said = {name: value for name, value in commit.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def _damaged(folder: folders.Folder, iteration: int, file: str, committed: Collection[int]) -> str:
-    """Returns the error message for a file of a checkpoint whose hash does not match COMMIT."""
-    other = max(set(committed) - {iteration}, default=None)
-    rest = "start from the beginning" if other is None else f"resume from iteration {other}"
-    return (
-        f"{folder.path / _folder(iteration) / file} is damaged: its hash does not match COMMIT. Remove "
-        f"{folder.path / _folder(iteration)} to {rest}."
-    )
-
-
 def _state_of(
     folder: folders.Folder, committed: dict[int, dict[str, Any]], iteration: int | None = None
 ) -> tuple[int, dict[int, dict[str, Any]], bytes]:
     """Returns (iteration, all COMMITs by iteration, state.json) of a checkpoint; None: of the newest one."""
     if iteration is None:
         iteration = max(committed)
-    text = folder.read(f"{_folder(iteration)}/state.json") or b""
+    text = folder.read(f"{commits.folder_of(iteration)}/state.json") or b""
     if hashlib.sha256(text).hexdigest() != committed[iteration]["state_sha256"]:
-        raise ValueError(_damaged(folder, iteration, "state.json", committed))
+        raise ValueError(commits.damaged(folder, iteration, "state.json", committed))
     return iteration, committed, text
 
 
@@ -388,12 +341,12 @@ def _with_arrays(
 ) -> tuple[int, Any, dict[str, Any]]:
     """Loads the arrays of a checkpoint: all of them, or with `partial` those in `abstract_arrays`."""
     iteration, committed, text = found
-    path, commit = folder.path / _folder(iteration), committed[iteration]
+    path, commit = folder.path / commits.folder_of(iteration), committed[iteration]
     leaves, treedef = storage_arrays.named_leaves(abstract_arrays)
     wanted = storage_arrays.describe(leaves)
     saved = {name: x for name, x in commit["arrays"].items() if name in wanted or not partial}
     storage_arrays.check_same(path, saved, wanted)
     storage_arrays.check_shared(leaves)
     if leaves and (name := storage_arrays.damaged(path / "arrays", commit["files_sha256"])):
-        raise ValueError(_damaged(folder, iteration, f"arrays/{name}", committed))
+        raise ValueError(commits.damaged(folder, iteration, f"arrays/{name}", committed))
     return iteration, treedef.unflatten(storage_arrays.load(path / "arrays", leaves)), json.loads(text)

@@ -99,6 +99,24 @@ def test_phase_counts_when_it_fails_and_nests():
     assert recorded[0]["time"] == {"evaluation": 3.0, "rollouts": 3.0, "total": 3.0}
 
 
+def test_a_listener_hears_of_phases_and_iterations():
+    heard = []
+    console = rich.console.Console(file=io.StringIO())
+    listen = lambda phases, done: heard.append((phases, done))  # noqa: E731
+    with Progress(4, lambda log, record: None, done=2, console=console, listen=listen) as progress:
+        with progress.phase("evaluation"), progress.phase("rollouts"):
+            pass
+        progress.report(3, {"reward": 1.0})
+    assert heard == [
+        ((), 2),
+        (("evaluation",), 2),
+        (("evaluation", "rollouts"), 2),
+        (("evaluation",), 2),
+        ((), 2),
+        ((), 3),
+    ]
+
+
 def test_text_is_shown_as_it_is():
     shown = io.StringIO()
     progress = Progress(1, lambda log, record: None, console=rich.console.Console(file=shown, width=20))

@@ -314,3 +314,44 @@ def test_checking_costs_no_import_of_jax():
     code = "import sys, espl_jax.run.check_config; sys.exit(' '.join({'jax', 'flax'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr.strip() == ""
+
+
+class TestTrackers:
+    @pytest.fixture(autouse=True)
+    def installed(self, monkeypatch):
+        """Every package of a tracker is there, except mlflow."""
+        monkeypatch.setattr(check_groups, "_is_installed", lambda package: package != "mlflow")
+
+    def test_any_number(self):
+        check_config(valid(trackers=()))
+        check_config(valid(trackers=("trackio", "wandb"), tracking__project="my-project_1.0"))
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            (
+                {"trackers": ("x",)},
+                "trackers=('x',): unknown 'x'; choose from tensorboard, wandb, trackio, mlflow",
+            ),
+            ({"trackers": ("wandb", "wandb")}, "trackers=('wandb', 'wandb'): name each tracker once"),
+            (
+                {"trackers": ("mlflow",)},
+                "trackers=('mlflow',): the package mlflow is not installed; pip install -e '.[mlflow]'",
+            ),
+            (
+                {"trackers": ("wandb",), "tracking__project": "a/b"},
+                "tracking.project='a/b': use letters, digits, '.', '_' and '-' only",
+            ),
+        ],
+    )
+    def test_refused(self, changes, message):
+        assert refusal(**changes) == message
+
+
+def test_a_folder_is_not_a_package(tmp_path, monkeypatch):
+    """W&B writes a folder `wandb` where a run is started."""
+    (tmp_path / "wandbx").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not check_groups._is_installed("wandbx") and not check_groups._is_installed("none_such")
+    (tmp_path / "wandbx" / "__init__.py").touch()
+    assert check_groups._is_installed("wandbx")
