@@ -35,6 +35,8 @@ MAY_CHANGE = (
     "profile_iteration",
     "optimizer.max_skipped",
     "resume",
+    "logs",
+    "report",
     *(
         f"reflection.{name}"
         for name in ("base_url", "api_key_variable", "concurrency", "timeout", "max_retries")
