@@ -149,7 +149,7 @@ def _cut_transcript(transcript: Mapping[str, Any], limit: int) -> dict[str, Any]
 
 def packed(value: Any) -> str:
     """Returns a value as base64 of gzipped JSON, the same for the same value."""
-    text = json.dumps(value, separators=(",", ":"), sort_keys=True, ensure_ascii=False)
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
     return packed_text(text)
 
 

@@ -17,11 +17,11 @@ Curve = list[float | None]
 def group_rates(rollouts: Sequence[Record]) -> dict[str, float]:
     """Returns pass@k of an iteration's training rollouts, for k = 1, 2, 4 ... and the group size.
 
-    The rollouts of a prompt on a problem are a group. Only sizes that every group has are estimated.
+    The rollouts of a slot on a problem are a group, so copies of a prompt do not make larger ones.
     """
-    groups: dict[tuple[str, str], list[bool]] = collections.defaultdict(list)
+    groups: dict[tuple[int, str], list[bool]] = collections.defaultdict(list)
     for each in rollouts:
-        groups[each["prompt"], each["problem"]].append(bool(each["success"]))
+        groups[each["slot"], each["problem"]].append(bool(each["success"]))
     size = min(map(len, groups.values()), default=0)
     ks = sorted({2**i for i in range(size.bit_length())} | {size}) if size else []
     return {
@@ -50,10 +50,11 @@ def curves(run: RunLogs, rates: Mapping[int, Mapping[str, float]], lengths: Mapp
     def line(*names: str) -> Curve:
         return [_number(_at(each, names)) for each in metrics]
 
+    rewards, success = line("reward"), line("success")
     validated = [each.get("validation") or {} for each in metrics]
     valid_ks = sorted({k for each in validated for k in each.get("pass_at", {})}, key=int)
     found = [
-        _chart("reward", "Mean reward", "", {"reward": line("reward"), "success rate": line("success")}),
+        _chart("reward", "Mean reward", "", {"reward": rewards} | ({} if success == rewards else {"success rate": success})),
         _chart(
             "validation",
             "Validation accuracy",

@@ -54,7 +54,17 @@ function curveTable(key, title) {
     iterations.map((iteration) => [iteration, ...columns.map(([, at]) => at.get(iteration) ?? null)]));
 }
 
+/** Which line of a run is which, where the colours tell the runs apart. */
+function dashNote(key) {
+  const names = [...new Set(overview.flatMap((run) => Object.keys(run.curves.charts.find((each) => each.key === key).lines)))];
+  const told = ["solid", "dotted", "dashed", "long dashes"];
+  return names.length > 1 ? h("p", { class: "note tight" }, names.map((name, i) => `${told[i % 4]}: ${name}`).join("; ")) : null;
+}
+
 function showCurves() {
+  if (overview.length > 1) {
+    show("curve-runs", overview.map((run, i) => h("li", {}, h("span", { class: `dot run-${i % 6}`, "aria-hidden": "true" }), run.name)));
+  }
   const all = overview[0].curves.charts;
   const has = (key) => overview.some((run) => Object.keys(run.curves.charts.find((each) => each.key === key).lines).length);
   const figures = all.filter((each) => has(each.key)).map((each) => {
@@ -62,11 +72,11 @@ function showCurves() {
     const title = each.unit ? `${each.title}, ${each.unit}` : each.title;
     chart(area, title, () => {
       const traces = curveTraces(each.key);
-      const named = traces.filter((trace) => trace.showlegend !== false).length > 1;
+      const named = overview.length === 1 && traces.filter((trace) => trace.showlegend !== false).length > 1;
       return { traces, shape: { showlegend: named, xaxis: { title: { text: "iteration" } }, yaxis: { rangemode: "tozero" } } };
     });
     return h("figure", { class: "card" }, h("figcaption", {}, h("h3", {}, each.title), h("span", { class: "muted" }, each.unit)),
-      area, fold(`Numbers: ${each.title}`, () => curveTable(each.key, title)));
+      overview.length > 1 ? dashNote(each.key) : null, area, fold(`Numbers: ${each.title}`, () => curveTable(each.key, title)));
   });
   show("curve-charts", figures);
   const missing = all.filter((each) => !has(each.key)).map((each) => each.title);

@@ -79,7 +79,8 @@ function memberButton(id) {
 function showFamily() {
   const members = current().members;
   options("member-select", members.map((each) => [each.id, `${each.id}${each.deployed ? " (deployed)" : ""}`]));
-  chart(byId("family-chart"), "family tree of prompts", familyChart);
+  byId("family-chart").hidden = members.length < 2;
+  if (members.length > 1) chart(byId("family-chart"), "family tree of prompts", familyChart);
   byId("family-chart").style.height = `${Math.min(720, Math.max(260, 120 + 26 * (1 + Math.max(0, ...members.map((each) => each.row)))))}px`;
   show("family-table", fold(`All members (${members.length})`, () => table("All members", ["Member", "Operator", "Parents", "Born", "Rating", "Sigma", "Tournaments", "State"],
     members.map((each) => [memberButton(each.id), each.operator, each.parents.join(", "), each.iteration, each.mu, each.sigma, each.games,
@@ -90,6 +91,12 @@ function showFamily() {
 }
 
 function showRatings() {
+  const rated = current().members.some((each) => each.ratings.length);
+  byId("ratings").querySelector(".controls").hidden = byId("ratings-chart").hidden = !rated;
+  if (!rated) {
+    show("ratings-table", h("p", { class: "muted" }, "No prompt of this run was rated: that takes tournaments of several prompts."));
+    return;
+  }
   chart(byId("ratings-chart"), "ratings over time", ratingsChart);
   show("ratings-table", fold("Numbers: ratings", () => table("Ratings after tournaments", ["Member", "Iteration", "Rating", "Sigma"],
     current().members.flatMap((each) => each.ratings.map(([iteration, mu, sigma]) => [each.id, iteration, mu, sigma])))));

@@ -6,7 +6,7 @@ function bars(x, parts) {
 }
 
 const total = (list) => list.reduce((a, b) => a + b, 0);
-const stacked = (unit) => ({ barmode: "stack", bargap: 0.15, showlegend: true, legend: { orientation: "h", y: -0.24 }, xaxis: { title: { text: "iteration" } }, yaxis: { title: { text: unit } } });
+const stacked = (unit) => ({ barmode: "stack", bargap: 0.15, showlegend: true, xaxis: { title: { text: "iteration" } }, yaxis: { title: { text: unit } } });
 
 function barFigure(title, x, parts, unit) {
   const area = h("div", { class: "chart" });
@@ -32,7 +32,7 @@ function showHealth() {
     ["Edits accepted", number(total(accepted))], ["Edits dropped or changed", number(total(Object.values(dropped).map(total)))], ["Children", number(total(children))]];
   show("reflection-body",
     h("dl", { class: "facts" }, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
-    h("div", { class: "charts" },
+    h("div", { class: "charts two" },
       barFigure("Replies of the reflector", iterations, { usable: replies.usable, "cut off": replies.cut_off, missing: replies.missing }, "replies"),
       barFigure("Edits accepted and dropped", iterations, { accepted, ...dropped }, "edits")),
     table("Reasons why edits were dropped, and what happened to replies", ["Reason", "Number"],

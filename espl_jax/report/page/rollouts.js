@@ -33,10 +33,11 @@ function filterRollouts() {
       (shown.cut ? ` Replies of more than ${shown.cut} tokens are cut in the middle.` : "")
     : "The run has no rollouts.";
   show("rollouts-table", table(`Rollouts of iteration ${iteration}`,
-    ["Prompt", "Problem", "Sample", "Reward", "Advantage", "Tokens", "Answer", "Ended", "Reply"],
-    kept.map((each) => [memberButton(each.prompt), each.problem, each.sample, each.reward, each.advantage ?? null, each.length,
-      each.answer ?? "–", each.truncated ? "at a limit" : "by itself",
-      h("button", { type: "button", "aria-label": `Open the rollout of ${each.prompt} on ${each.problem}, sample ${each.sample}`, onclick: () => openRollout(each) }, "Open")]),
+    ["Prompt", "Reply", "Problem", "Sample", "Reward", "Advantage", "Tokens", "Answer", "Ended"],
+    kept.map((each) => [memberButton(each.prompt),
+      h("button", { type: "button", "aria-label": `Open the rollout of ${each.prompt} on ${each.problem}, sample ${each.sample}`, onclick: () => openRollout(each) }, "Open"),
+      each.problem, each.sample, each.reward, each.advantage ?? null, each.length,
+      h("span", { class: "cell" }, each.answer ?? "–"), each.truncated ? "at a limit" : "by itself"]),
     "No rollout passes the filters."));
 }
 

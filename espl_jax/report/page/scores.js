@@ -17,6 +17,12 @@ function cellsOf(which) {
   return [...sums.values()].map(([prompt, problem, total, count]) => [prompt, problem, total / count, count]);
 }
 
+/** Colours from 0 to 1, or as far as the rewards go. */
+const rangeOf = (cells) => {
+  const means = cells.map((cell) => cell[2]);
+  return { zmin: means.reduce((a, b) => Math.min(a, b), 0), zmax: means.reduce((a, b) => Math.max(a, b), 1) };
+};
+
 function scoresChart() {
   const which = byId("scores-select").value;
   const cells = cellsOf(which);
@@ -31,7 +37,7 @@ function scoresChart() {
   const few = prompts.length * problems.length <= 300;
   const named = problems.length <= 40;
   const trace = {
-    z, type: "heatmap", colorscale: "Viridis", xgap: few ? 2 : 0, ygap: few ? 2 : 0, hoverongaps: false,
+    z, type: "heatmap", colorscale: "Viridis", ...rangeOf(cells), xgap: few ? 2 : 0, ygap: few ? 2 : 0, hoverongaps: false,
     x: problems.map((index) => `#${index + 1}`), y: prompts.map((id) => label(id, 10)),
     customdata: few ? z.map(() => problems.map((index) => label(names[index]))) : undefined,
     hovertemplate: few ? "prompt %{y}, problem %{x} %{customdata}<br>mean reward %{z:.3f}<extra></extra>" : "prompt %{y}, problem %{x}<br>mean reward %{z:.3f}<extra></extra>",
