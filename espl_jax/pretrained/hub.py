@@ -49,9 +49,7 @@ def cached(source: str) -> Path:
     if named is None:
         raise FileNotFoundError(f"{source!r} is neither a local folder nor a repository name")
     try:
-        return Path(
-            snapshot_download(named["repository"], revision=named["revision"], local_files_only=True)
-        )
+        return Path(snapshot_download(named["repository"], revision=named["revision"], local_files_only=True))
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(f"{source} is not in the cache {constants.HF_HUB_CACHE}") from error
 

@@ -95,8 +95,8 @@ def render(runs: Sequence[RunLogs]) -> str:
         runs=views,
         comparison=_comparison(runs, views, names) if len(runs) > 1 else None,
         rule=RULE,
-        style=Markup(_source("report.css")),  # noqa: S704
-        scripts=Markup("\n".join(_source(f"{name}.js") for name in SCRIPTS)),  # noqa: S704
+        style=Markup(_source("report.css")),
+        scripts=Markup("\n".join(_source(f"{name}.js") for name in SCRIPTS)),
         overview=packed(overview),
         blocks=[block for page in pages for block in page.blocks],
         plotly=_plotly(),
@@ -133,7 +133,9 @@ def _view(run: RunLogs, page: RunPage, name: str, defaults: Any) -> View:
         before=cells.get("initial", {}).get("root"),
         after=_outcome(cells),
         validations=tuple(map(_cell, [validated[0], validated[-1]] if len(validated) > 1 else validated)),
-        rows=tuple((w, cells[w].get("root"), cells[w].get("deployed")) for w in compare.WEIGHTS if w in cells),
+        rows=tuple(
+            (w, cells[w].get("root"), cells[w].get("deployed")) for w in compare.WEIGHTS if w in cells
+        ),
         deployed=deployed,
         prompt=members[deployed].render() if deployed in members else "",
         reason=run.results.get("reason", "the best so far; the run has not ended"),
@@ -200,12 +202,15 @@ def _comparison(runs: Sequence[RunLogs], views: Sequence[View], names: Sequence[
     ]
     return {
         "methods": [
-            (method.name, [names[index] for index in method.runs], compare.accuracy(method), len(method.problems))
+            (
+                method.name,
+                [names[index] for index in method.runs],
+                compare.accuracy(method),
+                len(method.problems),
+            )
             for method in methods
         ],
         "seeds": any(len(method.runs) > 1 for method in methods),
         "differences": compare.differences(methods),
         "fields": differing,
     }
-
-

@@ -6,7 +6,7 @@ import base64
 import dataclasses
 import gzip
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,8 +41,8 @@ TRANSCRIPT_LADDER = (
 """(conversations, characters of each message): as for rollouts."""
 
 RULE = (
-    f"At most {MOST_ROLLOUTS} rollouts of an iteration are in this page: a quarter with the highest rewards, a "
-    "quarter with the lowest, and the others drawn at random with the run's seed; ties are broken at random "
+    f"At most {MOST_ROLLOUTS} rollouts of an iteration are in this page: a quarter with the highest rewards, "
+    "a quarter with the lowest, and the others drawn at random with the run's seed; ties are broken at random "
     "too. Where they take too much room, there are fewer, and long replies are cut in the middle. The work "
     "directory has all of them."
 )
@@ -103,9 +103,7 @@ def cut_text(text: str, limit: int) -> str:
     return f"{text[:head]}\n[... {len(text) - limit} characters left out ...]\n{text[-tail:]}"
 
 
-def fit_rollouts(
-    rollouts: Sequence[Mapping[str, Any]], room: int, seed: int, iteration: int
-) -> Fitted:
+def fit_rollouts(rollouts: Sequence[Mapping[str, Any]], room: int, seed: int, iteration: int) -> Fitted:
     """Returns the rollouts of an iteration that fit into `room` bytes of the page, by `RULE`.
 
     Args:
@@ -114,24 +112,43 @@ def fit_rollouts(
       seed, iteration: as for `chosen`.
     """
     rewards = [each["reward"] for each in rollouts]
-    items: list[dict[str, Any]] = []
-    limit = 0
-    for count, limit in ROLLOUT_LADDER:
-        items = [cut_tokens(rollouts[i], limit) for i in chosen(rewards, count, seed, iteration)]
-        if len(packed(items)) <= room:
-            break
-    return Fitted(items, limit)
+
+    def shown(count: int, limit: int) -> list[dict[str, Any]]:
+        return [cut_tokens(rollouts[i], limit) for i in chosen(rewards, count, seed, iteration)]
+
+    return _first_that_fits(ROLLOUT_LADDER, shown, room)
 
 
 def fit_transcripts(transcripts: Sequence[Mapping[str, Any]], room: int) -> Fitted:
     """Returns the conversations of an iteration that fit into `room` bytes: edits first, then summaries."""
     order = sorted(range(len(transcripts)), key=lambda i: transcripts[i]["stage"] == "summary")
+
+    def shown(count: int, limit: int) -> list[dict[str, Any]]:
+        return [_cut_transcript(transcripts[i], limit) for i in sorted(order[:count])]
+
+    return _first_that_fits(TRANSCRIPT_LADDER, shown, room)
+
+
+def _first_that_fits(
+    ladder: Sequence[tuple[int, int]], shown: Callable[[int, int], list[dict[str, Any]]], room: int
+) -> Fitted:
+    """Returns the first step of a ladder whose items fit into the room, or the last step.
+
+    Steps are skipped that would not fit by the compression of the step before: compressing all would take
+    most of the time of a report.
+    """
+    share = 0.0
     items: list[dict[str, Any]] = []
     limit = 0
-    for count, limit in TRANSCRIPT_LADDER:
-        items = [_cut_transcript(transcripts[i], limit) for i in sorted(order[:count])]
-        if len(packed(items)) <= room:
+    for place, (count, limit) in enumerate(ladder):
+        items = shown(count, limit)
+        size = len(_json(items))
+        if size * share > room * 1.1 and place + 1 < len(ladder):
+            continue
+        length = len(packed(items))
+        if length <= room:
             break
+        share = length / size
     return Fitted(items, limit)
 
 
@@ -149,10 +166,13 @@ def _cut_transcript(transcript: Mapping[str, Any], limit: int) -> dict[str, Any]
 
 def packed(value: Any) -> str:
     """Returns a value as base64 of gzipped JSON, the same for the same value."""
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-    return packed_text(text)
+    return packed_text(_json(value))
 
 
 def packed_text(text: str) -> str:
     """Returns a text as base64 of its gzipped bytes, the same for the same text."""
-    return base64.b64encode(gzip.compress(text.encode("utf-8", "replace"), 9, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(text.encode("utf-8", "replace"), 6, mtime=0)).decode()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)

@@ -54,7 +54,12 @@ def curves(run: RunLogs, rates: Mapping[int, Mapping[str, float]], lengths: Mapp
     validated = [each.get("validation") or {} for each in metrics]
     valid_ks = sorted({k for each in validated for k in each.get("pass_at", {})}, key=int)
     found = [
-        _chart("reward", "Mean reward", "", {"reward": rewards} | ({} if success == rewards else {"success rate": success})),
+        _chart(
+            "reward",
+            "Mean reward",
+            "",
+            {"reward": rewards} | ({} if success == rewards else {"success rate": success}),
+        ),
         _chart(
             "validation",
             "Validation accuracy",

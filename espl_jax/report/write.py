@@ -18,7 +18,9 @@ from espl_jax.storage.workdir import WorkDir
 FILE = "report.html"
 
 
-def write_report(workdirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None) -> Path:
+def write_report(
+    workdirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None
+) -> Path:
     """Writes the page of one run, or of several side by side. The runs may still be running.
 
     Args:
@@ -76,7 +78,9 @@ class RunReport:
             self._workdir.write_text(FILE, text)
         except Exception as error:
             if not self._failed:
-                self._say(f"{FILE} was not written ({type(error).__name__}: {error}); the run is not affected")
+                self._say(
+                    f"{FILE} was not written ({type(error).__name__}: {error}); the run is not affected"
+                )
             self._failed = True
 
     def _render(self) -> str:

@@ -8,7 +8,6 @@ import numpy as np
 
 from espl_jax.types import Rollouts
 
-
 DIGITS = 4
 """Decimals of the logprobs of single tokens: enough to compare tokens, in a third of the bytes."""
 

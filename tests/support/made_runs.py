@@ -13,10 +13,44 @@ from espl_jax.types import SystemPrompt
 HOSTILE = ("<script>alert(1)</script>", "</script><img src=x onerror=alert(2)>")
 """Texts that run code if they reach a page unescaped."""
 
-WORDS = (
-    "check every step of the sum and write the answer in a box before you add units then compare carry "
-    "digits from right to left state result exactly once never guess read question twice number table"
-).split()
+WORDS = [
+    "check",
+    "every",
+    "step",
+    "of",
+    "the",
+    "sum",
+    "and",
+    "write",
+    "the",
+    "answer",
+    "in",
+    "a",
+    "box",
+    "before",
+    "you",
+    "add",
+    "units",
+    "then",
+    "compare",
+    "carry",
+    "digits",
+    "from",
+    "right",
+    "to",
+    "left",
+    "state",
+    "result",
+    "exactly",
+    "once",
+    "never",
+    "guess",
+    "read",
+    "question",
+    "twice",
+    "number",
+    "table",
+]
 
 
 def write_run(
@@ -189,7 +223,9 @@ def _rollouts(rng, iteration, playing, names, samples, tokens, hope, token_logpr
             for sample in range(samples):
                 success = bool(rng.random() < hope - 0.1 * (b % 3))
                 reply = " ".join(rng.choice(WORDS, size=max(2, int(rng.poisson(tokens)))))
-                ids = encode(reply) if encode else np.minimum(rng.zipf(1.3, len(reply.split())), 4000).tolist()
+                ids = (
+                    encode(reply) if encode else np.minimum(rng.zipf(1.3, len(reply.split())), 4000).tolist()
+                )
                 logprobs = np.round(-rng.exponential(0.6, len(ids)), 4).tolist()
                 row = {
                     "iteration": iteration,
