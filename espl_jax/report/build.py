@@ -120,9 +120,14 @@ class _Parts:
         self.tokens += sum(map(_sampled, rollouts))
         self._feedback |= members.count_feedback(rollouts)
         weights = advantages_of(rollouts, run.config.get("loss", {}))
-        items = [_item(each, weight) for each, weight in zip(rollouts, weights, strict=True)]
-        seed = int(run.config.get("seed", 0))
-        fitted = fit_rollouts(items, int(SHARE * self._room), seed, iteration)
+        rewards = [each["reward"] for each in rollouts]
+        fitted = fit_rollouts(
+            lambda i: _item(rollouts[i], weights[i]),
+            rewards,
+            int(SHARE * self._room),
+            int(run.config.get("seed", 0)),
+            iteration,
+        )
         self._rollouts[iteration] = fitted.items
         self.shown[iteration] |= {
             "rollouts": len(fitted.items),

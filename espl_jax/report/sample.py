@@ -42,8 +42,9 @@ TRANSCRIPT_LADDER = (
 
 RULE = (
     f"At most {MOST_ROLLOUTS} rollouts of an iteration are in this page: a quarter with the highest rewards, "
-    "a quarter with the lowest, and the others drawn at random with the run's seed; ties are broken at random "
-    "too. Where they take too much room, there are fewer, and long replies are cut in the middle. The work "
+    "a quarter with the lowest, and the others drawn at random with the run's seed; ties are broken "
+    "at random. "
+    "Where they take too much room, there are fewer, and long replies are cut in the middle. The work "
     "directory has all of them."
 )
 
@@ -103,18 +104,22 @@ def cut_text(text: str, limit: int) -> str:
     return f"{text[:head]}\n[... {len(text) - limit} characters left out ...]\n{text[-tail:]}"
 
 
-def fit_rollouts(rollouts: Sequence[Mapping[str, Any]], room: int, seed: int, iteration: int) -> Fitted:
+def fit_rollouts(
+    rollout: Callable[[int], dict[str, Any]], rewards: Sequence[float], room: int, seed: int, iteration: int
+) -> Fitted:
     """Returns the rollouts of an iteration that fit into `room` bytes of the page, by `RULE`.
 
     Args:
-      rollouts: all rollouts as JSON values with `reward`.
+      rollout: index -> the rollout as JSON values.
+      rewards: of all rollouts.
       room: bytes of base64.
       seed, iteration: as for `chosen`.
     """
-    rewards = [each["reward"] for each in rollouts]
+    made = {i: rollout(i) for i in chosen(rewards, MOST_ROLLOUTS, seed, iteration)}
 
     def shown(count: int, limit: int) -> list[dict[str, Any]]:
-        return [cut_tokens(rollouts[i], limit) for i in chosen(rewards, count, seed, iteration)]
+        # A smaller choice is part of a larger one: both take from the same three orders.
+        return [cut_tokens(made[i], limit) for i in chosen(rewards, count, seed, iteration)]
 
     return _first_that_fits(ROLLOUT_LADDER, shown, room)
 

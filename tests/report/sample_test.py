@@ -17,6 +17,17 @@ def rollouts(count, tokens=50):
     ]
 
 
+def fitted_of(items, room):
+    return fit_rollouts(items.__getitem__, [each["reward"] for each in items], room, seed=0, iteration=1)
+
+
+def test_a_smaller_choice_is_part_of_a_larger_one():
+    rewards = np.random.default_rng(3).integers(4, size=150).astype(float).tolist()
+    whole = set(chosen(rewards, 40, seed=5, iteration=2))
+    for count in range(1, 40):
+        assert set(chosen(rewards, count, seed=5, iteration=2)) <= whole
+
+
 def test_all_are_chosen_if_they_are_few():
     assert chosen([0.0, 1.0, 0.5], 3, seed=0, iteration=1) == [0, 1, 2]
 
@@ -39,12 +50,12 @@ def test_the_choice_depends_on_seed_and_iteration_alone():
 
 
 def test_what_fits_is_shown_whole():
-    fitted = fit_rollouts(rollouts(60), room=1_000_000, seed=0, iteration=1)
+    fitted = fitted_of(rollouts(60), 1_000_000)
     assert len(fitted.items) == 40 and not any("left_out" in each for each in fitted.items)
 
 
 def test_what_does_not_fit_is_fewer_and_shorter():
-    fitted = fit_rollouts(rollouts(60, tokens=900), room=20_000, seed=0, iteration=1)
+    fitted = fitted_of(rollouts(60, tokens=900), 20_000)
     assert 0 < len(fitted.items) < 40 and len(packed(fitted.items)) <= 20_000
     assert all(len(each["tokens"]) == fitted.cut for each in fitted.items)
 

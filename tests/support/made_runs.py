@@ -167,7 +167,9 @@ class _Family:
         return json.loads(json.dumps(self._members[name]))
 
     def deployed(self):
-        return max(self.ids, key=lambda each: lower_bound(SystemPrompt(**self._members[each])))
+        return max(
+            self.ids[1:] or self.ids, key=lambda each: lower_bound(SystemPrompt(**self._members[each]))
+        )
 
     def choose(self, count):
         return [str(each) for each in self._rng.choice(self.ids[-10:], size=count)]
