@@ -118,7 +118,7 @@ def fit_rollouts(
     made = {i: rollout(i) for i in chosen(rewards, MOST_ROLLOUTS, seed, iteration)}
 
     def shown(count: int, limit: int) -> list[dict[str, Any]]:
-        # A smaller choice is part of a larger one: both take from the same three orders.
+        # Choices of `ROLLOUT_LADDER` are nested: all take from the same three orders.
         return [cut_tokens(made[i], limit) for i in chosen(rewards, count, seed, iteration)]
 
     return _first_that_fits(ROLLOUT_LADDER, shown, room)

@@ -6,7 +6,15 @@ import json
 
 import numpy as np
 
-from espl_jax.report.sample import chosen, cut_text, cut_tokens, fit_rollouts, fit_transcripts, packed
+from espl_jax.report.sample import (
+    ROLLOUT_LADDER,
+    chosen,
+    cut_text,
+    cut_tokens,
+    fit_rollouts,
+    fit_transcripts,
+    packed,
+)
 
 
 def rollouts(count, tokens=50):
@@ -24,7 +32,7 @@ def fitted_of(items, room):
 def test_a_smaller_choice_is_part_of_a_larger_one():
     rewards = np.random.default_rng(3).integers(4, size=150).astype(float).tolist()
     whole = set(chosen(rewards, 40, seed=5, iteration=2))
-    for count in range(1, 40):
+    for count, _ in ROLLOUT_LADDER:
         assert set(chosen(rewards, count, seed=5, iteration=2)) <= whole
 
 
