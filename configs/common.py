@@ -207,6 +207,13 @@ def get_config() -> ConfigDict:
     c.resume = ConfigDict()
     c.resume.changed_inputs = "refuse"  # inputs replaced since the checkpoint: refuse, or allow (and warn)
 
+    c.logs = ConfigDict()
+    c.logs.token_logprobs = True  # log the sampler's logprob of every token in rollouts.jsonl
+    c.logs.trainer_logprobs = False  # and the trainer's before the update, for importance ratios; a pass more
+
+    c.report = ConfigDict()
+    c.report.every = 0  # iterations between reports of a running run (report.html); 0: at its end only
+
     c.checkpoint_every = 1  # iterations between checkpoints
     c.checkpoint_keep = 2  # checkpoints to keep
     c.compilation_cache = "~/.cache/espl_jax/xla"  # persistent compilation cache; empty disables

@@ -21,17 +21,18 @@ from espl_jax.evolution.ratings import inflate, rate
 from espl_jax.evolution.reflection import Offspring
 from espl_jax.evolution.selection import select
 from espl_jax.parallel import processes
+from espl_jax.report.write import RunReport
 from espl_jax.rollouts.collect import collect_rollouts
 from espl_jax.rollouts.keys import stable_hash, stream_key
 from espl_jax.rollouts.records import means
-from espl_jax.run import logs
+from espl_jax.run import logs, machine
 from espl_jax.run.config import Config
 from espl_jax.run.finish import evaluate_on, finish
 from espl_jax.run.job import Job
 from espl_jax.run.parts import Parts, assemble, rollout_sizes
 from espl_jax.run.reflection import Beside, MakeReflect, open_reflectors
 from espl_jax.run.state import MAY_CHANGE, Run, restore, save, stop_if_stuck
-from espl_jax.run.update import Updated, update
+from espl_jax.run.update import Updated, trainer_logprobs, update
 from espl_jax.run.weights import settle_numerics
 from espl_jax.sampling.sizes import describe
 from espl_jax.storage import status
@@ -79,15 +80,20 @@ def train(config: Config, workdir: str | Path, console: Console | None = None) -
             if run.iteration:
                 progress.say(f"resumed after iteration {run.iteration}")
             job = Job(config, parts, folder, progress)
+            report = RunReport(folder, parts.reference, progress.say)
             for iteration in range(run.iteration + 1, config.num_iterations + 1):
                 with profile(config, folder, iteration):
                     run = iterate(job, run, make_reflect)
                 if iteration % config.checkpoint_every == 0 or iteration == config.num_iterations:
                     save(folder, run)
+                    machine.write(folder)
                     update_trackers()
                 stop_if_stuck(folder, run, config)
+                if config.report.every and iteration % config.report.every == 0:
+                    report.write()
             results = finish(job, parts.policy(run.train_state), run.root, run.population)
             update_trackers()
+            report.write()
             return results
 
 
@@ -125,6 +131,7 @@ def iterate(job: Job, run: Run, make_reflect: MakeReflect) -> Run:
         rated = rate(rated, ids, values, config.ratings.tie_margin, config.ratings.system, iteration)
     reflect = make_reflect(policy, iteration)
     del policy  # frees the copy in the sampling layout before the update
+    scored = trainer_logprobs(job, run.train_state, rollouts) if config.logs.trainer_logprobs else None
     train_state, learned, offspring, times = learn(job, run, rated, rollouts, reflect, rng)
 
     children = [each.child for each in offspring.values() if each.child]
@@ -147,7 +154,15 @@ def iterate(job: Job, run: Run, make_reflect: MakeReflect) -> Run:
         "time": times,
     }
     del reflect  # holds a copy in the sampling layout; evaluation makes its own
-    logs.write(job.workdir, iteration, rollouts, offspring, added)
+    logs.write(
+        job.workdir,
+        iteration,
+        rollouts,
+        offspring,
+        added,
+        token_logprobs=config.logs.token_logprobs,
+        trainer_logprobs=scored,
+    )
     if config.evaluation.every and iteration % config.evaluation.every == 0:
         with job.progress.phase("evaluation"):
             model = parts.policy(train_state)

@@ -19,6 +19,7 @@ LAYERS = [
     {"reflectors"},
     {"trackers"},
     {"run"},
+    {"report"},
     {"train", "plan", "evaluate", "export", "watch"},
     {"dry_run"},
     {"main"},

@@ -21,7 +21,7 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from absl import app, flags, logging
+from absl import app
 from transformers import AutoTokenizer
 
 from espl_jax.choices import TRACKERS
@@ -39,6 +39,7 @@ from experiments.methods.runs import Run
 from tests.conftest import ROOT
 from tests.reflectors import faulty_server
 from tests.support import documents, fakes, tiny
+from tests.support.flags import fresh_flags, run_app
 from tests.support.two_processes import run_pair
 
 SHOWN = documents.shown_commands()
@@ -140,36 +141,6 @@ def extras():
     return project["optional-dependencies"]
 
 
-@contextlib.contextmanager
-def fresh_flags():
-    """Hides the flags of commands that were imported before; absl keeps all flags of a process together."""
-
-    module_of = flags.FLAGS.find_module_defining_flag
-
-    def defined():
-        return [x for x in flags.FLAGS if x.split(".")[0] == "config" or "espl_jax" in module_of(x, "")]
-
-    hidden = [(name, flags.FLAGS[name], module_of(name)) for name in defined()]
-    verbosity = logging.get_verbosity()
-    for name, _, _ in hidden:
-        delattr(flags.FLAGS, name)
-    try:
-        yield
-    finally:
-        for name in defined():
-            delattr(flags.FLAGS, name)
-        for name, flag, module in hidden:
-            flags.FLAGS[name] = flag
-            flags.FLAGS.register_flag_by_module(module, flag)
-        flags.FLAGS.unparse_flags()
-        logging.set_verbosity(verbosity)
-
-
-def run_app(main, argv=None, flags_parser=app.parse_flags_with_usage):
-    """Replaces `absl.app.run`, which would also install absl's logging in this process."""
-    sys.exit(main(flags_parser(sys.argv)))
-
-
 def one_device(make_mesh):
     """Returns `make_mesh` for one CPU device; meshes of given devices, those of a TPU, stay."""
     return lambda sizes=None, devices=None: make_mesh(sizes, devices) if devices else None
@@ -228,6 +199,10 @@ class Shell:
                 folder = self._made("espl_jax.main", "--workdir", value_of(args, "--workdir"))
                 said = self.module("espl_jax.watch", args, folder)
                 assert "finished  iteration 1" in said if "--once" in args else "iteration 1/1" in said
+                return folder
+            case ["python", "-m", "espl_jax.report", *args]:
+                folder = self._made("espl_jax.main", "--workdir", value_of(args, "--workdir"))
+                self._report(args, folder)
                 return folder
             case ["python", "-m", "espl_jax.pretrained.fetch", name]:
                 return self._fetch(name)
@@ -379,6 +354,15 @@ class Shell:
         prompts, models = (sum(arg.startswith(name) for arg in args) for name in ("--prompt=", "--model="))
         assert said.count("\n| ") >= prompts * models
         return folder
+
+    def _report(self, args, folder):
+        """Writes a page; runs that another command makes are copies of the first one."""
+        first, *others = [arg.partition("=")[2] for arg in args if arg.startswith("--workdir=")]
+        for other in others:
+            if not (folder / other).exists():
+                shutil.copytree(folder / first, folder / other)
+        written = self.module("espl_jax.report", args, folder).removeprefix("Written: ").strip()
+        assert "</html>" in (folder / written).read_text()
 
     def _compare(self, args):
         """Compares methods whose runs leave what the quickstart left; their configurations are checked."""

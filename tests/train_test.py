@@ -22,7 +22,7 @@ from espl_jax.training.optimizer import make_optimizer
 from espl_jax.types import Grade, SystemPrompt
 from tests.support import fakes, listed_programs
 
-LOGS = ("rollouts", "reflections", "lineage", "evaluations")
+LOGS = ("rollouts", "problems", "reflections", "lineage", "evaluations")
 
 
 # One optimizer for all runs: it is a static argument of the step, which is then compiled once.
@@ -93,6 +93,12 @@ def test_modes(mode, tmp_path):
         assert record["success"] == pytest.approx(np.mean([r["success"] for r in drawn]))
         assert record["truncated"] == pytest.approx(np.mean([r["truncated"] for r in drawn]))
         assert record["held_out"] is not None and record["time"]["total"] > 0
+
+    # The report and what it reads besides.
+    assert "</html>" in (tmp_path / "report.html").read_text() and "was not written" not in shown
+    assert json.loads((tmp_path / "machine.json").read_text())["peak_bytes"]["host"] > 2**20
+    problems = lines(tmp_path, "problems")
+    assert {each["id"] for each in problems} == {r["problem"] for r in rollouts}
 
     # Weights change in two of the modes, prompts in three.
     saved = arrays(tmp_path)

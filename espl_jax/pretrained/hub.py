@@ -39,6 +39,21 @@ _DESCRIPTION = [
 ]
 
 
+def cached(source: str) -> Path:
+    """Returns the folder of `org/name` or `org/name@revision` in the Hub's cache, without its network.
+
+    Raises:
+      FileNotFoundError: if it is not there.
+    """
+    named = REPOSITORY.fullmatch(source)
+    if named is None:
+        raise FileNotFoundError(f"{source!r} is neither a local folder nor a repository name")
+    try:
+        return Path(snapshot_download(named["repository"], revision=named["revision"], local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(f"{source} is not in the cache {constants.HF_HUB_CACHE}") from error
+
+
 def download(
     repository: str, revision: str | None = None, endpoint: str | None = None, weights: bool = True
 ) -> Path:

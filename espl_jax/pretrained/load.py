@@ -129,6 +129,31 @@ def read_config(source: str | os.PathLike[str], **numerics: Any) -> DecoderConfi
     return hf_folder.described(folder, **numerics)
 
 
+def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer of a model on this machine, without reading weights or using the network.
+
+    Args:
+      source: as for `load_pretrained`.
+
+    Raises:
+      FileNotFoundError: if the model or its tokenizer is not on this machine.
+      ValueError: for a damaged file.
+    """
+    source = os.fspath(source)
+    if is_gguf(source):
+        path = fetch.cached(source) if source in MODELS and source != smollm2.NAME else find_gguf(source)
+        metadata = open_gguf(path).metadata
+        if not has_tokenizer(metadata):
+            raise FileNotFoundError(f"{source} has no tokenizer; convert the model again with its vocabulary")
+        return tokenizer_from_metadata(metadata)
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        folder = hub.cached(source)
+    if not hf_folder.has_tokenizer(folder) and (folder / "adapter_config.json").is_file():
+        return load_tokenizer(peft.base_of(folder))
+    return hf_folder.read_tokenizer(folder, hf_folder.described(folder).family)
+
+
 def _with_adapter(folder: Path, dtype: DTypeLike, mesh: Mesh | None, **numerics: Any) -> Pretrained:
     """Loads the base model of an adapter, attaches the adapter and, if there is one, its tokenizer."""
     source = peft.base_of(folder)

@@ -8,9 +8,27 @@ import numpy as np
 
 from espl_jax.types import Rollouts
 
+DIGITS = 4
+"""Decimals of the logprobs of single tokens: enough to compare tokens, in a third of the bytes."""
 
-def records(rollouts: Rollouts) -> list[dict[str, Any]]:
-    """Returns one plain dict per rollout, for the JSON lines of the work directory."""
+
+def records(
+    rollouts: Rollouts, token_logprobs: bool = False, trainer_logprobs: np.ndarray | None = None
+) -> list[dict[str, Any]]:
+    """Returns one plain dict per rollout, for the JSON lines of the work directory.
+
+    Args:
+      rollouts: rollouts of M prompts on B problems.
+      token_logprobs: add `logprobs`, the sampler's logprob of each token, rounded to `DIGITS` decimals; None
+        for tokens that were appended to the conversation.
+      trainer_logprobs: float32 [M, B, N, T]; if given, `trainer_logprobs` is added in the same form.
+    """
+
+    def rounded(values: np.ndarray, m: int, b: int, n: int) -> list[float | None]:
+        length = rollouts.lengths[m, b, n]
+        pairs = zip(values[m, b, n, :length].tolist(), rollouts.drawn[m, b, n, :length], strict=True)
+        return [round(value, DIGITS) if drawn else None for value, drawn in pairs]
+
     return [
         {
             "prompt": rollouts.prompts[m].id,
@@ -26,6 +44,12 @@ def records(rollouts: Rollouts) -> list[dict[str, Any]]:
             "environment": {name: values[m, b, n] for name, values in rollouts.metrics.items()},
             "tokens": rollouts.tokens[m, b, n, : rollouts.lengths[m, b, n]],
             "logprob": rollouts.logprobs[m, b, n].sum(dtype=np.float64),
+            **({"logprobs": rounded(rollouts.logprobs, m, b, n)} if token_logprobs else {}),
+            **(
+                {"trainer_logprobs": rounded(trainer_logprobs, m, b, n)}
+                if trainer_logprobs is not None
+                else {}
+            ),
         }
         for m, b, n in np.ndindex(*rollouts.rewards.shape)
     ]

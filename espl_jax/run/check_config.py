@@ -89,6 +89,7 @@ _AT_LEAST = {
     **dict.fromkeys(("loss.epochs", "loss.minibatches"), 1),
     "loss.sampler_weight_cap": 0,
     "profile_iteration": 0,
+    "report.every": 0,
     **dict.fromkeys((f"environment.search.{name}" for name in SEARCH_LIMITS), 1),
     "environment.search.timeout": 1,
     "environment.math.timeout": 0.1,

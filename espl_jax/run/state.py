@@ -37,6 +37,8 @@ MAY_CHANGE = (
     "resume",
     "trackers",
     "tracking",
+    "logs",
+    "report",
     *(
         f"reflection.{name}"
         for name in ("base_url", "api_key_variable", "concurrency", "timeout", "max_retries")

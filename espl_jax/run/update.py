@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from espl_jax.console.progress import Progress
-from espl_jax.parallel import sharding
+from espl_jax.parallel import processes, sharding
 from espl_jax.rl.advantages import advantages
 from espl_jax.rollouts.keys import stable_hash
 from espl_jax.run.job import Job
@@ -95,6 +95,41 @@ def _with_old_logprobs(job: Job, batch: TrainBatch, state: TrainState) -> TrainB
         microbatch_rows=job.config.loss.microbatch_rows,
     )
     return batch._replace(old_logprobs=scored)
+
+
+def trainer_logprobs(job: Job, state: TrainState | None, rollouts: Rollouts) -> np.ndarray | None:
+    """Scores all rollouts of an iteration under the trainer's weights before its update.
+
+    Args:
+      job: the run.
+      state: the train state; None if nothing is trained.
+      rollouts: the iteration's rollouts.
+
+    Returns:
+      float32 [M, B, N, T], under the sampling distribution; 0 for tokens that were not sampled. None if
+      nothing is trained.
+    """
+    if state is None:
+        return None
+    with job.progress.phase("trainer logprobs"):
+        counted = rollouts.drawn.any(axis=(2, 3))
+        (batch,) = train_batches(
+            rollouts,
+            np.ones(rollouts.rewards.shape, np.float32),
+            shards=sharding.row_shards(job.parts.mesh),
+            microbatch_rows=job.config.loss.microbatch_rows,
+            every_group=True,
+        ) or (None,)
+        scored = np.zeros(rollouts.tokens.shape, np.float32)
+        if batch is None:
+            return scored
+        batch = _with_old_logprobs(job, place_batch(batch, job.parts.mesh), state)
+        rows = processes.whole(batch.old_logprobs)
+    # Rows of all shards in order are those of the groups in order; see `train_batches`.
+    width = min(rows.shape[-1], scored.shape[-1])
+    groups = rows.reshape(-1, rows.shape[-1])[: counted.sum() * scored.shape[2], :width]
+    scored[counted, :, :width] = groups.reshape(-1, scored.shape[2], width)
+    return np.where(rollouts.drawn, scored, 0.0)
 
 
 def _summary(

@@ -40,7 +40,7 @@ from espl_jax.storage import arrays as storage_arrays
 from espl_jax.storage import commits, folders
 from espl_jax.storage.json_values import differences, plain
 
-LOGS = ("metrics", "rollouts", "reflections", "lineage", "evaluations")
+LOGS = ("metrics", "rollouts", "problems", "reflections", "lineage", "evaluations")
 
 T = TypeVar("T")
 

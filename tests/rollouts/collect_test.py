@@ -201,6 +201,17 @@ def test_records_hold_every_rollout_once(rollouts):
     assert row["prompt"] == "p0" and row["reply"] == rollouts.replies[0][1][2]
     assert len(row["tokens"]) == rollouts.lengths[0, 1, 2]
     assert row["logprob"] == pytest.approx(float(rollouts.logprobs[0, 1, 2].sum()), abs=1e-5)
+    assert "logprobs" not in row and "trainer_logprobs" not in row
+
+
+def test_records_hold_logprobs_of_tokens_if_asked(rollouts):
+    drawn = rollouts.drawn.copy()
+    drawn[0, 1, 2, 0] = False
+    row = records(dataclasses.replace(rollouts, drawn=drawn), True, 2 * rollouts.logprobs)[5]
+    assert row["logprobs"][0] is row["trainer_logprobs"][0] is None
+    expected = rollouts.logprobs[0, 1, 2, 1 : rollouts.lengths[0, 1, 2]]
+    np.testing.assert_allclose(row["logprobs"][1:], expected, atol=5.1e-5)
+    np.testing.assert_allclose(row["trainer_logprobs"][1:], 2 * expected, atol=5.1e-5)
 
 
 class TestTurns:

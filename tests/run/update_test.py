@@ -63,6 +63,23 @@ def test_epochs_and_minibatches_are_updates_each(tmp_path):
     assert 0 <= record["clip_fraction"] <= 1 and record["log_ratio_abs"] > 0
 
 
+@pytest.mark.parametrize("rows", [0, 2])
+def test_trainer_logprobs_are_those_of_the_weights_before_the_update(rows, tmp_path):
+    changes = {"logs__trainer_logprobs": True, "loss__microbatch_rows": rows}
+    run(tmp_path, mode="espl", num_iterations=2, **changes)
+    records = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert len({tuple(each["tokens"]) for each in records}) > len(records) // 2
+    for each in records:
+        assert len(each["logprobs"]) == len(each["tokens"])
+        np.testing.assert_allclose(each["trainer_logprobs"], each["logprobs"], atol=2e-4)
+
+
+def test_trainer_logprobs_need_a_trainer(tmp_path):
+    run(tmp_path, mode="evolution", num_iterations=1, logs__trainer_logprobs=True, logs__token_logprobs=False)
+    assert '"logprobs"' not in (tmp_path / "rollouts.jsonl").read_text()
+    assert '"trainer_logprobs"' not in (tmp_path / "rollouts.jsonl").read_text()
+
+
 @pytest.mark.parametrize(
     ("fields", "batches", "scored"),
     [

@@ -1,0 +1,1 @@
+"""Writes the page that shows one run, or several side by side."""
