@@ -1,6 +1,7 @@
 """The whole loop on a tiny model: what each mode changes, what is written, and exact resume."""
 
 import collections
+import contextlib
 import functools
 import io
 import json
@@ -16,6 +17,7 @@ from espl_jax.evolution import lineage
 from espl_jax.evolution import population as populations
 from espl_jax.reflectors.local import local_reflector
 from espl_jax.run import parts, reflection, tasks, update
+from espl_jax.storage import status
 from espl_jax.storage.workdir import read_checkpoint
 from espl_jax.train import train
 from espl_jax.training.optimizer import make_optimizer
@@ -134,6 +136,24 @@ def test_modes(mode, tmp_path):
     assert results["reason"] and f"{results['deployed']['id']}  " in (tmp_path / "lineage.txt").read_text()
     assert "Test accuracy:" in shown and f"Best prompt: {results['deployed']['id']}" in shown
     assert "iteration 2/2" in shown and str(tmp_path) in shown
+
+
+def test_trackers_follow_checkpoints_and_results(tmp_path, monkeypatch):
+    calls = []
+
+    @contextlib.contextmanager
+    def tracking(config, workdir, say):
+        def update():
+            newest = max(int(folder.name) for folder in (tmp_path / "checkpoints").iterdir())
+            calls.append((newest, (tmp_path / "results.json").exists(), status.read(workdir).state))
+
+        assert config["trackers"] == ("wandb",) and workdir == str(tmp_path)
+        yield update
+
+    monkeypatch.setattr(loop, "tracking", tracking)
+    run(tmp_path, mode="evolution", trackers=("wandb",))
+    assert calls == [(1, False, "running"), (2, False, "running"), (2, True, "running")]
+    assert status.read(tmp_path).state == "finished"
 
 
 def test_copies_of_a_prompt_are_one_player(tmp_path):

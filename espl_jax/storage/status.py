@@ -17,7 +17,7 @@ from espl_jax.storage import folders
 
 NAME = "status.json"
 _LOCAL_SECONDS, _BUCKET_SECONDS = 5.0, 30.0
-_LOST_SECONDS = 15.0
+_GONE_SECONDS, _SILENT_SECONDS = 15.0, 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +50,13 @@ class Status:
     def lost(self, now: float) -> bool:
         """Returns whether the process has gone without saying so."""
         age = now - self.alive
-        if self.state != "running" or age < _LOST_SECONDS:
+        if self.state != "running" or age < _GONE_SECONDS:
             return False
-        # A process of another container may have the same host name and not be visible.
-        return age > 4 * self.every or (self.host == socket.gethostname() and not _exists(self.pid))
+        # A busy machine can delay the file. A process in another container may have the same host name and
+        # not be visible.
+        return age > _SILENT_SECONDS + self.every or (
+            self.host == socket.gethostname() and not _exists(self.pid)
+        )
 
 
 def read(workdir: str | os.PathLike[str]) -> Status | None:

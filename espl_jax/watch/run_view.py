@@ -182,7 +182,7 @@ class Watcher:
         said = []
         if state == "lost" and found:
             said.append(
-                f"The process ({found.pid} on {found.host}) ended without ending the run. The same command "
+                f"Process {found.pid} on {found.host} is gone, and the run is not complete. The same command "
                 "resumes it."
             )
         if state == "stopped":

@@ -134,12 +134,12 @@ class TestStates:
     @pytest.mark.parametrize(
         ("changes", "state"),
         [
-            ({"alive": NOW - 16}, "running"),  # this process is there
-            ({"alive": NOW - 21}, "lost"),
+            ({"alive": NOW - 64}, "running"),  # this process is there
+            ({"alive": NOW - 66}, "lost"),
             ({"pid": 2**22 + 1, "alive": NOW - 14}, "running"),  # may be in another container
             ({"pid": 2**22 + 1, "alive": NOW - 16}, "lost"),
             ({"pid": 2**22 + 1, "alive": NOW - 16, "host": "elsewhere"}, "running"),
-            ({"alive": NOW - 100, "every": 30.0, "host": "elsewhere"}, "running"),
+            ({"alive": NOW - 89, "every": 30.0, "host": "elsewhere"}, "running"),
             ({"alive": NOW + 100, "host": "elsewhere"}, "running"),  # a clock that is ahead
             ({"state": "stopped", "alive": NOW - 1e6}, "stopped"),
         ],
