@@ -39,6 +39,9 @@ function layout(extra = {}) {
   };
 }
 
+/** An axis of iterations: whole numbers only. */
+const iterationAxis = (iterations, title = "iteration") => ({ title: { text: title }, ...(iterations.length && Math.max(...iterations) <= 12 ? { dtick: 1 } : {}) });
+
 const seen = new IntersectionObserver((entries) => {
   for (const entry of entries) {
     if (!entry.isIntersecting) continue;
