@@ -124,10 +124,8 @@ def trainer_logprobs(job: Job, state: TrainState | None, rollouts: Rollouts) -> 
         rows = processes.whole(batch.old_logprobs)
     # The rows of all shards, in order, are the rollouts in order: no group was left out.
     scored = np.zeros(rollouts.tokens.shape, np.float32)
-    width = min(rows.shape[2], scored.shape[3])
-    scored[..., :width] = rows.reshape(-1, rows.shape[2])[: rollouts.rewards.size, :width].reshape(
-        *rollouts.rewards.shape, width
-    )
+    rows = rows.reshape(-1, rows.shape[-1])[: rollouts.rewards.size, : rollouts.tokens.shape[-1]]
+    scored.reshape(-1, rollouts.tokens.shape[-1])[:, : rows.shape[-1]] = rows
     return np.where(rollouts.drawn, scored, 0.0)
 
 
