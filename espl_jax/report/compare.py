@@ -59,15 +59,14 @@ def test_rates(run: RunLogs) -> Rates:
     """Returns the success rates of the test at the end of a run; empty before."""
     if not run.results.get("test"):
         return {}
-    ids = {run.root: "root", run.deployed: "deployed"}
-    if run.root == run.deployed:
-        ids = {run.root: "root"}
+    ids: dict[str, str] = {run.deployed: "deployed"} | {run.root: "root"}
     success: dict[tuple[str, str], dict[str, list[bool]]] = collections.defaultdict(
         lambda: collections.defaultdict(list)
     )
     for each in run.evaluations():
         if each["split"] == "test" and each["iteration"] == run.results["iteration"]:
-            cell = each["weights"], ids.get(each["prompt"], each["prompt"])
+            prompt = str(each["prompt"])
+            cell = str(each["weights"]), ids.get(prompt, prompt)
             success[cell][each["problem"]].append(bool(each["success"]))
     return {
         cell: {problem: float(np.mean(values)) for problem, values in by_problem.items()}

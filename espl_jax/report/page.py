@@ -38,7 +38,7 @@ class View:
     """What the template shows of a run; all texts are escaped there.
 
     Attributes:
-      name, path, mode: of the run.
+      name, mode: of the run.
       iterations: iterations done, and in all.
       finished: whether the run has ended.
       before, after: test accuracy of the initial weights and root prompt, and of the outcome; or None.
@@ -54,7 +54,6 @@ class View:
     """
 
     name: str
-    path: str
     mode: str
     iterations: tuple[int, int]
     finished: bool
@@ -126,7 +125,6 @@ def _view(run: RunLogs, page: RunPage, name: str, defaults: Any) -> View:
     validated = [each["validation"] for each in run.metrics if each.get("validation")]
     return View(
         name=name,
-        path=str(run.path),
         mode=run.config["mode"],
         iterations=(len(run.metrics), int(run.config.get("num_iterations", len(run.metrics)))),
         finished=bool(run.results),

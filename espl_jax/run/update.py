@@ -107,28 +107,25 @@ def trainer_logprobs(job: Job, state: TrainState | None, rollouts: Rollouts) -> 
 
     Returns:
       float32 [M, B, N, T], under the sampling distribution; 0 for tokens that were not sampled. None if
-      nothing is trained.
+      nothing is trained, or a group has no sampled token.
     """
-    if state is None:
+    if state is None or not rollouts.drawn.any(axis=(2, 3)).all():
         return None
     with job.progress.phase("trainer logprobs"):
-        counted = rollouts.drawn.any(axis=(2, 3))
         (batch,) = train_batches(
             rollouts,
             np.ones(rollouts.rewards.shape, np.float32),
             shards=sharding.row_shards(job.parts.mesh),
             microbatch_rows=job.config.loss.microbatch_rows,
             every_group=True,
-        ) or (None,)
-        scored = np.zeros(rollouts.tokens.shape, np.float32)
-        if batch is None:
-            return scored
+        )
         batch = _with_old_logprobs(job, place_batch(batch, job.parts.mesh), state)
+        assert batch.old_logprobs is not None
         rows = processes.whole(batch.old_logprobs)
-    # Rows of all shards in order are those of the groups in order; see `train_batches`.
-    width = min(rows.shape[-1], scored.shape[-1])
-    groups = rows.reshape(-1, rows.shape[-1])[: counted.sum() * scored.shape[2], :width]
-    scored[counted, :, :width] = groups.reshape(-1, scored.shape[2], width)
+    # The rows of all shards, in order, are the rollouts in order: no group was left out.
+    scored = np.zeros(rollouts.tokens.shape, np.float32)
+    rows = rows.reshape(-1, rows.shape[-1])[: rollouts.rewards.size, : rollouts.tokens.shape[-1]]
+    scored.reshape(-1, rollouts.tokens.shape[-1])[:, : rows.shape[-1]] = rows
     return np.where(rollouts.drawn, scored, 0.0)
 
 

@@ -5,10 +5,17 @@ const state = { run: 0, member: "", smoothing: 0, iteration: {} };
 let overview = [];
 const loaded = new Map();
 
+function fromBase64(text) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text);
+  const binary = atob(text);
+  const bytes = new Uint8Array(binary.length);
+  for (let i = 0; i < binary.length; i += 1) bytes[i] = binary.charCodeAt(i);
+  return bytes;
+}
+
 /** Returns the text in a block: base64 of gzip. */
 async function unpackText(id) {
-  const binary = atob(document.getElementById(id).textContent);
-  const bytes = Uint8Array.from(binary, (character) => character.charCodeAt(0));
+  const bytes = fromBase64(document.getElementById(id).textContent);
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Response(stream).text();
 }

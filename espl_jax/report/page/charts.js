@@ -3,9 +3,12 @@
 const drawn = new Map();
 let plotly = null;
 
+/** Resolves when the page has nothing else to do, so that controls work before charts are drawn. */
+const idle = () => new Promise((done) => (window.requestIdleCallback ? requestIdleCallback(done, { timeout: 500 }) : setTimeout(done, 50)));
+
 /** Loads plotly from its block, once. */
 function loadPlotly() {
-  plotly ??= unpackText("plotly").then((text) => {
+  plotly ??= idle().then(() => unpackText("plotly")).then((text) => {
     const script = document.createElement("script");
     script.textContent = text;
     document.head.append(script);
@@ -39,6 +42,9 @@ function layout(extra = {}) {
   };
 }
 
+/** An axis of iterations: whole numbers only. */
+const iterationAxis = (iterations, title = "iteration") => ({ title: { text: title }, ...(iterations.length && Math.max(...iterations) <= 12 ? { dtick: 1 } : {}) });
+
 const seen = new IntersectionObserver((entries) => {
   for (const entry of entries) {
     if (!entry.isIntersecting) continue;
@@ -49,6 +55,7 @@ const seen = new IntersectionObserver((entries) => {
 
 async function draw(element) {
   await loadPlotly();
+  await idle();
   const make = drawn.get(element);
   if (!make || !element.isConnected) return;
   const { traces, shape, click } = make();

@@ -73,7 +73,7 @@ function showCurves() {
     chart(area, title, () => {
       const traces = curveTraces(each.key);
       const named = overview.length === 1 && traces.filter((trace) => trace.showlegend !== false).length > 1;
-      return { traces, shape: { showlegend: named, xaxis: { title: { text: "iteration" } }, yaxis: { rangemode: "tozero" } } };
+      return { traces, shape: { showlegend: named, xaxis: iterationAxis(overview.flatMap((run) => run.curves.iterations)), yaxis: { rangemode: "tozero" } } };
     });
     return h("figure", { class: "card" }, h("figcaption", {}, h("h3", {}, each.title), h("span", { class: "muted" }, each.unit)),
       overview.length > 1 ? dashNote(each.key) : null, area, fold(`Numbers: ${each.title}`, () => curveTable(each.key, title)));

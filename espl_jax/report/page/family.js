@@ -37,7 +37,7 @@ function familyChart() {
   delete nodes.marker.line.color;
   return {
     traces: [edges("mutation"), edges("crossover"), nodes, ring(best, colour("series-1"), 3), ring(chosen, colour("text"), 2)],
-    shape: { xaxis: { title: { text: "iteration of birth" } }, yaxis: { visible: false, autorange: "reversed" }, margin: { l: 14, r: 8, t: 18, b: 40 } },
+    shape: { xaxis: iterationAxis(members.map((each) => each.iteration), "iteration of birth"), yaxis: { visible: false, autorange: "reversed" }, margin: { l: 14, r: 8, t: 18, b: 40 } },
     click: (event) => { const id = event.points[0]?.customdata; if (id) chooseMember(id); },
   };
 }
@@ -69,7 +69,7 @@ function ratingsChart() {
       error_y: points.length === 1 ? { type: "data", array: [2 * points[0][2]], color: faint(shade, 0.5) } : undefined,
       hovertemplate: `${label(each.id)}, iteration %{x}: %{y:.2f}<extra></extra>` });
   });
-  return { traces, shape: { showlegend: true, xaxis: { title: { text: "iteration" } }, yaxis: { title: { text: "rating" } } } };
+  return { traces, shape: { showlegend: true, xaxis: iterationAxis(current().curves.iterations), yaxis: { title: { text: "rating" } } } };
 }
 
 function memberButton(id) {

@@ -6,11 +6,11 @@ function bars(x, parts) {
 }
 
 const total = (list) => list.reduce((a, b) => a + b, 0);
-const stacked = (unit) => ({ barmode: "stack", bargap: 0.15, showlegend: true, xaxis: { title: { text: "iteration" } }, yaxis: { title: { text: unit } } });
+const stacked = (unit, iterations) => ({ barmode: "stack", bargap: 0.15, showlegend: true, xaxis: iterationAxis(iterations), yaxis: { title: { text: unit } } });
 
 function barFigure(title, x, parts, unit) {
   const area = h("div", { class: "chart" });
-  chart(area, title, () => ({ traces: bars(x, parts), shape: stacked(unit) }));
+  chart(area, title, () => ({ traces: bars(x, parts), shape: stacked(unit, x) }));
   const names = Object.keys(parts);
   return h("figure", { class: "card" }, h("figcaption", {}, h("h3", {}, title)), area,
     fold(`Numbers: ${title}`, () => table(title, ["Iteration", ...names], x.map((each, i) => [each, ...names.map((name) => parts[name][i])]))));
@@ -42,7 +42,7 @@ function showHealth() {
 
 function showTimes() {
   const { iterations, phases, total: totals } = current().times;
-  chart(byId("time-chart"), "seconds by phase", () => ({ traces: bars(iterations, phases), shape: stacked("seconds") }));
+  chart(byId("time-chart"), "seconds by phase", () => ({ traces: bars(iterations, phases), shape: stacked("seconds", iterations) }));
   const all = total(totals);
   const names = Object.keys(phases);
   show("time-table",
