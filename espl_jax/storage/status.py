@@ -32,7 +32,7 @@ class Status:
       since: seconds since the epoch at which the phase began.
       begun: the same for the iteration.
       alive: when this was written.
-      every: at most so many seconds later it is written again.
+      every: longest time until it is written again, in seconds.
       pid, host: of the process.
     """
 
