@@ -6,8 +6,8 @@ import re
 import unicodedata
 from typing import Any
 
-# "C G0": ids, and letters of ids, with at least one whole id.
-_IDS = re.compile(r"\W*(?:[GCS]\W+)*[GCS]\d{1,6}(?:\W+[GCS]\d{0,6})*\W*")
+# "C G0": ids, and letters of ids, with at least one whole id. A lone letter of an id.
+_IDS = re.compile(r"\W*(?:(?:[GCS]\W+)*[GCS]\d{1,6}(?:\W+[GCS]\d{0,6})*|[GCS])\W*")
 _NO_TEXT = {"none", "nothing", "n/a", "no change", "empty"}
 # "(write the principle here)": a blank that was not filled in.
 _BLANK = re.compile(r"[(\[<][^()\[\]<>]*\b(?:principle|instruction)s?\b[^()\[\]<>]*[)\]>]\.?", re.IGNORECASE)

@@ -50,9 +50,10 @@ _PLAIN = re.compile(r"(ADD)( )(.+)")
 _HEAD = re.compile(
     r"(?:[\s,;&+()\[\]*`_]|[GCS]\d{1,6}\b|\b(?:and|with|to|the|a|new|principle|rule|id|line)s?\b)*", re.I
 )
-# A letter, perhaps behind a mark, and then whatever one line can hold; but no number such as "G0.".
+# A letter, perhaps behind a mark, and then whatever one line can hold, another letter included; but no number
+# such as "G0.".
 _CHARS = r"\p{Cc}\p{Zl}\p{Zp}"
-_TEXT = rf'TEXT: /[\\$"(]?\p{{L}}([^{_CHARS}\p{{Nd}}][^{_CHARS}]*)?/'
+_TEXT = rf'TEXT: /[\\$"(]?\p{{L}}(\p{{L}}|[^{_CHARS}\p{{Nd}}][^{_CHARS}]*\p{{L}})[^{_CHARS}]*/'
 _QUOTES = {'"': '"', "'": "'", "“": "”", "`": "`"}
 
 

@@ -123,8 +123,9 @@ def _edits(items: list[Schema], max_edits: int, min_edits: int) -> Schema:
 
 
 def _text(anything: bool = False) -> Schema:
-    """A string of one line; it begins with a letter unless `anything` will do."""
-    beginning = "" if anything else f"[{_LETTERS}][{_LETTERS}{_NO_DIGIT}]"
+    """A string of one line; it begins with a letter and has another one, unless `anything` will do."""
+    letter = f"[{_LETTERS}]"
+    beginning = "" if anything else f"{letter}({letter}|[{_LETTERS}{_NO_DIGIT}][{_ANY}]*{letter})"
     return {"type": "string", "pattern": f"^{beginning}[{_ANY}]*$"}
 
 

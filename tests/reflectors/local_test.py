@@ -177,7 +177,7 @@ def closed(schema):
 
 def short_lines(*arguments, **limits):
     """The grammar of edits in lines with texts of one short word."""
-    return re.sub("TEXT: .*", "TEXT: /[A-Z][a-z]{0,8}/", lines_grammar(*arguments, **limits))
+    return re.sub("TEXT: .*", "TEXT: /[A-Z][a-z]{1,8}/", lines_grammar(*arguments, **limits))
 
 
 GRAMMARS = [
@@ -196,7 +196,7 @@ def check(text, grammar):
         edits, drops = parse_lines(text)
         lines = [line for line in text.split("\n") if not line.startswith("BECAUSE: ")]
         assert not drops and len(edits) == len(lines) - (text == "NONE")
-        assert all(re.fullmatch("[A-Z][a-z]{0,8}", line.partition(": ")[2]) for line in lines if edits)
+        assert all(re.fullmatch("[A-Z][a-z]{1,8}", line.partition(": ")[2]) for line in lines if edits)
         return
     value = json.loads(text)
     jsonschema.validate(value, grammar)
