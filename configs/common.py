@@ -209,7 +209,9 @@ def get_config() -> ConfigDict:
 
     c.logs = ConfigDict()
     c.logs.token_logprobs = True  # log the sampler's logprob of every token in rollouts.jsonl
-    c.logs.trainer_logprobs = False  # and the trainer's before the update, for importance ratios; a pass more
+    c.logs.trainer_logprobs = (
+        False  # and the trainer's before the update, for importance ratios; one more pass
+    )
 
     c.report = ConfigDict()
     c.report.every = 0  # iterations between reports of a running run (report.html); 0: at its end only

@@ -32,7 +32,7 @@ def clean(value: Any) -> str:
 
 
 def says_nothing(principle: str) -> bool:
-    """Returns whether a principle is a blank: only ids, "(none)", or "(the new principle)"."""
+    """Returns whether a principle is a blank: ids, a letter of one, "(none)", or "(the new principle)"."""
     words = principle.strip()
     if not any(map(str.isalpha, words)) or _BLANK.fullmatch(words) or _IDS.fullmatch(words):
         return True

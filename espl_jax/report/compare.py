@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,10 +17,21 @@ from espl_jax.rollouts import intervals
 WEIGHTS = ("initial", "trained")
 PROMPTS = ("root", "deployed")
 
+T = TypeVar("T")
+
 Rates = Mapping[tuple[str, str], Mapping[str, float]]
 """(weights, prompt) -> problem -> success rate on the test."""
 
-FREE = ("seed", "compilation_cache", "checkpoint_", "profile_iteration", "resume.", "logs.", "report.")
+FREE = (
+    "seed",
+    "compilation_cache",
+    "checkpoint_",
+    "profile_iteration",
+    "resume.",
+    "logs.",
+    "report.",
+    "track",
+)
 """Beginnings of the names of fields in which seeds of one method may differ."""
 
 
@@ -74,13 +86,13 @@ def test_rates(run: RunLogs) -> Rates:
     }
 
 
-def last_cell(rates: Rates) -> Mapping[str, float]:
-    """Returns the rates of the run's outcome: trained weights and deployed prompt, where there are such."""
+def outcome(cells: Mapping[tuple[str, str], T]) -> T | None:
+    """Returns the cell of the run's outcome: trained weights and deployed prompt, or the nearest it has."""
     for weights in reversed(WEIGHTS):
         for prompt in reversed(PROMPTS):
-            if (weights, prompt) in rates:
-                return rates[weights, prompt]
-    return {}
+            if (weights, prompt) in cells:
+                return cells[weights, prompt]
+    return None
 
 
 def methods_of(runs: Sequence[RunLogs], names: Sequence[str], rates: Sequence[Rates]) -> list[Method]:
@@ -91,7 +103,7 @@ def methods_of(runs: Sequence[RunLogs], names: Sequence[str], rates: Sequence[Ra
         groups[tuple(fields)].append(index)
     found = []
     for members in groups.values():
-        cells = [last_cell(rates[index]) for index in members]
+        cells = [outcome(rates[index]) or {} for index in members]
         shared = [problem for problem in cells[0] if all(problem in cell for cell in cells)]
         values = np.array([[cell[problem] for problem in shared] for cell in cells])
         means = values.mean(axis=0) if shared else None

@@ -91,7 +91,7 @@ def _feedback_at_birth(member: SystemPrompt, feedback: Feedback) -> list[list[An
 def _rows(members: Sequence[SystemPrompt]) -> dict[str, int]:
     """Returns the row of each member: depth first by first parents, so that a line of descent stays together.
 
-    The oldest child continues the row of its parent; its siblings get rows of their own.
+    The oldest child continues the row of its parent; each sibling starts a new row.
     """
     children = collections.defaultdict(list)
     known = {each.id for each in members}

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from espl_jax.console.tables import duration, percent
 from espl_jax.report import compare
 from espl_jax.report.build import ROOM, RunPage, build
-from espl_jax.report.configuration import Field, fields_of, find_defaults, resume_command
+from espl_jax.report.configuration import ABSENT, Field, fields_of, find_defaults, resume_command
 from espl_jax.report.read import Record, RunLogs, names_of
 from espl_jax.report.sample import RULE, packed, packed_text
 
@@ -129,7 +129,7 @@ def _view(run: RunLogs, page: RunPage, name: str, defaults: Any) -> View:
         iterations=(len(run.metrics), int(run.config.get("num_iterations", len(run.metrics)))),
         finished=bool(run.results),
         before=cells.get("initial", {}).get("root"),
-        after=_outcome(cells),
+        after=compare.outcome({(w, p): cell for w, prompts in cells.items() for p, cell in prompts.items()}),
         validations=tuple(map(_cell, [validated[0], validated[-1]] if len(validated) > 1 else validated)),
         rows=tuple(
             (w, cells[w].get("root"), cells[w].get("deployed")) for w in compare.WEIGHTS if w in cells
@@ -144,15 +144,6 @@ def _view(run: RunLogs, page: RunPage, name: str, defaults: Any) -> View:
         versions=tuple(_versions(run.machine)),
         has_tokens=any(block.id.endswith("-vocabulary") for block in page.blocks),
     )
-
-
-def _outcome(cells: Record) -> Cell | None:
-    """Returns the cell of the trained weights and deployed prompt, or the nearest one that the mode has."""
-    for weights in reversed(compare.WEIGHTS):
-        for prompt in reversed(compare.PROMPTS):
-            if prompt in cells.get(weights, {}):
-                return cells[weights][prompt]
-    return None
 
 
 def _cell(evaluation: Record) -> Cell:
@@ -194,7 +185,7 @@ def _comparison(runs: Sequence[RunLogs], views: Sequence[View], names: Sequence[
     methods = compare.methods_of(runs, names, rates)
     by_run = [{each.name: each.value for each in view.fields} for view in views]
     differing = [
-        (field, [fields.get(field, "absent") for fields in by_run])
+        (field, [fields.get(field, ABSENT) for fields in by_run])
         for field in sorted({name for fields in by_run for name in fields})
         if len({fields.get(field) for fields in by_run}) > 1
     ]

@@ -107,7 +107,7 @@ def read_run(workdir: str | os.PathLike[str], decode: Decode | None = None) -> R
 
 
 def names_of(runs: Sequence[RunLogs]) -> list[str]:
-    """Returns a name for each run: the last parts of its path, as many as tell the runs apart."""
+    """Returns a name for each run: the shortest end of its path that is unique among the runs."""
     parts = [run.path.parts for run in runs]
     for count in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(each[-count:]) for each in parts]

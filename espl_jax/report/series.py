@@ -47,8 +47,8 @@ def curves(run: RunLogs, rates: Mapping[int, Mapping[str, float]], lengths: Mapp
     ks = sorted({k for each in rates.values() for k in each}, key=int)
     shown = ks if len(ks) <= 3 else [ks[0], ks[len(ks) // 2], ks[-1]]
 
-    def line(*names: str) -> Curve:
-        return [_number(_at(each, names)) for each in metrics]
+    def line(name: str) -> Curve:
+        return [_number(each.get(name)) for each in metrics]
 
     rewards, success = line("reward"), line("success")
     validated = [each.get("validation") or {} for each in metrics]
@@ -82,10 +82,11 @@ def curves(run: RunLogs, rates: Mapping[int, Mapping[str, float]], lengths: Mapp
             "valid_pass",
             "pass@k on validation",
             "",
-            {f"pass@{k}": [_number(each.get("pass_at", {}).get(k)) for each in validated] for k in valid_ks},
-        )
-        if len(valid_ks) > 1
-        else _chart("valid_pass", "pass@k on validation", "", {}),
+            {
+                f"pass@{k}": [_number(each.get("pass_at", {}).get(k)) for each in validated]
+                for k in (valid_ks if len(valid_ks) > 1 else ())
+            },
+        ),
         _chart("entropy", "Entropy", "nats per token", {"entropy": line("entropy")}),
         _chart("kl", "KL to the reference", "nats per token", {"KL": line("kl")}),
         _chart("clip", "Clip fraction", "of tokens", {"clipped": line("clip_fraction")}),
@@ -169,13 +170,6 @@ def _chart(
     kept = {name: values for name, values in lines.items() if any(value is not None for value in values)}
     bands = {name: band for name, band in (bands or {}).items() if name in kept}
     return {"key": key, "title": title, "unit": unit, "lines": kept, "bands": bands}
-
-
-def _at(record: Record, names: Sequence[str]) -> Any:
-    value: Any = record
-    for name in names:
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value
 
 
 def _number(value: Any) -> float | None:

@@ -24,7 +24,7 @@ def write_report(
     """Writes the page of one run, or of several side by side. The runs may still be running.
 
     Args:
-      workdirs: work directories, local or in buckets; the first one is what the others are compared with.
+      workdirs: work directories, local or in buckets; the others are compared with the first one.
       out: the page; by default report.html in the first work directory, or here if that is in a bucket.
 
     Returns:

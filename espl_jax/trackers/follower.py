@@ -1,4 +1,4 @@
-"""Feeds a tracker from the work directory, in a thread of its own."""
+"""Feeds a tracker from the work directory, in a separate thread."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _WRITE_SECONDS = 30.0
 class Trackio:
     """Logs each point as one row, which is atomic.
 
-    trackio writes from a thread of its own and does not raise. A local row is therefore waited for.
+    trackio writes from a background thread and does not raise. A local row is therefore waited for.
     """
 
     fix = "check TRACKIO_DIR, TRACKIO_SPACE_ID and TRACKIO_SERVER_URL"

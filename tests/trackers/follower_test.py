@@ -52,7 +52,7 @@ class Store:
 
 
 class Atomic:
-    """Points are atomic; a kill loses the last ones, as many as are buffered."""
+    """Points are atomic; a kill loses those that are still buffered."""
 
     fix = "check the fake"
 
