@@ -6,11 +6,12 @@ import json
 import pytest
 from rich.console import Console
 
-from configs import quickstart
 from espl_jax import train as loop
 from espl_jax.run import reflection
 from espl_jax.train import train
+from tests.conftest import run_module
 from tests.support import fakes
+from tests.support.devices import xla_flags
 from tests.train_test import lines, outcome
 
 pytest.importorskip("reasoning_gym")
@@ -87,18 +88,25 @@ TEN = (
 )
 
 
-@pytest.mark.slow(minutes=10)
+@pytest.mark.slow(minutes=5)
 def test_ten_tasks_with_smollm2(tmp_path):
-    """Prompts evolve and weights learn on ten kinds of problems at once."""
-    config = quickstart.get_config()
-    config.num_iterations, config.batch_size, config.group_size = 1, 10, 2
-    config.environment.name, config.environment.answer_format = "reasoning_gym", "boxed"
-    for split, count, seed in (("train", 2, 0), ("validation", 1, 1), ("test", 1, 2)):
-        config.data[split] = " + ".join(f"reasoning_gym:{name}:count={count},seed={seed}" for name in TEN)
-    config.sampling.max_new_tokens = 24
-    train(config, tmp_path, Console(file=io.StringIO()))
+    """Prompts evolve and weights learn on ten kinds of problems at once, on one device."""
+    data = {
+        split: " + ".join(f"reasoning_gym:{name}:count=1,seed={seed}" for name in TEN)
+        for seed, split in enumerate(("train", "validation", "test"))
+    }
+    fields = {f"data.{split}": spec for split, spec in data.items()}
+    fields |= {"environment.name": "reasoning_gym", "environment.answer_format": "boxed"}
+    fields |= {"num_iterations": 1, "batch_size": 10, "group_size": 1, "sampling.max_new_tokens": 16}
+    run_module(
+        "espl_jax.main",
+        "--config=configs/quickstart.py",
+        f"--workdir={tmp_path}",
+        *(f"--config.{name}={value}" for name, value in fields.items()),
+        XLA_FLAGS=xla_flags(1),
+    ).check_returncode()
     rollouts = lines(tmp_path, "rollouts")
-    assert len(rollouts) == 3 * 10 * 2
+    assert len(rollouts) == 3 * 10
     assert {rollout["problem"].split(":")[1] for rollout in rollouts} == {*TEN}
     assert all(rollout["success"] or rollout["feedback"] for rollout in rollouts)
     assert len(lines(tmp_path, "evaluations")) >= 2 * 10

@@ -42,28 +42,32 @@ class Method:
     Attributes:
       name: name of its first run.
       runs: indices of its runs.
-      rates: float [problems], success rates of the last cell, averaged over seeds; None without a test.
+      seeds: of its runs.
+      rates: float [runs, problems], success rates of the last cell; None without a test.
       problems: ids of the problems, in the order of `rates`.
     """
 
     name: str
     runs: tuple[int, ...]
+    seeds: tuple[int, ...]
     rates: np.ndarray | None
     problems: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """The paired difference of two methods on the test problems that both have.
+    """The paired difference of two methods on the test problems and seeds that both have.
 
     Attributes:
       methods: names, `a - b`.
-      problems: number of problems.
+      problems: number of problems that both were tested on.
+      seeds: number of seeds that both have.
       text: the mean difference and its 95% interval in percentage points.
     """
 
     methods: str
     problems: int
+    seeds: int
     text: str
 
 
@@ -105,41 +109,43 @@ def methods_of(runs: Sequence[RunLogs], names: Sequence[str], rates: Sequence[Ra
     for members in groups.values():
         cells = [outcome(rates[index]) or {} for index in members]
         shared = [problem for problem in cells[0] if all(problem in cell for cell in cells)]
-        values = np.array([[cell[problem] for problem in shared] for cell in cells])
-        means = values.mean(axis=0) if shared else None
-        found.append(Method(names[members[0]], tuple(members), means, tuple(shared)))
+        values = np.array([[cell[problem] for problem in shared] for cell in cells]) if shared else None
+        seeds = tuple(int(runs[index].config.get("seed", 0)) for index in members)
+        found.append(Method(names[members[0]], tuple(members), seeds, values, tuple(shared)))
     return found
 
 
 def accuracy(method: Method) -> str:
-    """Returns the test accuracy of a method with its 95% interval over problems; a dash without a test."""
+    """Returns the test accuracy of a method with its 95% interval; a dash without a test."""
     if method.rates is None:
         return "–"
-    low, high = intervals.of_share(method.rates, len(method.rates) * len(method.runs))
+    low, high = intervals.of_share(method.rates, method.rates.size)
     return percent(float(method.rates.mean()), low, high)
 
 
 def differences(methods: Sequence[Method]) -> list[Difference]:
-    """Returns the difference of each method from the first one, paired by problem.
+    """Returns the difference of each method from the first one, paired by problem and by seed.
 
-    Intervals are Student's over problems (Miller 2024, arXiv 2411.00640, section 4).
+    Methods without a common seed are paired by problem alone, with the mean over the seeds of each.
     """
     first, *others = methods
     found = []
     for other in others:
-        theirs = dict(zip(other.problems, () if other.rates is None else other.rates, strict=True))
-        ours = dict(zip(first.problems, () if first.rates is None else first.rates, strict=True))
-        shared = [problem for problem in theirs if problem in ours]
-        if not shared:
+        problems = [problem for problem in other.problems if problem in first.problems]
+        if not problems:
             continue
-        paired = np.array([theirs[problem] - ours[problem] for problem in shared])
-        found.append(Difference(f"{other.name} − {first.name}", len(shared), _points(paired)))
+        seeds = [seed for seed in other.seeds if seed in first.seeds]
+        theirs, ours = (_rates(method, seeds, problems) for method in (other, first))
+        found.append(
+            Difference(
+                f"{other.name} − {first.name}", len(problems), len(seeds), intervals.difference(theirs - ours)
+            )
+        )
     return found
 
 
-def _points(paired: np.ndarray) -> str:
-    interval = intervals.of_mean(paired)
-    mean = f"{100 * float(paired.mean()):+.1f} points"
-    if interval is None or not paired.std():
-        return f"{mean} (no interval: all problems have the same difference)"
-    return f"{mean} [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
+def _rates(method: Method, seeds: Sequence[int], problems: Sequence[str]) -> np.ndarray:
+    """Returns float [seeds, problems], the success rates of a method; without seeds the mean over its own."""
+    assert method.rates is not None
+    columns = method.rates[:, [method.problems.index(problem) for problem in problems]]
+    return columns[[method.seeds.index(seed) for seed in seeds]] if seeds else columns.mean(0, keepdims=True)

@@ -12,43 +12,8 @@ from espl_jax.console.tables import percent, table
 from espl_jax.rollouts import intervals
 from experiments.methods.runs import CELLS, Record
 
-RESAMPLES = 10_000
-
 TITLES = {"test": "Test accuracy", "hard": "Accuracy on harder problems"}
 """Name of the problems, of `runs.TESTS`, -> title of their table."""
-
-
-def interval(rates: np.ndarray) -> tuple[float, float]:
-    """Returns the 95% interval of a mean of success rates.
-
-    Seeds are resampled, and the same problems of all of them (percentile bootstrap). One seed, or rates that
-    are all 0 or all 1, which no resampling can vary, get Wilson's interval over problems.
-
-    Args:
-      rates: float [S, B], of S seeds on the same B problems.
-    """
-    if len(rates) == 1 or (rates == rates.flat[0]).all():
-        return intervals.of_share(rates.mean(axis=0), rates.size)
-    low, high = _bootstrap(rates)
-    return max(0.0, low), min(1.0, high)
-
-
-def difference(rates: np.ndarray, others: np.ndarray) -> tuple[float, float, float]:
-    """Returns the mean difference of two methods, paired by seed and problem, and its 95% interval.
-
-    Args:
-      rates, others: float [S, B], of the same seeds on the same problems.
-    """
-    paired = rates - others
-    return float(paired.mean()), *_bootstrap(paired)
-
-
-def _bootstrap(values: np.ndarray) -> tuple[float, float]:
-    rng = np.random.default_rng(0)
-    seeds, problems = (rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n for n in values.shape)
-    means = np.einsum("rs,sb,rb->r", seeds, values, problems, optimize=True)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
 
 
 def with_test(record: Record) -> list[dict[str, Any]]:
@@ -84,7 +49,7 @@ def _accuracy(by_method: Mapping[str, Mapping[int, Record]], test: str) -> list[
     rows = [["method", "seeds", *cells, "KL, nats per token"]]
     for method, of_seeds in by_method.items():
         stacked = [np.stack([each.tests[test][cell] for each in of_seeds.values()]) for cell in CELLS]
-        shown = [percent(float(rates.mean()), *interval(rates)) for rates in stacked]
+        shown = [percent(float(rates.mean()), *intervals.of_share(rates, rates.size)) for rates in stacked]
         kl = np.mean([each.kl for each in of_seeds.values()])
         rows.append([method, str(len(of_seeds)), *shown, f"{kl:.4f}"])
     return rows
@@ -101,5 +66,5 @@ def _differences(by_method: Mapping[str, Mapping[int, Record]], test: str) -> li
                 np.stack([by_method[method][seed].tests[test][CELLS[-1]] for seed in seeds])
                 for method in (last, other)
             )
-            rows.append([f"{last} - {other}", str(len(seeds)), percent(*difference(*ends))])
+            rows.append([f"{last} - {other}", str(len(seeds)), intervals.difference(np.subtract(*ends))])
     return [["methods", "seeds", "difference"], *rows] if rows else []

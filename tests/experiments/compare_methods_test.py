@@ -16,7 +16,7 @@ from espl_jax.models import lora
 from espl_jax.rollouts import intervals
 from espl_jax.types import SystemPrompt
 from experiments import compare_methods
-from experiments.methods import ended, summary
+from experiments.methods import ended
 from experiments.methods.methods import variants
 from experiments.methods.runs import CELLS, Record, Run, read
 from experiments.methods.tasks import PRESETS, TASKS, Task
@@ -140,7 +140,7 @@ def test_tables_need_the_records_of_ended_runs_alone(started, tmp_path, monkeypa
     (espl,) = (line for line in cells if line[:2] == ["espl", "1"])
     low, high = intervals.interval(2, 2)
     assert espl[-2:] == [f"100.0% [{100 * low:.1f}, {100 * high:.1f}]", "0.2500"]
-    assert ["espl - rl", "1", "50.0% [50.0, 50.0]"] in cells
+    assert ["espl - rl", "1", "+50.0 points (no interval: all problems have the same difference)"] in cells
     assert "espl, seed 0:\n\n> Add.\n>\n> G0. Use a box.\n" in text
     rows = list(csv.DictReader((tmp_path / "iterations.csv").open()))
     assert [row["method"] + row["iteration"] for row in rows[:3]] == ["rl1", "rl2", "evolution1"]
@@ -243,28 +243,6 @@ def test_more_rollouts_are_those_of_all_prompts(started, tmp_path, monkeypatch):
     assert value(changed, "config.num_prompts") == "1"
     assert value(changed, "config.selection.strategy") == "ucb"
     assert (tmp_path / "espl_num_prompts=1_selection.strategy=ucb-0.json").is_file()
-
-
-def test_an_interval_over_seeds_is_wider_than_over_problems_alone():
-    rng = np.random.default_rng(1)
-    apart = (rng.random((4, 200)) < np.array([[0.2], [0.4], [0.6], [0.8]])).astype(float)
-    together = (rng.random((4, 200)) < 0.5).astype(float)
-    width = [high - low for low, high in map(summary.interval, (apart, together))]
-    assert width[0] > 0.3 > 0.15 > width[1]
-
-
-def test_paired_differences_know_that_problems_are_the_same():
-    """Methods that differ on one problem in ten differ for certain, however hard the others are."""
-    rates = np.tile(np.arange(200) % 2, (3, 1)).astype(float)
-    better = rates.copy()
-    better[:, ::10] = 1
-    mean, low, high = summary.difference(better, rates)
-    assert mean == pytest.approx(0.1)
-    assert 0.05 < low < mean < high < 0.15
-
-
-def test_what_cannot_vary_gets_wilsons_interval():
-    assert summary.interval(np.zeros((3, 50))) == intervals.interval(0, 50)
 
 
 def test_a_process_that_fails_ends_the_comparison_with_what_it_said(tmp_path, monkeypatch):

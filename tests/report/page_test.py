@@ -1,6 +1,7 @@
 """The page as text: escaping, contents, comparisons, the command."""
 
 import base64
+import dataclasses
 import gzip
 import json
 import re
@@ -9,6 +10,7 @@ import shlex
 import sys
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from absl import app
 
@@ -102,15 +104,15 @@ def test_runs_side_by_side(tmp_path):
     assert {"run0-members", "run1-members"} <= Elements(page).blocks.keys()
 
 
-def test_seeds_of_a_method_are_averaged(tmp_path):
+def test_seeds_of_a_method_share_a_row(tmp_path):
     runs = [read_run(write_run(tmp_path / str(seed), seed=seed)) for seed in (0, 1)]
     rates = [compare.test_rates(run) for run in runs]
     (method,) = compare.methods_of(runs, ["a", "b"], rates)
-    assert method.runs == (0, 1) and len(method.problems) == 50
-    assert method.rates.mean() == pytest.approx(
-        sum(run.results["test"]["trained"]["deployed"]["accuracy"] for run in runs) / 2
+    assert method.runs == (0, 1) and method.seeds == (0, 1) and method.rates.shape == (2, 50)
+    assert method.rates.mean(axis=1).tolist() == pytest.approx(
+        [run.results["test"]["trained"]["deployed"]["accuracy"] for run in runs]
     )
-    assert "averaged by problem" in render(runs)
+    assert "with 95% intervals over seeds and problems" in render(runs)
 
 
 def test_paired_differences(tmp_path):
@@ -119,11 +121,23 @@ def test_paired_differences(tmp_path):
     methods = compare.methods_of(runs, ["espl", "rl"], rates)
     (found,) = compare.differences(methods)
     mean = 100 * (methods[1].rates - methods[0].rates).mean()
-    assert found.problems == 50 and found.text.startswith(f"{mean:+.1f} points [")
+    assert (found.problems, found.seeds) == (50, 1) and found.text.startswith(f"{mean:+.1f} points [")
     same = compare.differences([methods[0], methods[0]])[0]
     assert same.text == "+0.0 points (no interval: all problems have the same difference)"
     nothing = compare.methods_of(runs, ["espl", "rl"], [{}, {}])
     assert compare.differences(nothing) == [] and compare.accuracy(nothing[0]) == "–"
+
+
+def test_differences_are_paired_by_seed_and_problem():
+    """By hand: seeds come in another order, one is missing, and so is a problem."""
+    first = compare.Method("a", (0, 1), (0, 1), np.array([[0.0, 0, 1], [0, 0, 0]]), ("x", "y", "z"))
+    second = compare.Method("b", (2, 3, 4), (2, 1, 0), np.array([[9.0, 9], [1, 1], [1, 0]]), ("z", "x"))
+    (found,) = compare.differences([first, second])
+    assert (found.seeds, found.problems) == (2, 2)
+    assert found.text.startswith("+50.0 points [")  # of both problems 0 with seed 0, and 1 with seed 1
+    alone = dataclasses.replace(second, seeds=(7, 8, 9))
+    (found,) = compare.differences([first, alone])
+    assert found.seeds == 0 and found.text.startswith("+325.0 points ["), "means over seeds"
 
 
 def test_the_command_to_resume_gives_the_same_configuration(tmp_path, monkeypatch):

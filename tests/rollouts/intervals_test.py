@@ -101,3 +101,54 @@ def test_values_that_are_alike_but_for_rounding(values):
 def test_what_is_not_a_share_is_refused():
     with pytest.raises(ValueError, match=r"values from -1 to 2: shares must be between 0 and 1"):
         intervals.of_share(np.array([2, -1]), 2)
+
+
+def crossed(seeds, problems, sd, rng):
+    """Success of two methods, float [2, S, B], whose chances vary between seeds and between problems."""
+    logits = rng.normal(0, 1, problems) + rng.normal(0, sd, (2, seeds, 1))
+    return (rng.random((2, seeds, problems)) < scipy.special.expit(logits)).astype(float)
+
+
+@pytest.mark.parametrize(("seeds", "sd"), [(3, 1.5), (5, 0), (5, 0.5), (10, 1.5)])
+def test_coverage_over_seeds_and_problems(seeds, sd):
+    rng = np.random.default_rng(seeds)
+    differences, shares = [], []
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    truth = weights @ scipy.special.expit(np.sqrt(1 + sd**2) * nodes) / weights.sum()
+    for _ in range(500):
+        one, other = crossed(seeds, 50, sd, rng)
+        low, high = intervals.of_mean(one - other)
+        differences.append(low <= 0 <= high)
+        low, high = intervals.of_share(one, one.size)
+        shares.append(low <= truth <= high)
+    assert np.mean(differences) > 0.92 and np.mean(shares) > 0.91
+
+
+def test_mean_over_seeds_and_problems_by_hand():
+    """Seeds have means 1 and 3, problems 1, 2 and 3, and nothing is left for single values."""
+    values = np.array([[0.0, 1, 2], [2, 3, 4]])
+    seeds, problems = 2 / 2, 1 / 3
+    freedom = (seeds + problems) ** 2 / (seeds**2 / 1 + problems**2 / 2)
+    half = scipy.stats.t.ppf(0.975, freedom) * (seeds + problems) ** 0.5
+    assert intervals.of_mean(values) == pytest.approx((2 - half, 2 + half))
+
+
+def test_one_seed_is_an_interval_over_problems():
+    values = np.array([0.25, 0.5, 1, 0])
+    assert intervals.of_mean(values[None]) == intervals.of_mean(values)
+    assert intervals.of_share(values[None], 16) == intervals.of_share(values, 16)
+    assert intervals.of_share(values[:, None], 16) == intervals.of_share(values, 16)
+
+
+def test_seeds_that_agree_on_all_are_worth_one():
+    assert intervals.of_share(np.zeros((3, 50)), 150) == interval(0, 50)
+
+
+def test_paired_differences_know_that_problems_are_the_same():
+    """Methods that differ on one problem in ten differ for certain, however hard the others are."""
+    rates = np.tile(np.arange(200) % 2, (3, 1)).astype(float)
+    better = rates.copy()
+    better[:, ::10] = 1
+    low, high = intervals.of_mean(better - rates)
+    assert 0.05 < low < 0.1 < high < 0.15
+    assert intervals.difference(better - rates) == f"+10.0 points [{100 * low:+.1f}, {100 * high:+.1f}]"
