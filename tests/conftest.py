@@ -91,11 +91,11 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"{family} against transformers, worst relative error: {said}")
 
 
-def run_module(module, *args, **environment):
+def run_module(module, *args, seconds=300, **environment):
     """`python -m module args` in a process of its own, with these variables added to its environment."""
     command = [sys.executable, "-m", module, *args]
     return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+        command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, env={**os.environ, **environment}
     )
 
 

@@ -103,6 +103,7 @@ def test_ten_tasks_with_smollm2(tmp_path):
         "--config=configs/quickstart.py",
         f"--workdir={tmp_path}",
         *(f"--config.{name}={value}" for name, value in fields.items()),
+        seconds=1200,
         XLA_FLAGS=xla_flags(1),
     ).check_returncode()
     rollouts = lines(tmp_path, "rollouts")
