@@ -77,7 +77,8 @@ def difference(paired: np.ndarray) -> str:
     mean, ends = f"{100 * float(paired.mean()):+.1f} points", of_mean(paired)
     if ends is None or not np.ptp(paired):
         return f"{mean} (no interval: all problems have the same difference)"
-    return f"{mean} [{100 * ends[0]:+.1f}, {100 * ends[1]:+.1f}]"
+    low, high = np.clip(ends, -1, 1)  # as far as success rates can differ
+    return f"{mean} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def _independent(values: np.ndarray) -> np.ndarray:

@@ -152,3 +152,8 @@ def test_paired_differences_know_that_problems_are_the_same():
     low, high = intervals.of_mean(better - rates)
     assert 0.05 < low < 0.1 < high < 0.15
     assert intervals.difference(better - rates) == f"+10.0 points [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def test_differences_stay_within_what_success_rates_can_differ():
+    found = intervals.difference(np.array([[1.0, 1, 1, 0.8], [1, 1, 1, 1]]))
+    assert found.startswith("+97.5 points [") and found.endswith(", +100.0]")
