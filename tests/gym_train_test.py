@@ -97,17 +97,24 @@ def test_ten_tasks_with_smollm2(tmp_path):
     }
     fields = {f"data.{split}": spec for split, spec in data.items()}
     fields |= {"environment.name": "reasoning_gym", "environment.answer_format": "boxed"}
-    fields |= {"num_iterations": 1, "batch_size": 10, "group_size": 1, "sampling.max_new_tokens": 16}
-    run_module(
+    fields |= {
+        "num_iterations": 1,
+        "num_prompts": 2,
+        "batch_size": 10,
+        "group_size": 2,
+        "sampling.max_new_tokens": 16,
+    }
+    done = run_module(
         "espl_jax.main",
         "--config=configs/quickstart.py",
         f"--workdir={tmp_path}",
         *(f"--config.{name}={value}" for name, value in fields.items()),
         seconds=1200,
         XLA_FLAGS=xla_flags(1),
-    ).check_returncode()
+    )
+    assert done.returncode == 0, done.stderr
     rollouts = lines(tmp_path, "rollouts")
-    assert len(rollouts) == 3 * 10
+    assert len(rollouts) == 2 * 10 * 2
     assert {rollout["problem"].split(":")[1] for rollout in rollouts} == {*TEN}
     assert all(rollout["success"] or rollout["feedback"] for rollout in rollouts)
     assert len(lines(tmp_path, "evaluations")) >= 2 * 10

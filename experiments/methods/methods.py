@@ -88,6 +88,29 @@ METHODS = {
 - `rl_under_evolved`: the weights of the RL run under the prompt of the evolution run.
 """
 
+GROUPS = {
+    "controls": ("rl_more", "rl_from_feedback", "rl_from_random", "rl_from_evolved", "rl_under_evolved"),
+    "ablations": (
+        "espl",
+        "espl:selection.strategy=uniform",
+        "espl:selection.strategy=ucb",
+        "espl:selection.strategy=lucb",
+        "espl:selection.optimism=0",
+        "espl:evolution.crossover_prob=0",
+        "espl:loss.baseline=marginalized",
+        "espl:num_prompts=1,group_size=12,deployment.rule=newest",
+        "espl:num_prompts=5,batch_size=5",
+        "espl:reflection.format=json",
+        "espl:reflection.reasoning=brief,reflection.reasoning_tokens=160",
+        "espl:reflection.problems=mixed",
+        "espl:reflection.problems=failed",
+    ),
+    "proposers": ("espl", "espl:reflection.source=qwen2.5-coder-1.5b"),
+}
+"""Name -> variants that it stands for. The ablations keep the 96 rollouts of an iteration of
+configs/quickstart.py, but for five prompts, which have 100.
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
@@ -117,17 +140,18 @@ class Variant:
 
 
 def variants(specs: str) -> list[Variant]:
-    """Reads `rl,espl`, or with changes `rl;espl:num_prompts=1,group_size=12`.
+    """Reads `rl,espl,controls`, or with changes `rl;espl:num_prompts=1,group_size=12`; each variant once.
 
     Raises:
       ValueError: for an unknown method, or a change that is not field=value.
     """
-    found = []
+    found = {}
     for spec in re.split(";" if {":", ";"} & {*specs} else ",", specs):
         name, _, rest = spec.partition(":")
-        if name not in METHODS:
-            raise ValueError(f"--methods={specs}: unknown method {name!r}; choose from {', '.join(METHODS)}")
+        if name not in METHODS and spec not in GROUPS:
+            known = ", ".join([*METHODS, *GROUPS])
+            raise ValueError(f"--methods={specs}: unknown method {name!r}; choose from {known}")
         if bad := [pair for pair in rest.split(",") if pair and "=" not in pair]:
             raise ValueError(f"--methods={specs}: {bad[0]!r} is not field=value; separate methods by ;")
-        found.append(Variant(spec))
-    return found
+        found |= {each: Variant(each) for each in GROUPS.get(spec, (spec,))}
+    return [*found.values()]

@@ -4,9 +4,12 @@ On a CPU, with Qwen2.5-Coder-0.5B-Instruct:
 
 - `convention`: two-digit sums that have to be boxed, which the root prompt does not say. RL cannot start.
 - `sometimes`: the same under a root prompt that asks for a box in words that the model rarely follows.
+- `unit`: two-digit sums, whose result has to be followed by the word "points" and needs no box: a second
+  convention for weights that have learned the first. Without the unit a right number earns half.
+- `gsm8k`: grade-school problems, under a root prompt that says what to do. Prompts may matter little.
 - `showcase`: a box and a unit, trained on two-digit sums and tested on three-digit ones.
 
-The first two are also tested on three-digit sums; `cpu` names both.
+The first three are also tested on three-digit sums; `cpu` names the first two.
 
 On TPUs, the paper's settings: `hmmt`, `aime`, `dapo` and `search`. By the bounds of docs/tpus.md, 30
 iterations of one of the first three (Qwen3-8B, LoRA, all rollouts at full length) take at least 5 hours on
@@ -42,17 +45,43 @@ class Task:
     feedback: str = boxed.NO_BOX
 
 
+TWO_DIGITS = "addition:digits=2,count=100"
 THREE_DIGITS = "addition:digits=3,count=100"
 
 TASKS = {
-    "convention": Task(QWEN, {"data.test": "addition:digits=2,count=100"}, hard=THREE_DIGITS),
+    "convention": Task(QWEN, {"data.test": TWO_DIGITS}, hard=THREE_DIGITS),
     "sometimes": Task(
         QWEN,
         {
-            "data.test": "addition:digits=2,count=100",
+            "data.test": TWO_DIGITS,
             "population.text": "Reply with the result. Put it in a LaTeX box.",
         },
         hard=THREE_DIGITS,
+    ),
+    "unit": Task(
+        QWEN,
+        {
+            "data.test": TWO_DIGITS,
+            "environment.answer_format": "last_number",
+            "environment.options": '{"unit": "points"}',
+        },
+        hard=THREE_DIGITS,
+        feedback='The unit is missing. The number has to be followed by the word "points".',
+    ),
+    "gsm8k": Task(
+        QWEN,
+        {
+            "data.train": "hub:openai/gsm8k:config=main",
+            "data.validation": "",
+            "data.test": "hub:openai/gsm8k:config=main,split=test,count=100",
+            "environment.name": "math",
+            "environment.instruction": boxed.INSTRUCTION,
+            "population.text": "Solve the problem step by step.",
+            "sampling.max_new_tokens": 200,
+            "batch_size": 4,
+            "reflection.show": ("task", "trajectory", "verdict", "gold", "feedback"),
+            "loss.microbatch_rows": 8,
+        },
     ),
     "showcase": Task("configs/showcase.py"),
     "hmmt": Task("configs/hmmt.py"),

@@ -12,15 +12,19 @@ import jax
 import numpy as np
 import pytest
 
+from espl_jax.console import command_line
 from espl_jax.models import lora
 from espl_jax.rollouts import intervals
+from espl_jax.run.check_config import check_config
 from espl_jax.types import SystemPrompt
 from experiments import compare_methods
 from experiments.methods import ended
-from experiments.methods.methods import variants
+from experiments.methods.methods import GROUPS, variants
 from experiments.methods.runs import CELLS, Record, Run, read
 from experiments.methods.tasks import PRESETS, TASKS, Task
+from tests.conftest import ROOT
 from tests.support import tiny
+from tests.support.flags import fresh_flags
 
 PROMPTS = {
     "p0": {"text": "Add.", "principles": []},
@@ -276,6 +280,28 @@ def test_unknown_methods_are_refused(methods, message, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         compare(monkeypatch, "x", methods)
     assert message in capsys.readouterr().err
+
+
+def test_groups_of_methods_are_taken_once():
+    specs = [each.spec for each in variants("rl;ablations;espl:selection.strategy=ucb;proposers")]
+    assert specs[:2] == ["rl", "espl"] and len(specs) == len(set(specs))
+    assert set(specs) == {"rl", *GROUPS["ablations"], *GROUPS["proposers"]}
+    assert [each.spec for each in variants("rl,controls")][-1] == "rl_under_evolved"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_changed_fields_pass_the_checks_of_a_run(task, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    specs = ["espl", *GROUPS["ablations"], *GROUPS["proposers"]] if task == "convention" else ["espl"]
+    more = ("--config.environment.search.retriever=http://host/retrieve",) if task == "search" else ()
+    for variant in variants(";".join(specs)):
+        command = Run(variant, 0, TASKS[task], tmp_path, more).command()
+        argv = ["main", *(each for each in command[3:] if not each.startswith("--workdir"))]
+        monkeypatch.setattr(sys, "argv", argv)
+        with fresh_flags():
+            holder = command_line.define_config()
+            command_line.parse_flags(argv)
+            check_config(holder.value, files=False)
 
 
 def test_kl_is_summed_where_tokens_were_drawn():
