@@ -244,6 +244,11 @@ class TestRendering:
         assert max(map(len, text.splitlines())) <= width
         assert "reward" in text and "p6  31.00 ± 8.00" in text
 
+    def test_numbers_are_whole_in_a_narrow_terminal(self, run):
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(tracked.metrics(7) | {"loss": -4e-8}) + "\n")
+        assert "-4.0e-08" in shown(look(run), 40)
+
     def test_texts_of_models_are_shown_as_they_are(self, run):
         """Neither markup nor escapes of theirs reach the terminal."""
         members = [dataclasses.asdict(dataclasses.replace(tracked.member(2), mu=99.0))]
