@@ -51,7 +51,7 @@ def write_report(
     target = Path(out).expanduser()
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"out={out}: the folder {target.parent} does not exist; make it first")
-    durable.replace(target.absolute(), render(runs).encode())
+    durable.replace(target.absolute(), render(runs).encode(), shared=True)  # a run may write its own page
     return target
 
 

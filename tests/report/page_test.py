@@ -165,6 +165,14 @@ def test_writes_into_the_work_directory(tmp_path, monkeypatch):
     assert write_report([path], tmp_path / "other.html") == tmp_path / "other.html"
 
 
+def test_the_command_leaves_alone_a_page_that_the_run_is_writing(tmp_path, monkeypatch):
+    without_tokenizer(monkeypatch)
+    path = write_run(tmp_path / "run")
+    (path / ".report.html.new").write_text("half a page")
+    write_report([path])
+    assert (path / ".report.html.new").read_text() == "half a page"
+
+
 def test_mistakes_are_told_in_a_sentence(tmp_path, monkeypatch):
     without_tokenizer(monkeypatch)
     path = write_run(tmp_path / "run")
