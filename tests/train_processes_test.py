@@ -92,6 +92,8 @@ def test_two_processes_are_one_run(tmp_path):
     assert "resumed after iteration 1" in shown and "iteration 2/2" in shown
     assert "iteration" not in by_the_other
 
+    assert "2 of 2" in (tmp_path / "pair" / "report.html").read_text()
+
     run_pair(program, tmp_path / "whole", timeout=900)
     resumed, whole = arrays(tmp_path / "pair"), arrays(tmp_path / "whole")
     assert resumed.keys() == whole.keys()

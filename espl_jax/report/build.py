@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -104,6 +103,7 @@ class _Parts:
         self._transcripts: dict[int, list[dict[str, Any]]] = {}
         self._feedback: dict[tuple[int, str], collections.Counter[str]] = {}
         self._vocabulary: dict[int, str] = {}
+        self._share = self._talk_share = 0.0
         self.scores = Scores()
         self.rates: dict[int, dict[str, float]] = {}
         self.longest: dict[int, int] = {}
@@ -122,12 +122,15 @@ class _Parts:
         weights = advantages_of(rollouts, run.config.get("loss", {}))
         rewards = [each["reward"] for each in rollouts]
         fitted = fit_rollouts(
-            lambda i: _item(rollouts[i], weights[i]),
+            lambda i: {**rollouts[i], "length": len(rollouts[i]["tokens"]), "advantage": weights[i]},
             rewards,
             int(SHARE * self._room),
             int(run.config.get("seed", 0)),
             iteration,
+            compact=_compact,
+            share=self._share,
         )
+        self._share = fitted.share
         self._rollouts[iteration] = fitted.items
         self.shown[iteration] |= {
             "rollouts": len(fitted.items),
@@ -143,7 +146,8 @@ class _Parts:
     def add_transcripts(self, iteration: int, transcripts: Sequence[Record]) -> None:
         """Adds the conversations of an iteration with the reflector, of which some are kept."""
         self.replies[iteration] = series.count_replies(transcripts)
-        fitted = fit_transcripts(transcripts, int((1 - SHARE) * self._room))
+        fitted = fit_transcripts(transcripts, int((1 - SHARE) * self._room), self._talk_share)
+        self._talk_share = fitted.share
         self._transcripts[iteration] = fitted.items
         self.shown[iteration] |= {"conversations": len(fitted.items), "conversations_of": len(transcripts)}
 
@@ -169,20 +173,18 @@ class _Parts:
         return found
 
 
-def _item(record: Record, advantage: float | None) -> dict[str, Any]:
-    """Returns a rollout as the page has it: without its iteration, and with rounded logprobs."""
-    kept = {name: value for name, value in record.items() if name not in ("iteration", "logprob")}
+def _compact(rollout: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a rollout as the page has it: without its iteration and empty fields, with rounded logprobs."""
+    kept = {name: x for name, x in rollout.items() if name != "iteration" and x not in ("", None, {})}
     for name in ("logprobs", "trainer_logprobs"):
         if name in kept:
             kept[name] = [None if x is None else round(x, DECIMALS) for x in kept[name]]
-    kept = {name: value for name, value in kept.items() if value not in ("", None, {})}
-    kept["length"] = len(record["tokens"])
-    logprob = record.get("logprob")
-    kept |= {"logprob": round(logprob, DECIMALS)} if logprob is not None and math.isfinite(logprob) else {}
-    return kept if advantage is None else {**kept, "advantage": advantage}
+    if "logprob" in kept:
+        kept["logprob"] = round(kept["logprob"], DECIMALS)
+    return kept
 
 
 def _sampled(record: Record) -> int:
     """Returns the number of sampled tokens; all of them where the log does not tell them apart."""
-    logprobs = record.get("logprobs")
-    return len(record["tokens"]) if logprobs is None else sum(x is not None for x in logprobs)
+    logprobs = record.get("logprobs") or []
+    return len(record["tokens"]) - logprobs.count(None)

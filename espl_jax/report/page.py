@@ -73,7 +73,10 @@ class View:
 
 
 def render(runs: Sequence[RunLogs]) -> str:
-    """Returns the page of one or several runs as HTML; the same for the same work directories."""
+    """Returns the page of one or several runs as HTML, the same for the same work directories.
+
+    Lone surrogates, which a file cannot hold, become question marks.
+    """
     defaults = find_defaults()
     names = names_of(runs)
     pages = [build(run, number, ROOM // len(runs)) for number, run in enumerate(runs)]
@@ -89,7 +92,7 @@ def render(runs: Sequence[RunLogs]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    return environment.get_template("report.html").render(
+    page = environment.get_template("report.html").render(
         title=f"{names[0]}: report" if len(runs) == 1 else f"{len(runs)} runs side by side",
         runs=views,
         comparison=_comparison(runs, views, names) if len(runs) > 1 else None,
@@ -100,6 +103,7 @@ def render(runs: Sequence[RunLogs]) -> str:
         blocks=[block for page in pages for block in page.blocks],
         plotly=_plotly(),
     )
+    return page.encode("utf-8", "replace").decode()
 
 
 def _plotly() -> str:

@@ -31,7 +31,7 @@ class RunLogs:
       births: lineage records of members that entered, oldest first.
       members: every member, as it is now or was when it left, oldest first.
       living: ids of the living members.
-      results: contents of results.json; empty if the run has not ended.
+      results: contents of results.json; empty if the run has not ended, also if it has been extended since.
       machine: contents of machine.json; empty for older runs.
       problems: id -> statement and answer of the problems trained on; empty for older runs.
       decode: token id -> text; None without a tokenizer.
@@ -99,7 +99,7 @@ def read_run(workdir: str | os.PathLike[str], decode: Decode | None = None) -> R
         births=tuple(each for each in lineage if each["event"] != "left"),
         members=tuple(members),
         living=frozenset(each.id for each in members if each.id not in gone),
-        results=_read_json(folder, "results.json") or {},
+        results=_results(folder, config),
         machine=_read_json(folder, "machine.json") or {},
         problems={each["id"]: each for each in _lines(path, "problems")},
         decode=decode,
@@ -121,6 +121,12 @@ def _living(folder: folders.Folder) -> list[SystemPrompt]:
     population = _read_json(folder, "population.json")
     members = population.get("members", []) if isinstance(population, dict) else population or []
     return [prompt_from_json(dict(each), f"member {each.get('id')}") for each in members]
+
+
+def _results(folder: folders.Folder, config: Record) -> Record:
+    """Returns results.json, unless it is of an earlier end, before num_iterations was raised."""
+    results = _read_json(folder, "results.json") or {}
+    return results if results.get("iteration") == config.get("num_iterations") else {}
 
 
 def _read_json(folder: folders.Folder, name: str) -> Any:

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import gzip
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -56,10 +57,12 @@ class Fitted:
     Attributes:
       items: the items as JSON values.
       cut: the number of tokens or characters that longer ones were cut to.
+      share: bytes in the page per character of JSON before compression, as `_amount` estimates them.
     """
 
     items: list[dict[str, Any]]
     cut: int
+    share: float
 
 
 def chosen(rewards: Sequence[float], count: int, seed: int, iteration: int) -> list[int]:
@@ -105,7 +108,14 @@ def cut_text(text: str, limit: int) -> str:
 
 
 def fit_rollouts(
-    rollout: Callable[[int], dict[str, Any]], rewards: Sequence[float], room: int, seed: int, iteration: int
+    rollout: Callable[[int], Mapping[str, Any]],
+    rewards: Sequence[float],
+    room: int,
+    seed: int,
+    iteration: int,
+    *,
+    compact: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    share: float = 0.0,
 ) -> Fitted:
     """Returns the rollouts of an iteration that fit into `room` bytes of the page, by `RULE`.
 
@@ -114,47 +124,62 @@ def fit_rollouts(
       rewards: of all rollouts.
       room: bytes of base64.
       seed, iteration: as for `chosen`.
+      compact: a cut rollout -> what the page has of it.
+      share: that of the iteration before; 0 if there is none.
     """
-    made = {i: rollout(i) for i in chosen(rewards, MOST_ROLLOUTS, seed, iteration)}
 
     def shown(count: int, limit: int) -> list[dict[str, Any]]:
-        # Choices of `ROLLOUT_LADDER` are nested: all take from the same three orders.
-        return [cut_tokens(made[i], limit) for i in chosen(rewards, count, seed, iteration)]
+        return [cut_tokens(rollout(i), limit) for i in chosen(rewards, count, seed, iteration)]
 
-    return _first_that_fits(ROLLOUT_LADDER, shown, room)
+    return _first_that_fits(ROLLOUT_LADDER, shown, compact, room, share)
 
 
-def fit_transcripts(transcripts: Sequence[Mapping[str, Any]], room: int) -> Fitted:
+def fit_transcripts(transcripts: Sequence[Mapping[str, Any]], room: int, share: float = 0.0) -> Fitted:
     """Returns the conversations of an iteration that fit into `room` bytes: edits first, then summaries."""
     order = sorted(range(len(transcripts)), key=lambda i: transcripts[i]["stage"] == "summary")
 
     def shown(count: int, limit: int) -> list[dict[str, Any]]:
         return [_cut_transcript(transcripts[i], limit) for i in sorted(order[:count])]
 
-    return _first_that_fits(TRANSCRIPT_LADDER, shown, room)
+    return _first_that_fits(TRANSCRIPT_LADDER, shown, dict, room, share)
 
 
 def _first_that_fits(
-    ladder: Sequence[tuple[int, int]], shown: Callable[[int, int], list[dict[str, Any]]], room: int
+    ladder: Sequence[tuple[int, int]],
+    shown: Callable[[int, int], list[dict[str, Any]]],
+    compact: Callable[[dict[str, Any]], dict[str, Any]],
+    room: int,
+    share: float,
 ) -> Fitted:
     """Returns the first step of a ladder whose items fit into the room, or the last step.
 
-    Steps are skipped that would not fit by the compression of the step before: compressing all would take
-    most of the time of a report.
+    Writing and compressing every step would take most of the time of a report. Steps are skipped that would
+    not fit if they were compressed like the step before or the iteration before.
     """
-    share = 0.0
     items: list[dict[str, Any]] = []
     limit = 0
     for place, (count, limit) in enumerate(ladder):
-        items = shown(count, limit)
-        size = len(_json(items))
-        if size * share > room * 1.1 and place + 1 < len(ladder):
+        cut = shown(count, limit)
+        amount = _amount(cut)
+        if amount * share > room * 1.1 and place + 1 < len(ladder):
             continue
+        items = list(map(compact, cut))
         length = len(packed(items))
+        share = length / amount
         if length <= room:
             break
-        share = length / size
-    return Fitted(items, limit)
+    return Fitted(items, limit, share)
+
+
+def _amount(value: Any) -> int:
+    """Estimates the characters of a value as JSON; lists of numbers count by their lengths alone."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return 10 * len(value) + sum(map(_amount, value.values()))
+    if isinstance(value, list) and value:
+        return sum(map(_amount, value)) if isinstance(value[0], str | dict) else 6 * len(value)
+    return 6
 
 
 def _cut_transcript(transcript: Mapping[str, Any], limit: int) -> dict[str, Any]:
@@ -180,4 +205,16 @@ def packed_text(text: str) -> str:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    """Returns a value as JSON, with null for numbers that are not finite, which JSON lacks."""
+    try:
+        return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), separators=(",", ":"), ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from espl_jax.parallel import processes
 from espl_jax.pretrained.load import Pretrained
 from espl_jax.report.page import render
 from espl_jax.report.read import read_run
@@ -52,7 +51,7 @@ def write_report(
     target = Path(out).expanduser()
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"out={out}: the folder {target.parent} does not exist; make it first")
-    durable.replace(target.absolute(), render(runs).encode())
+    durable.replace(target.absolute(), render(runs).encode(), shared=True)  # a run may write its own page
     return target
 
 
@@ -74,8 +73,7 @@ class RunReport:
     def write(self) -> None:
         """Replaces report.html. A failure does not end the run: the first one is printed."""
         try:
-            text = processes.decide(self._render)
-            self._workdir.write_text(FILE, text)
+            self._workdir.write_made(FILE, self._render)
         except Exception as error:
             if not self._failed:
                 self._say(

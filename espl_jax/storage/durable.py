@@ -19,9 +19,16 @@ def write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def replace(path: Path, content: bytes) -> None:
-    """Replaces a file atomically: readers see either the old or the new content, also after a kill."""
-    new = path.with_name(f".{path.name}.new")
+def replace(path: Path, content: bytes, shared: bool = False) -> None:
+    """Replaces a file atomically: readers see either the old or the new content, also after a kill.
+
+    Args:
+      path: of the file.
+      content: its new content.
+      shared: whether another process may replace the file at the same time. Otherwise the temporary file has
+        the same name every time, so that kills do not leave more than one behind.
+    """
+    new = path.with_name(f".{path.name}.{os.getpid()}.new" if shared else f".{path.name}.new")
     write(new, content)
     os.replace(new, path)
     sync_folder(path.parent)

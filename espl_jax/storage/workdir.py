@@ -16,9 +16,9 @@ A bucket (`gs://bucket/folder`) has the same layout, with two differences. A log
     metrics.jsonl/000000000000         the lines of the first checkpoint
     metrics.jsonl/000000004711         those of the next; the name is the offset of its first byte
 
-New lines become visible at each checkpoint; the parts, sorted by name, form the log. And buckets have no
-locks: opening the directory takes it over, and the previous process fails at its next write. A local folder
-is locked, and the second process fails.
+New lines become visible at each checkpoint and report; the parts, sorted by name, form the log. And buckets
+have no locks: opening the directory takes it over, and the previous process fails at its next write. A local
+folder is locked, and the second process fails.
 
 With several processes, each writes its shards of the arrays. The first process does everything else, and
 shares what it reads and its errors with the others.
@@ -114,9 +114,9 @@ class WorkDir:
     def append(self, log: str, record: dict[str, Any]) -> None:
         """Appends one line to `<log>.jsonl`.
 
-        Readers see it at once, or in a bucket after the next `save`; the next `save` makes it permanent.
-        Floats round-trip bit for bit; numpy and jax values become plain numbers and lists. With several
-        processes, the first one writes; if that fails, the next `save`, `read`, `write_json` or `write_text`
+        Readers see it at once, or in a bucket after the next `save` or `write_made`; the next `save` makes it
+        permanent. Floats round-trip bit for bit; numpy and jax values become plain numbers and lists. With
+        several processes, the first one writes; if that fails, the next `save`, `read` or write of a file
         raises the error in all of them.
 
         Raises:
@@ -147,6 +147,19 @@ class WorkDir:
     def write_text(self, name: str, text: str) -> None:
         """Replaces the file `name` with a text, like `write_json`."""
         self._first(lambda: self._storage.write(name, text.encode()))
+
+    def write_made(self, name: str, make: Callable[[], str]) -> None:
+        """Replaces the file `name` with the text that `make` returns, which is called in the first process.
+
+        The lines appended so far are visible to readers before `make` is called, also in a bucket.
+        """
+
+        def write() -> None:
+            for log in self._logs.values():
+                log.sync()
+            self._storage.write(name, make().encode())
+
+        self._first(write)
 
     def read(self, log: str) -> list[dict[str, Any]]:
         """Returns the records of a log so far."""

@@ -145,7 +145,7 @@ class Follower:
             tracker.close(self._finished)
 
     def _failed(self, error: BaseException) -> None:
-        said = redacted(" ".join(f"{type(error).__name__}: {error}".split()))[:500]
+        said = redacted(" ".join(f"{type(error).__name__}: {error}".split()))[:500].rstrip(".: ")
         fix = self._tracker.fix if self._tracker else "check that the package is installed"
         with contextlib.suppress(Exception):
             self._write(failures=self._note.failures + 1, error=said)

@@ -36,6 +36,7 @@ class WeightsAndBiases:
         self._folder = Path(os.environ.get("WANDB_DIR") or ("." if remote else run.workdir)).absolute()
 
     def open(self) -> Had:
+        wandb.setup(wandb.Settings(silent=True))  # `init` prints advice without looking at its own settings
         self._run = wandb.init(
             project=self._tracked.project,
             id=self._tracked.id,

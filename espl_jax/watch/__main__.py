@@ -7,6 +7,7 @@ accelerators.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 
@@ -64,7 +65,7 @@ def watch(workdir: str, console: Console, *, once: bool, interval: float) -> Non
         with Live(render(view, console.width), console=console, auto_refresh=False) as live:
             while view.state in _BEFORE_END:
                 time.sleep(interval)
-                view = watcher.look()
+                view = _look_again(watcher, view)
                 live.update(render(view, console.width), refresh=True)
         return
     _lines(watcher, view, console, interval)
@@ -85,7 +86,15 @@ def _lines(watcher: Watcher, view: RunView, console: Console, interval: float) -
         if view.state not in _BEFORE_END or view.state == "lost":
             return
         time.sleep(interval)
-        view = watcher.look()
+        view = _look_again(watcher, view)
+
+
+def _look_again(watcher: Watcher, before: RunView) -> RunView:
+    """Returns the run as it is now, or as it was with a warning: a bucket may fail for a moment."""
+    try:
+        return watcher.look()
+    except OSError as error:
+        return dataclasses.replace(before, warnings=[f"This is the last view that could be read: {error}"])
 
 
 def run() -> None:

@@ -74,15 +74,16 @@ def _head(view: RunView, width: int) -> RenderableType:
 
 
 def _curves(view: RunView, width: int) -> RenderableType:
-    names = max(map(len, view.curves))
-    room = width - names - 9 - 17
+    room = width - max(map(len, view.curves)) - 11  # beside the title and the newest value
+    spreads = room >= 26
+    bars = room - 18 if spreads else max(1, room)
     table = Table.grid(padding=(0, 1))
-    for justify in ("left", "right", "left", "left"):
+    for justify in ("left", "right", "left", "left")[: 3 + spreads]:
         table.add_column(justify=justify, no_wrap=True)
     for title, values in view.curves.items():
         spread = Text(f"{number(min(values))}..{number(max(values))}", style="dim")
-        row = [Text(title), Text(number(values[-1]), style="bold"), sparkline(values, max(8, room))]
-        table.add_row(*row, *([spread] if room >= 8 else []))
+        row = [Text(title), Text(number(values[-1]), style="bold"), sparkline(values, bars)]
+        table.add_row(*row, *([spread] if spreads else []))
     return table
 
 

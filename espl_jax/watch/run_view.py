@@ -94,7 +94,11 @@ class Watcher:
         self._born: collections.deque[SystemPrompt] = collections.deque(maxlen=_FEW)
 
     def look(self) -> RunView:
-        """Returns the run as it is now."""
+        """Returns the run as it is now.
+
+        Raises:
+          OSError: if the work directory cannot be read. The next call goes on from there.
+        """
         config, now, found = self._config(), self._clock(), status.read(self._workdir)
         self._read_logs()
         last = self._recent[-1] if self._recent else {}
@@ -143,7 +147,7 @@ class Watcher:
         """Returns the content of a file; empty if there is none or it is not an object."""
         try:
             found = json.loads(self._folder.read(name) or "{}")
-        except (ValueError, OSError):
+        except ValueError:
             return {}
         return found if isinstance(found, dict) else {}
 

@@ -44,21 +44,20 @@ class Tail:
         before = log.read(self._begin - len(self._last), len(self._last)) if self._last else b""
         kept = length >= self._begin and before == self._last
         again = bool(self._begin) and not kept
-        if again:
-            self._begin, self._last = 0, b""
+        begin, last = (0, b"") if again else (self._begin, self._last)
         records = []
-        while self._begin < length:
-            content = log.read(self._begin, min(_CHUNK, length - self._begin))
+        while begin < length:
+            content = log.read(begin, min(_CHUNK, length - begin))
             whole = content[: content.rfind(b"\n") + 1]
             if not whole and len(content) < _CHUNK:
                 break
             if not whole:  # a line longer than a chunk
-                content = log.read(self._begin, length - self._begin)
+                content = log.read(begin, length - begin)
                 whole = content[: content.find(b"\n") + 1]
                 if not whole:
                     break
             lines = whole.split(b"\n")[:-1]
             records += [json.loads(line) for line in lines]
-            self._begin += len(whole)
-            self._last = lines[-1] + b"\n"
+            begin, last = begin + len(whole), lines[-1] + b"\n"
+        self._begin, self._last = begin, last  # only now, so that an error loses no line
         return Added(records, again)

@@ -229,8 +229,7 @@ def test_charts_follow_the_colour_scheme(chromium, pages):
         colour = "getComputedStyle(document.querySelector('#family-chart .xtick text')).fill"
         light = page.evaluate(colour)
         page.emulate_media(color_scheme="dark")
-        page.wait_for_timeout(500)
-        assert page.evaluate(colour) != light
+        page.wait_for_function(f"{colour} !== '{light}'")
 
 
 @pytest.mark.parametrize("screen", SCREENS)

@@ -165,6 +165,14 @@ def test_writes_into_the_work_directory(tmp_path, monkeypatch):
     assert write_report([path], tmp_path / "other.html") == tmp_path / "other.html"
 
 
+def test_the_command_leaves_alone_a_page_that_the_run_is_writing(tmp_path, monkeypatch):
+    without_tokenizer(monkeypatch)
+    path = write_run(tmp_path / "run")
+    (path / ".report.html.new").write_text("half a page")
+    write_report([path])
+    assert (path / ".report.html.new").read_text() == "half a page"
+
+
 def test_mistakes_are_told_in_a_sentence(tmp_path, monkeypatch):
     without_tokenizer(monkeypatch)
     path = write_run(tmp_path / "run")
@@ -178,13 +186,32 @@ def test_mistakes_are_told_in_a_sentence(tmp_path, monkeypatch):
         write_report([path], tmp_path / "no" / "report.html")
 
 
+def test_results_of_an_earlier_end_are_not_shown(tmp_path):
+    path = write_run(tmp_path / "run")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"num_iterations": 10}))
+    assert "3 of 10" in render([read_run(path)]) and "not finished" in render([read_run(path)])
+
+
+def test_what_a_file_or_json_cannot_hold(tmp_path):
+    """Lone surrogates in texts, and numbers that are not finite."""
+    path = write_run(tmp_path / "run", iterations=1)
+    results = json.loads((path / "results.json").read_text())
+    (path / "results.json").write_text(json.dumps(results | {"reason": "\ud800"}))
+    record = json.loads((path / "metrics.jsonl").read_text())
+    (path / "metrics.jsonl").write_text(json.dumps(record | {"kl": float("nan")}) + "\n")
+    page = render([read_run(path)]).encode().decode()
+    charts = unpacked(Elements(page).blocks["overview"])[0]["curves"]["charts"]
+    assert next(each["lines"] for each in charts if each["key"] == "kl") == {"KL": [None]}
+
+
 def test_a_running_run_survives_a_failure():
     said = []
 
     class Full:
         path = "/nowhere/at/all"
 
-        def write_text(self, name, text):
+        def write_made(self, name, make):
             raise OSError("disk full")
 
     report = RunReport(Full(), fakes.model(), said.append)

@@ -25,8 +25,9 @@ def rollouts(count, tokens=50):
     ]
 
 
-def fitted_of(items, room):
-    return fit_rollouts(items.__getitem__, [each["reward"] for each in items], room, seed=0, iteration=1)
+def fitted_of(items, room, share=0.0):
+    rewards = [each["reward"] for each in items]
+    return fit_rollouts(items.__getitem__, rewards, room, seed=0, iteration=1, share=share)
 
 
 def test_a_smaller_choice_is_part_of_a_larger_one():
@@ -66,6 +67,12 @@ def test_what_does_not_fit_is_fewer_and_shorter():
     fitted = fitted_of(rollouts(60, tokens=900), 20_000)
     assert 0 < len(fitted.items) < 40 and len(packed(fitted.items)) <= 20_000
     assert all(len(each["tokens"]) == fitted.cut for each in fitted.items)
+
+
+def test_the_share_of_the_iteration_before_finds_the_same_step():
+    items = rollouts(60, tokens=900)
+    first = fitted_of(items, 20_000)
+    assert first == fitted_of(items, 20_000, first.share)
 
 
 def test_tokens_are_cut_in_the_middle():

@@ -118,6 +118,15 @@ def test_lines_are_seen_with_the_next_checkpoint_and_at_the_end(bucket):
     assert read_log(path, "evaluations") == []
 
 
+def test_lines_are_seen_by_what_is_made_from_them(bucket):
+    """As the report is, which reads the work directory like any other reader."""
+    path = f"gs://{bucket}/run"
+    with WorkDir(path, CONFIG) as workdir:
+        workdir.append("evaluations", {"answer": "4"})
+        workdir.write_made("report.html", lambda: b"".join(read_log(path, "evaluations")).decode())
+    assert folders.open_folder(path).read("report.html") == b'{"answer":"4"}\n'
+
+
 def test_a_write_that_fails_costs_one_save(store, bucket):
     path = f"gs://{bucket}/run"
     with WorkDir(path, CONFIG) as workdir:

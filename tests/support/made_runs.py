@@ -258,7 +258,8 @@ def _spoil(row, encode):
     """Makes a rollout a conversation in which the model and its tool write hostile texts."""
     said, told = HOSTILE
     row["reply"] = f"{said} {told}\n\n[tool]\n{told} {said}\n\n{said}"
-    row["answer"] = row["feedback"] = told
+    row["answer"] = told
+    row["feedback"] = told + "w" * 3000
     row["environment"] = {told: 1.0}
     if encode:
         parts = [encode(f"{said} {told}"), encode(f"{told} {said}"), encode(said)]

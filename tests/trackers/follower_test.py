@@ -241,7 +241,7 @@ class TestFailures:
             def log(self, point):
                 if 2 <= point.step <= 4 and len(failures) < 5:
                     failures.append(point.step)
-                    raise SystemExit("no\n network at https://me:hunter22@host/")
+                    raise SystemExit("no\n network at https://me:hunter22@host/.")
                 super().log(point)
 
         said = run(tmp_path, store, Failing)

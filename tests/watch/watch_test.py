@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from espl_jax.storage import status
+from espl_jax.storage.local import LocalLog
 from espl_jax.storage.workdir import WorkDir
 from espl_jax.watch.__main__ import watch
 from espl_jax.watch.render import line, render
@@ -243,6 +244,11 @@ class TestRendering:
         assert max(map(len, text.splitlines())) <= width
         assert "reward" in text and "p6  31.00 ± 8.00" in text
 
+    def test_numbers_are_whole_in_a_narrow_terminal(self, run):
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(tracked.metrics(7) | {"loss": -4e-8}) + "\n")
+        assert "-4.0e-08" in shown(look(run), 40)
+
     def test_texts_of_models_are_shown_as_they_are(self, run):
         """Neither markup nor escapes of theirs reach the terminal."""
         members = [dataclasses.asdict(dataclasses.replace(tracked.member(2), mu=99.0))]
@@ -302,6 +308,31 @@ class TestCommand:
         watch(str(run), Console(file=out, width=60, force_terminal=True), once=False, interval=0.5)
         assert sleeps == [0.5] * 3
         assert "running" in out.getvalue() and "stopped" in out.getvalue()
+
+    def test_a_work_directory_that_cannot_be_read_for_a_moment(self, run, monkeypatch):
+        (run / "results.json").unlink()
+        write_status(run, alive=2e9 * 2)
+        read, sleeps = LocalLog.read, []
+
+        def sleep(seconds):
+            sleeps.append(seconds)
+            with (run / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(tracked.metrics(6 + len(sleeps))) + "\n")
+            if len(sleeps) == 2:
+                write_status(run, state="stopped")
+
+        def failing(self, begin, length):
+            if len(sleeps) == 1:
+                raise OSError("bucket: service unavailable")
+            return read(self, begin, length)
+
+        monkeypatch.setattr("espl_jax.watch.__main__.time.sleep", sleep)
+        monkeypatch.setattr(LocalLog, "read", failing)
+        out = io.StringIO()
+        watch(str(run), Console(file=out, width=60), once=False, interval=0.5)
+        first, failed, last, *_ = out.getvalue().splitlines()
+        assert first.startswith("iteration 6/6  running") and last.startswith("iteration 8/6  stopped")
+        assert failed == "! This is the last view that could be read: bucket: service unavailable"
 
     def test_does_not_need_jax(self, run, without_jax):
         done = without_jax("espl_jax.watch", f"--workdir={run}", "--once")
