@@ -52,7 +52,11 @@ def main(argv: list[str]) -> None:
         else:
             from espl_jax.train import train
 
-            train(config, workdir)
+            try:
+                train(config, workdir)
+            except KeyboardInterrupt:
+                print("Stopped. The same command resumes from the last checkpoint.", file=sys.stderr)
+                sys.exit(130)
 
 
 def run() -> None:

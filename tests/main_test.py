@@ -179,3 +179,16 @@ def test_fields_without_a_default_can_be_set(without_jax):
     assert done.stderr.startswith("--workdir is missing"), done.stderr
     wrong = without_jax("espl_jax.main", QUICKSTART, "--config.evolution.max_principles=few")
     assert "flag --config.evolution.max_principles=few" in wrong.stderr
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path):
+    code = (
+        "from espl_jax import main, train\n"
+        "def stop(*given): raise KeyboardInterrupt\n"
+        "train.train = stop\n"
+        "main.run()"
+    )
+    command = [sys.executable, "-c", code, QUICKSTART, f"--workdir={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 130
+    assert done.stderr == "Stopped. The same command resumes from the last checkpoint.\n"

@@ -198,7 +198,7 @@ class Shell:
             case ["python", "-m", "espl_jax.watch", *args]:
                 folder = self._made("espl_jax.main", "--workdir", value_of(args, "--workdir"))
                 said = self.module("espl_jax.watch", args, folder)
-                assert "finished  iteration 1" in said if "--once" in args else "iteration 1/1" in said
+                assert ("finished  1 of 1" if "--once" in args else "1 of 1 iterations") in said
                 return folder
             case ["python", "-m", "espl_jax.report", *args]:
                 folder = self._made("espl_jax.main", "--workdir", value_of(args, "--workdir"))

@@ -120,11 +120,10 @@ class Progress:
         self._start, self._seconds = self._clock(), {}
         seconds_left = self.seconds_left()
         assert seconds_left is not None
-        left = f"{duration(seconds_left)} left"
-        self._last = "  ".join([*_highlights(record), left])
-        self.say(
-            "  ".join([f"iteration {iteration}/{self._total}", *_highlights(record), duration(seconds), left])
-        )
+        left = [f"{duration(seconds_left)} left"] if iteration < self._total else []
+        shown = _highlights(record)
+        self._last = "  ".join([*shown, *left])
+        self.say("  ".join([f"iteration {iteration}/{self._total}", *shown, duration(seconds), *left]))
         self._bar.update(self._task, completed=iteration)
         self._show_phase()
 

@@ -11,6 +11,7 @@ _IDS = re.compile(r"\W*(?:(?:[GCS]\W+)*[GCS]\d{1,6}(?:\W+[GCS]\d{0,6})*|[GCS])\W
 _NO_TEXT = {"none", "nothing", "n/a", "no change", "empty"}
 # "(write the principle here)": a blank that was not filled in.
 _BLANK = re.compile(r"[(\[<][^()\[\]<>]*\b(?:principle|instruction)s?\b[^()\[\]<>]*[)\]>]\.?", re.IGNORECASE)
+_WORD = re.compile(r"[^\W\d_]{2}")
 
 
 def ids_in(value: Any) -> tuple[str, ...]:
@@ -34,7 +35,9 @@ def clean(value: Any) -> str:
 def says_nothing(principle: str) -> bool:
     """Returns whether a principle is a blank: ids, a letter of one, "(none)", or "(the new principle)"."""
     words = principle.strip()
-    if not any(map(str.isalpha, words)) or _BLANK.fullmatch(words) or _IDS.fullmatch(words):
+    if _BLANK.search(words) and not _WORD.search(_BLANK.sub(" ", words)):
+        return True
+    if not any(map(str.isalpha, words)) or _IDS.fullmatch(words):
         return True
     return words.strip("()[].").lower() in _NO_TEXT
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from espl_jax.evolution.edits import REASONS
 from espl_jax.report.read import Record, RunLogs
 from espl_jax.rollouts.evaluation import pass_at_k
 
@@ -141,14 +142,17 @@ def reflection_health(run: RunLogs, replies: Mapping[int, Mapping[str, int]]) ->
     for each in run.metrics:
         drops.update(each.get("drops", {}))
         no_child.update(f"{operator}: {why}" for operator, why in each.get("no_child", {}).items())
+
+    def by_iteration(reason: str) -> list[int]:
+        return [each.get("drops", {}).get(reason, 0) for each in run.metrics]
+
     kinds = ("usable", "cut_off", "missing")
     return {
         "iterations": iterations,
         "replies": {kind: [replies.get(i, {}).get(kind, 0) for i in iterations] for kind in kinds},
         "accepted": [accepted[i] for i in iterations],
-        "dropped": {
-            reason: [each.get("drops", {}).get(reason, 0) for each in run.metrics] for reason in sorted(drops)
-        },
+        "dropped": {reason: by_iteration(reason) for reason in sorted(drops) if reason in REASONS},
+        "events": {reason: by_iteration(reason) for reason in sorted(drops) if reason not in REASONS},
         "children": [len(each.get("children", [])) for each in run.metrics],
         "no_child": dict(sorted(no_child.items())),
     }

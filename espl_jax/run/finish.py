@@ -54,7 +54,9 @@ def finish(job: Job, policy: Pretrained, root: SystemPrompt, population: Populat
             rows.append([name, *map(str, cells)])
             results["test"][name] = dict(zip(prompts, map(dataclasses.asdict, cells), strict=True))
         problems, samples = len(parts.splits["test"]), config.evaluation.test_samples
-        progress.say(f"\nTest accuracy, {problems} problems, {samples} samples each, with 95% intervals:\n")
+        progress.say(
+            f"\nTest accuracy, {problems} problems, samples of each: {samples}, with 95% intervals:\n"
+        )
         progress.say(table(rows))
         before, after = (
             results["test"]["initial"]["root"],
@@ -66,16 +68,15 @@ def finish(job: Job, policy: Pretrained, root: SystemPrompt, population: Populat
     workdir.write_text(
         "lineage.txt", lineage_text(members, [each.id for each in population.members], best.id)
     )
-    progress.say(
-        f"Best prompt: {best.id}, rating {best.mu:.2f} ± {best.sigma:.2f}, created by {best.operator}"
-    )
+    origin = f"created by {best.operator}" if best.parents else "the root prompt"
+    progress.say(f"Best prompt: {best.id}, rating {best.mu:.2f} ± {best.sigma:.2f}, {origin}")
     progress.say(f"    ({reason})")
     progress.say(
         "\n".join("    " + line for line in (best.render() or "(empty: the template's default)").splitlines())
     )
     progress.say(
-        f"Written to {workdir.path}: results.json, population.json, lineage.txt, checkpoints and logs "
-        "(*.jsonl)"
+        f"Written to {workdir.path}: report.html, results.json, population.json, lineage.txt, checkpoints "
+        "and logs (*.jsonl)"
     )
     return results
 

@@ -38,7 +38,7 @@ def render(view: RunView, width: int) -> RenderableType:
 
 def line(view: RunView) -> str:
     """Returns one plain line about the run."""
-    said = [f"iteration {view.iteration}/{view.num_iterations}", _SAID.get(view.state, view.state)]
+    said = [f"{view.iteration} of {view.num_iterations} iterations", _SAID.get(view.state, view.state)]
     said += [f"{title} {number(values[-1])}" for title, values in list(view.curves.items())[:3]]
     said += [f"best prompt {each.id} ({each.mu:.2f} ± {each.sigma:.2f})" for each in view.best[:1]]
     if view.phase:
@@ -50,7 +50,7 @@ def line(view: RunView) -> str:
 
 def _head(view: RunView, width: int) -> RenderableType:
     state = Text(_SAID.get(view.state, view.state), style=f"bold {_STATES[view.state]}")
-    state.append(f"  iteration {view.iteration} of {view.num_iterations}", style="default not bold")
+    state.append(f"  {view.iteration} of {view.num_iterations} iterations", style="default not bold")
     if view.checkpoint is None:
         state.append(", no checkpoint yet", style="default not bold")
     elif view.checkpoint != view.iteration:

@@ -196,9 +196,9 @@ class Watcher:
         recent = list(self._recent)[-_FEW:]
         last = recent[-1] if recent else {}
         if count := last.get("not_finite_in_row"):
-            said.append(f"{count} consecutive updates skipped: loss or gradient not finite.")
+            said.append(f"Consecutive updates skipped: {count}; loss or gradient not finite.")
         if last.get("skipped_updates"):
-            said.append(f"{last['skipped_updates']} updates skipped: all rewards of every group were equal.")
+            said.append(f"Updates skipped: {last['skipped_updates']}; all rewards of every group were equal.")
         if recent and all(record.get("truncated", 0) >= 0.5 for record in recent):
             said.append(
                 f"{last['truncated']:.0%} of rollouts are truncated; if replies need more tokens, raise "

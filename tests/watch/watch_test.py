@@ -79,10 +79,10 @@ class TestStates:
             0,
         )
         assert view.seconds_left is None and not view.curves
-        assert "running  iteration 0 of 6, no checkpoint yet" in shown(view) and "loading for 5.0 s" in shown(
+        assert "running  0 of 6 iterations, no checkpoint yet" in shown(
             view
-        )
-        assert line(view) == "iteration 0/6  running  loading"
+        ) and "loading for 5.0 s" in shown(view)
+        assert line(view) == "0 of 6 iterations  running  loading"
 
     def test_running(self, run):
         settings = json.loads((run / "config.json").read_text())
@@ -198,8 +198,8 @@ class TestWarnings:
                 file.write(json.dumps(record | {"iteration": i}) + "\n")
         view = look(run)
         assert [warning for warning in view.warnings if "status" not in warning] == [
-            "2 consecutive updates skipped: loss or gradient not finite.",
-            "4 updates skipped: all rewards of every group were equal.",
+            "Consecutive updates skipped: 2; loss or gradient not finite.",
+            "Updates skipped: 4; all rewards of every group were equal.",
             "90% of rollouts are truncated; if replies need more tokens, raise sampling.max_new_tokens.",
             "No new prompt in the last 3 iterations (no_edits).",
         ]
@@ -284,7 +284,7 @@ class TestCommand:
         out = io.StringIO()
         watch(str(run), Console(file=out, width=60), once=False, interval=0.01)
         assert out.getvalue() == (
-            "iteration 6/6  finished  reward 0.750  success 0.167  tokens per rollout 10.5  "
+            "6 of 6 iterations  finished  reward 0.750  success 0.167  tokens per rollout 10.5  "
             "best prompt p6 (31.00 ± 8.00)\n"
         )
 
@@ -331,7 +331,9 @@ class TestCommand:
         out = io.StringIO()
         watch(str(run), Console(file=out, width=60), once=False, interval=0.5)
         first, failed, last, *_ = out.getvalue().splitlines()
-        assert first.startswith("iteration 6/6  running") and last.startswith("iteration 8/6  stopped")
+        assert first.startswith("6 of 6 iterations  running") and last.startswith(
+            "8 of 6 iterations  stopped"
+        )
         assert failed == "! This is the last view that could be read: bucket: service unavailable"
 
     def test_does_not_need_jax(self, run, without_jax):

@@ -59,6 +59,8 @@ function number(value, digits = 3) {
   return size !== 0 && (size < 1e-3 || size >= 1e6) ? value.toExponential(2) : value.toFixed(digits);
 }
 
+const plural = (count, name) => `${count} ${name}${count === 1 ? "" : "s"}`;
+
 /** A text for plotly, which reads tags and entities in labels: the characters that start them are replaced. */
 function label(text, most = 24) {
   const plain = String(text).replace(/</g, "‹").replace(/>/g, "›").replace(/&/g, "＆").replace(/[$\\]/g, "·");

@@ -27,7 +27,7 @@ function familyChart() {
     x: members.map((each) => each.iteration), y: members.map((each) => each.row), mode: members.length <= 40 ? "markers+text" : "markers",
     text: members.map((each) => label(each.id, 8)), textposition: "top center", textfont: { color: colour("muted"), size: 11 },
     customdata: members.map((each) => each.id),
-    hovertext: members.map((each) => `${label(each.id)}, ${label(each.operator)}, iteration ${each.iteration}<br>rating ${each.mu.toFixed(2)} ± ${each.sigma.toFixed(2)}, ${each.games} tournaments`),
+    hovertext: members.map((each) => `${label(each.id)}, ${label(each.operator)}, iteration ${each.iteration}<br>rating ${each.mu.toFixed(2)} ± ${each.sigma.toFixed(2)}, ${plural(each.games, "tournament")}`),
     hoverinfo: "text",
     marker: { size, symbol: members.map((each) => (SYMBOLS[each.operator] || "circle") + (each.living ? "" : "-open")), color: members.map((each) => each.mu),
       colorscale: "Viridis", line: { width: members.map((each) => (each.living ? 1 : 2)), color: members.map(() => colour("surface")) },

@@ -18,7 +18,7 @@ function barFigure(title, x, parts, unit) {
 
 function showHealth() {
   const health = current().health;
-  const { iterations, replies, accepted, dropped, children, no_child: none } = health;
+  const { iterations, replies, accepted, dropped, events, children, no_child: none } = health;
   const asked = total(Object.values(replies).map(total));
   const select = Object.keys(current().shown).filter((i) => current().shown[i].conversations);
   options("conversations-select", select.map((each) => [each, each]), select[select.length - 1]);
@@ -29,14 +29,15 @@ function showHealth() {
     return;
   }
   const facts = [["Replies", number(asked)], ["usable", number(total(replies.usable))], ["cut off", number(total(replies.cut_off))], ["missing", number(total(replies.missing))],
-    ["Edits accepted", number(total(accepted))], ["Edits dropped or changed", number(total(Object.values(dropped).map(total)))], ["Children", number(total(children))]];
+    ["Edits accepted", number(total(accepted))], ["Edits dropped", number(total(Object.values(dropped).map(total)))], ["Children", number(total(children))]];
   show("reflection-body",
     h("dl", { class: "facts" }, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
     h("div", { class: "charts two" },
       barFigure("Replies of the reflector", iterations, { usable: replies.usable, "cut off": replies.cut_off, missing: replies.missing }, "replies"),
       barFigure("Edits accepted and dropped", iterations, { accepted, ...dropped }, "edits")),
-    table("Reasons why edits were dropped, and what happened to replies", ["Reason", "Number"],
-      Object.entries(dropped).map(([reason, counts]) => [reason, total(counts)])),
+    table("Reasons why edits were dropped", ["Reason", "Edits"], Object.entries(dropped).map(([reason, counts]) => [reason, total(counts)])),
+    table("Replies that needed more than one request, or were of no use", ["What happened", "Number"],
+      Object.entries(events).map(([what, counts]) => [what, total(counts)])),
     Object.keys(none).length ? table("Why there was no child", ["Reason", "Iterations"], Object.entries(none)) : null);
 }
 

@@ -19,7 +19,7 @@ function memberCard(node, details) {
   const parents = node.parents.flatMap((id, i) => [i ? " and " : " of ", memberButton(id)]);
   return [
     h("h3", { id: "member-title", tabindex: -1 }, `Member ${node.id}`),
-    h("p", { class: "lead" }, node.operator, parents, `${born}. Rating ${node.mu.toFixed(2)} ± ${node.sigma.toFixed(2)}, ${node.games} tournaments; `,
+    h("p", { class: "lead" }, node.operator, parents, `${born}. Rating ${node.mu.toFixed(2)} ± ${node.sigma.toFixed(2)}, ${plural(node.games, "tournament")}; `,
       node.deployed ? "deployed." : node.living ? "alive." : "left the population."),
     details.text ? h("p", { class: "prose" }, details.text) : null,
     details.principles.length ? h("ol", { class: "principles", start: 0 }, details.principles.map((each) => h("li", {}, each))) : h("p", { class: "muted" }, "No principles."),
