@@ -11,12 +11,13 @@ has the folder `OUT/TASK`. `--methods` are of `experiments/methods/methods.py`: 
 and controls, perhaps with changed fields. Runs `python -m espl_jax.main` for each method and seed, one run
 after another, with the work directory `OUT/METHOD-SEED`. A run that has ended leaves the record
 `OUT/METHOD-SEED.json`, which is all that the tables need; the same command resumes an interrupted comparison
-and adds further seeds or methods to it. `--tables` starts no run. After each run, OUT gets `iterations.csv`,
-with a row for each method, seed and iteration, and `results.md`: accuracy of {initial, trained weights} x
-{root, deployed prompt} on the test problems and on harder ones, KL divergence of the trained weights,
-differences between methods, and the deployed prompts; with matplotlib also `curves.png`. Arguments after `--`
-go to `espl_jax.main`, with `{method}` and `{seed}` replaced: after exporting the runs of one task, a second
-one can go on from their weights with `-- --config.model.source=exported/{method}-{seed}`.
+and adds further seeds or methods to it. `--tables` starts no run. After each run, the tables of all records
+in OUT are written: `iterations.csv`, with a row for each method, seed and iteration, and `results.md`:
+accuracy of {initial, trained weights} x {root, deployed prompt} on the test problems and on harder ones, KL
+divergence of the trained weights, differences between methods, and the deployed prompts; with matplotlib
+also `curves.png`. Arguments after `--` go to `espl_jax.main`, with `{method}` and `{seed}` replaced: after
+exporting the runs of one task, a second one can go on from their weights with `--
+--config.model.source=exported/{method}-{seed}`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.util
+import json
 import sys
 import time
 from pathlib import Path
@@ -38,8 +40,9 @@ KNOWN = [*TASKS, *PRESETS]
 
 
 def write(out: Path, runs: list[Run]) -> str:
-    """Writes the tables of the runs that have ended; returns the text of `results.md`."""
-    records = [read(run.path) for run in runs if run.has_ended()]
+    """Writes the tables of all records in the folder, those of `runs` first; returns `results.md`."""
+    paths = [run.path for run in runs if run.has_ended()]
+    records = [read(path) for path in [*paths, *others(out, runs)]]
     if not records:
         return "No run has ended.\n"
     rows = [row for record in records for row in with_test(record)]
@@ -56,6 +59,17 @@ def write(out: Path, runs: list[Run]) -> str:
 
         curves.draw(records, out / "curves.png")
     return text
+
+
+def others(out: Path, runs: list[Run]) -> list[Path]:
+    """Returns the records in the folder that are not of `runs`, by method and seed."""
+    found = []
+    for path in {*out.glob("*-*.json")} - {run.path for run in runs}:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record, dict) and {"method", "seed"} <= record.keys():
+            runs[0].check(path)
+            found.append((record["method"], record["seed"], path))
+    return [path for _, _, path in sorted(found)]
 
 
 def finish(run: Run) -> None:

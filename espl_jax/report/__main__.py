@@ -19,8 +19,8 @@ _WORKDIR = flags.DEFINE_multi_string(
 _OUT = flags.DEFINE_string(
     "out",
     None,
-    "The page to write; default: report.html in the first work directory, or in this folder if that is a "
-    "bucket.",
+    "The page to write; default: report.html in the work directory, or in this folder if that is a bucket; "
+    "comparison.html in this folder for several runs.",
 )
 flags.mark_flags_as_required(["workdir"])
 

@@ -15,6 +15,8 @@ from espl_jax.storage import durable, folders
 from espl_jax.storage.workdir import WorkDir
 
 FILE = "report.html"
+SEVERAL = "comparison.html"
+"""Name of the page of several runs."""
 
 
 def write_report(
@@ -24,7 +26,8 @@ def write_report(
 
     Args:
       workdirs: work directories, local or in buckets; the others are compared with the first one.
-      out: the page; by default report.html in the first work directory, or here if that is in a bucket.
+      out: the page; by default report.html in the work directory, or here if that is in a bucket; for
+        several runs comparison.html here.
 
     Returns:
       The path of the page.
@@ -47,7 +50,8 @@ def write_report(
             decoders[source] = find_decoder(source)
         runs.append(dataclasses.replace(run, decode=decoders[source]))
     if out is None:
-        out = FILE if folders.is_remote(workdirs[0]) else Path(runs[0].path) / FILE
+        own = FILE if folders.is_remote(workdirs[0]) else Path(runs[0].path) / FILE
+        out = own if len(runs) == 1 else SEVERAL
     target = Path(out).expanduser()
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"out={out}: the folder {target.parent} does not exist; make it first")

@@ -90,13 +90,21 @@ class Run:
         """
         if not self.path.is_file():
             return False
-        kept = json.loads(self.path.read_text(encoding="utf-8"))
+        self.check(self.path)
+        return True
+
+    def check(self, record: Path) -> None:
+        """Refuses a record that was made with another configuration or other arguments.
+
+        Raises:
+          ValueError: naming the difference.
+        """
+        kept = json.loads(record.read_text(encoding="utf-8"))
         for name, value in self._settings().items():
             if kept.get(name) != value:
                 raise ValueError(
-                    f"{self.path}: made with {name}={kept.get(name)}, not {value}; name another --out"
+                    f"{record}: made with {name}={kept.get(name)}, not {value}; name another --out"
                 )
-        return True
 
     def _settings(self) -> dict[str, Any]:
         return {

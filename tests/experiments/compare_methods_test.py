@@ -157,6 +157,9 @@ def test_tables_need_the_records_of_ended_runs_alone(started, tmp_path, monkeypa
         ("0.0", "0.5"),
     ]
     assert value(started[0], "config.checkpoint_keep") == "4"  # all iterations of the quickstart
+    compare(monkeypatch, tmp_path, "evolution", "--tables")  # the other records stay in the tables
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    assert [line.split()[1] for line in lines[4:7]] == ["evolution", "espl", "rl"]
 
 
 def test_runs_that_have_ended_are_not_started_again(started, tmp_path, monkeypatch):

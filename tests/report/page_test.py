@@ -163,6 +163,10 @@ def test_writes_into_the_work_directory(tmp_path, monkeypatch):
     assert write_report([path]) == path / "report.html"
     assert "the tokenizer is not on this machine" in (path / "report.html").read_text()
     assert write_report([path], tmp_path / "other.html") == tmp_path / "other.html"
+    monkeypatch.chdir(tmp_path)
+    other = write_run(tmp_path / "second")
+    assert str(write_report([path, other])) == "comparison.html" and not (other / "report.html").exists()
+    assert "2 runs" not in (path / "report.html").read_text()
 
 
 def test_the_command_leaves_alone_a_page_that_the_run_is_writing(tmp_path, monkeypatch):
