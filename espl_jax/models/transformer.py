@@ -58,6 +58,11 @@ class Weight:
         return tuple(itertools.takewhile(lambda axis: axis in ("layers", "experts"), self.axes))
 
     @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """Sizes of the axes in `stack`."""
+        return self.shape[: len(self.stack)]
+
+    @property
     def fan_in(self) -> int:
         """Number of inputs that are summed into one output."""
         return math.prod(
