@@ -19,13 +19,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.megablox import gmm as megablox
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.splash import on_tpu
 
 TILE_BYTES = 3 * 2**20
 """Maximum bytes of the part of a matrix that the kernel holds on chip; two parts at a time."""
+
+
+SCOPE = "experts_{}_of_{}"
+"""Name scope of a product: experts on the device, of all. `plan.hlo` reads from it how many experts a kernel
+can visit, which the shapes of a stack do not show."""
 
 
 class InStack(NamedTuple):
@@ -73,13 +78,15 @@ def product(x: jax.Array, weight: jax.Array | InStack, sizes: jax.Array, decoder
         precision=jax.lax.Precision.HIGHEST if highest else None,
         kernel=on_tpu(x) and not highest,  # the kernel has no full float32 products
     )
-    if not isinstance(weight, InStack):
-        return _product(how, x, weight, sizes)
-    stack, layer = weight
-    if not how.kernel:
-        return _forward(how, x, jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False), sizes)
-    every = jnp.zeros(stack.shape[:2], jnp.int32).at[layer].set(sizes).reshape(-1)
-    return _forward(how, x, stack.reshape(-1, *stack.shape[2:]), every)
+    total = decoder.experts.count if decoder.experts else len(sizes)
+    with jax.named_scope(SCOPE.format(len(sizes), total)):
+        if not isinstance(weight, InStack):
+            return _product(how, x, weight, sizes)
+        stack, layer = weight
+        if not how.kernel:
+            return _forward(how, x, jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False), sizes)
+        every = jnp.zeros(stack.shape[:2], jnp.int32).at[layer].set(sizes).reshape(-1)
+        return _forward(how, x, stack.reshape(-1, *stack.shape[2:]), every)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -112,7 +119,7 @@ def _forward(
     inputs, outputs = weight.shape[1:][:: -1 if transposed else 1]
     tiles = _tiles(rows, inputs, outputs, weight.dtype.itemsize)
     x = jnp.pad(x, ((0, -rows % tiles[0]), (0, 0)))
-    out = megablox.gmm(x, weight, sizes, jnp.dtype(how.results), tiles, transpose_rhs=transposed)[:rows]
+    out = gmm(x, weight, sizes, jnp.dtype(how.results), tiles, transpose_rhs=transposed)[:rows]
     # The kernel does not write rows that are in no group.
     return jnp.where(jnp.arange(rows)[:, None] < sizes.sum(), out, 0)
 
@@ -131,7 +138,7 @@ def _outer(how: _How, x: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array
         )
     tiles = _tiles(x.shape[0], x.shape[1], g.shape[1], x.dtype.itemsize)
     x, g = (jnp.pad(each, ((0, -each.shape[0] % tiles[0]), (0, 0))) for each in (x, g))
-    return megablox.tgmm(x.swapaxes(0, 1), g, sizes, jnp.dtype(how.results), tiles)
+    return tgmm(x.swapaxes(0, 1), g, sizes, jnp.dtype(how.results), tiles)
 
 
 def _tiles(rows: int, inputs: int, outputs: int, itemsize: int) -> tuple[int, int, int]:
