@@ -3,8 +3,9 @@
 Per backend:
 
 - TPU: the megablox kernels of jax (Gale et al. 2022, arXiv 2211.15841), which visit only groups that have
-  rows. They compute the products of the rows, and read the matrices of these groups alone. `lax.ragged_dot`
-  is compiled there (libtpu 0.0.52) to a product of all rows with all groups, under a mask.
+  rows. They compute the products of the rows, and read the matrices of these groups alone. The program that
+  libtpu 0.0.52 compiles from `lax.ragged_dot` reads the matrices of all groups, and has a product of all rows
+  with each of them, under a mask.
 - Elsewhere: `lax.ragged_dot`. On CPU this is a product of all rows with all groups as well: correct, and E /
   active times as expensive as needed.
 

@@ -1,6 +1,8 @@
 """Routing and grouped products by hand, and mixtures on eight devices against one."""
 
+import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -69,15 +71,12 @@ def test_equal_experts_are_a_dense_layer():
 
 
 def test_through_json():
-    import dataclasses
-    import json
-
     assert config_from_dict(json.loads(json.dumps(dataclasses.asdict(CONFIG)))) == CONFIG
     assert hash(CONFIG) == hash(CONFIG.replace())
 
 
 def test_what_cannot_be():
-    with pytest.raises(ValueError, match="experts active=9: give at least 1, and at most.*count=8"):
+    with pytest.raises(ValueError, match=r"experts active=9: give at least 1, and at most.*count=8"):
         Experts(count=8, active=9, mlp_dim=4)
     with pytest.raises(ValueError, match="mlp_bias=True is not supported with experts"):
         CONFIG.replace(mlp_bias=True)

@@ -14,7 +14,8 @@ def flops(computations: Mapping[str, Computation], computation: Computation, x: 
     """Returns the flops of one execution of an instruction, two per multiply-add; elementwise work counts 0.
 
     A fusion or an asynchronous operation has the flops of its computation. A custom kernel has those of its
-    cost estimate (of a grouped product, the share of the device's experts), or for jax's splash attention the flops under a causal mask.
+    cost estimate (for a grouped product, the share of the device's experts), or for jax's splash attention
+    the flops under a causal mask.
     """
     if x.opcode == "fusion" or (x.opcode == "async-start" and "calls=" in x.attributes):
         inner = computations[x.called("calls")]

@@ -167,7 +167,8 @@ class _Counter:
         whole = {operand.name: operand.hbm_bytes for operand in operands}
         if kind == "custom-call" and (found := experts(x)):
             # A grouped product reads the matrices of experts that have rows, out of those of all layers.
-            rows = min(operand.arrays[0].dims[0] for operand in operands if len(operand.arrays[0].dims) == 2)
+            matrices = [operand for operand in operands if len(operand.arrays[0].dims) == 2]
+            rows = min((operand.arrays[0].dims[0] for operand in matrices), default=0)
             for operand in operands:
                 dims = operand.arrays[0].dims
                 if len(dims) == 3:
