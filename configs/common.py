@@ -30,15 +30,7 @@ def get_config() -> ConfigDict:
 
     c.lora = ConfigDict()
     c.lora.rank = 32  # adapter rank; 0 trains all weights
-    c.lora.targets = (
-        "query",
-        "key",
-        "value",
-        "out",
-        "gate",
-        "up",
-        "down",
-    )  # adapted weights; also: head, router
+    c.lora.targets = ("query", "key", "value", "out", "gate", "up", "down")  # adapted; also: head, router
     c.lora.scale = 1.0  # alpha / rank
 
     c.data = ConfigDict()

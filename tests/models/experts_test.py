@@ -143,3 +143,15 @@ def test_eight_devices(sizes):
     for rows in (16, 3):
         tokens = sharding.place_rows(TOKENS[:rows], mesh)
         np.testing.assert_allclose(tiny.logits(params, sampling, tokens), logits[:rows], atol=1e-5)
+
+
+def test_no_choice_is_dropped_if_all_go_to_one_device():
+    """Every token chooses the same two experts, which lie on one of four devices."""
+    params = tiny.params(CONFIG)
+    router = params["layers"]["mlp"]["router"]
+    params["layers"]["mlp"]["router"] = {"weight": jnp.zeros_like(router["weight"])}  # ties: experts 0 and 1
+    wanted = tiny.logits(params, CONFIG, TOKENS)
+    mesh = sharding.make_mesh({"expert": 4, "data": 2})
+    spread = sharding.place(params, transformer.abstract(CONFIG), mesh)
+    ours = tiny.logits(spread, CONFIG, sharding.place_rows(TOKENS, mesh))
+    np.testing.assert_allclose(ours, wanted, atol=1e-5)
