@@ -12,7 +12,9 @@ import pytest
 from espl_jax.models import experts, grouped, lora, transformer
 from espl_jax.models.config import Experts, config_from_dict
 from espl_jax.parallel import sharding
+from espl_jax.sampling import draw
 from tests.support import tiny
+from tests.support.flat import sample_tree
 
 CONFIG = tiny.CONFIG.replace(vocab_size=64, experts=Experts(count=8, active=2, mlp_dim=12))
 TOKENS = np.random.default_rng(0).integers(0, 64, (16, 6)).astype(np.int32)
@@ -155,3 +157,21 @@ def test_no_choice_is_dropped_if_all_go_to_one_device():
     spread = sharding.place(params, transformer.abstract(CONFIG), mesh)
     ours = tiny.logits(spread, CONFIG, sharding.place_rows(TOKENS, mesh))
     np.testing.assert_allclose(ours, wanted, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_sampling_on_eight_devices():
+    """The same rollouts, drawn through the caches of a tree."""
+    m, b, n = np.ogrid[:2, :2, :4]
+    keys = draw.row_keys(jax.random.key(0, impl="threefry2x32"), m, b, n)
+    prompts = [[5, 6, 7, 8], [9]], [[[9, 10], [11]], [[12, 13, 14], [15, 16]]]
+
+    def sample(params, mesh):
+        settings = {"max_new_tokens": 12, "temperature": 1.0, "stop_ids": (3,), "chunk": 5, "mesh": mesh}
+        return sample_tree(params, CONFIG.replace(phase="sampling"), *prompts, keys, **settings)
+
+    mesh = sharding.make_mesh({"expert": 2, "fsdp": 2, "tensor": 2})
+    spread = sharding.place(tiny.params(CONFIG), transformer.abstract(CONFIG), mesh, "sampling")
+    wanted, ours = sample(tiny.params(CONFIG), None), sample(spread, mesh)
+    np.testing.assert_array_equal(ours.tokens, wanted.tokens)
+    np.testing.assert_allclose(ours.logprobs, wanted.logprobs, atol=1e-5)
