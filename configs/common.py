@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
 
     c.lora = ConfigDict()
     c.lora.rank = 32  # adapter rank; 0 trains all weights
-    c.lora.targets = ("query", "key", "value", "out", "gate", "up", "down")  # adapted weights; also: head
+    c.lora.targets = ("query", "key", "value", "out", "gate", "up", "down")  # adapted; also: head, router
     c.lora.scale = 1.0  # alpha / rank
 
     c.data = ConfigDict()
@@ -197,7 +197,7 @@ def get_config() -> ConfigDict:
     c.mesh.data = 1  # data parallelism; one of the four axes may be -1: all remaining devices
     c.mesh.fsdp = -1  # fully sharded data parallelism
     c.mesh.tensor = 1  # tensor parallelism
-    c.mesh.expert = 1  # expert parallelism; models without experts use this axis as data parallelism
+    c.mesh.expert = 1  # expert parallelism; splits the experts of a mixture; rows are data parallel
 
     c.trackers = ()  # any of tensorboard, wandb, trackio, mlflow: docs/trackers.md
     c.tracking = ConfigDict()

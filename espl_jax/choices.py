@@ -5,8 +5,9 @@ MODES = ("espl", "rl", "evolution", "reflection")
 MATMUL_PRECISIONS = ("default", "highest", "bfloat16")
 REMATS = ("none", "attention", "products", "full", "rounded", "offload")
 SAMPLING_LAYOUTS = ("auto", "stacked", "unstacked")
-LORA_TARGETS = ("query", "key", "value", "out", "gate", "up", "down", "head")
-"""Linear weights that can have an adapter; `head` only if it is not tied to the embedding."""
+LORA_TARGETS = ("query", "key", "value", "out", "gate", "up", "down", "head", "router")
+"""Linear weights that can have an adapter; `head` only if it is not tied to the embedding, and `router` only
+in a mixture of experts."""
 
 BASELINES = ("per_prompt", "marginalized")
 NORMALIZATIONS = ("none", "std", "batch_std")

@@ -81,6 +81,32 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """A mixture of experts (Shazeer et al. 2017, arXiv 1701.06538), in place of the MLP of every layer.
+
+    Attributes:
+      count: E, number of experts of a layer.
+      active: number of experts that process a token.
+      mlp_dim: F, width of each expert's feed-forward layer.
+      normalize: whether the weights of a token's experts are divided by their sum (`norm_topk_prob`).
+    """
+
+    count: int
+    active: int
+    mlp_dim: int
+    normalize: bool = True
+
+    def __post_init__(self):
+        if not 1 <= self.active <= self.count:
+            raise ValueError(
+                f"experts active={self.active}: give at least 1, and at most the number of experts, "
+                f"count={self.count}"
+            )
+        if self.mlp_dim < 1:
+            raise ValueError(f"experts mlp_dim={self.mlp_dim}: give at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Architecture (from the checkpoint) and numerics (chosen by the run) of a decoder.
 
@@ -93,7 +119,8 @@ class DecoderConfig:
       num_heads: N query heads.
       num_kv_heads: K key/value heads; G = N / K queries share one.
       head_dim: H.
-      mlp_dim: F, width of the feed-forward layer.
+      mlp_dim: F, width of the dense feed-forward layer; unused if the layers are mixtures of experts.
+      experts: the mixture of experts of every layer; None for dense layers.
       rope: rotary position embeddings.
       local_rope: those of layers with a window; None if they are the same.
       windows: for each layer, the number of tokens that a token attends to, itself included, or 0 for no
@@ -161,6 +188,7 @@ class DecoderConfig:
     remat: str = "full"
     phase: str = "training"
     lora_scale: float = 1.0
+    experts: Experts | None = None
 
     def __post_init__(self):
         for field in ("dtype", "param_dtype"):
@@ -175,6 +203,8 @@ class DecoderConfig:
                 f"windows={self.windows}: give one number for each of the {self.num_layers} layers (0 for a "
                 "layer without a window), or an empty tuple"
             )
+        if self.experts and self.mlp_bias:
+            raise ValueError("mlp_bias=True is not supported with experts; set it to False")
         choices = {
             "matmul_precision": MATMUL_PRECISIONS,
             "activation": ACTIVATIONS,
@@ -195,5 +225,6 @@ class DecoderConfig:
 
 def config_from_dict(fields: dict[str, Any]) -> DecoderConfig:
     """Returns the config from the output of `dataclasses.asdict`, which may have been through JSON."""
-    ropes = {name: Rope(**fields[name]) for name in ("rope", "local_rope") if fields.get(name)}
-    return DecoderConfig(**{**fields, **ropes, "windows": tuple(fields.get("windows", ()))})
+    nested = {"rope": Rope, "local_rope": Rope, "experts": Experts}
+    given = {name: kind(**fields[name]) for name, kind in nested.items() if fields.get(name)}
+    return DecoderConfig(**{**fields, **given, "windows": tuple(fields.get("windows", ()))})

@@ -204,10 +204,14 @@ def gated_mlp(x: jax.Array, weights: dict[str, Any], decoder: DecoderConfig) -> 
     def placed(x: jax.Array) -> jax.Array:
         return sharding.constrain(x, ("tokens", "mlp"), decoder.phase)
 
-    activate = _ACTIVATIONS[decoder.activation]
     gate = placed(einsum("td,df->tf", x, weights["gate"], decoder))
     up = placed(einsum("td,df->tf", x, weights["up"], decoder))
-    return einsum("tf,fd->td", placed(activate(gate) * up), weights["down"], decoder)
+    return einsum("tf,fd->td", placed(gated(gate, up, decoder)), weights["down"], decoder)
+
+
+def gated(gate: jax.Array, up: jax.Array, decoder: DecoderConfig) -> jax.Array:
+    """Returns the hidden layer of a gated feed-forward layer. [T, F], [T, F] -> [T, F]."""
+    return _ACTIVATIONS[decoder.activation](gate) * up
 
 
 def embed(tokens: jax.Array, embedding: Linear, decoder: DecoderConfig) -> jax.Array:

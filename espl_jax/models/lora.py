@@ -2,7 +2,7 @@
 
 `adapters` is a subtree of the params that has `lora_a` and `lora_b` in place of `weight`. Once attached to
 the params, they are stored next to `weight`, and every matmul with that weight applies them. The params
-without adapters are the reference policy.
+without adapters are the reference policy. Experts have one adapter each, stacked like their weights.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ def abstract_adapters(decoder: DecoderConfig, rank: int, targets: Sequence[str] 
 
     Raises:
       ValueError: if a target is unknown, there are no targets, `head` is a target but tied to the embedding,
-        or the rank is below 1.
+        `router` is one but the model has no experts, or the rank is below 1.
     """
     unknown = sorted(set(targets) - set(LORA_TARGETS))
     if unknown or not targets:
         raise ValueError(f"lora targets={tuple(targets)!r}: choose some of {LORA_TARGETS}")
+    if "router" in targets and decoder.experts is None:
+        raise ValueError("lora targets='router': this model has no experts; leave it out")
     if "head" in targets and decoder.tied_head:
         raise ValueError("lora targets='head': this model ties its head to the embedding; leave it out")
     if rank < 1:
@@ -49,6 +51,12 @@ def abstract_adapters(decoder: DecoderConfig, rank: int, targets: Sequence[str] 
         return chosen
 
     return walk(abstract(decoder))
+
+
+def targets_of(decoder: DecoderConfig) -> tuple[str, ...]:
+    """Returns the names in `LORA_TARGETS` that this decoder has."""
+    absent = {"head": decoder.tied_head, "router": decoder.experts is None}
+    return tuple(target for target in LORA_TARGETS if not absent.get(target))
 
 
 def init(
@@ -96,10 +104,10 @@ def merge(params: Params, decoder: DecoderConfig) -> Params:
 
     def fold(weight: Weight, node: Params) -> jax.Array:
         product = jnp.tensordot
-        if weight.axes[0] == "layers":
+        for _ in weight.stack:
             product = jax.vmap(product, in_axes=(0, 0, None))
-        update = product(node["lora_a"], node["lora_b"], 1)  # [layers, inputs..., outputs...]
-        order = [a for a in weight.axes if a == "layers"] + list(weight.inputs)
+        update = product(node["lora_a"], node["lora_b"], 1)  # [stack..., inputs..., outputs...]
+        order = [*weight.stack, *weight.inputs]
         order += [a for a in weight.axes if a not in order]
         update = update.transpose([order.index(a) for a in weight.axes])
         return (node["weight"] + decoder.lora_scale * update).astype(node["weight"].dtype)

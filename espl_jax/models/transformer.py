@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ import jax.core
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from espl_jax.models import layers, rope, splash
+from espl_jax.models import experts, grouped, layers, rope, splash
 from espl_jax.models.attention import ATTENTION, KVCache, RowsView, Source, attend, of_owners
 from espl_jax.models.config import DecoderConfig
 from espl_jax.parallel import sharding
@@ -37,7 +38,8 @@ class Weight:
     """Declaration of one weight; initialization, shardings, adapters and memory plans are derived from it.
 
     Attributes:
-      axes: logical name of each dimension; `layers` first for the stacked weights of all layers.
+      axes: logical name of each dimension; `layers` first for the stacked weights of all layers, then
+        `experts` for those of all experts.
       inputs: the axes that a matmul contracts; empty for norm scales and biases.
       shape: size of each dimension.
       dtype: storage dtype.
@@ -51,6 +53,16 @@ class Weight:
     fill: float = 0.0
 
     @property
+    def stack(self) -> tuple[str, ...]:
+        """Leading axes along which separate weights are stacked: `layers`, then `experts`."""
+        return tuple(itertools.takewhile(lambda axis: axis in ("layers", "experts"), self.axes))
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """Sizes of the axes in `stack`."""
+        return self.shape[: len(self.stack)]
+
+    @property
     def fan_in(self) -> int:
         """Number of inputs that are summed into one output."""
         return math.prod(
@@ -60,15 +72,14 @@ class Weight:
     def adapter(self, rank: int) -> dict[str, Weight]:
         """Declares the two factors of its adapter, [inputs..., rank] and [rank, outputs...], in float32."""
         sizes = dict(zip(self.axes, self.shape, strict=True)) | {"lora": rank}
-        stack = tuple(axis for axis in self.axes if axis == "layers")
-        outputs = tuple(axis for axis in self.axes if axis not in (*stack, *self.inputs))
+        outputs = tuple(axis for axis in self.axes if axis not in (*self.stack, *self.inputs))
 
         def declare(axes: tuple[str, ...], inputs: tuple[str, ...]) -> Weight:
             return Weight(axes, inputs, tuple(sizes[axis] for axis in axes), "float32")
 
         factors = (
-            declare((*stack, *self.inputs, "lora"), self.inputs),
-            declare((*stack, "lora", *outputs), ("lora",)),
+            declare((*self.stack, *self.inputs, "lora"), self.inputs),
+            declare((*self.stack, "lora", *outputs), ("lora",)),
         )
         return dict(zip(ADAPTER, factors, strict=True))
 
@@ -90,9 +101,9 @@ def abstract(decoder: DecoderConfig) -> Params:
         shape = tuple(sizes[axis] for axis in names)
         return Weight(names, tuple(inputs.split()), shape, decoder.param_dtype, fill)
 
-    def linear(inputs: str, outputs: str, bias: bool) -> Params:
-        layer = {"weight": declare(f"layers {inputs} {outputs}", inputs)}
-        return layer | ({"bias": declare(f"layers {outputs}")} if bias else {})
+    def linear(inputs: str, outputs: str, bias: bool = False, stack: str = "layers") -> Params:
+        layer = {"weight": declare(f"{stack} {inputs} {outputs}", inputs)}
+        return layer | ({"bias": declare(f"{stack} {outputs}")} if bias else {})
 
     def norm(axes: str) -> Params:
         return {"scale": declare(axes, fill=1.0 - decoder.norm_offset)}
@@ -105,15 +116,29 @@ def abstract(decoder: DecoderConfig) -> Params:
     }
     if decoder.qk_norm:
         attention |= {"query_norm": norm("layers head"), "key_norm": norm("layers head")}
+    if decoder.experts:
+        sizes |= {
+            "experts": decoder.experts.count,
+            "scores": decoder.experts.count,  # an output of the router, which no mesh axis splits
+            "expert_mlp": decoder.experts.mlp_dim,
+        }
+        mlp = {
+            "router": linear("embed", "scores"),
+            "gate": linear("embed", "expert_mlp", stack="layers experts"),
+            "up": linear("embed", "expert_mlp", stack="layers experts"),
+            "down": linear("expert_mlp", "embed", stack="layers experts"),
+        }
+    else:
+        mlp = {
+            "gate": linear("embed", "mlp", decoder.mlp_bias),
+            "up": linear("embed", "mlp", decoder.mlp_bias),
+            "down": linear("mlp", "embed", decoder.mlp_bias),
+        }
     layer = {
         "attention_norm": norm("layers embed"),
         "attention": attention,
         "mlp_norm": norm("layers embed"),
-        "mlp": {
-            "gate": linear("embed", "mlp", decoder.mlp_bias),
-            "up": linear("embed", "mlp", decoder.mlp_bias),
-            "down": linear("mlp", "embed", decoder.mlp_bias),
-        },
+        "mlp": mlp,
     }
     if decoder.post_norms:
         layer |= {"post_attention_norm": norm("layers embed"), "post_mlp_norm": norm("layers embed")}
@@ -193,33 +218,53 @@ def forward(
     )
     stacked = tuple(None if isinstance(c, RowsView) else (c.key, c.value) for c in ancestors)
     index = jnp.arange(decoder.num_layers)
-    weights, layer = _with_unstacked(layer, params["layers"])
+    weights, layer = _with_whole(layer, params["layers"], decoder)
     x, (key, value) = _run_layers(layer, decoder, x, (weights, stacked, index))
 
     x = sharding.move(layers.rms_norm(x, params["final_norm"], decoder), *_TOKENS, decoder.phase)
     return x.reshape(nodes, steps, -1), KVCache(key, value, start, lengths)
 
 
-def _with_unstacked(layer: Callable[..., Any], weights: Params) -> tuple[Params, Callable[..., Any]]:
-    """Returns the stacked weights, and `layer` wrapped so that it also receives the unstacked ones."""
+def _with_whole(
+    layer: Callable[..., Any], weights: Params, decoder: DecoderConfig
+) -> tuple[Params, Callable[..., Any]]:
+    """Separates the weights that a scan over layers slices from those that a layer reads out of all layers'.
 
-    def stacked(node: Params) -> Params:
+    The latter are unstacked weights and, while sampling, the weights of experts: a slice would copy all
+    experts of the layer, and a decode step needs few of them.
+
+    Returns:
+      The weights to slice, and `layer` wrapped so that it also receives the others, with its index.
+    """
+
+    def is_whole(name: str, declared: Params) -> bool:
+        if name == layers.OUTPUTS_FIRST:
+            return True
+        return decoder.phase == "sampling" and any("experts" in x.stack for x in declared.values())
+
+    def sliced(node: Params, declared: Params) -> Params:
         return {
-            name: stacked(child) if isinstance(child, dict) else child
+            name: sliced(child, declared[name]) if isinstance(child, dict) else child
             for name, child in node.items()
-            if name != layers.OUTPUTS_FIRST
+            if isinstance(child, dict) or not is_whole(name, declared)
         }
 
     def join(part: Params, whole: Params, index: jax.Array) -> Params:
-        joined = {name: join(x, whole[name], index) if isinstance(x, dict) else x for name, x in part.items()}
-        if layers.OUTPUTS_FIRST in whole:
-            joined[layers.OUTPUTS_FIRST] = layers.Unstacked(whole[layers.OUTPUTS_FIRST], index)
+        joined = {}
+        for name, child in whole.items():
+            if isinstance(child, dict):
+                joined[name] = join(part[name], child, index)
+            elif name in part:
+                joined[name] = part[name]
+            else:
+                of_layer = layers.Unstacked if name == layers.OUTPUTS_FIRST else grouped.InStack
+                joined[name] = of_layer(child, index)
         return joined
 
     def complete(x: jax.Array, part: Params, above: Any, index: jax.Array, **window: Any) -> Any:
         return layer(x, join(part, weights, index), above, index, **window)
 
-    return stacked(weights), complete
+    return sliced(weights, abstract(decoder)["layers"]), complete
 
 
 def _start(ancestors: Sequence[KVCache | RowsView], nodes: int) -> jax.Array:
@@ -324,7 +369,8 @@ def _layer(
     `index`. `window` is the number of tokens that a token attends to, 0 for no window: an int, or traced if
     scanned layers have different windows.
     """
-    weights = _gathered(weights, abstract(decoder)["layers"], decoder)
+    declared = abstract(decoder)["layers"]
+    weights = _gathered(weights, declared, decoder)
     x = checkpoint_name(x, LAYER_INPUT)
 
     def by_node(x: jax.Array) -> jax.Array:
@@ -372,7 +418,12 @@ def _layer(
     x = joined(
         x, layers.rms_norm(out, weights["post_attention_norm"], decoder) if decoder.post_norms else out
     )
-    out = layers.gated_mlp(normalized(x, weights["mlp_norm"]), weights["mlp"], decoder)
+    y = normalized(x, weights["mlp_norm"])
+    if decoder.experts:
+        # The routing would leave the layer here, beside `written`, to be stacked by the scan.
+        out, _ = experts.mixture(y, weights["mlp"], declared["mlp"], decoder)
+    else:
+        out = layers.gated_mlp(y, weights["mlp"], decoder)
     x = joined(x, layers.rms_norm(out, weights["post_mlp_norm"], decoder) if decoder.post_norms else out)
     return x, written
 

@@ -24,6 +24,8 @@ RULES: dict[str, dict[str, tuple[tuple[str, ...], ...]]] = {
         "heads": (("tensor",),),
         "kv_heads": (("tensor",),),
         "mlp": (("tensor",),),
+        "experts": (("expert",),),
+        "expert_mlp": (("tensor",),),
         "vocab": (("tensor",),),
         "embed": (("fsdp",),),
         "lookup": (("data", "expert"),),
@@ -35,6 +37,8 @@ RULES: dict[str, dict[str, tuple[tuple[str, ...], ...]]] = {
         "heads": (("tensor", "fsdp"), ("tensor",)),
         "kv_heads": (("tensor", "fsdp"), ("tensor",)),
         "mlp": (("tensor", "fsdp"), ("tensor",)),
+        "experts": (("expert",),),
+        "expert_mlp": (("tensor", "fsdp"), ("tensor",)),
         "vocab": (("tensor", "fsdp"), ("tensor",)),
         "lookup": (("data", "expert"),),
     },
@@ -114,6 +118,14 @@ def mesh_of(x: jax.Array) -> Any:
     `shard_map`."""
     mesh = jax.typeof(x).sharding.mesh
     return None if mesh.empty or mesh.are_all_axes_manual else mesh
+
+
+def axes_of(
+    mesh: Any, axes: Sequence[str | None], shape: Sequence[int], phase: str
+) -> tuple[tuple[str, ...], ...]:
+    """Returns the mesh axes over which each dimension is sharded by `named`; empty if it is not sharded."""
+    spec = named(mesh, axes, shape, phase).spec
+    return tuple((each,) if isinstance(each, str) else tuple(each or ()) for each in spec)
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None], phase: str) -> jax.Array:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from espl_jax.models.config import NUMERICS, DecoderConfig, Rope
+from espl_jax.models.config import NUMERICS, DecoderConfig, Experts, Rope
 from espl_jax.models.rope import yarn_attention_factor
 
 _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -53,6 +53,22 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "max_position_embeddings": 32_768,
             "sliding_window": 4096,
             "max_window_layers": 28,
+        },
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        {
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": False,
+            "max_position_embeddings": 32_768,
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
         },
     ),
     "gemma3_text": (
@@ -116,7 +132,7 @@ def from_hf_config(hf: dict[str, Any], **numerics: Any) -> DecoderConfig:
     width, heads = c["hidden_size"], c["num_attention_heads"]
     rope, local_rope = _ropes(c, gemma)
     # The other families ignore these fields.
-    bias = family in ("llama", "qwen3", "gemma3") and bool(c.get("attention_bias"))
+    bias = family in ("llama", "qwen3", "qwen3_moe", "gemma3") and bool(c.get("attention_bias"))
     return DecoderConfig(
         family=family,
         vocab_size=c["vocab_size"],
@@ -131,7 +147,7 @@ def from_hf_config(hf: dict[str, Any], **numerics: Any) -> DecoderConfig:
         windows=_windows(c, family),
         norm_eps=c["rms_norm_eps"],
         norm_offset=1.0 if gemma else 0.0,
-        qk_norm=family in ("qwen3", "gemma3"),
+        qk_norm=family in ("qwen3", "qwen3_moe", "gemma3"),
         post_norms=gemma,
         qkv_bias=bias or family == "qwen2",
         out_bias=bias,
@@ -141,6 +157,7 @@ def from_hf_config(hf: dict[str, Any], **numerics: Any) -> DecoderConfig:
         activation=_ACTIVATIONS[activation],
         tied_head=c["tie_word_embeddings"],
         max_positions=max(c["max_position_embeddings"], rope.reach),
+        experts=_experts(c) if family == "qwen3_moe" else None,
         **numerics,
     )
 
@@ -188,7 +205,7 @@ def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tied_head,
         "max_position_embeddings": config.max_positions,
     }
-    if config.family in ("llama", "qwen3", "gemma3"):
+    if config.family in ("llama", "qwen3", "qwen3_moe", "gemma3"):
         fields["attention_bias"] = config.qkv_bias
     if config.family == "llama":
         fields["mlp_bias"] = config.mlp_bias
@@ -201,6 +218,18 @@ def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
         if not gemma:
             fields["use_sliding_window"] = any(windows)
             fields["max_window_layers"] = next((i for i, w in enumerate(windows) if w), config.num_layers)
+    if config.family == "qwen3_moe":
+        window = max(config.windows, default=0)
+        fields |= {"use_sliding_window": bool(window), "sliding_window": window or None}
+    if config.experts:
+        fields |= {
+            "num_experts": config.experts.count,
+            "num_experts_per_tok": config.experts.active,
+            "moe_intermediate_size": config.experts.mlp_dim,
+            "norm_topk_prob": config.experts.normalize,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
     if gemma:
         local = _rope_parameters(config.local_rope or config.rope)
         fields["query_pre_attn_scalar"] = round((config.query_scale or config.head_dim**-0.5) ** -2)
@@ -228,6 +257,26 @@ def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
+def _experts(c: _Fields) -> Experts:
+    """Returns the mixture of experts of every layer of a Qwen3-MoE.
+
+    Layers are stacked and scanned, so all have the same weights. A model whose first layers are dense would
+    need two stacks.
+    """
+    for field, uniform in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
+        if (value := c.get(field)) not in (None, uniform):
+            raise ValueError(
+                f"{field}={value!r} is not supported: it makes some layers dense, and only models with "
+                f"experts in every layer are supported ({field}={uniform!r}); use another model"
+            )
+    return Experts(
+        count=c.get("num_local_experts") or c["num_experts"],
+        active=c["num_experts_per_tok"],
+        mlp_dim=c["moe_intermediate_size"],
+        normalize=bool(c["norm_topk_prob"]),
+    )
+
+
 def _windows(c: _Fields, family: str) -> tuple[int, ...]:
     if family == "llama":
         return ()
@@ -239,6 +288,8 @@ def _windows(c: _Fields, family: str) -> tuple[int, ...]:
             f"layer_types has {', '.join(sorted(unknown))}, which is not supported; supported: "
             "full_attention, sliding_attention"
         )
+    if family == "qwen3_moe":  # transformers ignores the layer types, and gives every layer the window
+        return (window,) * layers if window else ()
     if kinds and len(kinds) != layers:
         raise ValueError(
             f"layer_types has {len(kinds)} entries, but num_hidden_layers={layers}; give one entry per layer"

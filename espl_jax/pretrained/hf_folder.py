@@ -83,7 +83,7 @@ def read_params(folder: Path, config: DecoderConfig, mesh: Mesh | None) -> Param
 
 
 def decoder_tensors(folder: Path, config: DecoderConfig) -> dict[str, list[StoredTensor]]:
-    """Returns the tensors of each weight, by its path in the params: one tensor, or one per layer.
+    """Returns the tensors of each weight, by its path in the params, in the order of `hf_names.stacked`.
 
     Checks, before reading any data, that all tensors exist with the right shape and a supported dtype, and
     that there are no other tensors that could change what the model computes.
@@ -95,10 +95,7 @@ def decoder_tensors(folder: Path, config: DecoderConfig) -> dict[str, list[Store
     tensors = _known_names(open_checkpoint(folder), config)
     names = hf_names.names(config)
     declared = hf_names.by_path(abstract(config))
-    wanted = {
-        path: [name.format(layer) for layer in range(config.num_layers if "{}" in name else 1)]
-        for path, name in names.items()
-    }
+    wanted = {path: hf_names.stacked(name, declared[path]) for path, name in names.items()}
     every = {name for group in wanted.values() for name in group}
     if missing := sorted(every - set(tensors)):
         raise ValueError(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
 
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.transformer import Params, abstract
+from espl_jax.models.transformer import Params, Weight, abstract
 
 _MODULES = {
     "embedding": "model.embed_tokens",
@@ -26,6 +27,13 @@ _MODULES = {
     "layers/mlp/down": "mlp.down_proj",
 }
 
+_WITH_EXPERTS = {
+    "layers/mlp/router": "mlp.gate",
+    "layers/mlp/gate": "mlp.experts.{}.gate_proj",
+    "layers/mlp/up": "mlp.experts.{}.up_proj",
+    "layers/mlp/down": "mlp.experts.{}.down_proj",
+}
+
 # With post-norms, `post_attention_layernorm` is the norm after attention, not the norm before the MLP.
 _WITH_POST_NORMS = {
     "layers/post_attention_norm": "post_attention_layernorm",
@@ -35,18 +43,26 @@ _WITH_POST_NORMS = {
 
 
 def module(path: str, config: DecoderConfig) -> str:
-    """Returns the module name for a path of the params (`layers/mlp/up`), with {} for the layer index."""
-    name = (_MODULES | (_WITH_POST_NORMS if config.post_norms else {}))[path]
+    """Returns the module name for a path of the params (`layers/mlp/up`), with {} for the index of the layer,
+    and of the expert."""
+    modules = _MODULES | (_WITH_POST_NORMS if config.post_norms else {})
+    name = (modules | (_WITH_EXPERTS if config.experts else {}))[path]
     return f"model.layers.{{}}.{name}" if path.startswith("layers/") else name
 
 
 def names(config: DecoderConfig) -> dict[str, str]:
-    """Returns path of each weight (`layers/mlp/up/weight`) -> name, with {} for the layer index."""
+    """Returns path of each weight (`layers/mlp/up/weight`) -> name, with {} for the indices, as `module`."""
     named = {}
     for path in by_path(abstract(config)):
         parent, _, leaf = path.rpartition("/")
         named[path] = f"{module(parent, config)}.{'bias' if leaf == 'bias' else 'weight'}"
     return named
+
+
+def stacked(name: str, weight: Weight) -> list[str]:
+    """Returns the names of the tensors that are stacked into a weight, in order: all experts of the first
+    layer, then those of the second; a single name if it is not stacked."""
+    return [name.format(*index) for index in np.ndindex(*weight.stack_shape)]
 
 
 def by_path(tree: Params) -> dict[str, Any]:

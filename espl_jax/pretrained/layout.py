@@ -1,6 +1,7 @@
 """Converts weights to and from the layout of checkpoint files: `[outputs, inputs]`, as in torch.
 
-The conversion follows from the declaration of a weight. Files have one tensor per layer; ours are stacked.
+The conversion follows from the declaration of a weight. Files have one tensor per layer, or per expert of a
+layer; ours are stacked.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from espl_jax.models.transformer import Weight
 
 
 def _layer_sizes(weight: Weight) -> tuple[dict[str, int], list[str]]:
-    """Returns the axis sizes of one layer, and its axes in file order: outputs, then inputs."""
+    """Returns the axis sizes of one tensor of the stack, and its axes in file order: outputs, then inputs."""
     sizes = dict(zip(weight.axes, weight.shape, strict=True))
-    sizes.pop("layers", None)
+    sizes = {axis: size for axis, size in sizes.items() if axis not in weight.stack}
     outputs = [axis for axis in sizes if axis not in weight.inputs]
     return sizes, outputs + [axis for axis in sizes if axis in weight.inputs]
 
 
 def file_shape(weight: Weight) -> tuple[int, ...]:
-    """Returns the shape of one layer in a file: `[outputs, inputs]`, or `[outputs]` for scales and biases."""
+    """Returns the shape of a tensor in a file: `[outputs, inputs]`, or `[outputs]` for scales and biases."""
     sizes, _ = _layer_sizes(weight)
     outputs = math.prod(size for axis, size in sizes.items() if axis not in weight.inputs)
     return (outputs, weight.fan_in) if weight.inputs else (outputs,)

@@ -24,7 +24,7 @@ from espl_jax.models import lora
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.transformer import Params, Weight
 from espl_jax.pretrained.hf_folder import read_json
-from espl_jax.pretrained.hf_names import by_path, module
+from espl_jax.pretrained.hf_names import by_path, module, stacked
 from espl_jax.pretrained.hub import REPOSITORY
 from espl_jax.pretrained.layout import file_shape, to_file
 from espl_jax.pretrained.new_folder import new_folder
@@ -83,15 +83,15 @@ def save_adapter(
 
     Raises:
       FileExistsError: if the folder is not empty.
-      ValueError: if the adapters do not fit the decoder, or the tokenizer has no chat template for
-        the prompt.
+      ValueError: if the adapters do not fit the decoder, PEFT has no format for them (experts with an adapter
+        for only one of `gate` and `up`), or the tokenizer has no chat template for the prompt.
     """
     declared = declare_like(adapters, config)
+    _check_experts(_targets(declared), config)
     leaves, tensors = by_path(adapters), []
     for path, weight in declared.items():
-        stacked = leaves[path] if weight.axes[0] == "layers" else [leaves[path]]
-        for name, leaf in zip(_names(path, weight, config), stacked, strict=True):
-            read = functools.partial(_in_file, weight, leaf)
+        for name, index in zip(_names(path, weight, config), np.ndindex(*weight.stack_shape), strict=True):
+            read = functools.partial(_in_file, weight, leaves[path], index)
             tensors.append(Tensor(name, file_shape(weight), read))
     rank = _rank(adapters)
     alpha = config.lora_scale * rank
@@ -210,8 +210,18 @@ def declare_like(adapters: Params, config: DecoderConfig) -> dict[str, Weight]:
     return declared
 
 
-def _in_file(weight: Weight, leaf: jax.Array) -> np.ndarray:
-    return to_file(weight, np.asarray(leaf, np.float32))
+def _in_file(weight: Weight, leaf: jax.Array, index: tuple[int, ...]) -> np.ndarray:
+    return to_file(weight, np.asarray(leaf[index], np.float32))
+
+
+def _check_experts(targets: tuple[str, ...], config: DecoderConfig) -> None:
+    """PEFT loads adapters of experts by the names of Hub checkpoints, one per expert, and fuses `gate` and
+    `up`."""
+    if config.experts and ("gate" in targets) != ("up" in targets):
+        raise ValueError(
+            f"adapters: targets={targets}: PEFT cannot load experts with an adapter for only one of gate and "
+            "up; train both, or save the merged model"
+        )
 
 
 def _rank(adapters: Params) -> int:
@@ -228,14 +238,13 @@ def _names(path: str, weight: Weight, config: DecoderConfig) -> list[str]:
     """Returns PEFT's names of the tensors that are stacked into one of our leaves."""
     parent, _, leaf = path.rpartition("/")
     part = {"lora_a": "lora_A", "lora_b": "lora_B"}[leaf]
-    name = f"base_model.model.{module(parent, config)}.{part}.weight"
-    return [name.format(layer) for layer in range(config.num_layers)] if "{}" in name else [name]
+    return stacked(f"base_model.model.{module(parent, config)}.{part}.weight", weight)
 
 
 def _read(path: Path, config: DecoderConfig, rank: int, mesh: Mesh | None) -> Params:
     # For an adapted head, PEFT also saves the weight of the base.
     stored = {name: tensor for name, tensor in read_header(path).items() if ".base_layer." not in name}
-    every = LORA_TARGETS[:7] if config.tied_head else LORA_TARGETS
+    every = lora.targets_of(config)
     names = {
         leaf: _names(leaf, weight, config)
         for leaf, weight in by_path(lora.abstract_adapters(config, rank, every)).items()

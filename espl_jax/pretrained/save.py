@@ -94,20 +94,20 @@ def _tensors(params: Params, config: DecoderConfig) -> list[Tensor]:
 
     tensors: dict[int, list[Tensor]] = {layer: [] for layer in range(-1, config.num_layers)}
     for path, name in names(config).items():
-        for layer in range(config.num_layers) if "{}" in name else [-1]:
-            read = _reader(path, layer, leaves, declared, config.lora_scale)
-            tensors[layer].append(Tensor(name.format(layer), file_shape(declared[path]), read))
+        for index in np.ndindex(*declared[path].stack_shape):
+            read = _reader(path, index, leaves, declared, config.lora_scale)
+            layer = index[0] if index else -1
+            tensors[layer].append(Tensor(name.format(*index), file_shape(declared[path]), read))
     return [tensor for layer in tensors.values() for tensor in layer]
 
 
 def _reader(
-    path: str, layer: int, leaves: dict[str, Any], declared: dict[str, Weight], scale: float
+    path: str, index: tuple[int, ...], leaves: dict[str, Any], declared: dict[str, Weight], scale: float
 ) -> Callable[[], np.ndarray]:
-    """Returns a reader of one layer of a weight (-1: not stacked) in file layout, adapter included."""
+    """Returns a reader of one tensor in a weight's stack, in file layout, adapter included."""
 
     def in_file(path: str) -> np.ndarray:
-        leaf = leaves[path] if layer < 0 else leaves[path][layer]
-        return to_file(declared[path], np.asarray(leaf).astype(np.float32))
+        return to_file(declared[path], np.asarray(leaves[path][index]).astype(np.float32))
 
     def read() -> np.ndarray:
         weight = in_file(path)

@@ -27,8 +27,8 @@ def load_weight(weight: Weight, stored: Sequence[StoredTensor], mesh: Mesh | Non
 
     Args:
       weight: declaration of the weight.
-      stored: its tensor, or the tensors of all layers in order if it is stacked; of shape
-        `layout.file_shape(weight)`.
+      stored: its tensor, or the tensors that are stacked into it, in the order of `hf_names.stacked`; of
+        shape `layout.file_shape(weight)`.
       mesh: mesh over which it is sharded by the sampling rules of `parallel.sharding`; None for the default
         device.
 
@@ -54,12 +54,10 @@ def _read(weight: Weight, stored: Sequence[StoredTensor], index: tuple[slice, ..
     """Returns the slice `index` of a weight, in the dtype of the weight."""
     sizes = [len(range(*cut.indices(size))) for cut, size in zip(index, weight.shape, strict=True)]
     out = np.empty(sizes, jnp.dtype(weight.dtype))
-    if weight.axes[0] == "layers":
-        layers, index = index[0], index[1:]
-        for row, tensor in zip(out, stored[layers], strict=True):
-            _copy(row, from_file(weight, tensor.view())[index])
-    else:
-        _copy(out, from_file(weight, stored[0].view())[index])
+    depth = len(weight.stack)
+    numbers = np.arange(len(stored)).reshape(weight.stack_shape)[index[:depth]]
+    for place, number in np.ndenumerate(numbers):
+        _copy(out[place], from_file(weight, stored[number].view())[index[depth:]])
     return out
 
 

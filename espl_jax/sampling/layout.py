@@ -51,7 +51,8 @@ def for_sampling(
 def unstack(layers: Params, declared: Params) -> Params:
     """Returns the layers' params with each matmul weight as a tuple of per-layer arrays, outputs first.
 
-    Biases, norms and adapters are small and stay stacked.
+    Biases, norms and adapters are small and stay stacked. So do experts, which are read in place
+    (`transformer.forward`): a step needs few of them, and a second copy would be most of the model.
 
     Args:
       layers: the stacked weights of all layers, arrays or their shapes.
@@ -61,7 +62,7 @@ def unstack(layers: Params, declared: Params) -> Params:
     for name, node in layers.items():
         if isinstance(node, dict):
             laid_out[name] = unstack(node, declared[name])
-        elif name == "weight":
+        elif name == "weight" and "experts" not in declared[name].stack:
             laid_out[OUTPUTS_FIRST] = _layers_of(node, declared[name])
         else:
             laid_out[name] = node

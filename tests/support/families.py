@@ -10,7 +10,7 @@ from espl_jax.models.transformer import abstract
 from espl_jax.pretrained import hf_names, layout
 from espl_jax.pretrained.hf_config import from_hf_config
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "qwen3_moe")
 
 SCALINGS = ("default", "linear", "llama3", "yarn")
 
@@ -54,6 +54,19 @@ def draw_hf_config(family, seed):
     kinds = ["sliding_attention" if chance() else "full_attention" for _ in range(layers)]
     if family != "qwen2":
         fields["head_dim"] = head_dim
+    if family == "qwen3_moe":
+        experts, normalize = int(rng.integers(2, 9)), bool(turn % 2)
+        return transformers.Qwen3MoeConfig(
+            **fields,
+            attention_bias=chance(0.3),
+            use_sliding_window=bool(seed // 2 % 2),
+            sliding_window=window,
+            num_experts=experts,
+            # The normalized weight of a single expert is 1: its router would have no gradient.
+            num_experts_per_tok=int(rng.integers(1 + normalize, experts + 1)),
+            moe_intermediate_size=int(rng.integers(5, 30)),
+            norm_topk_prob=normalize,
+        )
     if family == "llama":
         fields |= {"attention_bias": chance(0.3), "mlp_bias": chance(0.3)}
         return transformers.LlamaConfig(**fields)
@@ -92,7 +105,12 @@ def _draw_scaling(rng, kind):
 
 def torch_model(hf_config, seed):
     """transformers' model in float32 with every weight drawn, norms and biases too."""
-    model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager").float().eval()
+    model = AutoModelForCausalLM.from_config(
+        hf_config,
+        attn_implementation="eager",
+        experts_implementation="eager",  # grouped needs wide experts
+    )
+    model = model.float().eval()
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
@@ -110,16 +128,14 @@ def our_config(hf_config, **numerics):
 
 def our_params(model, config):
     """The model's weights as our params."""
-    state = {name: weight.detach().numpy() for name, weight in model.named_parameters()}
+    state = each_expert({name: weight.detach().numpy() for name, weight in model.named_parameters()})
     names, declared = hf_names.names(config), abstract(config)
-    assert {name.format(i) for name in names.values() for i in range(config.num_layers)} == set(state)
+    every = hf_names.by_path(declared)
+    assert {x for path, name in names.items() for x in hf_names.stacked(name, every[path])} == set(state)
 
     def read(path, weight):
-        name = names["/".join(key.key for key in path)]
-        if "{}" not in name:
-            return np.array(layout.from_file(weight, state[name]))
-        layers = range(config.num_layers)
-        return np.stack([layout.from_file(weight, state[name.format(i)]) for i in layers])
+        group = hf_names.stacked(names["/".join(key.key for key in path)], weight)
+        return np.stack([layout.from_file(weight, state[name]) for name in group]).reshape(weight.shape)
 
     return jax.tree_util.tree_map_with_path(read, declared)
 
@@ -130,11 +146,23 @@ def by_hf_names(tree, config):
     leaves = hf_names.by_path(tree)
     for path, name in hf_names.names(config).items():
         leaf = np.asarray(leaves[path])
-        if "{}" in name:
-            for i, layer in enumerate(leaf):
-                named[name.format(i)] = layout.to_file(declared[path], layer)
-        else:
-            named[name] = layout.to_file(declared[path], leaf)
+        for index in np.ndindex(*declared[path].stack_shape):
+            named[name.format(*index)] = layout.to_file(declared[path], leaf[index])
+    return named
+
+
+def each_expert(tensors):
+    """Tensors of transformers by the names of checkpoints: its models fuse the experts of a layer."""
+    named = {}
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf not in ("gate_up_proj", "down_proj"):
+            named[name] = tensor
+            continue
+        kinds = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+        for i, expert in enumerate(tensor):
+            for kind, part in zip(kinds, np.split(expert, len(kinds)), strict=True):
+                named[f"{module}.{i}.{kind}.weight"] = part
     return named
 
 

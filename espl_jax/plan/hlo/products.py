@@ -14,14 +14,18 @@ def flops(computations: Mapping[str, Computation], computation: Computation, x: 
     """Returns the flops of one execution of an instruction, two per multiply-add; elementwise work counts 0.
 
     A fusion or an asynchronous operation has the flops of its computation. A custom kernel has those of its
-    cost estimate, or for jax's splash attention the flops under a causal mask.
+    cost estimate (for a grouped product, the share of the device's experts), or for jax's splash attention
+    the flops under a causal mask.
     """
     if x.opcode == "fusion" or (x.opcode == "async-start" and "calls=" in x.attributes):
         inner = computations[x.called("calls")]
         return sum(flops(computations, inner, y) for y in inner.instructions.values())
     if x.opcode == "custom-call":
         estimate = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', x.attributes)
-        return int(estimate[1]) if estimate else _splash(x)
+        if estimate is None:
+            return _splash(x)
+        local, total = experts(x) or (1, 1)
+        return int(estimate[1]) * local // total
     if x.opcode not in ("dot", "convolution"):
         return 0
     left, right = (computation.instructions[name].arrays[0].dims for name in x.operands)
@@ -31,6 +35,16 @@ def flops(computations: Mapping[str, Computation], computation: Computation, x: 
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", x.attributes)
     axes = [int(axis) for axis in contracted[1].split(",") if axis] if contracted else []
     return 2 * math.prod(result) * math.prod(left[axis] for axis in axes)
+
+
+def experts(x: Instruction) -> tuple[int, int] | None:
+    """Returns (experts on the device, all experts) of a grouped product; None for other instructions.
+
+    The kernel of a grouped product has room for the rows of all experts, and computes those of its device:
+    with an even load, that share of them.
+    """
+    found = re.search(r"experts_(\d+)_of_(\d+)", x.op_name)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 _SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}

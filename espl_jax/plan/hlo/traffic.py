@@ -7,6 +7,8 @@ Here, loop bodies are multiplied by trip counts, and each operation counts its o
 - For an operand that is only sliced, only the slices count; for an in-place update, only the update.
 - Asynchronous pairs read at the start and write at the end.
 - Bytes are those of the padded layout: `bf16[36,1,64]{2,1,0:T(8,128)(2,1)}` has 36 * 8 * 128 elements.
+- Of the experts of a grouped product, those that its rows can have chosen: as many as there are rows, and at
+  most those of a layer on the device.
 - Of a conditional, the branch with the most traffic counts.
 
 Flops are those of dots and convolutions, two per multiply-add; elementwise work is not counted.
@@ -22,7 +24,7 @@ import re
 from collections.abc import Mapping
 
 from espl_jax.plan.hlo.loops import trip_count
-from espl_jax.plan.hlo.products import flops
+from espl_jax.plan.hlo.products import experts, flops
 from espl_jax.plan.hlo.text import Computation, Instruction, parse
 
 
@@ -163,6 +165,14 @@ class _Counter:
         if x.opcode == "fusion":
             return self.moved_by_fusion(operands, x)
         whole = {operand.name: operand.hbm_bytes for operand in operands}
+        if kind == "custom-call" and (found := experts(x)):
+            # A grouped product reads the matrices of experts that have rows, out of those of all layers.
+            matrices = [operand for operand in operands if len(operand.arrays[0].dims) == 2]
+            rows = min((operand.arrays[0].dims[0] for operand in matrices), default=0)
+            for operand in operands:
+                dims = operand.arrays[0].dims
+                if len(dims) == 3:
+                    whole[operand.name] = operand.hbm_bytes * min(found[0], rows, dims[0]) // dims[0]
         if kind in _TAKES:
             # In a -start operation, the result comes after the operands.
             taken = x.arrays[len(operands) if x.opcode.endswith("-start") else 0].bytes

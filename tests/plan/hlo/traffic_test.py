@@ -324,3 +324,26 @@ def test_a_call_costs_what_it_calls():
 def test_text_that_is_no_program():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         traffic("module @jit_f {}")
+
+
+@pytest.mark.parametrize(
+    ("scope", "rows", "layers", "read", "flops"),
+    [
+        # Of two layers of four experts [8, 16]: those that two rows can have chosen, or all of one layer.
+        ("experts_4_of_4", 2, 2, 2, 1),
+        ("experts_4_of_4", 64, 2, 4, 1),
+        # A quarter of all experts: a quarter of the products that there is room for.
+        ("experts_4_of_16", 64, 1, 4, 4),
+    ],
+)
+def test_experts_of_a_grouped_product(scope, rows, layers, read, flops):
+    body = f"""
+  %sizes = s32[{4 * layers}]{{0}} parameter(0)
+  %x = f32[{rows},8]{{1,0}} parameter(1)
+  %w = f32[{4 * layers},8,16]{{2,1,0}} parameter(2)
+  ROOT %gmm.1 = f32[{rows},16]{{1,0}} custom-call(%sizes, %x, %w), custom_call_target="tpu_custom_call", \
+metadata={{op_name="jit(f)/{scope}/jit(gmm)/pallas_call"}}, \
+backend_config={{"custom_call_config":{{"cost_estimate":{{"flops":"{2 * rows * 8 * 16}"}}}}}}"""
+    counted = traffic(entry(body.replace("\\\n", "")))
+    assert counted.read == 4 * (4 * layers + rows * 8 + read * 8 * 16)
+    assert counted.flops == 2 * rows * 8 * 16 // flops

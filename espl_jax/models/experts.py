@@ -1,0 +1,204 @@
+"""Mixtures of experts: routing, and the experts' gated feed-forward layers as grouped matrix products.
+
+The rows of a grouped product are a token's activations, once for each expert that it chose, sorted by expert.
+No choice is dropped, and no expert has a capacity.
+
+On a mesh, each device holds E / `expert` experts (`sharding.RULES`). The tokens of the devices along `expert`
+are all-gathered, each device computes the choices of its own experts, and the sums are reduce-scattered. The
+number of choices of a device's experts is known only at run time, so its arrays have room for all choices of
+the gathered tokens, and only the real ones are multiplied. With `tensor` (and in sampling `fsdp`), every
+expert is split along F, as dense layers are.
+
+Where other mechanisms would go: `route` (scores other than softmax, limits to groups, biases that only
+correct the choice), `layers.gated` (another activation), `_linear` (biases of experts), `mixture` (an expert
+shared by all tokens). `Routing` has what metrics of load and entropy need.
+
+Shape letters: T tokens, D model width, E experts, A active experts of a token, F width of an expert.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from espl_jax.models import grouped, layers
+from espl_jax.models.config import DecoderConfig
+from espl_jax.parallel import sharding
+
+if TYPE_CHECKING:
+    from espl_jax.models.transformer import Params
+
+EXPERTS = ("gate", "up", "down")
+"""Names of the linear layers that every expert has; the other one is the `router`."""
+
+
+class Routing(NamedTuple):
+    """The choices of every token.
+
+    Attributes:
+      choices: int32 [T, A], experts in order of falling probability.
+      weights: float32 [T, A], their weights in the sum.
+      probabilities: float32 [T, E], of all experts.
+    """
+
+    choices: jax.Array
+    weights: jax.Array
+    probabilities: jax.Array
+
+
+def route(x: jax.Array, router: layers.Linear, decoder: DecoderConfig) -> Routing:
+    """Chooses each token's experts: those with the highest probability. [T, D] -> Routing.
+
+    Probabilities are the softmax of the router's scores over all experts, in float32, as in Qwen3 (Qwen 2025,
+    arXiv 2505.09388). Differentiable in the weights, not in the choice.
+    """
+    assert decoder.experts is not None
+    scores = layers.einsum("td,de->te", x, router, decoder, "float32").astype(jnp.float32)
+    probabilities = jax.nn.softmax(scores)
+    weights, choices = jax.lax.top_k(probabilities, decoder.experts.active)
+    if decoder.experts.normalize:
+        weights = weights / weights.sum(-1, keepdims=True)
+    return Routing(choices, weights, probabilities)
+
+
+def mixture(
+    x: jax.Array, weights: Params, declared: Params, decoder: DecoderConfig
+) -> tuple[jax.Array, Routing]:
+    """Applies a mixture of experts.
+
+    Args:
+      x: [T, D], sharded as `tokens`.
+      weights: of one layer, `router` and `EXPERTS`; those of experts [E, inputs, outputs], or `InStack`.
+      declared: their declarations, for all layers.
+      decoder: the model's configuration.
+
+    Returns:
+      (out, routing): [T, D], and the choices.
+    """
+    experts = {name: weights[name] for name in EXPERTS}
+    mesh = sharding.mesh_of(x)
+    if mesh is None:
+        routing = route(x, weights["router"], decoder)
+        return _of_experts(x, routing, experts, decoder, 0), routing
+
+    def axes(names: tuple[str | None, ...], shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
+        return sharding.axes_of(mesh, names, shape, decoder.phase)
+
+    tokens, residual = axes(("tokens", None), x.shape)[0], axes(("residual", None), x.shape)[0]
+    _, by_expert, _, by_width = axes(declared["gate"]["weight"].axes, declared["gate"]["weight"].shape)
+    gathered = tuple(axis for axis in by_expert if axis in tokens)
+    rest = residual[len(tokens) :] if residual[: len(tokens)] == tokens else ()
+    # Sums are left where the residual stream wants them, if that splits the tokens further.
+    scattered = (*gathered, *(rest if set(rest) <= set(by_width) else ()))
+    summed = tuple(axis for axis in (*by_expert, *by_width) if axis not in scattered)
+
+    def run(x: jax.Array, router: layers.Linear, experts: Params) -> tuple[jax.Array, Routing]:
+        routing = of_all = route(x, router, decoder)
+        first = 0
+        if by_expert:
+            first = jax.lax.axis_index(by_expert) * _count(experts)
+        if gathered:
+            x, of_all = jax.tree.map(
+                lambda each: jax.lax.all_gather(each, gathered, tiled=True),
+                (x, routing._replace(probabilities=jnp.zeros((x.shape[0], 0)))),
+            )
+        out = _of_experts(x, of_all, experts, decoder, first)
+        if summed:
+            out = jax.lax.psum(out, summed)
+        if scattered:
+            out = jax.lax.psum_scatter(out, scattered, tiled=True)
+        return out, routing
+
+    by_tokens = P(tokens or None)
+    specs = by_tokens, jax.tree.map(lambda _: P(), weights["router"]), _specs(experts, declared, axes)
+    out_specs = P((*tokens, *(axis for axis in scattered if axis not in tokens)) or None), by_tokens
+    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)(
+        x, weights["router"], experts
+    )
+
+
+def _count(experts: Params) -> int:
+    """Returns the number of experts on a device."""
+    weight = experts["gate"]["weight"]
+    return weight.weights.shape[1] if isinstance(weight, grouped.InStack) else weight.shape[0]
+
+
+def _specs(experts: Params, declared: Params, axes: Any) -> Params:
+    """Returns the partition specs of the experts' weights and adapters, gathered along `fsdp` in training."""
+
+    def spec(name: str, leaf: str, x: Any) -> Any:
+        weight = declared[name]["weight"]
+        weight = weight if leaf == "weight" else weight.adapter(1)[leaf]
+        names = tuple(None if axis in ("layers", "embed") else axis for axis in weight.axes)
+        sharded = [each or None for each in axes(names, weight.shape)]
+        return grouped.InStack(P(*sharded), P()) if isinstance(x, grouped.InStack) else P(*sharded[1:])
+
+    return {
+        name: {leaf: spec(name, leaf, x) for leaf, x in linear.items()} for name, linear in experts.items()
+    }
+
+
+def _of_experts(
+    x: jax.Array, routing: Routing, experts: Params, decoder: DecoderConfig, first: jax.Array | int
+) -> jax.Array:
+    """Sums the outputs of the experts on this device, which are those from number `first` on.
+
+    [T, D] -> [T, D], in the dtype of a matmul's result.
+    """
+    count, (tokens, active) = _count(experts), routing.choices.shape
+    number = routing.choices.reshape(-1) - first
+    number = jnp.where((number >= 0) & (number < count), number, count)  # of another device: last
+    order = jnp.argsort(number)
+    inverse = jnp.argsort(order)
+    sizes = jnp.sum(number[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
+
+    linear = functools.partial(_linear, sizes=sizes, decoder=decoder)
+    rows = _by_expert(active, x, order, inverse)
+    hidden = layers.gated(linear(rows, experts["gate"]), linear(rows, experts["up"]), decoder)
+    out = linear(hidden, experts["down"])
+    each = _by_token(out, order, inverse).reshape(tokens, active, -1)
+    return jnp.einsum("tad,ta->td", each.astype(jnp.float32), routing.weights).astype(out.dtype)
+
+
+def _linear(x: jax.Array, linear: Any, sizes: jax.Array, decoder: DecoderConfig) -> jax.Array:
+    """Applies each expert's linear layer, with its adapter, to its rows. [R, inputs] -> [R, outputs]."""
+    out = grouped.product(x, linear["weight"], sizes, decoder)
+    if "lora_a" in linear:
+        low = grouped.product(x, linear["lora_a"], sizes, decoder)
+        out = out + decoder.lora_scale * grouped.product(low, linear["lora_b"], sizes, decoder)
+    return out
+
+
+# Gathers whose gradients are gathers too: every token is chosen `active` times, and `inverse` says where.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_expert(active: int, x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
+    """Returns a row for each choice, in the order of experts. [T, D] -> [T * A, D]."""
+    return x[order // active]
+
+
+def _by_expert_backward(active: int, inverse: jax.Array, g: jax.Array):
+    each = g[inverse].reshape(-1, active, g.shape[1])
+    return each.astype(jnp.float32).sum(1).astype(g.dtype), None, None
+
+
+_by_expert.defvjp(
+    lambda active, x, order, inverse: (_by_expert(active, x, order, inverse), inverse), _by_expert_backward
+)
+
+
+@jax.custom_vjp
+def _by_token(rows: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
+    """Inverts the order of `_by_expert`. [T * A, D] -> [T * A, D], a token's choices side by side."""
+    return rows[inverse]
+
+
+_by_token.defvjp(
+    lambda rows, order, inverse: (_by_token(rows, order, inverse), order),
+    lambda order, g: (g[order], None, None),
+)

@@ -1,0 +1,150 @@
+"""Grouped matrix products: rows sorted by group, each group multiplied by its own matrix.
+
+Per backend:
+
+- TPU: the megablox kernels of jax (Gale et al. 2022, arXiv 2211.15841), which visit only groups that have
+  rows. They compute the products of the rows, and read the matrices of these groups alone. The program that
+  libtpu 0.0.52 compiles from `lax.ragged_dot` reads the matrices of all groups, and has a product of all rows
+  with each of them, under a mask.
+- Elsewhere: `lax.ragged_dot`. On CPU this is a product of all rows with all groups as well: correct, and E /
+  active times as expensive as needed.
+
+Shape letters: R rows, E groups, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+
+from espl_jax.models.config import DecoderConfig
+from espl_jax.models.splash import on_tpu
+
+TILE_BYTES = 3 * 2**20
+"""Maximum bytes of the part of a matrix that the kernel holds on chip; two parts at a time."""
+
+
+SCOPE = "experts_{}_of_{}"
+"""Name scope of a product: experts on the device, of all. `plan.hlo` reads from it how many experts a kernel
+can visit, which the shapes of a stack do not show."""
+
+
+class InStack(NamedTuple):
+    """The matrices of one layer, read in place from those of all layers.
+
+    Attributes:
+      weights: [L, E, I, O].
+      layer: int32 [], index into `weights`.
+    """
+
+    weights: jax.Array
+    layer: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """How to multiply: dtypes of operands and results, precision, and whether by the TPU kernel."""
+
+    operands: str
+    results: str
+    precision: jax.lax.Precision | None
+    kernel: bool
+
+
+def product(x: jax.Array, weight: jax.Array | InStack, sizes: jax.Array, decoder: DecoderConfig) -> jax.Array:
+    """Multiplies each group of rows by its matrix.
+
+    Differentiable in `x`, and in `weight` unless it is `InStack`.
+
+    Args:
+      x: [R, I], sorted by group.
+      weight: [E, I, O], or one layer of such a stack.
+      sizes: int32 [E], number of rows of each group; their sum may be less than R.
+      decoder: `dtype`, `matmul_precision`.
+
+    Returns:
+      [R, O], zero for rows that are in no group; float32 if `matmul_precision` is `bfloat16` (operands and
+      cotangents are rounded to bfloat16), else in `decoder.dtype`.
+    """
+    rounds = decoder.matmul_precision == "bfloat16"
+    highest = decoder.matmul_precision == "highest"
+    how = _How(
+        operands="bfloat16" if rounds else decoder.dtype,
+        results="float32" if rounds else decoder.dtype,
+        precision=jax.lax.Precision.HIGHEST if highest else None,
+        kernel=on_tpu(x) and not highest,  # the kernel has no full float32 products
+    )
+    total = decoder.experts.count if decoder.experts else len(sizes)
+    with jax.named_scope(SCOPE.format(len(sizes), total)):
+        if not isinstance(weight, InStack):
+            return _product(how, x, weight, sizes)
+        stack, layer = weight
+        if not how.kernel:
+            return _forward(how, x, jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False), sizes)
+        every = jnp.zeros(stack.shape[:2], jnp.int32).at[layer].set(sizes).reshape(-1)
+        return _forward(how, x, stack.reshape(-1, *stack.shape[2:]), every)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(how: _How, x: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
+    return _forward(how, x, weight, sizes)
+
+
+def _product_forward(how: _How, x: jax.Array, weight: jax.Array, sizes: jax.Array):
+    return _forward(how, x, weight, sizes), (x, weight, sizes)
+
+
+def _product_backward(how: _How, operands: tuple[jax.Array, jax.Array, jax.Array], g: jax.Array):
+    x, weight, sizes = operands
+    x_bar = _forward(how, g, weight, sizes, transposed=True).astype(x.dtype)
+    return x_bar, _outer(how, x, g, sizes).astype(weight.dtype), None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _forward(
+    how: _How, x: jax.Array, weight: jax.Array, sizes: jax.Array, transposed: bool = False
+) -> jax.Array:
+    """Multiplies groups of rows [R, I] by [E, I, O], or by the transpose of [E, O, I]. Returns [R, O]."""
+    x, weight = x.astype(how.operands), weight.astype(how.operands)
+    if not how.kernel:
+        weight = weight.swapaxes(1, 2) if transposed else weight
+        return jax.lax.ragged_dot(x, weight, sizes, how.precision, how.results)
+    rows = x.shape[0]
+    inputs, outputs = weight.shape[1:][:: -1 if transposed else 1]
+    tiles = _tiles(rows, inputs, outputs, weight.dtype.itemsize)
+    x = jnp.pad(x, ((0, -rows % tiles[0]), (0, 0)))
+    out = gmm(x, weight, sizes, jnp.dtype(how.results), tiles, transpose_rhs=transposed)[:rows]
+    # The kernel does not write rows that are in no group.
+    return jnp.where(jnp.arange(rows)[:, None] < sizes.sum(), out, 0)
+
+
+def _outer(how: _How, x: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Sums the outer products of the rows of each group. [R, I], [R, O] -> [E, I, O]."""
+    x, g = x.astype(how.operands), g.astype(how.operands)
+    if not how.kernel:
+        contracted = jax.lax.RaggedDotDimensionNumbers(
+            dot_dimension_numbers=(((0,), (0,)), ((), ())),
+            lhs_ragged_dimensions=[0],
+            rhs_group_dimensions=[],
+        )
+        return jax.lax.ragged_dot_general(
+            x, g, sizes, contracted, precision=how.precision, preferred_element_type=how.results
+        )
+    tiles = _tiles(x.shape[0], x.shape[1], g.shape[1], x.dtype.itemsize)
+    x, g = (jnp.pad(each, ((0, -each.shape[0] % tiles[0]), (0, 0))) for each in (x, g))
+    return tgmm(x.swapaxes(0, 1), g, sizes, jnp.dtype(how.results), tiles)
+
+
+def _tiles(rows: int, inputs: int, outputs: int, itemsize: int) -> tuple[int, int, int]:
+    """Returns the kernel's tile sizes: few rows, so that little is computed beyond the ends of groups, and if
+    possible all inputs, so that a group's matrix is read once for all of its tiles."""
+    wide = min(inputs, 2048)
+    fitting = max(128, TILE_BYTES // (itemsize * wide) // 128 * 128)
+    return min(128, -(-rows // 16) * 16), wide, min(outputs, fitting)

@@ -1,0 +1,73 @@
+"""A run on a tiny mixture of experts: every stage, killed and resumed bit for bit, and exported."""
+
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from espl_jax import train as loop
+from espl_jax.export.export import export
+from espl_jax.models.config import Experts
+from espl_jax.pretrained.load import load_pretrained
+from espl_jax.run import reflection
+from espl_jax.run.saved import read_run
+from espl_jax.train import train
+from tests.support import fakes, tiny
+from tests.train_test import arrays, lines, outcome
+
+MIXTURE = fakes.CONFIG.replace(family="qwen3_moe", qk_norm=True, experts=Experts(4, 2, 24))
+
+
+def run(folder, **changes):
+    config = fakes.config(mode="espl", evaluation__every=0, evaluation__test_samples=1, **changes)
+    train(config, folder, Console(file=io.StringIO()))
+
+
+@pytest.fixture
+def mixture(monkeypatch):
+    fakes.model.cache_clear()
+    monkeypatch.setattr(fakes, "CONFIG", MIXTURE)
+    fakes.take_over(monkeypatch)
+    monkeypatch.setattr(reflection, "local_reflector", lambda model, **settings: fakes.scripted_replies)
+    yield
+    fakes.model.cache_clear()
+
+
+@pytest.mark.parametrize("rank", [2, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_killed_run_resumes_bit_for_bit(rank, mixture, tmp_path, monkeypatch):
+    """Training adapters of attention and experts, or all weights, the router too."""
+    run(tmp_path / "whole", num_iterations=2, lora__rank=rank)
+    save = loop.save
+
+    class Killed(BaseException):
+        pass
+
+    def save_or_die(workdir, state):
+        if state.iteration == 2:
+            raise Killed
+        save(workdir, state)
+
+    monkeypatch.setattr(loop, "save", save_or_die)
+    with pytest.raises(Killed):
+        run(tmp_path / "parts", num_iterations=2, lora__rank=rank)
+    monkeypatch.setattr(loop, "save", save)
+    run(tmp_path / "parts", num_iterations=2, lora__rank=rank)
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+
+    assert lines(tmp_path / "whole", "reflections")
+    trained = arrays(tmp_path / "whole")
+    routers = [name for name in trained if "router" in name and ".trainable" in name]
+    assert bool(routers) == (rank == 0)
+    name = ".trainable['layers']['mlp']['up']" + ("['lora_b']" if rank else "['weight']")
+    assert trained[name].shape[:2] == (2, 4)
+    before = 0 if rank else np.asarray(fakes.model().params["layers"]["mlp"]["up"]["weight"])
+    # An expert that no token chose would not move.
+    assert np.all(np.abs(trained[name] - before).max((2, 3)) > 1e-6)
+
+    export(tmp_path / "whole", tmp_path / "out", dtype="float32", say=lambda line: None)
+    policy, back = read_run(tmp_path / "whole").model, load_pretrained(tmp_path / "out")
+    assert back.config.experts == MIXTURE.experts and back.config.family == "qwen3_moe"
+    tokens = np.arange(32).reshape(2, 16)
+    wanted = tiny.logits(policy.params, policy.config, tokens)
+    np.testing.assert_allclose(tiny.logits(back.params, back.config, tokens), wanted, atol=1e-4)

@@ -1,0 +1,177 @@
+"""Routing and grouped products by hand, and mixtures on eight devices against one."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from espl_jax.models import experts, grouped, lora, transformer
+from espl_jax.models.config import Experts, config_from_dict
+from espl_jax.parallel import sharding
+from espl_jax.sampling import draw
+from tests.support import tiny
+from tests.support.flat import sample_tree
+
+CONFIG = tiny.CONFIG.replace(vocab_size=64, experts=Experts(count=8, active=2, mlp_dim=12))
+TOKENS = np.random.default_rng(0).integers(0, 64, (16, 6)).astype(np.int32)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_routing_by_hand(normalize):
+    """Scores ln 1, ln 2, ln 5: probabilities 1/8, 2/8, 5/8."""
+    config = CONFIG.replace(embed_dim=1, experts=Experts(3, 2, 4, normalize))
+    router = {"weight": jnp.log(jnp.array([[1.0, 2.0, 5.0]]))}
+    routing = experts.route(jnp.array([[1.0], [-1.0]]), router, config)
+    np.testing.assert_array_equal(routing.choices, [[2, 1], [0, 1]])
+    # The negated scores have probabilities 10/17, 5/17, 2/17.
+    chosen = np.array([[5 / 8, 2 / 8], [10 / 17, 5 / 17]])
+    wanted = chosen / chosen.sum(1, keepdims=True) if normalize else chosen
+    np.testing.assert_allclose(routing.weights, wanted, rtol=1e-6)
+    np.testing.assert_allclose(routing.probabilities[0], [1 / 8, 2 / 8, 5 / 8], rtol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 4), (0, 0, 0), (0, 9, 0), (2, 3, 4)])
+@pytest.mark.parametrize("precision", ["default", "bfloat16"])
+def test_grouped_products(sizes, precision):
+    """Values and gradients, with empty groups and with rows in no group."""
+    rng = np.random.default_rng(1)
+    config = CONFIG.replace(matmul_precision=precision)
+    # Small integers: exact in bfloat16 too.
+    x, weight = (rng.integers(-4, 5, shape).astype(np.float32) for shape in ((9, 5), (3, 5, 2)))
+    of = np.repeat(np.arange(4), [*sizes, 9 - sum(sizes)])
+    each = np.concatenate([weight, np.zeros((1, 5, 2), np.float32)])[of]
+
+    def ours(x, weight):
+        return grouped.product(x, weight, jnp.array(sizes, jnp.int32), config)
+
+    wanted = np.einsum("ri,rio->ro", x, each)
+    np.testing.assert_array_equal(ours(x, weight), wanted)
+    stack = grouped.InStack(jnp.stack([0 * weight, weight]), jnp.int32(1))
+    np.testing.assert_array_equal(ours(x, stack), wanted)
+    x_bar, weight_bar = jax.grad(lambda *a: (ours(*a) ** 2).sum(), (0, 1))(x, weight)
+    np.testing.assert_array_equal(x_bar, np.einsum("ro,rio->ri", 2 * wanted, each))
+    outer = np.einsum("ri,ro->rio", x, 2 * wanted)
+    np.testing.assert_array_equal(weight_bar, np.stack([outer[of == e].sum(0) for e in range(3)]))
+
+
+def test_equal_experts_are_a_dense_layer():
+    """Whatever the router chooses, if all experts are one and their weights add up to 1."""
+    dense = tiny.CONFIG.replace(vocab_size=64, mlp_dim=12)
+    params = tiny.params(dense)
+    mlp = {
+        name: {"weight": jnp.repeat(node["weight"][:, None], 8, axis=1)}
+        for name, node in params["layers"]["mlp"].items()
+    }
+    router = tiny.params(CONFIG)["layers"]["mlp"]["router"]
+    mixed = params | {"layers": params["layers"] | {"mlp": {**mlp, "router": router}}}
+    ours, wanted = tiny.logits(mixed, CONFIG, TOKENS), tiny.logits(params, dense, TOKENS)
+    np.testing.assert_allclose(ours, wanted, atol=1e-5)
+
+
+def test_through_json():
+    assert config_from_dict(json.loads(json.dumps(dataclasses.asdict(CONFIG)))) == CONFIG
+    assert hash(CONFIG) == hash(CONFIG.replace())
+
+
+def test_what_cannot_be():
+    with pytest.raises(ValueError, match=r"experts active=9: give at least 1, and at most.*count=8"):
+        Experts(count=8, active=9, mlp_dim=4)
+    with pytest.raises(ValueError, match="mlp_bias=True is not supported with experts"):
+        CONFIG.replace(mlp_bias=True)
+    with pytest.raises(ValueError, match="targets='router': this model has no experts"):
+        lora.abstract_adapters(tiny.CONFIG, 2, ("router",))
+
+
+def test_adapters_of_experts():
+    declared = lora.abstract_adapters(CONFIG, 3)["layers"]["mlp"]
+    assert set(declared) == {"gate", "up", "down"}, "the router is not adapted unless it is named"
+    assert declared["gate"]["lora_a"].axes == ("layers", "experts", "embed", "lora")
+    assert declared["down"]["lora_b"].shape == (2, 8, 3, 16)
+    adapters = tiny.adapters(CONFIG, targets=("gate", "down", "router"))
+    attached = lora.attach(tiny.params(CONFIG), adapters)
+    merged = tiny.logits(lora.merge(attached, CONFIG), CONFIG, TOKENS)
+    np.testing.assert_allclose(tiny.logits(attached, CONFIG, TOKENS), merged, atol=2e-5)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def value_and_grads(params, config, tokens):
+    def loss(params):
+        logits = transformer.logits(params, config, tokens)
+        return (logits * jnp.cos(jnp.arange(64))).sum(), logits
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+
+@functools.cache
+def alone():
+    params = lora.attach(tiny.params(CONFIG), tiny.adapters(CONFIG))
+    (_, logits), grads = value_and_grads(params, CONFIG, TOKENS)
+    return logits, grads
+
+
+def placed(mesh, phase):
+    base = sharding.place(tiny.params(CONFIG), transformer.abstract(CONFIG), mesh, phase)
+    declared = lora.abstract_adapters(CONFIG, 3)
+    return lora.attach(base, sharding.place(tiny.adapters(CONFIG), declared, mesh, phase))
+
+
+SLOW = pytest.mark.slow
+MESHES = [
+    pytest.param({"expert": 1, "fsdp": 8}, marks=SLOW),
+    {"expert": 2, "fsdp": 2, "tensor": 2},
+    pytest.param({"expert": 4, "data": 2}, marks=SLOW),
+    pytest.param({"expert": 4, "tensor": 2}, marks=SLOW),
+    pytest.param({"expert": 8}, marks=SLOW),
+]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_eight_devices(sizes):
+    """Logits in both phases, of rows that divide and rows that do not, and the gradient in all weights."""
+    mesh = sharding.make_mesh(sizes)
+    logits, grads = alone()
+    trained = placed(mesh, "training")
+    gate = trained["layers"]["mlp"]["gate"]["weight"]
+    assert gate.addressable_shards[0].data.shape[1] == 8 // mesh.shape["expert"]
+    (_, ours), our_grads = value_and_grads(trained, CONFIG, sharding.place_rows(TOKENS, mesh))
+    np.testing.assert_allclose(ours, logits, atol=1e-5)
+    tiny.assert_trees_close(our_grads, grads, 1e-5)
+
+    sampling, params = CONFIG.replace(phase="sampling"), placed(mesh, "sampling")
+    for rows in (16, 3):
+        tokens = sharding.place_rows(TOKENS[:rows], mesh)
+        np.testing.assert_allclose(tiny.logits(params, sampling, tokens), logits[:rows], atol=1e-5)
+
+
+def test_no_choice_is_dropped_if_all_go_to_one_device():
+    """Every token chooses the same two experts, which lie on one of four devices."""
+    params = tiny.params(CONFIG)
+    router = params["layers"]["mlp"]["router"]
+    params["layers"]["mlp"]["router"] = {"weight": jnp.zeros_like(router["weight"])}  # ties: experts 0 and 1
+    wanted = tiny.logits(params, CONFIG, TOKENS)
+    mesh = sharding.make_mesh({"expert": 4, "data": 2})
+    spread = sharding.place(params, transformer.abstract(CONFIG), mesh)
+    ours = tiny.logits(spread, CONFIG, sharding.place_rows(TOKENS, mesh))
+    np.testing.assert_allclose(ours, wanted, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_sampling_on_eight_devices():
+    """The same rollouts, drawn through the caches of a tree."""
+    m, b, n = np.ogrid[:2, :2, :4]
+    keys = draw.row_keys(jax.random.key(0, impl="threefry2x32"), m, b, n)
+    prompts = [[5, 6, 7, 8], [9]], [[[9, 10], [11]], [[12, 13, 14], [15, 16]]]
+
+    def sample(params, mesh):
+        settings = {"max_new_tokens": 12, "temperature": 1.0, "stop_ids": (3,), "chunk": 5, "mesh": mesh}
+        return sample_tree(params, CONFIG.replace(phase="sampling"), *prompts, keys, **settings)
+
+    mesh = sharding.make_mesh({"expert": 2, "fsdp": 2, "tensor": 2})
+    spread = sharding.place(tiny.params(CONFIG), transformer.abstract(CONFIG), mesh, "sampling")
+    wanted, ours = sample(tiny.params(CONFIG), None), sample(spread, mesh)
+    np.testing.assert_array_equal(ours.tokens, wanted.tokens)
+    np.testing.assert_allclose(ours.logprobs, wanted.logprobs, atol=1e-5)
