@@ -213,6 +213,9 @@ class Shell:
             case ["pip", "install", "-e", what]:
                 assert what == "." or re.fullmatch(r"\.\[(.*)\]", what)[1] in extras()
                 return ROOT
+            case ["pip", "install", "--no-deps", package]:
+                assert f":= {package}\n" in (ROOT / "Makefile").read_text()
+                return ROOT
             case ["pip", "install", "libtpu"]:
                 assert extras()["plan"][0].startswith("libtpu;")
                 return ROOT
