@@ -134,8 +134,10 @@ def _specs(experts: Params, declared: Params, axes: Any) -> Params:
         weight = declared[name]["weight"]
         weight = weight if leaf == "weight" else weight.adapter(1)[leaf]
         names = tuple(None if axis in ("layers", "embed") else axis for axis in weight.axes)
-        sharded = [each or None for each in axes(names, weight.shape)]
-        return grouped.InStack(P(*sharded), P()) if isinstance(x, grouped.InStack) else P(*sharded[1:])
+        sharded: list[Any] = [each or None for each in axes(names, weight.shape)]
+        whole: Any = P(*sharded)
+        layer: Any = P()
+        return grouped.InStack(whole, layer) if isinstance(x, grouped.InStack) else P(*sharded[1:])
 
     return {
         name: {leaf: spec(name, leaf, x) for leaf, x in linear.items()} for name, linear in experts.items()
@@ -157,7 +159,7 @@ def _of_experts(
     sizes = jnp.sum(number[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
 
     linear = functools.partial(_linear, sizes=sizes, decoder=decoder)
-    rows = _by_expert(active, x, order, inverse)
+    rows: Any = _by_expert(active, x, order, inverse)
     hidden = layers.gated(linear(rows, experts["gate"]), linear(rows, experts["up"]), decoder)
     out = linear(hidden, experts["down"])
     each = _by_token(out, order, inverse).reshape(tokens, active, -1)

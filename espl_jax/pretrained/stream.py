@@ -57,7 +57,7 @@ def _read(weight: Weight, stored: Sequence[StoredTensor], index: tuple[slice, ..
     depth = len(weight.stack)
     numbers = np.arange(len(stored)).reshape(weight.stack_shape)[index[:depth]]
     for place, number in np.ndenumerate(numbers):
-        _copy(out[place], from_file(weight, stored[number].view())[index[depth:]])
+        _copy(out[place], from_file(weight, stored[int(number)].view())[index[depth:]])
     return out
 
 
