@@ -62,8 +62,7 @@ def adapters(config=CONFIG, rank=3, seed=1, targets=LORA_TARGETS[:7]):
 
 
 def relative_error(ours, reference):
-    """Norm of the difference over the norm of the reference, or over 1 for zeros: gradients of experts that no
-    token chose."""
+    """Norm of the difference over that of the reference, or over 1 for zeros, as for experts without tokens."""
     ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
     return np.linalg.norm(ours - reference) / (np.linalg.norm(reference) or 1.0)
 
