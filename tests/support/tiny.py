@@ -62,7 +62,7 @@ def adapters(config=CONFIG, rank=3, seed=1, targets=LORA_TARGETS[:7]):
 
 
 def relative_error(ours, reference):
-    """Norm of the difference over that of the reference, or over 1 for zeros, as for experts without tokens."""
+    """Norm of the difference over that of the reference; for a reference of zeros, over 1."""
     ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
     return np.linalg.norm(ours - reference) / (np.linalg.norm(reference) or 1.0)
 
