@@ -6,7 +6,6 @@ import json
 import pytest
 from rich.console import Console
 
-from espl_jax import train as loop
 from espl_jax.run import reflection
 from espl_jax.train import train
 from tests.conftest import run_module
@@ -61,23 +60,11 @@ def test_feedback_becomes_a_principle(tiny, tmp_path):
     assert members[1]["principles"] == [f"Mind this: {FEEDBACK}"]
 
 
-def test_a_killed_run_on_star_graphs_resumes_bit_for_bit(tiny, tmp_path, monkeypatch):
+def test_a_killed_run_on_star_graphs_resumes_bit_for_bit(tiny, tmp_path):
     """Entries are generated again from their ids, and feedback from the replies."""
     run(tmp_path / "whole", mode="espl", num_iterations=3)
-    save = loop.save
-
-    class Killed(BaseException):
-        pass
-
-    def save_or_die(workdir, state):
-        if state.iteration == 2:
-            raise Killed
-        save(workdir, state)
-
-    monkeypatch.setattr(loop, "save", save_or_die)
-    with pytest.raises(Killed):
+    with fakes.killed_before_saving(iteration=2):
         run(tmp_path / "parts", mode="espl", num_iterations=3)
-    monkeypatch.setattr(loop, "save", save)
     run(tmp_path / "parts", mode="espl", num_iterations=3)
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from espl_jax import train as loop
 from espl_jax.export.export import export
 from espl_jax.models.config import Experts
 from espl_jax.pretrained.load import load_pretrained
@@ -35,23 +34,11 @@ def mixture(monkeypatch):
 
 
 @pytest.mark.parametrize("rank", [2, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_killed_run_resumes_bit_for_bit(rank, mixture, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_bit_for_bit(rank, mixture, tmp_path):
     """Training adapters of attention and experts, or all weights, the router too."""
     run(tmp_path / "whole", num_iterations=2, lora__rank=rank)
-    save = loop.save
-
-    class Killed(BaseException):
-        pass
-
-    def save_or_die(workdir, state):
-        if state.iteration == 2:
-            raise Killed
-        save(workdir, state)
-
-    monkeypatch.setattr(loop, "save", save_or_die)
-    with pytest.raises(Killed):
+    with fakes.killed_before_saving(iteration=2):
         run(tmp_path / "parts", num_iterations=2, lora__rank=rank)
-    monkeypatch.setattr(loop, "save", save)
     run(tmp_path / "parts", num_iterations=2, lora__rank=rank)
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
 

@@ -1,16 +1,19 @@
 """Small but working models and runs: a byte-level tokenizer with a chat template, and a two-layer decoder."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import threading
 
 import jax
+import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from configs import common
+from espl_jax import train
 from espl_jax.data.order import Cursor
 from espl_jax.evolution import population as populations
 from espl_jax.models import transformer
@@ -168,6 +171,24 @@ def config(**changes):
     c.update_from_flattened_dict({field.replace("__", "."): value for field, value in changes.items()})
     c.lock()
     return c
+
+
+@contextlib.contextmanager
+def killed_before_saving(iteration):
+    """Ends the run inside as a kill would, after this iteration and before it is saved."""
+    save = train.save
+
+    class Killed(BaseException):
+        pass
+
+    def save_or_die(workdir, state):
+        if state.iteration == iteration:
+            raise Killed
+        save(workdir, state)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "save", save_or_die)
+        yield
 
 
 def scripted_replies(conversations):
