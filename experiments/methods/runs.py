@@ -142,7 +142,7 @@ class Run:
             file = self._beside("root.jsonl")
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps({"text": root.text, "principles": root.principles}) + "\n")
-            fields["population.start_from"] = file
+            fields |= {"population.text": "", "population.principles": "()", "population.start_from": file}
         return [
             *(sys.executable, "-m", "espl_jax.main"),
             *(f"--config={self.task.config}", f"--workdir={self.workdir}"),

@@ -295,7 +295,8 @@ def test_groups_of_methods_are_taken_once():
 @pytest.mark.parametrize("task", TASKS)
 def test_changed_fields_pass_the_checks_of_a_run(task, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    specs = ["espl", *GROUPS["ablations"], *GROUPS["proposers"]] if task == "convention" else ["espl"]
+    specs = ["espl", "rl_from_feedback"]
+    specs += [*GROUPS["ablations"], *GROUPS["proposers"]] if task == "convention" else []
     more = ("--config.environment.search.retriever=http://host/retrieve",) if task == "search" else ()
     for variant in variants(";".join(specs)):
         command = Run(variant, 0, TASKS[task], tmp_path, more).command()
