@@ -3,10 +3,10 @@
 The rows of a grouped product are a token's activations, once for each expert that it chose, sorted by expert.
 No choice is dropped, and no expert has a capacity.
 
-On a mesh, each device holds E / `expert` experts (`sharding.RULES`). The tokens of the devices along `expert`
-are all-gathered, each device computes the choices of its own experts, and the sums are reduce-scattered. The
-number of choices of a device's experts is known only at run time, so its arrays have room for all choices of
-the gathered tokens, and only the real ones are multiplied. With `tensor` (and in sampling `fsdp`), every
+On a mesh, each device holds E / `expert` experts (`sharding.RULES`). An all-gather along `expert` brings it
+the tokens of the other devices, it computes its own experts for them, and a reduce-scatter sums the results.
+How many tokens chose its experts is known only at run time, so its arrays have room for all choices of the
+gathered tokens, and only the real ones are multiplied. With `tensor` (and in sampling `fsdp`), every
 expert is split along F, as dense layers are.
 
 Where other mechanisms would go: `route` (scores other than softmax, limits to groups, biases that only
@@ -83,7 +83,7 @@ def mixture(
     mesh = sharding.mesh_of(x)
     if mesh is None:
         routing = route(x, weights["router"], decoder)
-        return _of_experts(x, routing, experts, decoder, 0), routing
+        return _of_experts(x, routing.choices, routing.weights, experts, decoder, 0), routing
 
     def axes(names: tuple[str | None, ...], shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
         return sharding.axes_of(mesh, names, shape, decoder.phase)
@@ -97,16 +97,13 @@ def mixture(
     summed = tuple(axis for axis in (*by_expert, *by_width) if axis not in scattered)
 
     def run(x: jax.Array, router: layers.Linear, experts: Params) -> tuple[jax.Array, Routing]:
-        routing = of_all = route(x, router, decoder)
-        first = 0
+        routing = route(x, router, decoder)
+        shared, first = (x, routing.choices, routing.weights), 0
         if by_expert:
             first = jax.lax.axis_index(by_expert) * _count(experts)
         if gathered:
-            x, of_all = jax.tree.map(
-                lambda each: jax.lax.all_gather(each, gathered, tiled=True),
-                (x, routing._replace(probabilities=jnp.zeros((x.shape[0], 0)))),
-            )
-        out = _of_experts(x, of_all, experts, decoder, first)
+            shared = tuple(jax.lax.all_gather(each, gathered, tiled=True) for each in shared)
+        out = _of_experts(*shared, experts, decoder, first)
         if summed:
             out = jax.lax.psum(out, summed)
         if scattered:
@@ -145,14 +142,19 @@ def _specs(experts: Params, declared: Params, axes: Any) -> Params:
 
 
 def _of_experts(
-    x: jax.Array, routing: Routing, experts: Params, decoder: DecoderConfig, first: jax.Array | int
+    x: jax.Array,
+    choices: jax.Array,
+    weights: jax.Array,
+    experts: Params,
+    decoder: DecoderConfig,
+    first: jax.Array | int,
 ) -> jax.Array:
     """Sums the outputs of the experts on this device, which are those from number `first` on.
 
     [T, D] -> [T, D], in the dtype of a matmul's result.
     """
-    count, (tokens, active) = _count(experts), routing.choices.shape
-    number = routing.choices.reshape(-1) - first
+    count, (tokens, active) = _count(experts), choices.shape
+    number = choices.reshape(-1) - first
     number = jnp.where((number >= 0) & (number < count), number, count)  # of another device: last
     order = jnp.argsort(number)
     inverse = jnp.argsort(order)
@@ -163,7 +165,7 @@ def _of_experts(
     hidden = layers.gated(linear(rows, experts["gate"]), linear(rows, experts["up"]), decoder)
     out = linear(hidden, experts["down"])
     each = _by_token(out, order, inverse).reshape(tokens, active, -1)
-    return jnp.einsum("tad,ta->td", each.astype(jnp.float32), routing.weights).astype(out.dtype)
+    return jnp.einsum("tad,ta->td", each.astype(jnp.float32), weights).astype(out.dtype)
 
 
 def _linear(x: jax.Array, linear: Any, sizes: jax.Array, decoder: DecoderConfig) -> jax.Array:

@@ -270,7 +270,7 @@ def _experts(c: _Fields) -> Experts:
                 f"experts in every layer are supported ({field}={uniform!r}); use another model"
             )
     return Experts(
-        count=c.get("num_local_experts") or c["num_experts"],
+        count=c.get("num_local_experts") or c["num_experts"],  # transformers 5 writes the first name
         active=c["num_experts_per_tok"],
         mlp_dim=c["moe_intermediate_size"],
         normalize=bool(c["norm_topk_prob"]),

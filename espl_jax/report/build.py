@@ -103,7 +103,7 @@ class _Parts:
         self._transcripts: dict[int, list[dict[str, Any]]] = {}
         self._feedback: dict[tuple[int, str], collections.Counter[str]] = {}
         self._vocabulary: dict[int, str] = {}
-        self._share = self._talk_share = 0.0
+        self._rollout_share = self._conversation_share = 0.0
         self.scores = Scores()
         self.rates: dict[int, dict[str, float]] = {}
         self.longest: dict[int, int] = {}
@@ -128,9 +128,9 @@ class _Parts:
             int(run.config.get("seed", 0)),
             iteration,
             compact=_compact,
-            share=self._share,
+            share=self._rollout_share,
         )
-        self._share = fitted.share
+        self._rollout_share = fitted.share
         self._rollouts[iteration] = fitted.items
         self.shown[iteration] |= {
             "rollouts": len(fitted.items),
@@ -146,8 +146,8 @@ class _Parts:
     def add_transcripts(self, iteration: int, transcripts: Sequence[Record]) -> None:
         """Adds the conversations of an iteration with the reflector, of which some are kept."""
         self.replies[iteration] = series.count_replies(transcripts)
-        fitted = fit_transcripts(transcripts, int((1 - SHARE) * self._room), self._talk_share)
-        self._talk_share = fitted.share
+        fitted = fit_transcripts(transcripts, int((1 - SHARE) * self._room), self._conversation_share)
+        self._conversation_share = fitted.share
         self._transcripts[iteration] = fitted.items
         self.shown[iteration] |= {"conversations": len(fitted.items), "conversations_of": len(transcripts)}
 

@@ -134,7 +134,7 @@ def differences(methods: Sequence[Method]) -> list[Difference]:
         problems = [problem for problem in other.problems if problem in first.problems]
         if not problems:
             continue
-        seeds = [seed for seed in other.seeds if seed in first.seeds]
+        seeds = [seed for seed in dict.fromkeys(other.seeds) if seed in first.seeds]
         theirs, ours = (_rates(method, seeds, problems) for method in (other, first))
         found.append(
             Difference(

@@ -68,7 +68,7 @@ def finish(job: Job, policy: Pretrained, root: SystemPrompt, population: Populat
     workdir.write_text(
         "lineage.txt", lineage_text(members, [each.id for each in population.members], best.id)
     )
-    origin = f"created by {best.operator}" if best.parents else "the root prompt"
+    origin = f"created by {best.operator}" if best.parents else "an initial prompt"
     progress.say(f"Best prompt: {best.id}, rating {best.mu:.2f} ± {best.sigma:.2f}, {origin}")
     progress.say(f"    ({reason})")
     progress.say(

@@ -107,8 +107,8 @@ GROUPS = {
     ),
     "proposers": ("espl", "espl:reflection.source=qwen2.5-coder-1.5b"),
 }
-"""Name -> variants that it stands for. The ablations keep the 96 rollouts of an iteration of
-configs/quickstart.py, but for five prompts, which have 100.
+"""Name -> variants that it stands for. Ablations keep the 96 rollouts of an iteration of
+configs/quickstart.py, except with five prompts, where there are 100.
 """
 
 

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
+from espl_jax.models.grouped import SCOPE
 from espl_jax.plan.hlo.text import Computation, Instruction
 
 
@@ -43,7 +44,7 @@ def experts(x: Instruction) -> tuple[int, int] | None:
     The kernel of a grouped product has room for the rows of all experts, and computes those of its device:
     with an even load, that share of them.
     """
-    found = re.search(r"experts_(\d+)_of_(\d+)", x.op_name)
+    found = re.search(SCOPE.format(r"(\d+)", r"(\d+)"), x.op_name)
     return (int(found[1]), int(found[2])) if found else None
 
 

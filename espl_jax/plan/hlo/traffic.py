@@ -7,8 +7,7 @@ Here, loop bodies are multiplied by trip counts, and each operation counts its o
 - For an operand that is only sliced, only the slices count; for an in-place update, only the update.
 - Asynchronous pairs read at the start and write at the end.
 - Bytes are those of the padded layout: `bf16[36,1,64]{2,1,0:T(8,128)(2,1)}` has 36 * 8 * 128 elements.
-- Of the experts of a grouped product, those that its rows can have chosen: as many as there are rows, and at
-  most those of a layer on the device.
+- A grouped product reads one expert for each of its rows, and never more than the device has in one layer.
 - Of a conditional, the branch with the most traffic counts.
 
 Flops are those of dots and convolutions, two per multiply-add; elementwise work is not counted.
