@@ -98,12 +98,14 @@ def mixture(
 
     def run(x: jax.Array, router: layers.Linear, experts: Params) -> tuple[jax.Array, Routing]:
         routing = route(x, router, decoder)
-        shared, first = (x, routing.choices, routing.weights), 0
+        choices, shares, first = routing.choices, routing.weights, 0
         if by_expert:
             first = jax.lax.axis_index(by_expert) * _count(experts)
         if gathered:
-            shared = tuple(jax.lax.all_gather(each, gathered, tiled=True) for each in shared)
-        out = _of_experts(*shared, experts, decoder, first)
+            x, choices, shares = (
+                jax.lax.all_gather(each, gathered, tiled=True) for each in (x, choices, shares)
+            )
+        out = _of_experts(x, choices, shares, experts, decoder, first)
         if summed:
             out = jax.lax.psum(out, summed)
         if scattered:
