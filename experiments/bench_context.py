@@ -23,8 +23,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from espl_jax.models import transformer
 from espl_jax.models.config import DecoderConfig, Rope
+from espl_jax.models.params import Params, init
 from espl_jax.sampling.draw import row_keys
 from espl_jax.sampling.generate import sample_tree
 from espl_jax.sampling.settings import Capacity, Sampling
@@ -66,7 +66,7 @@ class Point:
 
 
 def measure(
-    params: transformer.Params,
+    params: Params,
     config: DecoderConfig,
     *,
     shared: float,
@@ -167,7 +167,7 @@ def main() -> None:
     """Measures, prints the table, and writes the plot."""
     args = arguments()
     config = SMOLLM2.replace(num_layers=args.layers)
-    params = transformer.init(jax.random.key(0), config)
+    params = init(jax.random.key(0), config)
     settings = [(shared, context, context) for shared in args.shared for context in args.contexts]
     settings.append((args.shared[0], args.contexts[0], args.contexts[-1]))
     points = []

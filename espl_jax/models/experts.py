@@ -19,7 +19,7 @@ Shape letters: T tokens, D model width, E experts, A active experts of a token, 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +27,8 @@ from jax.sharding import PartitionSpec as P
 
 from espl_jax.models import grouped, layers
 from espl_jax.models.config import DecoderConfig
+from espl_jax.models.params import Params
 from espl_jax.parallel import sharding
-
-if TYPE_CHECKING:
-    from espl_jax.models.transformer import Params
 
 EXPERTS = ("gate", "up", "down")
 """Names of the linear layers that every expert has; the other one is the `router`."""

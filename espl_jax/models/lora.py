@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from espl_jax.choices import LORA_TARGETS
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.transformer import ADAPTER, Params, Weight, abstract
+from espl_jax.models.params import ADAPTER, Params, Weight, abstract
 
 
 def abstract_adapters(decoder: DecoderConfig, rank: int, targets: Sequence[str] = LORA_TARGETS[:7]) -> Params:

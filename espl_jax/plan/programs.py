@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from espl_jax.models import lora
 from espl_jax.models.attention import KVCache
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.transformer import Params, abstract
+from espl_jax.models.params import Params, abstract
 from espl_jax.parallel import sharding
 from espl_jax.parallel.memory import bytes_per_device
 from espl_jax.run.check_groups import trains

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.transformer import Params, Weight, abstract
+from espl_jax.models.params import Params, Weight, abstract
 from espl_jax.pretrained import hf_names
 from espl_jax.pretrained.hf_config import from_hf_config
 from espl_jax.pretrained.layout import file_shape

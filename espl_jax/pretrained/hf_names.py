@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.transformer import Params, Weight, abstract
+from espl_jax.models.params import Params, Weight, abstract
 
 _MODULES = {
     "embedding": "model.embed_tokens",

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from espl_jax.models.transformer import Weight
+from espl_jax.models.params import Weight
 
 
 def _tensor_sizes(weight: Weight) -> tuple[dict[str, int], list[str]]:

@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from transformers import PreTrainedTokenizerBase
 
-from espl_jax.models import lora, transformer
+from espl_jax.models import lora
 from espl_jax.models.config import DecoderConfig
+from espl_jax.models.params import abstract
 from espl_jax.parallel import processes, sharding
 from espl_jax.pretrained import fetch, hf_folder, hub, peft, smollm2
 from espl_jax.pretrained.gguf import cache as gguf_cache
@@ -265,7 +266,7 @@ def _from_gguf(source: str, dtype: DTypeLike, mesh: Mesh | None, **numerics: Any
     if mesh is None:
         params = jax.device_put(params)
     else:
-        params = sharding.place(params, transformer.abstract(config), mesh, "sampling")
+        params = sharding.place(params, abstract(config), mesh, "sampling")
     if not has_tokenizer(metadata):
         why = f"{source} has no tokenizer (tokenizer.ggml.model); convert the model again with its vocabulary"
         return Pretrained(params, config, FileNotFoundError(why), files={path.name: path})

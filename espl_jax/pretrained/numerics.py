@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.transformer import abstract
+from espl_jax.models.params import abstract
 from espl_jax.parallel.memory import device_memory
 
 AUTO = "auto"

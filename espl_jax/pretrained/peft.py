@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from espl_jax.choices import LORA_TARGETS
 from espl_jax.models import lora
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.transformer import Params, Weight
+from espl_jax.models.params import Params, Weight
 from espl_jax.pretrained.hf_folder import read_json
 from espl_jax.pretrained.hf_names import by_path, module, stacked
 from espl_jax.pretrained.hub import REPOSITORY

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from espl_jax.models import lora
 from espl_jax.models.config import DecoderConfig, dtype_name
-from espl_jax.models.transformer import Params, Weight, abstract
+from espl_jax.models.params import Params, Weight, abstract
 from espl_jax.pretrained.hf_config import to_hf_config
 from espl_jax.pretrained.hf_names import by_path, names
 from espl_jax.pretrained.layout import file_shape, to_file

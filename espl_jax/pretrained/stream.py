@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from espl_jax.models.transformer import Weight
+from espl_jax.models.params import Weight
 from espl_jax.parallel import sharding
 from espl_jax.pretrained.layout import from_file
 from espl_jax.pretrained.safetensors_files import StoredTensor

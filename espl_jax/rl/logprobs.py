@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from espl_jax.models import layers
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.transformer import Params, forward, head
+from espl_jax.models.params import Params
+from espl_jax.models.transformer import forward, head
 from espl_jax.parallel import sharding
 from espl_jax.rl import vocab_chunks
 

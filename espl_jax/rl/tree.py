@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from espl_jax.models.attention import KVCache, of_owners
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.transformer import Params, forward
+from espl_jax.models.params import Params
+from espl_jax.models.transformer import forward
 from espl_jax.types import TrainBatch
 
 Arrays = dict[str, tuple[jax.Array, jax.Array]]

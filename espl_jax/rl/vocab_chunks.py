@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from espl_jax.models import layers
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.transformer import Weight, abstract, head
+from espl_jax.models.params import Weight, abstract
+from espl_jax.models.transformer import head
 from espl_jax.parallel import sharding
 
 LARGEST = 8192

@@ -15,7 +15,7 @@ from espl_jax.evolution.deployment import deployed
 from espl_jax.evolution.population import Population, from_json, prompt_from_json
 from espl_jax.models import lora
 from espl_jax.models.config import NUMERICS
-from espl_jax.models.transformer import Params
+from espl_jax.models.params import Params
 from espl_jax.pretrained.load import Pretrained
 from espl_jax.run import inputs
 from espl_jax.run.check_groups import trains

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from espl_jax.models import lora
 from espl_jax.models.config import NUMERICS, DecoderConfig
-from espl_jax.models.transformer import abstract
+from espl_jax.models.params import abstract
 from espl_jax.parallel import processes, sharding
 from espl_jax.pretrained.load import Pretrained, load_pretrained, read_config
 from espl_jax.pretrained.numerics import AUTO, CHOSEN, resolve

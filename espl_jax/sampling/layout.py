@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.layers import OUTPUTS_FIRST
-from espl_jax.models.transformer import Params, Weight, abstract
+from espl_jax.models.params import Params, Weight, abstract
 
 _Layers = tuple[jax.Array | jax.ShapeDtypeStruct, ...]
 

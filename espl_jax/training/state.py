@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from espl_jax.models import layers, lora
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.transformer import Params, Weight
+from espl_jax.models.params import Params, Weight
 from espl_jax.parallel import sharding
 
 

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.transformer import Params
+from espl_jax.models.params import Params
 from espl_jax.parallel import sharding
 from espl_jax.rl.kl import kl_estimate
 from espl_jax.rl.logprobs import target_logprobs, token_kl

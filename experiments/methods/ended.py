@@ -24,7 +24,8 @@ from espl_jax.console import command_line
 from espl_jax.data import load
 from espl_jax.models import lora
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.transformer import Params, logits
+from espl_jax.models.params import Params
+from espl_jax.models.transformer import logits
 from espl_jax.rollouts.collect import collect_rollouts
 from espl_jax.rollouts.encode import encode_tree
 from espl_jax.rollouts.keys import stream_key

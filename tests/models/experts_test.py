@@ -11,6 +11,7 @@ import pytest
 
 from espl_jax.models import experts, grouped, lora, transformer
 from espl_jax.models.config import Experts, config_from_dict
+from espl_jax.models.params import abstract
 from espl_jax.parallel import sharding
 from espl_jax.sampling import draw
 from tests.support import tiny
@@ -114,7 +115,7 @@ def alone():
 
 
 def placed(mesh, phase):
-    base = sharding.place(tiny.params(CONFIG), transformer.abstract(CONFIG), mesh, phase)
+    base = sharding.place(tiny.params(CONFIG), abstract(CONFIG), mesh, phase)
     declared = lora.abstract_adapters(CONFIG, 3)
     return lora.attach(base, sharding.place(tiny.adapters(CONFIG), declared, mesh, phase))
 
@@ -154,7 +155,7 @@ def test_no_choice_is_dropped_if_all_go_to_one_device():
     params["layers"]["mlp"]["router"] = {"weight": jnp.zeros_like(router["weight"])}  # ties: experts 0 and 1
     wanted = tiny.logits(params, CONFIG, TOKENS)
     mesh = sharding.make_mesh({"expert": 4, "data": 2})
-    spread = sharding.place(params, transformer.abstract(CONFIG), mesh)
+    spread = sharding.place(params, abstract(CONFIG), mesh)
     ours = tiny.logits(spread, CONFIG, sharding.place_rows(TOKENS, mesh))
     np.testing.assert_allclose(ours, wanted, atol=1e-5)
 
@@ -171,7 +172,7 @@ def test_sampling_on_eight_devices():
         return sample_tree(params, CONFIG.replace(phase="sampling"), *prompts, keys, **settings)
 
     mesh = sharding.make_mesh({"expert": 2, "fsdp": 2, "tensor": 2})
-    spread = sharding.place(tiny.params(CONFIG), transformer.abstract(CONFIG), mesh, "sampling")
+    spread = sharding.place(tiny.params(CONFIG), abstract(CONFIG), mesh, "sampling")
     wanted, ours = sample(tiny.params(CONFIG), None), sample(spread, mesh)
     np.testing.assert_array_equal(ours.tokens, wanted.tokens)
     np.testing.assert_allclose(ours.logprobs, wanted.logprobs, atol=1e-5)

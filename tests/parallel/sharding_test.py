@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs import common
-from espl_jax.models import lora, transformer
+from espl_jax.models import lora
+from espl_jax.models.params import abstract
 from espl_jax.parallel import sharding
 from espl_jax.sampling import decode, draw
 from espl_jax.training import step as training_step
@@ -37,7 +38,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def placed(params, mesh):
-    return sharding.place(params, transformer.abstract(CONFIG), mesh)
+    return sharding.place(params, abstract(CONFIG), mesh)
 
 
 class TestMesh:
@@ -84,7 +85,7 @@ class TestMesh:
         one = jax.devices()[:1]
         monkeypatch.setattr(jax, "devices", lambda: one)
         assert sharding.make_mesh() is None
-        assert sharding.place(params, transformer.abstract(CONFIG), None) is params
+        assert sharding.place(params, abstract(CONFIG), None) is params
 
 
 ROWS = ("data", "fsdp", "expert")
@@ -105,7 +106,7 @@ class TestPlacement:
     )
     def test_params(self, params, mesh, name, training, sampling):
         for phase, spec in (("training", training), ("sampling", sampling)):
-            placed = sharding.place(params, transformer.abstract(CONFIG), mesh, phase)
+            placed = sharding.place(params, abstract(CONFIG), mesh, phase)
             layers = placed["layers"]
             weights = {"embedding": placed["embedding"], **layers["attention"], **layers["mlp"]}
             weight = weights[name]["weight"]
@@ -198,7 +199,7 @@ def sample(params, mesh, phase="training"):
 
 @pytest.mark.parametrize("phase", [pytest.param("training", marks=pytest.mark.slow), "sampling"])
 def test_sampling_on_eight_devices(params, mesh, phase):
-    spread_params = sharding.place(params, transformer.abstract(CONFIG), mesh, phase)
+    spread_params = sharding.place(params, abstract(CONFIG), mesh, phase)
     alone, spread = sample(params, None), sample(spread_params, mesh, phase)
     np.testing.assert_array_equal(spread.tokens, alone.tokens)
     np.testing.assert_array_equal(spread.lengths, alone.lengths)
@@ -298,7 +299,7 @@ class TestStep:
     )
     def test_all_weights(self, sizes, config):
         mesh = sharding.make_mesh(sizes)
-        placed = sharding.place(tiny.params(config), transformer.abstract(config), mesh)
+        placed = sharding.place(tiny.params(config), abstract(config), mesh)
         assert_same_step(step(placed, spread_batch(mesh), config), self.alone(config), placed)
 
     @pytest.mark.parametrize(
@@ -314,7 +315,7 @@ class TestStep:
         base, adapters = tiny.params(config), tiny.adapters(config, rank=2)
         alone = step(adapters, TREE.train_batch(), config, base, kl_coef=0.3, microbatch_rows=16)
         mesh = sharding.make_mesh(sizes)
-        frozen = sharding.place(base, transformer.abstract(config), mesh, "sampling")
+        frozen = sharding.place(base, abstract(config), mesh, "sampling")
         placed = sharding.place(adapters, lora.abstract_adapters(config, 2), mesh)
         spread = step(placed, spread_batch(mesh), config, frozen, kl_coef=0.3)
         assert_same_step(spread, alone, placed)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import common
-from espl_jax.models.transformer import abstract
+from espl_jax.models.params import abstract
 from espl_jax.plan import advice, programs, report
 from espl_jax.plan import costs as plan_costs
 from espl_jax.plan.chips import CHIPS, find_chip

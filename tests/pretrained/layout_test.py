@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from espl_jax.models import lora
-from espl_jax.models.transformer import abstract
+from espl_jax.models.params import abstract
 from espl_jax.pretrained import hf_names, layout
 from tests.support import tiny
 

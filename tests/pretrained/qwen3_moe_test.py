@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from espl_jax.models.transformer import abstract
+from espl_jax.models.params import abstract
 from espl_jax.parallel import sharding
 from espl_jax.pretrained.hf_config import from_hf_config, to_hf_config
 from espl_jax.pretrained.load import load_pretrained

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from espl_jax.models.transformer import Weight
+from espl_jax.models.params import Weight
 from espl_jax.parallel.sharding import make_mesh
 from espl_jax.pretrained import stream
 from espl_jax.pretrained.layout import file_shape, from_file

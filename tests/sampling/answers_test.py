@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from espl_jax.models import transformer
+from espl_jax.models.params import abstract
 from espl_jax.parallel import sharding
 from espl_jax.sampling import answers, draw
 from espl_jax.sampling.answers import Answers
@@ -38,7 +38,7 @@ def converse(delays):
         return future
 
     key = jax.random.key(0, impl="threefry2x32")
-    params = sharding.place(tiny.params(CONFIG), transformer.abstract(CONFIG), mesh)
+    params = sharding.place(tiny.params(CONFIG), abstract(CONFIG), mesh)
     samples = sample_tree(
         params,
         CONFIG,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from espl_jax.models import transformer
+from espl_jax.models.params import abstract
 from espl_jax.parallel import sharding
 from espl_jax.sampling import draw
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
@@ -193,7 +193,7 @@ class TestRows:
     )
     def test_the_layout_does_not_matter(self, company, max_rows, sizes):
         mesh = sizes and sharding.make_mesh(sizes)
-        params = sharding.place(tiny.params(), transformer.abstract(tiny.CONFIG), mesh)
+        params = sharding.place(tiny.params(), abstract(tiny.CONFIG), mesh)
         constraint = in_order(always=STOPS)
         samples = sample(constraint, params, max_rows=max_rows, mesh=mesh)
         assert max(map(len, constraint.asked)) == 2 * max_rows

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from espl_jax.models import lora, transformer
+from espl_jax.models import lora
 from espl_jax.models.config import Rope
+from espl_jax.models.params import abstract
 from espl_jax.parallel import sharding
 from espl_jax.sampling import draw
 from espl_jax.sampling.generate import generate
@@ -157,7 +158,7 @@ class TestLayout:
         params, key = tiny.params(config), jax.random.key(3, impl="threefry2x32")
         keys = draw.row_keys(key, *np.ogrid[tuple(slice(n) for n in shape)])
         mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-        spread = sharding.place(params, transformer.abstract(config), mesh)
+        spread = sharding.place(params, abstract(config), mesh)
 
         def run(max_rows, chunk, mesh):
             settings = {"max_new_tokens": new, "temperature": 1.0, "stop_ids": STOPS, "chunk": chunk}

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from espl_jax.models import transformer
+from espl_jax.models.params import abstract
 from espl_jax.parallel import sharding
 from espl_jax.parallel.memory import bytes_per_device
 from espl_jax.sampling import decode, draw, generate, scheduler
@@ -136,7 +136,7 @@ class TestPrograms:
         counts = jax.ShapeDtypeStruct((parts,), np.int32)
         params = jax.eval_shape(lambda: tiny.params(config))
         if mesh is not None:
-            params = sharding.place(params, transformer.abstract(config), mesh)
+            params = sharding.place(params, abstract(config), mesh)
         shared = decode.abstract_slots(config, 2, 32, mesh, everywhere=True)
         nodes = jax.ShapeDtypeStruct((2,), np.int32)
         level = decode.KVCache(*shared, nodes, nodes)

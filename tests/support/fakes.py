@@ -16,8 +16,8 @@ from configs import common
 from espl_jax import train
 from espl_jax.data.order import Cursor
 from espl_jax.evolution import population as populations
-from espl_jax.models import transformer
 from espl_jax.models.config import DecoderConfig
+from espl_jax.models.params import abstract, init
 from espl_jax.parallel import sharding
 from espl_jax.pretrained.load import Pretrained
 from espl_jax.rollouts.turns import as_text
@@ -69,13 +69,13 @@ CONFIG = DecoderConfig(
 def model(**numerics) -> Pretrained:
     """Random weights, the same every time."""
     config = CONFIG.replace(**numerics)
-    return Pretrained(transformer.init(jax.random.key(0), config), config, tokenizer())
+    return Pretrained(init(jax.random.key(0), config), config, tokenizer())
 
 
 def load_pretrained(source, dtype="float32", mesh=None, **numerics) -> Pretrained:
     """Replaces `espl_jax.pretrained.load.load_pretrained`."""
     loaded = model(dtype=dtype, **numerics)
-    params = sharding.place(loaded.params, transformer.abstract(loaded.config), mesh, "sampling")
+    params = sharding.place(loaded.params, abstract(loaded.config), mesh, "sampling")
     return dataclasses.replace(loaded, params=params)
 
 

@@ -6,7 +6,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from espl_jax.models.transformer import abstract
+from espl_jax.models.params import abstract
 from espl_jax.pretrained import hf_names, layout
 from espl_jax.pretrained.hf_config import from_hf_config
 

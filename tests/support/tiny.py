@@ -7,6 +7,7 @@ import numpy as np
 from espl_jax.choices import LORA_TARGETS
 from espl_jax.models import lora, transformer
 from espl_jax.models.config import DecoderConfig, Rope
+from espl_jax.models.params import abstract
 from espl_jax.rl.logprobs import token_logprobs
 
 # The head dimension is not D / N, and the vocabulary a prime, so that no two axes pass for one another.
@@ -51,7 +52,7 @@ def params(config=CONFIG, seed=0):
         mean, deviation = (0.0, weight.fan_in**-0.5) if weight.inputs else (weight.fill, 0.3)
         return jnp.asarray(rng.normal(mean, deviation, weight.shape), weight.dtype)
 
-    return jax.tree.map(draw, transformer.abstract(config))
+    return jax.tree.map(draw, abstract(config))
 
 
 def adapters(config=CONFIG, rank=3, seed=1, targets=LORA_TARGETS[:7]):

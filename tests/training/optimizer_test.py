@@ -5,7 +5,8 @@ import optax
 import pytest
 
 from espl_jax.choices import OPTIMIZERS
-from espl_jax.models import lora, transformer
+from espl_jax.models import lora
+from espl_jax.models.params import abstract
 from espl_jax.training.optimizer import make_optimizer
 from tests.support import tiny
 
@@ -122,7 +123,7 @@ def size(tree):
 
 
 def test_adafactor_keeps_little():
-    trainable = shapes(transformer.abstract(WIDE))
+    trainable = shapes(abstract(WIDE))
     adam, adafactor = (
         jax.eval_shape(make_optimizer(1e-3, kind=kind).init, trainable) for kind in ("adam", "adafactor")
     )
@@ -151,7 +152,7 @@ def test_adafactor_keeps_little():
 def test_state_can_be_mapped_over_the_params(kind):
     """As for shardings: every leaf is either a counter or has the weight that it belongs to beside it."""
     optimizer = make_optimizer(1e-3, kind=kind, schedule="linear", decay_steps=9, warmup_steps=1)
-    trainable = shapes(transformer.abstract(WIDE))
+    trainable = shapes(abstract(WIDE))
     state = jax.eval_shape(optimizer.init, trainable)
     belongs = optax.tree.map_params(
         optimizer,

@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from espl_jax.models.transformer import abstract
+from espl_jax.models.params import abstract
 from espl_jax.parallel import processes, sharding
 from espl_jax.training.state import init_train_state
 from espl_jax.training.step import place_batch

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.transformer import Weight, abstract
+from espl_jax.models.params import Weight, abstract
 from espl_jax.pretrained.gguf.file import GGUFFile
 from espl_jax.pretrained.layout import file_shape, from_file
 
@@ -52,7 +52,7 @@ def params_from_gguf(file: GGUFFile, config: DecoderConfig) -> Params:
       config: its decoder, from `config_from_gguf`.
 
     Returns:
-      numpy arrays in `config.param_dtype`, with the tree and shapes of `transformer.abstract(config)`.
+      numpy arrays in `config.param_dtype`, with the tree and shapes of `abstract(config)`.
 
     Raises:
       ValueError: if a tensor is missing, has a wrong shape, or is not part of this decoder.

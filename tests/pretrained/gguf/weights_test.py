@@ -2,8 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from espl_jax.models import transformer
 from espl_jax.models.config import DecoderConfig, Rope
+from espl_jax.models.params import abstract
 from espl_jax.pretrained.gguf.config import config_from_gguf
 from espl_jax.pretrained.gguf.file import open_gguf
 from espl_jax.pretrained.gguf.weights import params_from_gguf
@@ -90,7 +90,7 @@ def test_the_tree_is_the_decoders(write_gguf, tied):
             return {name: described(value) for name, value in tree.items()}
         return tuple(tree.shape)
 
-    assert described(params) == described(transformer.abstract(config))
+    assert described(params) == described(abstract(config))
 
 
 def test_quantized_weights_are_unpacked(write_gguf, tensors):

@@ -1,0 +1,153 @@
+"""The parameters of a decoder: one declaration per weight, and their initial values."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from espl_jax.models.config import DecoderConfig
+
+Params = dict[str, Any]
+
+ADAPTER = ("lora_a", "lora_b")
+"""Names of the two factors of an adapter, stored next to the `weight` that it adapts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """Declaration of one weight; initialization, shardings, adapters and memory plans are derived from it.
+
+    Attributes:
+      axes: logical name of each dimension; `layers` first for the stacked weights of all layers, then
+        `experts` for those of all experts.
+      inputs: the axes that a matmul contracts; empty for norm scales and biases.
+      shape: size of each dimension.
+      dtype: storage dtype.
+      fill: initial value of a norm scale or bias.
+    """
+
+    axes: tuple[str, ...]
+    inputs: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    fill: float = 0.0
+
+    @property
+    def stack(self) -> tuple[str, ...]:
+        """Leading axes along which separate weights are stacked: `layers`, then `experts`."""
+        return tuple(itertools.takewhile(lambda axis: axis in ("layers", "experts"), self.axes))
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """Sizes of the axes in `stack`."""
+        return self.shape[: len(self.stack)]
+
+    @property
+    def fan_in(self) -> int:
+        """Number of inputs that are summed into one output."""
+        return math.prod(
+            size for axis, size in zip(self.axes, self.shape, strict=True) if axis in self.inputs
+        )
+
+    def adapter(self, rank: int) -> dict[str, Weight]:
+        """Declares the two factors of its adapter, [inputs..., rank] and [rank, outputs...], in float32."""
+        sizes = dict(zip(self.axes, self.shape, strict=True)) | {"lora": rank}
+        outputs = tuple(axis for axis in self.axes if axis not in (*self.stack, *self.inputs))
+
+        def declare(axes: tuple[str, ...], inputs: tuple[str, ...]) -> Weight:
+            return Weight(axes, inputs, tuple(sizes[axis] for axis in axes), "float32")
+
+        factors = (
+            declare((*self.stack, *self.inputs, "lora"), self.inputs),
+            declare((*self.stack, "lora", *outputs), ("lora",)),
+        )
+        return dict(zip(ADAPTER, factors, strict=True))
+
+
+def abstract(decoder: DecoderConfig) -> Params:
+    """Returns the params pytree with a `Weight` declaration at every leaf."""
+    sizes = {
+        "layers": decoder.num_layers,
+        "embed": decoder.embed_dim,
+        "heads": decoder.num_heads,
+        "kv_heads": decoder.num_kv_heads,
+        "head": decoder.head_dim,
+        "mlp": decoder.mlp_dim,
+        "vocab": decoder.vocab_size,
+    }
+
+    def declare(axes: str, inputs: str = "", fill: float = 0.0) -> Weight:
+        names = tuple(axes.split())
+        shape = tuple(sizes[axis] for axis in names)
+        return Weight(names, tuple(inputs.split()), shape, decoder.param_dtype, fill)
+
+    def linear(inputs: str, outputs: str, bias: bool = False, stack: str = "layers") -> Params:
+        layer = {"weight": declare(f"{stack} {inputs} {outputs}", inputs)}
+        return layer | ({"bias": declare(f"{stack} {outputs}")} if bias else {})
+
+    def norm(axes: str) -> Params:
+        return {"scale": declare(axes, fill=1.0 - decoder.norm_offset)}
+
+    attention = {
+        "query": linear("embed", "heads head", decoder.qkv_bias),
+        "key": linear("embed", "kv_heads head", decoder.qkv_bias),
+        "value": linear("embed", "kv_heads head", decoder.qkv_bias),
+        "out": linear("heads head", "embed", decoder.out_bias),
+    }
+    if decoder.qk_norm:
+        attention |= {"query_norm": norm("layers head"), "key_norm": norm("layers head")}
+    if decoder.experts:
+        sizes |= {
+            "experts": decoder.experts.count,
+            "scores": decoder.experts.count,  # an output of the router, which no mesh axis splits
+            "expert_mlp": decoder.experts.mlp_dim,
+        }
+        mlp = {
+            "router": linear("embed", "scores"),
+            "gate": linear("embed", "expert_mlp", stack="layers experts"),
+            "up": linear("embed", "expert_mlp", stack="layers experts"),
+            "down": linear("expert_mlp", "embed", stack="layers experts"),
+        }
+    else:
+        mlp = {
+            "gate": linear("embed", "mlp", decoder.mlp_bias),
+            "up": linear("embed", "mlp", decoder.mlp_bias),
+            "down": linear("mlp", "embed", decoder.mlp_bias),
+        }
+    layer = {
+        "attention_norm": norm("layers embed"),
+        "attention": attention,
+        "mlp_norm": norm("layers embed"),
+        "mlp": mlp,
+    }
+    if decoder.post_norms:
+        layer |= {"post_attention_norm": norm("layers embed"), "post_mlp_norm": norm("layers embed")}
+    params = {
+        "embedding": {"weight": declare("vocab embed", "embed")},
+        "layers": layer,
+        "final_norm": norm("embed"),
+    }
+    if not decoder.tied_head:
+        params["head"] = {"weight": declare("vocab embed", "embed")}
+    return params
+
+
+def init(key: jax.Array, decoder: DecoderConfig) -> Params:
+    """Initializes params: norms at 1, biases at 0, others normal with standard deviation 1 / sqrt(fan in).
+
+    Consumes `key`.
+    """
+    leaves, tree = jax.tree.flatten(abstract(decoder))
+    keys = jax.random.split(key, len(leaves))
+
+    def draw(weight: Weight, key: jax.Array) -> jax.Array:
+        if not weight.inputs:
+            return jnp.full(weight.shape, weight.fill, weight.dtype)
+        return (weight.fan_in**-0.5 * jax.random.normal(key, weight.shape)).astype(weight.dtype)
+
+    return jax.tree.unflatten(tree, [draw(w, k) for w, k in zip(leaves, keys, strict=True)])
