@@ -6,10 +6,12 @@ On a CPU, with Qwen2.5-Coder-0.5B-Instruct:
 - `sometimes`: the same under a root prompt that asks for a box in words that the model rarely follows.
 - `unit`: two-digit sums, whose result has to be followed by the word "points" and needs no box: a second
   convention for weights that have learned the first. Without the unit a right number earns half.
+- `prices`: facts that the feedback tells, and products of one- and two-digit numbers; hard ones have larger
+  numbers.
 - `gsm8k`: grade-school problems, under a root prompt that says what to do. Prompts may matter little.
 - `showcase`: a box and a unit, trained on two-digit sums and tested on three-digit ones.
 
-The first three are also tested on three-digit sums; `cpu` names the first two.
+The first three are also tested on three-digit sums; `cpu` names `convention`, `sometimes` and `prices`.
 
 On TPUs, the paper's settings: `hmmt`, `aime`, `dapo` and `search`. By the bounds of docs/tpus.md, 30
 iterations of one of the first three (Qwen3-8B, LoRA, all rollouts at full length) take at least 5 hours on
@@ -23,6 +25,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from espl_jax.environments import boxed
+from experiments.methods import prices
 
 QWEN = "configs/quickstart.py:qwen2.5-coder-0.5b"
 
@@ -68,6 +71,18 @@ TASKS = {
         hard=THREE_DIGITS,
         feedback='The unit is missing. The number has to be followed by the word "points".',
     ),
+    "prices": Task(
+        QWEN,
+        {
+            "data.train": "experiments/methods/prices-train.jsonl",
+            "data.validation": "",
+            "data.test": "experiments/methods/prices-test.jsonl",
+            "environment.name": "experiments.methods.prices:Prices",
+            "num_iterations": 6,
+        },
+        hard="experiments/methods/prices-hard.jsonl",
+        feedback=prices.ALL_SAID,
+    ),
     "gsm8k": Task(
         QWEN,
         {
@@ -90,7 +105,7 @@ TASKS = {
     "search": Task("configs/search.py", feedback="There is no line that begins with Answer:."),
 }
 
-PRESETS = {"cpu": ("convention", "sometimes")}
+PRESETS = {"cpu": ("convention", "sometimes", "prices")}
 """Names for several tasks."""
 
 
