@@ -167,6 +167,7 @@ def get_config() -> ConfigDict:
     c.loss.baseline = "per_prompt"  # per_prompt, or marginalized (mean over prompts as well)
     c.loss.normalize_advantages = "none"  # none, std (over the baseline's rewards) or batch_std (over all)
     c.loss.sampler_weight_cap = 0.0  # cap on the importance weight old policy / sampler; 0: no weights
+    c.loss.sampler_routing = "compare"  # sampler's choices of experts: compare, replay or ignore
     c.loss.epochs = 1  # passes over each batch
     c.loss.minibatches = 1  # minibatches per epoch, one update each
     c.loss.kl_coef = 0.0  # weight of KL(policy || reference)

@@ -20,6 +20,9 @@ CLIP_RANGES = {"ppo": (0.2, 0.2), "cispo": (1.0, 3.0), "gspo": (3e-4, 4e-4)}
 
 AGGREGATIONS = ("seq_mean_token_sum", "token_mean", "constant_length")
 KL_ESTIMATORS = ("k1", "k2", "k3")
+ROUTINGS = ("compare", "replay", "ignore")
+"""What an update does with the sampler's choices of experts."""
+
 OPTIMIZERS = ("adam", "adamw", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine")
 REFLECTORS = ("local", "openai", "replay")

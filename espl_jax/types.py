@@ -209,6 +209,8 @@ class Rollouts:
       success: bool [M, B, N].
       metrics: name -> float32 [M, B, N], other metrics of the grader.
       feedback: [M][B][N], feedback on each rollout, or () if no environment gave any.
+      routing: int16 [M, B, N, T, L, A], experts that the sampler chose in each of L layers with experts when
+        it drew a token, for the token before it; -1 for tokens that it did not draw. None if not recorded.
     """
 
     prompts: tuple[SystemPrompt, ...]
@@ -229,6 +231,7 @@ class Rollouts:
     success: np.ndarray
     metrics: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     feedback: tuple[tuple[tuple[str, ...], ...], ...] = ()
+    routing: np.ndarray | None = None
 
     def feedback_on(self, i: int, b: int, j: int) -> str:
         """What the environment said about one rollout."""
@@ -276,6 +279,8 @@ class TrainBatch(NamedTuple):
       num_tokens: float32 [], number of tokens that the policy sampled in these rollouts.
       old_logprobs: float32 [D, R, T], under the params before the first of several updates; None for a single
         update, and for losses that do not need them.
+      routing: int16 [D, R, T, L, A], experts that the sampler chose for each input, see `Rollouts`; None if
+        not recorded.
     """
 
     system_tokens: Any
@@ -293,3 +298,4 @@ class TrainBatch(NamedTuple):
     num_rollouts: Any
     num_tokens: Any
     old_logprobs: Any | None = None
+    routing: Any | None = None

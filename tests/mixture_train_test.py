@@ -43,6 +43,8 @@ def test_a_killed_run_resumes_bit_for_bit(rank, mixture, tmp_path):
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
 
     assert lines(tmp_path / "whole", "reflections")
+    for row in lines(tmp_path / "whole", "metrics"):
+        assert row["expert_load_min"] <= 1 <= row["expert_load_max"] and row["routing_disagreements"] == 0
     trained = arrays(tmp_path / "whole")
     routers = [name for name in trained if "router" in name and ".trainable" in name]
     assert bool(routers) == (rank == 0)

@@ -218,6 +218,11 @@ class DecoderConfig:
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}={getattr(self, field)!r} is unknown; choose one of {allowed}")
 
+    @property
+    def routing_shape(self) -> tuple[int, int]:
+        """Number of layers with experts, and of active experts in each; the choices of one token."""
+        return (self.num_layers, self.experts.active) if self.experts else (0, 0)
+
     def replace(self, **changes: Any) -> DecoderConfig:
         """Returns a copy with some fields changed."""
         return dataclasses.replace(self, **changes)

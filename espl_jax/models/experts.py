@@ -38,33 +38,53 @@ class Routing(NamedTuple):
     """The choices of every token.
 
     Attributes:
-      choices: int32 [T, A], experts in order of falling probability.
-      weights: float32 [T, A], their weights in the sum.
-      probabilities: float32 [T, E], of all experts.
+      choices: int32 [T, A], the experts that the router prefers, in order of falling probability.
+      used: int32 [T, A], the experts that process the token: `choices`, unless others are replayed.
+      weights: float32 [T, A], weights in the sum of the experts that are used.
+      entropy: float32 [T], of the probabilities of all experts, in nats.
     """
 
     choices: jax.Array
+    used: jax.Array
     weights: jax.Array
-    probabilities: jax.Array
+    entropy: jax.Array
 
 
-def route(x: jax.Array, router: layers.Linear, decoder: DecoderConfig) -> Routing:
-    """Chooses each token's experts: those with the highest probability. [T, D] -> Routing.
+def route(
+    x: jax.Array, router: layers.Linear, decoder: DecoderConfig, replay: jax.Array | None = None
+) -> Routing:
+    """Chooses each token's experts: those with the highest probability.
 
     Probabilities are the softmax of the router's scores over all experts, in float32, as in Qwen3 (Qwen 2025,
     arXiv 2505.09388). Differentiable in the weights, not in the choice.
+
+    Args:
+      x: [T, D].
+      router: with weight [D, E].
+      decoder: the model's configuration.
+      replay: int [T, A], experts to use instead of the preferred ones (routing replay, Zheng et al. 2025,
+        arXiv 2507.18071); a negative number keeps the preferred one.
     """
     assert decoder.experts is not None
     scores = layers.einsum("td,de->te", x, router, decoder, "float32").astype(jnp.float32)
     probabilities = jax.nn.softmax(scores)
     weights, choices = jax.lax.top_k(probabilities, decoder.experts.active)
+    used = choices
+    if replay is not None:
+        used = jnp.where(replay < 0, choices, replay.astype(jnp.int32))
+        weights = jnp.take_along_axis(probabilities, used, axis=-1)
     if decoder.experts.normalize:
         weights = weights / weights.sum(-1, keepdims=True)
-    return Routing(choices, weights, probabilities)
+    entropy = jax.scipy.special.entr(probabilities).sum(-1)
+    return Routing(choices, used, weights, entropy)
 
 
 def mixture(
-    x: jax.Array, weights: Params, declared: Params, decoder: DecoderConfig
+    x: jax.Array,
+    weights: Params,
+    declared: Params,
+    decoder: DecoderConfig,
+    replay: jax.Array | None = None,
 ) -> tuple[jax.Array, Routing]:
     """Applies a mixture of experts.
 
@@ -73,6 +93,7 @@ def mixture(
       weights: of one layer, `router` and `EXPERTS`; those of experts [E, inputs, outputs], or `InStack`.
       declared: their declarations, for all layers.
       decoder: the model's configuration.
+      replay: as for `route`.
 
     Returns:
       (out, routing): [T, D], and the choices.
@@ -80,8 +101,8 @@ def mixture(
     experts = {name: weights[name] for name in EXPERTS}
     mesh = sharding.mesh_of(x)
     if mesh is None:
-        routing = route(x, weights["router"], decoder)
-        return _of_experts(x, routing.choices, routing.weights, experts, decoder, 0), routing
+        routing = route(x, weights["router"], decoder, replay)
+        return _of_experts(x, routing.used, routing.weights, experts, decoder, 0), routing
 
     def axes(names: tuple[str | None, ...], shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
         return sharding.axes_of(mesh, names, shape, decoder.phase)
@@ -94,9 +115,11 @@ def mixture(
     scattered = (*gathered, *(rest if set(rest) <= set(by_width) else ()))
     summed = tuple(axis for axis in (*by_expert, *by_width) if axis not in scattered)
 
-    def run(x: jax.Array, router: layers.Linear, experts: Params) -> tuple[jax.Array, Routing]:
-        routing = route(x, router, decoder)
-        choices, shares, first = routing.choices, routing.weights, 0
+    def run(
+        x: jax.Array, replay: jax.Array | None, router: layers.Linear, experts: Params
+    ) -> tuple[jax.Array, Routing]:
+        routing = route(x, router, decoder, replay)
+        choices, shares, first = routing.used, routing.weights, 0
         if by_expert:
             first = jax.lax.axis_index(by_expert) * _count(experts)
         if gathered:
@@ -111,10 +134,11 @@ def mixture(
         return out, routing
 
     by_tokens = P(tokens or None)
-    specs = by_tokens, jax.tree.map(lambda _: P(), weights["router"]), _specs(experts, declared, axes)
+    whole_router = jax.tree.map(lambda _: P(), weights["router"])
+    specs = by_tokens, by_tokens, whole_router, _specs(experts, declared, axes)
     out_specs = P((*tokens, *(axis for axis in scattered if axis not in tokens)) or None), by_tokens
     return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)(
-        x, weights["router"], experts
+        x, replay, weights["router"], experts
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -26,13 +26,28 @@ LAYER_INPUT = "layer_input"
 """Name of the residual stream before a layer, for checkpoint (remat) policies."""
 
 
+class Level(NamedTuple):
+    """One level of the tree after `forward`.
+
+    Attributes:
+      hidden: float [R, T, D], after the final norm.
+      cache: the level's own keys and values, with capacity T.
+      routing: of the layers with experts, each array [L, R, T, ...] (see `Routing`); None without experts.
+    """
+
+    hidden: jax.Array
+    cache: KVCache
+    routing: experts.Routing | None
+
+
 def forward(
     params: Params,
     decoder: DecoderConfig,
     tokens: jax.Array,
     lengths: jax.Array | None = None,
     ancestors: Sequence[KVCache | RowsView] = (),
-) -> tuple[jax.Array, KVCache]:
+    replay: jax.Array | None = None,
+) -> Level:
     """Runs one level of the tree, given its ancestors' caches.
 
     Args:
@@ -42,10 +57,11 @@ def forward(
       lengths: int32 [R], number of real tokens of each node, may be 0; all T by default.
       ancestors: caches of the levels above, outermost first. The number of nodes of each divides R and
         adjacent rows share a node, unless the cache has an `owner` for every row.
+      replay: int [L, R, T, A], experts to use instead of those that the routers prefer; a negative number
+        keeps the preferred one. None for no replay.
 
     Returns:
-      (hidden, cache): float [R, T, D] after the final norm, and the level's own KVCache with capacity T.
-      Values at padding are finite but meaningless.
+      The level. Values at padding are finite but meaningless.
 
     Raises:
       ValueError: if the rows cannot be divided equally among the nodes of a level above, or a token id is
@@ -77,10 +93,13 @@ def forward(
     stacked = tuple(None if isinstance(c, RowsView) else (c.key, c.value) for c in ancestors)
     index = jnp.arange(decoder.num_layers)
     weights, layer = _with_whole(layer, params["layers"], decoder)
-    x, (key, value) = _run_layers(layer, decoder, x, (weights, stacked, index))
+    if replay is not None:
+        replay = replay.reshape(decoder.num_layers, nodes * steps, -1)
+    x, (key, value, routing) = _run_layers(layer, decoder, x, (weights, stacked, index, replay))
 
     x = sharding.move(layers.rms_norm(x, params["final_norm"], decoder), *_TOKENS, decoder.phase)
-    return x.reshape(nodes, steps, -1), KVCache(key, value, start, lengths)
+    by_node = jax.tree.map(lambda each: each.reshape(-1, nodes, steps, *each.shape[2:]), routing)
+    return Level(x.reshape(nodes, steps, -1), KVCache(key, value, start, lengths), by_node)
 
 
 def _with_whole(
@@ -119,8 +138,8 @@ def _with_whole(
                 joined[name] = of_layer(child, index)
         return joined
 
-    def complete(x: jax.Array, part: Params, above: Any, index: jax.Array, **window: Any) -> Any:
-        return layer(x, join(part, weights, index), above, index, **window)
+    def complete(x: jax.Array, part: Params, above: Any, index: jax.Array, *rest: Any, **window: Any) -> Any:
+        return layer(x, join(part, weights, index), above, index, *rest, **window)
 
     return sliced(weights, abstract(decoder)["layers"]), complete
 
@@ -213,6 +232,7 @@ def _layer(
     weights: Params,
     above: Sequence[tuple[jax.Array, jax.Array] | None],
     index: jax.Array | int,
+    replay: jax.Array | None,
     *,
     window: jax.Array | int,
     decoder: DecoderConfig,
@@ -220,12 +240,13 @@ def _layer(
     shape: tuple[int, int],
     start: jax.Array,
     ancestors: Sequence[KVCache | RowsView],
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Runs one decoder layer on the flattened tokens of a level. Returns x and the level's (key, value).
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, experts.Routing | None]]:
+    """Runs one decoder layer on the flattened tokens of a level. Returns x and the level's key, value and
+    routing.
 
     `above` has this layer's (key, value) of each ancestor, or None for a `RowsView`, which is read at layer
     `index`. `window` is the number of tokens that a token attends to, 0 for no window: an int, or traced if
-    scanned layers have different windows.
+    scanned layers have different windows. `replay` has this layer's experts, as for `experts.route`.
     """
     declared = abstract(decoder)["layers"]
     weights = _gathered(weights, declared, decoder)
@@ -278,12 +299,11 @@ def _layer(
     )
     y = normalized(x, weights["mlp_norm"])
     if decoder.experts:
-        # The routing would leave the layer here, beside `written`, to be stacked by the scan.
-        out, _ = experts.mixture(y, weights["mlp"], declared["mlp"], decoder)
+        out, routing = experts.mixture(y, weights["mlp"], declared["mlp"], decoder, replay)
     else:
-        out = layers.gated_mlp(y, weights["mlp"], decoder)
+        out, routing = layers.gated_mlp(y, weights["mlp"], decoder), None
     x = joined(x, layers.rms_norm(out, weights["post_mlp_norm"], decoder) if decoder.post_norms else out)
-    return x, written
+    return x, (*written, routing)
 
 
 def _gathered(weights: Params, declared: Params, decoder: DecoderConfig) -> Params:
@@ -333,5 +353,4 @@ def logits(params: Params, decoder: DecoderConfig, tokens: jax.Array) -> jax.Arr
     Raises:
       ValueError: as `forward`.
     """
-    hidden, _ = forward(params, decoder, tokens)
-    return unembed(params, decoder, hidden)
+    return unembed(params, decoder, forward(params, decoder, tokens).hidden)

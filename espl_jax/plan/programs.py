@@ -20,7 +20,7 @@ from espl_jax.models.config import DecoderConfig
 from espl_jax.models.params import Params, abstract
 from espl_jax.parallel import sharding
 from espl_jax.parallel.memory import bytes_per_device
-from espl_jax.run.check_groups import trains
+from espl_jax.run.check_groups import records_routing, trains
 from espl_jax.run.config import Config
 from espl_jax.run.parts import objective_of
 from espl_jax.run.weights import abstract_trainable, declared_trainable
@@ -283,6 +283,7 @@ def sampling_programs(
             greedy=sampling.greedy,
             truncation=sampling.truncation,
             aligned=aligned,
+            routing=sampling.routing,
         )
 
     filled = lengths.problem - 1
@@ -395,6 +396,7 @@ def update_programs(
         problem_tokens=lengths.problem,
         new_tokens=lengths.new,
         cutoffs=truncated,
+        routing=decoder.routing_shape if decoder.experts and records_routing(config) else None,
         shards=sharding.row_shards(mesh),
         microbatch_rows=config.loss.microbatch_rows,
     )
@@ -414,6 +416,7 @@ def update_programs(
             batch,
             decoder,
             temperature=objective.temperature,
+            replay_routing=objective.replay_routing,
             microbatch_rows=microbatch_rows,
         )
         uses_less = bytes_per_device((state.trainable, frozen))

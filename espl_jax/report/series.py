@@ -94,6 +94,19 @@ def curves(run: RunLogs, rates: Mapping[int, Mapping[str, float]], lengths: Mapp
         _chart(
             "gap", "Gap of sampler and trainer", "mean |log ratio|", {"|log ratio|": line("log_ratio_abs")}
         ),
+        _chart(
+            "experts",
+            "Load of the experts",
+            "relative to an even load",
+            {"busiest": line("expert_load_max"), "least busy": line("expert_load_min")},
+        ),
+        _chart("routers", "Entropy of the routers", "nats per token", {"entropy": line("router_entropy")}),
+        _chart(
+            "routing",
+            "Experts on which sampler and trainer disagree",
+            "fraction of choices",
+            {"disagreements": line("routing_disagreements")},
+        ),
         _chart("norm", "Gradient norm", "before clipping", {"norm": line("grad_norm")}),
         _chart(
             "lengths",

@@ -230,5 +230,5 @@ def token_logprobs(
       ValueError: if a token id is outside the vocabulary (not checked under jit).
     """
     layers.check_ids("tokens", tokens, decoder)
-    hidden, _ = forward(params, decoder, tokens[:, :-1])
+    hidden = forward(params, decoder, tokens[:, :-1]).hidden
     return target_logprobs(params, decoder, hidden, tokens[:, 1:], temperature).logprobs

@@ -13,7 +13,7 @@ from espl_jax.rl.losses import Loss
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["temperature"],
-    meta_fields=["loss", "kl_coef", "kl_estimator"],
+    meta_fields=["loss", "kl_coef", "kl_estimator", "replay_routing"],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
@@ -28,9 +28,12 @@ class Objective:
       kl_coef: coefficient of KL(policy || reference), summed over the tokens of a rollout.
       kl_estimator: `exact`, over the whole vocabulary, or an estimator of `rl.kl`, weighted by the importance
         ratio of policy over sampler.
+      replay_routing: whether each token is processed by the experts that the sampler chose for it (routing
+        replay, Ma et al. 2025, arXiv 2510.11370), where the batch has them.
     """
 
     loss: Loss = Loss()
     temperature: float | jax.Array = 1.0
     kl_coef: float = 0.0
     kl_estimator: str = "exact"
+    replay_routing: bool = False

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from espl_jax.models.attention import KVCache, of_owners
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.params import Params
-from espl_jax.models.transformer import forward
+from espl_jax.models.transformer import Level, forward
 from espl_jax.types import TrainBatch
 
 Arrays = dict[str, tuple[jax.Array, jax.Array]]
@@ -26,7 +26,7 @@ def shared_levels(params: Params, batch: TrainBatch, decoder: DecoderConfig) -> 
     arrays, places = {}, {}
 
     def run(name: str, tokens: jax.Array, lengths: jax.Array, ancestors: Sequence[KVCache]) -> None:
-        _, cache = forward(params, decoder, tokens, lengths, ancestors)
+        cache = forward(params, decoder, tokens, lengths, ancestors).cache
         arrays[name], places[name] = (cache.key, cache.value), (cache.start, cache.length)
 
     if batch.system_tokens.shape[1]:
@@ -51,19 +51,21 @@ def _ancestors(
     ]
 
 
-def hidden_states(
+def rollout_level(
     params: Params,
     arrays: Arrays,
     places: Places,
     batch: TrainBatch,
     micro: dict[str, jax.Array],
     decoder: DecoderConfig,
-) -> jax.Array:
-    """Runs the rollouts of a microbatch over the shared levels. Returns float [rows, T, D]."""
+    replay: bool = False,
+) -> Level:
+    """Runs the rollouts of a microbatch over the shared levels, with the sampler's experts if `replay`."""
     shards, problem = batch.inputs.shape[0], micro["rollout_problem"]
     system = of_owners(_flat(batch.problem_system), problem, shards)
     ancestors = _ancestors(arrays, places, {"system": system, "problem": problem}, shards)
-    return forward(params, decoder, micro["inputs"], ancestors=ancestors)[0]
+    routing = jnp.moveaxis(micro["routing"], 2, 0) if replay and "routing" in micro else None
+    return forward(params, decoder, micro["inputs"], ancestors=ancestors, replay=routing)
 
 
 def _flat(x: jax.Array) -> jax.Array:
@@ -74,7 +76,7 @@ def _flat(x: jax.Array) -> jax.Array:
 def microbatches(batch: TrainBatch, size: int) -> dict[str, jax.Array]:
     """Splits the arrays of the rollouts into J microbatches: [J, D * size, ...], `size` rows per shard."""
     names = ("rollout_problem", "inputs", "targets", "mask", "sampler_logprobs", "cutoffs", "advantages")
-    arrays = {name: getattr(batch, name) for name in (*names, "old_logprobs")}
+    arrays = {name: getattr(batch, name) for name in (*names, "old_logprobs", "routing")}
 
     def cut(x: jax.Array) -> jax.Array:
         x = jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)

@@ -128,6 +128,7 @@ def collect_rollouts(
         truncated=samples.truncated,
         cutoffs=samples.cutoffs,
         drawn=samples.drawn,
+        routing=samples.routing,
         temperature=sampling.temperature,
         replies=_nested(texts, shape),
         answers=_nested([grade.answer for grade in grades], shape),

@@ -19,6 +19,7 @@ from espl_jax.choices import (
     REFLECTED_PROBLEMS,
     REFLECTORS,
     REMATS,
+    ROUTINGS,
     SAMPLING_LAYOUTS,
     SCHEDULES,
 )
@@ -57,6 +58,7 @@ _CHOICES = {
     "loss.baseline": BASELINES,
     "loss.normalize_advantages": NORMALIZATIONS,
     "loss.kl_estimator": ("exact", *KL_ESTIMATORS),
+    "loss.sampler_routing": ROUTINGS,
     "optimizer.kind": OPTIMIZERS,
     "optimizer.schedule": SCHEDULES,
     "resume.changed_inputs": ("refuse", "allow"),

@@ -82,6 +82,11 @@ def trains(config: Config) -> bool:
     return config.mode in ("espl", "rl")
 
 
+def records_routing(config: Config) -> bool:
+    """Whether rollouts record the choices of experts, if the model has experts."""
+    return trains(config) and config.loss.sampler_routing != "ignore"
+
+
 def _check_run(config: Config) -> None:
     if config.seed < 0:
         _refuse("seed", config.seed, "must be at least 0")

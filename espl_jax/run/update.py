@@ -92,6 +92,7 @@ def _with_old_logprobs(job: Job, batch: TrainBatch, state: TrainState) -> TrainB
         batch,
         job.parts.reference.config,
         temperature=job.parts.objective.temperature,
+        replay_routing=job.parts.objective.replay_routing,
         microbatch_rows=job.config.loss.microbatch_rows,
     )
     return batch._replace(old_logprobs=scored)

@@ -10,6 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from espl_jax.models.config import DecoderConfig
+from espl_jax.run.check_groups import records_routing
 from espl_jax.run.config import Config
 from espl_jax.sampling.buckets import bucket
 from espl_jax.sampling.sizes import CHUNK, Sizes, choose_sizes
@@ -41,6 +42,7 @@ class Workload:
       constrained: whether decoding is constrained by a grammar.
       reasoning: most tokens sampled freely before the grammar applies.
       context_limit, max_rows: as in `choose_sizes`.
+      routing: whether the choices of experts are recorded.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Workload:
     reasoning: int = 0
     context_limit: int | None = None
     max_rows: int | None = None
+    routing: bool = False
 
     @property
     def rows(self) -> int:
@@ -120,7 +123,9 @@ def workloads(
     )
     group = config.num_prompts // lanes * config.group_size
     greedy = config.sampling.temperature == 0
-    found = [workload("rollouts", "rollouts", lanes, config.batch_size, group, lengths, greedy=greedy)]
+    given = lanes, config.batch_size, group, lengths
+    routing = records_routing(config) and decoder.experts is not None
+    found = [workload("rollouts", "rollouts", *given, greedy=greedy, routing=routing)]
     # Another model than the policy has programs of its own.
     if evolves and config.reflection.reflector == "local" and not config.reflection.source:
         found += _reflection(config, decoder, instructions, limits)

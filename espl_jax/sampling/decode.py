@@ -63,6 +63,8 @@ class Drawn(NamedTuple):
       count: int32 [R], tokens sampled for each row.
       stopped: bool [R], whether the row sampled a stop token.
       steps: int32 [], decode steps run.
+      routing: int32 [R, steps, L, A], experts that the routers chose for the token that was fed to draw each
+        token; None if not recorded.
     """
 
     tokens: jax.Array
@@ -72,6 +74,7 @@ class Drawn(NamedTuple):
     count: jax.Array
     stopped: jax.Array
     steps: jax.Array
+    routing: jax.Array | None
 
 
 def abstract_slots(
@@ -127,7 +130,7 @@ def prefill(
       system: cache of the system prompts when `tokens` are problems, else None.
       mesh: the cache is replicated over rows and sharded by heads like the weights.
     """
-    _, cache = forward(params, decoder, tokens, lengths, () if system is None else (system,))
+    cache = forward(params, decoder, tokens, lengths, () if system is None else (system,)).cache
     if mesh is None:
         return cache
     key, value = (
@@ -237,7 +240,7 @@ def extend(
     key, value = sharding.over_parts(gather, mesh, ("slots", "rows"), "slots")(slots, at)
     own = KVCache(key, value, rows.start, rows.length)
     owned = dataclasses.replace(system, owner=rows.lane)
-    _, new = forward(params, decoder, tokens, lengths, (owned, own))
+    new = forward(params, decoder, tokens, lengths, (owned, own)).cache
     kinds = ("slots", "slots", "rows", "rows", "rows")
     return sharding.over_parts(put_back, mesh, kinds, "slots")(
         slots, (new.key, new.value), at, rows.length, lengths
@@ -246,7 +249,7 @@ def extend(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("decoder", "columns", "steps", "greedy", "truncation", "aligned", "mesh"),
+    static_argnames=("decoder", "columns", "steps", "greedy", "truncation", "aligned", "routing", "mesh"),
     donate_argnames="slots",
 )
 def decode_chunk(
@@ -264,6 +267,7 @@ def decode_chunk(
     greedy: bool = False,
     truncation: Truncation = UNTRUNCATED,
     aligned: bool = False,
+    routing: bool = False,
     mesh: Mesh | None = None,
 ) -> tuple[Slots, Drawn]:
     """Runs up to `steps` decode steps for every row; stops early when all rows are done.
@@ -288,6 +292,7 @@ def decode_chunk(
       aligned: rows are ordered by lane, with equally many for each. The attention then compares a system
         prompt with its own rows only; otherwise with all rows, which needs the same memory traffic but M
         times the arithmetic.
+      routing: record the choices of experts; requires a model with experts.
       mesh: the mesh that the slots are sharded over, or None.
 
     Returns:
@@ -317,6 +322,7 @@ def decode_chunk(
         jnp.zeros(count, jnp.int32),
         jnp.zeros(count, bool),
         jnp.int32(0),
+        jnp.zeros((count, steps, *decoder.routing_shape), jnp.int32) if routing else None,
     )
 
     def proceed(carry):
@@ -327,9 +333,9 @@ def decode_chunk(
         (key, value), token, done, drawn = carry
         step = drawn.steps
         staged = KVCache(key, value, held.end, jnp.full(count, step, jnp.int32))
-        hidden, new = forward(params, decoder, token[:, None], ancestors=(system, held, staged))
+        level = forward(params, decoder, token[:, None], ancestors=(system, held, staged))
         # Sampling is sharded by rows, however the head's matmul was sharded.
-        logits = unembed(params, decoder, hidden[:, 0])
+        logits = unembed(params, decoder, level.hidden[:, 0])
         logits = sharding.constrain(logits, ("rows", "vocab"), decoder.phase)
         if allowed is not None:
             logits = draw.only_allowed(logits, allowed)
@@ -341,11 +347,12 @@ def decode_chunk(
             token, logprob, untruncated, cutoff = draw.draw(logits, uniform, temperature, truncation)
         staging = tuple(
             jax.lax.dynamic_update_slice_in_dim(old, x, step, axis)
-            for old, x, axis in zip((key, value), (new.key, new.value), (4, 3), strict=True)
+            for old, x, axis in zip((key, value), (level.cache.key, level.cache.value), (4, 3), strict=True)
         )
 
         def put(column: jax.Array, x: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(column, jnp.where(done, 0, x)[:, None], step, axis=1)
+            live = jnp.where(done.reshape(-1, *(1,) * (x.ndim - 1)), 0, x)
+            return jax.lax.dynamic_update_slice_in_dim(column, live[:, None], step, axis=1)
 
         stop = ~done & (token[:, None] == stop_ids).any(axis=1)
         drawn = Drawn(
@@ -356,6 +363,7 @@ def decode_chunk(
             drawn.count + ~done,
             drawn.stopped | stop,
             step + 1,
+            put(drawn.routing, level.routing.choices[:, :, 0].swapaxes(0, 1)) if routing else None,
         )
         done = done | stop | (rows.position + drawn.count >= rows.limit)
         return staging, token, done, drawn

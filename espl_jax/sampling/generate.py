@@ -43,6 +43,8 @@ class Samples(NamedTuple):
       cutoffs: float32 [..., T], untruncated logprob below which tokens were cut; -inf where nothing was cut.
       drawn: bool [..., T], True for tokens that the model sampled, False for those that `respond` appended.
       row_steps: total decode steps times rows per step, idle rows included; a single number.
+      routing: int16 [..., T, L, A], experts that the routers chose when each token was drawn, for the token
+        before it; -1 for tokens that were not drawn. None if not recorded (`Sampling.routing`).
     """
 
     tokens: np.ndarray
@@ -53,6 +55,7 @@ class Samples(NamedTuple):
     cutoffs: np.ndarray
     drawn: np.ndarray
     row_steps: int
+    routing: np.ndarray | None = None
 
 
 def generate(
@@ -119,7 +122,7 @@ def generate(
         draw.row_keys(key, m, b, n),
         sampling,
     )
-    return Samples._make((*(x[0] for x in samples[:-1]), samples.row_steps)) if flat else samples
+    return Samples(*(x[0] for x in samples[:7]), samples.row_steps) if flat else samples
 
 
 def _common_start(prompts: Sequence[Sequence[int]]) -> int:
@@ -226,8 +229,12 @@ def sample_tree(
     truncated = _run(scheduler, limits.shape, sampling.max_first_turn, find_end, respond, finished)
     arrays = scheduler.tokens, scheduler.position, scheduler.logprobs, scheduler.untruncated_logprobs
     arrays = *arrays, truncated, scheduler.cutoffs, scheduler.drawn
-    shaped = (x.reshape(*limits.shape, *x.shape[1:]) for x in arrays)
-    return Samples._make((*shaped, scheduler.row_steps))
+
+    def shaped(x: np.ndarray) -> np.ndarray:
+        return x.reshape(*limits.shape, *x.shape[1:])
+
+    routing = None if scheduler.routing is None else shaped(scheduler.routing)
+    return Samples(*map(shaped, arrays), scheduler.row_steps, routing)
 
 
 def _run(

@@ -38,6 +38,7 @@ class Scheduler:
       tokens: int32 [rows, T], tokens after the prompt, as in `Samples`.
       logprobs, untruncated_logprobs, cutoffs: float32 [rows, T], as in `Samples`.
       drawn: bool [rows, T], as in `Samples`.
+      routing: int16 [rows, T, L, A], as in `Samples`, or None.
       row_steps: total decode steps times rows per step, idle rows included.
     """
 
@@ -90,6 +91,9 @@ class Scheduler:
         self.logprobs, self.untruncated_logprobs = np.zeros((2, count, max_new_tokens), np.float32)
         self.cutoffs = np.full((count, max_new_tokens), -np.inf, np.float32)
         self.drawn = np.zeros((count, max_new_tokens), bool)
+        self.routing = None
+        if sampling.routing and decoder.experts:
+            self.routing = np.full((count, max_new_tokens, *decoder.routing_shape), -1, np.int16)
         self.row_steps = 0
 
         self.system = decode.prefill(params, decoder, *pad_right(system_tokens), mesh=mesh)
@@ -181,6 +185,7 @@ class Scheduler:
             greedy=self.temperature == 0,
             truncation=self.truncation,
             aligned=self._aligned(numbers, live),
+            routing=self.routing is not None,
             mesh=self.mesh,
         )
         in_slots = self.table.row[self.table.row >= 0]
@@ -196,6 +201,8 @@ class Scheduler:
             self.untruncated_logprobs[row, where] = drawn.untruncated_logprobs[i, :count]
             if self.truncation:
                 self.cutoffs[row, where] = drawn.cutoffs[i, :count]
+            if self.routing is not None:
+                self.routing[row, where] = drawn.routing[i, :count]
             self.drawn[row, where] = True
             self._move(row, count)
             ran.append((row, count, bool(drawn.stopped[i])))
@@ -212,8 +219,10 @@ class Scheduler:
             (self.untruncated_logprobs, 0.0),
             (self.cutoffs, -np.inf),
             (self.drawn, False),
+            (self.routing, -1),
         ):
-            array[row, where] = nothing
+            if array is not None:
+                array[row, where] = nothing
         self._move(row, -count)
 
     def append(self, answers: Mapping[int, Sequence[int]]) -> None:

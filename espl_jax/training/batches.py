@@ -81,6 +81,7 @@ def abstract_batch(
     problem_tokens: int,
     new_tokens: int,
     cutoffs: bool,
+    routing: tuple[int, int] | None = None,
     shards: int = 1,
     microbatch_rows: int = 0,
 ) -> TrainBatch:
@@ -93,6 +94,7 @@ def abstract_batch(
       system_tokens, problem_tokens, new_tokens: most tokens of a node of each level; 0 if the tree has no
         such level.
       cutoffs: whether sampling is truncated.
+      routing: (L, A) if the sampler's choices of experts are recorded (`DecoderConfig.routing_shape`).
       shards, microbatch_rows: as in `train_batches`.
     """
     rows = rows_of_a_shard(groups, groups, group_size, shards, microbatch_rows)
@@ -121,6 +123,7 @@ def abstract_batch(
         advantages=numbers(shards, rows),
         num_rollouts=numbers(),
         num_tokens=numbers(),
+        routing=jax.ShapeDtypeStruct((shards, rows, width, *routing), np.int16) if routing else None,
     )
 
 
@@ -181,8 +184,8 @@ def _batch(
     width = bucket(int(lengths.max()), smallest=16)
 
     def columns(x: np.ndarray) -> np.ndarray:
-        x = x[..., :width][place]
-        return np.pad(x, [(0, 0)] * 2 + [(0, width - x.shape[-1])])
+        x = x[:, :, :, :width][place]
+        return np.pad(x, [(0, 0)] * 2 + [(0, width - x.shape[2])] + [(0, 0)] * (x.ndim - 3))
 
     prompts = [rollouts.problem_tokens[m][b] for m, b in useful]
     longest = max(len(tokens) for lane in rollouts.problem_tokens for tokens in lane)
@@ -208,4 +211,5 @@ def _batch(
         advantages=np.where(real, advantages[place], 0).astype(np.float32),
         num_rollouts=np.float32(len(share) * group_size),
         num_tokens=np.float32(rollouts.drawn[tuple(share.T)].sum()),
+        routing=None if rollouts.routing is None else columns(rollouts.routing),
     )

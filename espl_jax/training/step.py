@@ -22,7 +22,8 @@ from espl_jax.rl.kl import kl_estimate
 from espl_jax.rl.logprobs import target_logprobs, token_kl
 from espl_jax.rl.losses import denominator, policy_gradient_loss
 from espl_jax.rl.objective import Objective
-from espl_jax.rl.tree import Arrays, Places, hidden_states, microbatches, shared_levels, sum_over_microbatches
+from espl_jax.rl.routing import LOAD, load_metrics, routing_sums
+from espl_jax.rl.tree import Arrays, Places, microbatches, rollout_level, shared_levels, sum_over_microbatches
 from espl_jax.training.state import TrainState, whole_params
 from espl_jax.types import TrainBatch
 
@@ -62,7 +63,8 @@ def gradients(
     Returns:
       (gradients, metrics): gradients with the structure of `trainable`; the metric `loss`, and means over
       tokens of `entropy`, the metrics of `policy_gradient_loss`, `cut_disagreements` (with cut-offs: the
-      fraction of tokens that the trainer would have cut) and `kl` (if `kl_coef` is not 0).
+      fraction of tokens that the trainer would have cut), `kl` (if `kl_coef` is not 0) and, with experts, the
+      metrics of `rl.routing`.
 
     Raises:
       ValueError: if `microbatch_rows` does not divide the rows of a shard, or a sample-based `kl_estimator`
@@ -108,6 +110,8 @@ def gradients(
     (through_shared,) = pull_back(cotangents)
     tokens = jnp.maximum(metrics.pop("tokens"), 1.0)
     metrics = {name: x if name == "loss" else x / tokens for name, x in metrics.items()}
+    if decoder.experts:
+        metrics |= load_metrics(metrics.pop(LOAD), decoder.experts.active)
     return jax.tree.map(jnp.add, grads, through_shared), metrics
 
 
@@ -135,7 +139,8 @@ def _microbatch_loss(
     loss, temperature = objective.loss, objective.temperature
     divisor = denominator(loss, batch.num_rollouts, batch.num_tokens)
     params, mask, cutoffs = whole_params(trainable, frozen), micro["mask"], micro.get("cutoffs")
-    hidden = hidden_states(params, arrays, places, batch, micro, decoder)
+    level = rollout_level(params, arrays, places, batch, micro, decoder, objective.replay_routing)
+    hidden = level.hidden
     stats = target_logprobs(params, decoder, hidden, micro["targets"], temperature, cutoffs)
     old = micro.get("old_logprobs")
     if old is None and loss.needs_old_logprobs:
@@ -152,11 +157,14 @@ def _microbatch_loss(
         sampler_weight_cap=loss.sampler_weight_cap,
     )
     metrics["entropy"] = jnp.where(mask, stats.entropy, 0.0).sum()
+    if decoder.experts:
+        assert level.routing is not None
+        metrics |= routing_sums(level.routing, decoder.experts.count, mask, micro.get("routing"))
     if cutoffs is not None:
         metrics["cut_disagreements"] = (stats.cut & mask).sum().astype(jnp.float32)
     if objective.kl_coef:
         assert reference is not None and reference_arrays is not None
-        other = hidden_states(reference, reference_arrays, places, batch, micro, decoder)
+        other = rollout_level(reference, reference_arrays, places, batch, micro, decoder).hidden
         other = jax.lax.stop_gradient(other)
         if objective.kl_estimator == "exact":
             kl = token_kl(params, hidden, reference, other, decoder, temperature)
@@ -170,7 +178,7 @@ def _microbatch_loss(
     return total / divisor, jax.lax.stop_gradient(metrics | {"loss": total / divisor})
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "microbatch_rows"))
+@functools.partial(jax.jit, static_argnames=("decoder", "replay_routing", "microbatch_rows"))
 def batch_logprobs(
     trainable: Params,
     frozen: Params | None,
@@ -178,6 +186,7 @@ def batch_logprobs(
     decoder: DecoderConfig,
     *,
     temperature: float = 1.0,
+    replay_routing: bool = False,
     microbatch_rows: int = 0,
 ) -> jax.Array:
     """Returns the logprobs of a batch's targets before its first update, for `TrainBatch.old_logprobs`.
@@ -185,6 +194,7 @@ def batch_logprobs(
     Args:
       trainable, frozen, batch, decoder, microbatch_rows: as for `gradients`.
       temperature: divides the logits.
+      replay_routing: as in `Objective`.
 
     Returns:
       float32 [D, R, T], under the sampling distribution (after truncation); 0 in microbatches with an empty
@@ -196,7 +206,7 @@ def batch_logprobs(
     arrays, places = shared_levels(params, batch, decoder)
 
     def score(micro: dict[str, jax.Array]) -> jax.Array:
-        hidden = hidden_states(params, arrays, places, batch, micro, decoder)
+        hidden = rollout_level(params, arrays, places, batch, micro, decoder, replay_routing).hidden
         targets, cutoffs = micro["targets"], micro.get("cutoffs")
         return target_logprobs(params, decoder, hidden, targets, temperature, cutoffs).logprobs
 

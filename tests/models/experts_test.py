@@ -32,7 +32,8 @@ def test_routing_by_hand(normalize):
     chosen = np.array([[5 / 8, 2 / 8], [10 / 17, 5 / 17]])
     wanted = chosen / chosen.sum(1, keepdims=True) if normalize else chosen
     np.testing.assert_allclose(routing.weights, wanted, rtol=1e-6)
-    np.testing.assert_allclose(routing.probabilities[0], [1 / 8, 2 / 8, 5 / 8], rtol=1e-6)
+    entropy = -sum(p * np.log(p) for p in (1 / 8, 2 / 8, 5 / 8))
+    np.testing.assert_allclose(routing.entropy[0], entropy, rtol=1e-6)
 
 
 @pytest.mark.parametrize("sizes", [(3, 0, 4), (0, 0, 0), (0, 9, 0), (2, 3, 4)])
@@ -158,6 +159,21 @@ def test_no_choice_is_dropped_if_all_go_to_one_device():
     spread = sharding.place(params, abstract(CONFIG), mesh)
     ours = tiny.logits(spread, CONFIG, sharding.place_rows(TOKENS, mesh))
     np.testing.assert_allclose(ours, wanted, atol=1e-5)
+
+
+def test_replayed_choices_on_eight_devices():
+    """Experts that the routers did not choose, for half of the tokens."""
+    replay = np.random.default_rng(1).permuted(np.tile(np.arange(8), (2, 16, 6, 1)), axis=-1)[..., :2]
+    replay[:, ::2] = -1
+    mesh = sharding.make_mesh({"expert": 2, "fsdp": 2, "tensor": 2})
+    spread = sharding.place(tiny.params(CONFIG), abstract(CONFIG), mesh)
+    wanted = tiny.forward(tiny.params(CONFIG), CONFIG, TOKENS, replay=replay)
+    ours = tiny.forward(spread, CONFIG, sharding.place_rows(TOKENS, mesh), replay=replay)
+    np.testing.assert_allclose(ours.hidden, wanted.hidden, atol=1e-5)
+    np.testing.assert_array_equal(ours.routing.choices, wanted.routing.choices)
+    used = np.where(replay < 0, wanted.routing.choices, replay)
+    np.testing.assert_array_equal(ours.routing.used, used)
+    assert (used[:, 1::2] != wanted.routing.choices[:, 1::2]).any()
 
 
 @pytest.mark.slow

@@ -77,7 +77,7 @@ class TestTree:
         expected, caches = tiny.jitted_forward_tree(params, tiny.CONFIG, tokens, lengths)
         ancestors = []
         for i in range(3):
-            hidden, cache = tiny.forward(
+            hidden, cache, _ = tiny.forward(
                 params, tiny.CONFIG, tokens[i], lengths[i], ancestors=tuple(ancestors)
             )
             np.testing.assert_allclose(hidden, expected[i], atol=1e-5)
@@ -122,19 +122,19 @@ class TestTree:
             return cache.replace(owner=jnp.asarray(owner, jnp.int32), parts=parts)
 
         system = caches[0]
-        hidden, problem = tiny.forward(
+        hidden, problem, _ = tiny.forward(
             params, tiny.CONFIG, tokens[1][problems], lengths[1][problems], (above(system, problems // 3),)
         )
         np.testing.assert_allclose(hidden, expected[1][problems], atol=1e-5)
         ancestors = above(system, rollouts // 6), above(problem, owner, parts)
-        hidden, cache = tiny.forward(
+        hidden, cache, _ = tiny.forward(
             params, tiny.CONFIG, tokens[2][rollouts], lengths[2][rollouts], ancestors
         )
         np.testing.assert_allclose(hidden, expected[2][rollouts], atol=1e-5)
         np.testing.assert_array_equal(cache.start, caches[2].start[rollouts])
 
     def test_ancestors_that_cannot_be_shared_are_refused(self, params):
-        _, cache = tiny.forward(params, tiny.CONFIG, jnp.zeros((2, 3), jnp.int32))
+        _, cache, _ = tiny.forward(params, tiny.CONFIG, jnp.zeros((2, 3), jnp.int32))
         with pytest.raises(ValueError, match="3 nodes cannot share 2 ancestors evenly"):
             transformer.forward(params, tiny.CONFIG, jnp.zeros((3, 1), jnp.int32), ancestors=[cache])
 
@@ -167,9 +167,9 @@ def test_rounded_inputs_change_gradients_alone_and_little(scan):
         config = tiny.CONFIG.replace(remat=remat, dtype=dtype, scan_layers=scan)
 
         def loss(params):
-            hidden, cache = transformer.forward(params, config, tokens)
+            hidden, cache, _ = transformer.forward(params, config, tokens)
             # The level below, whose gradient comes through the cache.
-            below, _ = transformer.forward(params, config, tokens[:, :3], ancestors=[cache])
+            below, _, _ = transformer.forward(params, config, tokens[:, :3], ancestors=[cache])
             return jnp.square(hidden).sum() + jnp.sin(below).sum()
 
         stored = sum(x.nbytes for x in jax.tree.leaves(jax.vjp(loss, params)[1]))
@@ -195,14 +195,14 @@ class TestCachedDecoding:
         rng = np.random.default_rng(0)
         lengths, new = np.array([3, 5], np.int32), 6
         tokens = rng.integers(0, config.vocab_size, (2, 5 + new)).astype(np.int32)
-        _, prefix = tiny.forward(params, config, tokens[:, :5], lengths)
+        _, prefix, _ = tiny.forward(params, config, tokens[:, :5], lengths)
         drawn = rng.integers(0, config.vocab_size, (2, new)).astype(np.int32)
         shape = (config.num_layers, config.num_kv_heads, 2, new, config.head_dim)
         key, value = np.zeros(shape, np.float32).swapaxes(3, 4), np.zeros(shape, np.float32)
         steps = []
         for t in range(new):
             written = KVCache(key, value, prefix.end, np.full(2, t, np.int32))
-            hidden, fresh = tiny.forward(params, config, drawn[:, t : t + 1], ancestors=(prefix, written))
+            hidden, fresh, _ = tiny.forward(params, config, drawn[:, t : t + 1], ancestors=(prefix, written))
             steps.append(tiny.unembed(params, config, hidden[:, 0]))
             key[..., t], value[:, :, :, t] = fresh.key[..., 0], fresh.value[:, :, :, 0]
             np.testing.assert_array_equal(fresh.start, lengths + t)
@@ -235,7 +235,7 @@ class TestLogits:
         with pytest.raises(ValueError, match=f"tokens: token id {token} is outside"):
             transformer.forward(params, tiny.CONFIG, tokens, jnp.array([1, 2]))
         lengths = np.array([2, 1])
-        hidden, _ = jax.eval_shape(lambda: transformer.forward(params, tiny.CONFIG, tokens, lengths))
+        hidden, *_ = jax.eval_shape(lambda: transformer.forward(params, tiny.CONFIG, tokens, lengths))
         assert hidden.shape == (2, 2, 16)
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -243,7 +243,7 @@ class TestLogits:
     def test_numerics(self, params, dtype, precision):
         config = tiny.CONFIG.replace(dtype=dtype, matmul_precision=precision)
         tokens = np.random.default_rng(0).integers(0, 61, (2, 12)).astype(np.int32)
-        hidden, cache = tiny.forward(params, config, tokens)
+        hidden, cache, _ = tiny.forward(params, config, tokens)
         assert cache.key.dtype == cache.value.dtype == hidden.dtype == dtype
         logits = tiny.logits(params, config, tokens)
         assert logits.dtype == jnp.float32

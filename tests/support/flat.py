@@ -43,7 +43,8 @@ def gradients(trainable, frozen, reference, batch, decoder, **settings):
 
 
 compiled_gradients = jax.jit(
-    gradients, static_argnames=("decoder", "loss", "kl_coef", "kl_estimator", "microbatch_rows")
+    gradients,
+    static_argnames=("decoder", "loss", "kl_coef", "kl_estimator", "replay_routing", "microbatch_rows"),
 )
 
 

@@ -35,7 +35,7 @@ def forward_tree(params, decoder, levels, lengths):
     """All levels of a tree, each over those above: (hidden states of each, their caches)."""
     hidden, caches = [], []
     for tokens, length in zip(levels, lengths, strict=True):
-        out, cache = transformer.forward(params, decoder, tokens, length, tuple(caches))
+        out, cache, _ = transformer.forward(params, decoder, tokens, length, tuple(caches))
         hidden.append(out)
         caches.append(cache)
     return hidden, caches
