@@ -110,7 +110,7 @@ def decode_case(
     def lower() -> Any:
         return decode.decode_chunk.lower(
             shapes.params(),
-            shapes.config,
+            shapes.sampling(),
             shapes.shared_level(lanes, shared or 64),  # a nearly empty level
             shapes.keys_and_values(rows, max(FLAGS.capacity, own + steps), False),
             shapes.rows(rows),
@@ -134,7 +134,7 @@ def prefill_case(shapes: Shapes, nodes: int, tokens: int) -> Case:
 
     def lower() -> Any:
         arguments = shapes.array((nodes, tokens), jnp.int32), shapes.array((nodes,), jnp.int32)
-        return decode.prefill.lower(shapes.params(), shapes.config, *arguments, mesh=shapes.mesh)
+        return decode.prefill.lower(shapes.params(), shapes.sampling(), *arguments, mesh=shapes.mesh)
 
     cache = shapes.keys_and_values(nodes, tokens, True)
     floor = shapes.weight_bytes(with_head=False) + bytes_per_device(cache)

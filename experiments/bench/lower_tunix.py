@@ -10,6 +10,7 @@ entry.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -40,7 +41,9 @@ class Tokenizer:
 request = json.load(sys.stdin)
 described, rows, filled = request["config"], request["rows"], request["filled"]
 devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name=request["topology"]).devices)
-mesh = Mesh(devices.reshape(1, -1), ("fsdp", "tp"))
+# As many tensor-parallel devices as there are key/value heads; the others split rows and weights.
+tensor = math.gcd(devices.size, described["num_key_value_heads"])
+mesh = Mesh(devices.reshape(-1, tensor), ("fsdp", "tp"))
 
 
 def at(*spec: str | None) -> NamedSharding:
@@ -69,6 +72,8 @@ config = qwen3.ModelConfig(
     shd_config=qwen3.ShardingConfig.get_default_sharding(is_sampling=True),
     dtype=jnp.bfloat16,
     param_dtype=jnp.bfloat16,
+    num_experts=described.get("num_experts"),
+    num_experts_per_tok=described.get("num_experts_per_tok"),
 )
 model = nnx.eval_shape(lambda: qwen3.Qwen3(config, rngs=nnx.Rngs(0)))
 state = nnx.variables(model)

@@ -52,6 +52,15 @@ MODELS = {
     "qwen3-8b": qwen3(36, 4096, 12288, 32, False),
     "qwen3-14b": qwen3(40, 5120, 17408, 40, False),
     "qwen3-32b": qwen3(64, 5120, 25600, 64, False),
+    "qwen3-30b-a3b": qwen3(48, 2048, 6144, 32, False)
+    | {
+        "model_type": "qwen3_moe",
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+    },
     "llama-3.1-8b": {
         "model_type": "llama",
         "vocab_size": 128256,
@@ -82,6 +91,10 @@ class Shapes:
 
     config: DecoderConfig
     mesh: Mesh
+
+    def sampling(self) -> DecoderConfig:
+        """Returns the configuration of the sampling phase."""
+        return self.config.replace(phase="sampling")
 
     def array(self, shape: tuple[int, ...], dtype: Any, axes: tuple[str | None, ...] = ()) -> Any:
         """Returns an array, sharded by the given logical axes and otherwise replicated."""
