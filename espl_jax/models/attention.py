@@ -179,6 +179,7 @@ def attend(
     decoder: DecoderConfig,
     start: jax.Array,
     window: jax.Array | int = 0,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Attends to the ancestors and, causally, to the level itself, with a single softmax over both.
 
@@ -190,6 +191,8 @@ def attend(
       start: int32 [R], position of the level's first tokens.
       window: number of tokens that a query attends to, itself included; a Python 0 for no window. A traced
         value must be positive.
+      sinks: [N], a logit of each query head that joins its softmax and has no value: it only takes a share
+        of the attention. Differentiable.
 
     Returns:
       [R, T, N, H]. Right padding needs no mask, because the causal mask hides it from every real token.
@@ -202,6 +205,8 @@ def attend(
     query = query.reshape(rows, steps, kv, groups, head).transpose(2, 0, 1, 3, 4)  # [K, R, T, G, H]
     own = key.transpose(2, 0, 3, 1), value.transpose(2, 0, 1, 3)  # [K, R, H, T], [K, R, T, H]
     held = [*((s.key, s.value) for s in ancestors), own]
+    # Cast to float32 outside the loop over blocks below, as `held`.
+    sinks = None if sinks is None else sinks.astype(jnp.float32).reshape(kv, groups)
 
     def block(queries: jax.Array, first: jax.Array | int, held: list[tuple[jax.Array, jax.Array]]):
         """Attends from queries [K, R, t, G, H], starting at column `first`, to all keys and values."""
@@ -212,9 +217,9 @@ def attend(
         masks = [(_visible(s, start, columns, groups, window), s.owner is not None) for s in ancestors]
         masks.append((jnp.repeat(seen, groups, axis=0)[None], False))  # [1, t*G, T]
         masked = [(*arrays, *mask) for arrays, mask in zip(held, masks, strict=True)]
-        return _attend_all(queries.reshape(kv, rows, size * groups, head), masked, decoder).reshape(
-            queries.shape
-        )
+        logits = None if sinks is None else jnp.tile(sinks, size)[:, None, :, None]  # [K, 1, t*G, 1]
+        flat = queries.reshape(kv, rows, size * groups, head)
+        return _attend_all(flat, masked, decoder, logits).reshape(queries.shape)
 
     if steps <= QUERY_BLOCK:
         out = block(query, 0, held)
@@ -256,8 +261,13 @@ def _visible(
     return mask & jnp.repeat(_within(back, window), groups, axis=1)
 
 
-def _attend_all(query: jax.Array, sources: list[tuple[Any, ...]], decoder: DecoderConfig) -> jax.Array:
-    """Computes one softmax over several sources without concatenating them. [K, R, Q, H] -> [K, R, Q, H]."""
+def _attend_all(
+    query: jax.Array, sources: list[tuple[Any, ...]], decoder: DecoderConfig, sinks: jax.Array | None
+) -> jax.Array:
+    """Computes one softmax over several sources without concatenating them. [K, R, Q, H] -> [K, R, Q, H].
+
+    `sinks`, float32 [K, 1, Q, 1], are logits that join it.
+    """
     kv, rows, count, head = query.shape
     precision = jax.lax.Precision.HIGHEST if decoder.matmul_precision == "highest" else None
     query = query * (decoder.query_scale or head**-0.5)
@@ -272,7 +282,7 @@ def _attend_all(query: jax.Array, sources: list[tuple[Any, ...]], decoder: Decod
         """Inverts `per_node`; if owned, joins over nodes, where nodes other than the row's add nothing."""
         return (join(x, axis=1) if owned else x).reshape(kv, rows, count, x.shape[-1])
 
-    scores, tops = [], []
+    scores, tops = [], [] if sinks is None else [sinks]
     for key, _, mask, owned in sources:
         nodes = key.shape[1]
         view = per_node(query, nodes, owned)
@@ -285,7 +295,7 @@ def _attend_all(query: jax.Array, sources: list[tuple[Any, ...]], decoder: Decod
 
     # The maximum only keeps exp in range; the result does not depend on it, so it needs no gradient.
     largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, tops))
-    total, out = 0.0, 0.0
+    total, out = 0.0 if sinks is None else jnp.exp(sinks - largest), 0.0
     for score, (_, value, _, owned) in zip(scores, sources, strict=True):
         weight = jnp.exp(score - per_node(largest, value.shape[1], owned))
         total += per_row(weight.sum(axis=-1, keepdims=True), owned, jnp.sum)

@@ -9,7 +9,7 @@ import numpy as np
 
 from espl_jax.choices import MATMUL_PRECISIONS, REMATS, SAMPLING_LAYOUTS
 
-ACTIVATIONS = ("silu", "gelu_tanh")
+ACTIVATIONS = ("silu", "gelu_tanh", "clamped_swiglu")
 PHASES = ("training", "sampling")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 
@@ -88,13 +88,16 @@ class Experts:
       count: E, number of experts of a layer.
       active: number of experts that process a token.
       mlp_dim: F, width of each expert's feed-forward layer.
-      normalize: whether the weights of a token's experts are divided by their sum (`norm_topk_prob`).
+      normalize: whether the weights of a token's experts are divided by their sum (`norm_topk_prob`). The
+        result is the softmax over the scores of these experts alone.
+      bias: whether the router and the linear layers of experts have biases.
     """
 
     count: int
     active: int
     mlp_dim: int
     normalize: bool = True
+    bias: bool = False
 
     def __post_init__(self):
         if not 1 <= self.active <= self.count:
@@ -132,7 +135,8 @@ class DecoderConfig:
       qkv_bias, out_bias, mlp_bias: whether these linear layers have biases (Qwen2: `qkv_bias`).
       query_scale: scale of the attention scores; 0 for H ** -0.5.
       embed_scale: scale of the embeddings (Gemma: D ** 0.5).
-      activation: of the MLP's gate, `silu` or `gelu_tanh`.
+      activation: of the MLP's gate, `silu` or `gelu_tanh`; or `clamped_swiglu`, which also changes the other
+        factor (`layers.clamped_swiglu`).
       tied_head: whether the output head shares the embedding's weight.
       max_positions: longest sequence that the model supports, in tokens.
       family: selects the tensor names and layout of checkpoints, for reading and writing.
@@ -155,6 +159,9 @@ class DecoderConfig:
         in host memory.
       phase: which rules of `espl_jax.parallel.sharding` apply to activations: `training` or `sampling`.
       lora_scale: alpha / rank, the scale of every adapter.
+      attention_sinks: whether every query head has a learned logit that joins each of its softmaxes, without
+        a value (gpt-oss, OpenAI 2025, arXiv 2508.10925; sinks: Xiao et al. 2023, arXiv 2309.17453).
+      swiglu_limit, swiglu_alpha: limit of the factors, and scale inside the sigmoid (`clamped_swiglu`).
     """
 
     vocab_size: int
@@ -189,6 +196,9 @@ class DecoderConfig:
     phase: str = "training"
     lora_scale: float = 1.0
     experts: Experts | None = None
+    attention_sinks: bool = False
+    swiglu_limit: float = 7.0
+    swiglu_alpha: float = 1.702
 
     def __post_init__(self):
         for field in ("dtype", "param_dtype"):
@@ -204,7 +214,9 @@ class DecoderConfig:
                 "layer without a window), or an empty tuple"
             )
         if self.experts and self.mlp_bias:
-            raise ValueError("mlp_bias=True is not supported with experts; set it to False")
+            raise ValueError("mlp_bias=True is not supported with experts; set the bias of Experts instead")
+        if not self.swiglu_limit > 0:
+            raise ValueError(f"swiglu_limit={self.swiglu_limit}: give a number above 0")
         choices = {
             "matmul_precision": MATMUL_PRECISIONS,
             "activation": ACTIVATIONS,

@@ -10,8 +10,8 @@ gathered tokens, and only the real ones are multiplied. With `tensor` (and in sa
 expert is split along F, as dense layers are.
 
 Where other mechanisms would go: `route` (scores other than softmax, limits to groups, biases that only
-correct the choice), `layers.gated` (another activation), `_linear` (biases of experts), `mixture` (an expert
-shared by all tokens). `Routing` has what metrics of load and entropy need.
+correct the choice), `mixture` (an expert shared by all tokens). `Routing` has what metrics of load and
+entropy need.
 
 Shape letters: T tokens, D model width, E experts, A active experts of a token, F width of an expert.
 """
@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from espl_jax.models import grouped, layers
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.params import Params
+from espl_jax.models.params import ADAPTER, Params
 from espl_jax.parallel import sharding
 
 EXPERTS = ("gate", "up", "down")
@@ -56,14 +56,15 @@ def route(
     """Chooses each token's experts: those with the highest probability.
 
     Probabilities are the softmax of the router's scores over all experts, in float32, as in Qwen3 (Qwen 2025,
-    arXiv 2505.09388). Differentiable in the weights, not in the choice.
+    arXiv 2505.09388). With `normalize` the weights are the softmax over the chosen experts' scores alone, as
+    in gpt-oss (OpenAI 2025, arXiv 2508.10925). Differentiable in the weights, not in the choice.
 
     Args:
       x: [T, D].
       router: with weight [D, E].
       decoder: the model's configuration.
-      replay: int [T, A], experts to use instead of the preferred ones (routing replay, Zheng et al. 2025,
-        arXiv 2507.18071); a negative number keeps the preferred one.
+      replay: int [T, A], experts to use instead of the preferred ones (routing replay, Ma et al. 2025, arXiv
+        2510.11370); a negative number keeps the preferred one.
     """
     assert decoder.experts is not None
     scores = layers.einsum("td,de->te", x, router, decoder, "float32").astype(jnp.float32)
@@ -102,7 +103,7 @@ def mixture(
     mesh = sharding.mesh_of(x)
     if mesh is None:
         routing = route(x, weights["router"], decoder, replay)
-        return _of_experts(x, routing.used, routing.weights, experts, decoder, 0), routing
+        return _of_experts(x, routing.used, routing.weights, experts, decoder, 0, True), routing
 
     def axes(names: tuple[str | None, ...], shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
         return sharding.axes_of(mesh, names, shape, decoder.phase)
@@ -126,7 +127,9 @@ def mixture(
             x, choices, shares = (
                 jax.lax.all_gather(each, gathered, tiled=True) for each in (x, choices, shares)
             )
-        out = _of_experts(x, choices, shares, experts, decoder, first)
+        # The devices that share an expert's width sum their parts of its output: one of them adds the bias.
+        adds_bias = not by_width or jax.lax.axis_index(by_width) == 0
+        out = _of_experts(x, choices, shares, experts, decoder, first, adds_bias)
         if summed:
             out = jax.lax.psum(out, summed)
         if scattered:
@@ -152,8 +155,8 @@ def _specs(experts: Params, declared: Params, axes: Any) -> Params:
     """Returns the partition specs of the experts' weights and adapters, gathered along `fsdp` in training."""
 
     def spec(name: str, leaf: str, x: Any) -> Any:
-        weight = declared[name]["weight"]
-        weight = weight if leaf == "weight" else weight.adapter(1)[leaf]
+        of_linear = declared[name]
+        weight = of_linear["weight"].adapter(1)[leaf] if leaf in ADAPTER else of_linear[leaf]
         names = tuple(None if axis in ("layers", "embed") else axis for axis in weight.axes)
         sharded: list[Any] = [each or None for each in axes(names, weight.shape)]
         whole: Any = P(*sharded)
@@ -172,10 +175,12 @@ def _of_experts(
     experts: Params,
     decoder: DecoderConfig,
     first: jax.Array | int,
+    adds_bias: jax.Array | bool,
 ) -> jax.Array:
     """Sums the outputs of the experts on this device, which are those from number `first` on.
 
-    [T, D] -> [T, D], in the dtype of a matmul's result.
+    `adds_bias` says whether this device adds the biases of `down`. [T, D] -> [T, D], in the dtype of a
+    matmul's result.
     """
     count, (tokens, active) = _count(experts), choices.shape
     number = choices.reshape(-1) - first
@@ -184,20 +189,32 @@ def _of_experts(
     inverse = jnp.argsort(order)
     sizes = jnp.sum(number[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
 
-    linear = functools.partial(_linear, sizes=sizes, decoder=decoder)
+    linear = functools.partial(_linear, sizes=sizes, number=number[order], decoder=decoder)
     rows: Any = _by_expert(active, x, order, inverse)
     hidden = layers.gated(linear(rows, experts["gate"]), linear(rows, experts["up"]), decoder)
-    out = linear(hidden, experts["down"])
+    out = linear(hidden, experts["down"], adds_bias=adds_bias)
     each = _by_token(out, order, inverse).reshape(tokens, active, -1)
     return jnp.einsum("tad,ta->td", each.astype(jnp.float32), weights).astype(out.dtype)
 
 
-def _linear(x: jax.Array, linear: Any, sizes: jax.Array, decoder: DecoderConfig) -> jax.Array:
-    """Applies each expert's linear layer, with its adapter, to its rows. [R, inputs] -> [R, outputs]."""
+def _linear(
+    x: jax.Array,
+    linear: Any,
+    sizes: jax.Array,
+    number: jax.Array,
+    decoder: DecoderConfig,
+    adds_bias: jax.Array | bool = True,
+) -> jax.Array:
+    """Applies each expert's linear layer, with its adapter and its bias, to its rows.
+
+    `number`, int32 [R], is the expert of each row. [R, inputs] -> [R, outputs].
+    """
     out = grouped.product(x, linear["weight"], sizes, decoder)
     if "lora_a" in linear:
         low = grouped.product(x, linear["lora_a"], sizes, decoder)
         out = out + decoder.lora_scale * grouped.product(low, linear["lora_b"], sizes, decoder)
+    if "bias" in linear:
+        out = grouped.add_bias(out, linear["bias"], jnp.where(adds_bias, number, len(sizes)))
     return out
 
 

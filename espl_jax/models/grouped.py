@@ -35,10 +35,10 @@ can visit, which the shapes of a stack do not show."""
 
 
 class InStack(NamedTuple):
-    """The matrices of one layer, read in place from those of all layers.
+    """The matrices of one layer, or its biases, read in place from those of all layers.
 
     Attributes:
-      weights: [L, E, I, O].
+      weights: [L, E, I, O], or [L, E, O].
       layer: int32 [], index into `weights`.
     """
 
@@ -88,6 +88,49 @@ def product(x: jax.Array, weight: jax.Array | InStack, sizes: jax.Array, decoder
             return _forward(how, x, jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False), sizes)
         every = jnp.zeros(stack.shape[:2], jnp.int32).at[layer].set(sizes).reshape(-1)
         return _forward(how, x, stack.reshape(-1, *stack.shape[2:]), every)
+
+
+def add_bias(x: jax.Array, bias: jax.Array | InStack, group: jax.Array) -> jax.Array:
+    """Adds to each row the bias of its group, in float32.
+
+    Differentiable in `x`, and in `bias` unless it is `InStack`.
+
+    Args:
+      x: [R, O].
+      bias: [E, O], or one layer of a stack of them.
+      group: int32 [R]; rows of group E are in no group and stay as they are.
+
+    Returns:
+      [R, O], in the dtype of `x`.
+    """
+    if isinstance(bias, InStack):
+        return _added(x, bias.weights.at[bias.layer, group].get(mode="fill", fill_value=0))
+    return _add_bias(len(bias), x, bias, group)
+
+
+def _added(x: jax.Array, rows: jax.Array) -> jax.Array:
+    return (x.astype(jnp.float32) + rows.astype(jnp.float32)).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _add_bias(count: int, x: jax.Array, bias: jax.Array, group: jax.Array) -> jax.Array:
+    return _added(x, bias.at[group].get(mode="fill", fill_value=0))
+
+
+def _add_bias_forward(count: int, x: jax.Array, bias: jax.Array, group: jax.Array):
+    return _add_bias(count, x, bias, group), (bias[:0], group)
+
+
+def _add_bias_backward(count: int, operands: tuple[jax.Array, jax.Array], g: jax.Array):
+    # A product with the one-hot groups, because TPUs scatter rows one by one. It is exact: ones and zeros
+    # do not round, and sums are float32.
+    empty, group = operands
+    chosen = (group == jnp.arange(count)[:, None]).astype(g.dtype)
+    summed = jnp.matmul(chosen, g, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    return g, summed.astype(empty.dtype), None
+
+
+_add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

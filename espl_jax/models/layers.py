@@ -43,6 +43,7 @@ class Unstacked(NamedTuple):
 
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+"""Activation of a gate -> function; `clamped_swiglu` is a function of both factors."""
 
 
 def check_ids(name: str, ids: Any, decoder: DecoderConfig, lengths: Any = None) -> None:
@@ -211,7 +212,19 @@ def gated_mlp(x: jax.Array, weights: dict[str, Any], decoder: DecoderConfig) -> 
 
 def gated(gate: jax.Array, up: jax.Array, decoder: DecoderConfig) -> jax.Array:
     """Returns the hidden layer of a gated feed-forward layer. [T, F], [T, F] -> [T, F]."""
+    if decoder.activation == "clamped_swiglu":
+        return clamped_swiglu(gate, up, decoder.swiglu_limit, decoder.swiglu_alpha)
     return _ACTIVATIONS[decoder.activation](gate) * up
+
+
+def clamped_swiglu(gate: jax.Array, up: jax.Array, limit: float, alpha: float) -> jax.Array:
+    """Returns `gate * sigmoid(alpha * gate) * (up + 1)`, with both clamped first. [T, F], [T, F] -> [T, F].
+
+    The gate is clamped from above by `limit`, `up` from both sides (gpt-oss, OpenAI 2025, arXiv 2508.10925,
+    as released).
+    """
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
 
 
 def embed(tokens: jax.Array, embedding: Linear, decoder: DecoderConfig) -> jax.Array:

@@ -25,10 +25,10 @@ class Weight:
     Attributes:
       axes: logical name of each dimension; `layers` first for the stacked weights of all layers, then
         `experts` for those of all experts.
-      inputs: the axes that a matmul contracts; empty for norm scales and biases.
+      inputs: the axes that a matmul contracts; empty for norm scales, biases and attention sinks.
       shape: size of each dimension.
       dtype: storage dtype.
-      fill: initial value of a norm scale or bias.
+      fill: initial value of a weight without inputs.
     """
 
     axes: tuple[str, ...]
@@ -101,17 +101,20 @@ def abstract(decoder: DecoderConfig) -> Params:
     }
     if decoder.qk_norm:
         attention |= {"query_norm": norm("layers head"), "key_norm": norm("layers head")}
+    if decoder.attention_sinks:
+        attention["sinks"] = {"logit": declare("layers heads")}
     if decoder.experts:
+        bias = decoder.experts.bias
         sizes |= {
             "experts": decoder.experts.count,
             "scores": decoder.experts.count,  # an output of the router, which no mesh axis splits
             "expert_mlp": decoder.experts.mlp_dim,
         }
         mlp = {
-            "router": linear("embed", "scores"),
-            "gate": linear("embed", "expert_mlp", stack="layers experts"),
-            "up": linear("embed", "expert_mlp", stack="layers experts"),
-            "down": linear("expert_mlp", "embed", stack="layers experts"),
+            "router": linear("embed", "scores", bias),
+            "gate": linear("embed", "expert_mlp", bias, "layers experts"),
+            "up": linear("embed", "expert_mlp", bias, "layers experts"),
+            "down": linear("expert_mlp", "embed", bias, "layers experts"),
         }
     else:
         mlp = {
@@ -138,7 +141,9 @@ def abstract(decoder: DecoderConfig) -> Params:
 
 
 def init(key: jax.Array, decoder: DecoderConfig) -> Params:
-    """Initializes params: norms at 1, biases at 0, others normal with standard deviation 1 / sqrt(fan in).
+    """Initializes params: norms at 1, biases and sinks at 0, others normal.
+
+    Their standard deviation is 1 / sqrt(fan in).
 
     Consumes `key`.
     """

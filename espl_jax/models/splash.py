@@ -54,14 +54,15 @@ def splash_attend(
     ancestors: Sequence[Source],
     decoder: DecoderConfig,
     window: int = 0,
+    sinks: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Attends to the ancestors and, causally, to the level itself, with a single softmax over both.
 
     Shared keys and values are copied for every row, which is cheap next to the attention of a long level. On
     a mesh (taken from the arguments' shardings), rows are sharded over the data axes and kv heads over the
-    tensor axis, where sizes are divisible. Differentiable in the queries, keys and values of the level and of
-    the ancestors.
+    tensor axis, where sizes are divisible. Differentiable in the queries, in the keys and values of the level
+    and of the ancestors, and in the sinks.
 
     Args:
       query: [R, T, N, H], rotated.
@@ -70,6 +71,7 @@ def splash_attend(
       decoder: head counts, `query_scale` and `phase`. The kernel rounds operands to `dtype`; softmax and sums
         are float32.
       window: number of tokens that a query attends to, itself included; 0 for no window.
+      sinks: [N], as for `attend`; the kernel takes them in the dtype of the queries.
       interpret: run the kernel in interpret mode on CPU, which is slow.
 
     Returns:
@@ -101,8 +103,8 @@ def splash_attend(
     query, key = _padded(query, axis=2), _padded(key, axis=3)
     value, seen = _padded(value, axis=2), _padded(seen, axis=1)
 
-    def attend(query: jax.Array, key: jax.Array, value: jax.Array, seen: jax.Array) -> jax.Array:
-        """Attends with [R, N, T, H], [R, K, H, S], [R, K, S, H] and [R, S], or one device's parts."""
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array, seen: jax.Array, *sinks: jax.Array):
+        """Attends with [R, N, T, H], [R, K, H, S], [R, K, S, H], [R, S] and [N], or one device's parts."""
         shape = query.shape[2], value.shape[2]
         mask = kernels.LocalMask(shape, (window - 1, 0), 0) if window else kernels.CausalMask(shape, before)
         kernel = kernels.make_splash_mha_single_device(
@@ -113,8 +115,10 @@ def splash_attend(
         )
         segments = kernels.SegmentIds(jnp.ones((query.shape[0], shape[0]), jnp.int32), seen)
         # The kernel takes keys as [S, H]; SEQ_MINOR in `_block_sizes` says that they are stored as [H, S].
-        return cast(jax.Array, jax.vmap(kernel)(query, key.swapaxes(2, 3), value, segments))
+        given = query, key.swapaxes(2, 3), value, segments, *sinks
+        return cast(jax.Array, jax.vmap(kernel, (0, 0, 0, 0, *(None for _ in sinks)))(*given))
 
+    logits = () if sinks is None else (sinks.astype(query.dtype),)
     mesh = sharding.mesh_of(query)
     if mesh is not None:
         # The compiler does not shard a Pallas kernel by itself.
@@ -122,11 +126,11 @@ def splash_attend(
         attend = jax.shard_map(
             attend,
             mesh=mesh,
-            in_specs=(heads, heads, heads, jax.P(heads[0])),
+            in_specs=(heads, heads, heads, jax.P(heads[0]), *(jax.P(heads[1]) for _ in logits)),
             out_specs=heads,
             check_vma=False,
         )
-    out = attend(query, key, value, seen)
+    out = attend(query, key, value, seen, *logits)
     return out[:, :, :steps].transpose(0, 2, 1, 3)
 
 

@@ -285,10 +285,11 @@ def _layer(
             arrays = cache.layer(index)
         assert arrays is not None
         sources.append(Source(*arrays, cache.filled, cache.start, cache.owner, cache.parts))
+    sinks = attention["sinks"]["logit"] if decoder.attention_sinks else None
     if isinstance(window, int) and splash.on_tpu(query) and splash.fits(shape[1], sources, decoder, window):
-        out = splash.splash_attend(query, key, value, sources, decoder, window)
+        out = splash.splash_attend(query, key, value, sources, decoder, window, sinks)
     else:
-        out = checkpoint_name(attend(query, key, value, sources, decoder, start, window), ATTENTION)
+        out = checkpoint_name(attend(query, key, value, sources, decoder, start, window, sinks), ATTENTION)
     written = key.transpose(2, 0, 3, 1), value.transpose(2, 0, 1, 3)
 
     out = by_node(out).reshape(-1, *out.shape[-2:])

@@ -91,6 +91,29 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "sliding_window_pattern": 6,
         },
     ),
+    "gpt_oss": (
+        "gpt_oss",
+        "GptOssForCausalLM",
+        {
+            "vocab_size": 201_088,
+            "hidden_size": 2880,
+            "intermediate_size": 2880,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "max_position_embeddings": 131_072,
+            "sliding_window": 128,
+            "rope_theta": 150_000.0,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "swiglu_limit": 7.0,
+            "swiglu_alpha": 1.702,
+        },
+    ),
 }
 """model_type -> (family, class in transformers, defaults of the family)."""
 
@@ -117,8 +140,11 @@ def from_hf_config(hf: dict[str, Any], **numerics: Any) -> DecoderConfig:
     if model_type not in _FAMILIES:
         raise ValueError(f"model_type={model_type!r} is not supported; supported: {', '.join(SUPPORTED)}")
     family, _, defaults = _FAMILIES[model_type]
+    if family == "gpt_oss" and not (hf.get("rope_parameters") or hf.get("rope_scaling")):
+        defaults = defaults | {"rope_scaling": _GPT_OSS_ROPE}
+        hf = {name: value for name, value in hf.items() if name != "rope_scaling"}
     c = _Fields(model_type, {**defaults, **hf})
-    gemma = family == "gemma3"
+    gemma, gpt_oss = family == "gemma3", family == "gpt_oss"
     activation = c.get("hidden_activation" if gemma else "hidden_act") or "silu"
     none = ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention")
     refused = {
@@ -132,7 +158,7 @@ def from_hf_config(hf: dict[str, Any], **numerics: Any) -> DecoderConfig:
     width, heads = c["hidden_size"], c["num_attention_heads"]
     rope, local_rope = _ropes(c, gemma)
     # The other families ignore these fields.
-    bias = family in ("llama", "qwen3", "qwen3_moe", "gemma3") and bool(c.get("attention_bias"))
+    bias = family in _WITH_ATTENTION_BIAS and bool(c.get("attention_bias"))
     return DecoderConfig(
         family=family,
         vocab_size=c["vocab_size"],
@@ -154,10 +180,11 @@ def from_hf_config(hf: dict[str, Any], **numerics: Any) -> DecoderConfig:
         mlp_bias=family == "llama" and bool(c.get("mlp_bias")),
         query_scale=c["query_pre_attn_scalar"] ** -0.5 if gemma else 0.0,
         embed_scale=width**0.5 if gemma else 1.0,
-        activation=_ACTIVATIONS[activation],
+        activation="clamped_swiglu" if gpt_oss else _ACTIVATIONS[activation],
         tied_head=c["tie_word_embeddings"],
         max_positions=max(c["max_position_embeddings"], rope.reach),
-        experts=_experts(c) if family == "qwen3_moe" else None,
+        experts=_EXPERTS[family](c) if family in _EXPERTS else None,
+        **_gpt_oss(c) if gpt_oss else {},
         **numerics,
     )
 
@@ -200,28 +227,36 @@ def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
         "intermediate_size": config.mlp_dim,
         "rms_norm_eps": config.norm_eps,
         "hidden_activation" if gemma else "hidden_act": next(
-            theirs for theirs, ours in _ACTIVATIONS.items() if ours == config.activation
+            (theirs for theirs, ours in _ACTIVATIONS.items() if ours == config.activation), "silu"
         ),
         "tie_word_embeddings": config.tied_head,
         "max_position_embeddings": config.max_positions,
     }
-    if config.family in ("llama", "qwen3", "qwen3_moe", "gemma3"):
+    if config.family in _WITH_ATTENTION_BIAS:
         fields["attention_bias"] = config.qkv_bias
     if config.family == "llama":
         fields["mlp_bias"] = config.mlp_bias
     if config.family == "mistral":
         fields["sliding_window"] = max(config.windows, default=0) or None
-    if config.family in ("qwen2", "qwen3", "gemma3"):
+    if config.family in ("qwen2", "qwen3", "gemma3", "gpt_oss"):
         windows = config.windows or (0,) * config.num_layers
         fields["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
         fields["sliding_window"] = max(windows) or None
-        if not gemma:
+        if config.family.startswith("qwen"):
             fields["use_sliding_window"] = any(windows)
             fields["max_window_layers"] = next((i for i, w in enumerate(windows) if w), config.num_layers)
     if config.family == "qwen3_moe":
         window = max(config.windows, default=0)
         fields |= {"use_sliding_window": bool(window), "sliding_window": window or None}
-    if config.experts:
+    if config.family == "gpt_oss":
+        fields |= {"swiglu_limit": config.swiglu_limit, "swiglu_alpha": config.swiglu_alpha}
+    if config.experts and config.family == "gpt_oss":
+        fields |= {
+            "intermediate_size": config.experts.mlp_dim,
+            "num_local_experts": config.experts.count,
+            "num_experts_per_tok": config.experts.active,
+        }
+    if config.experts and config.family == "qwen3_moe":
         fields |= {
             "num_experts": config.experts.count,
             "num_experts_per_tok": config.experts.active,
@@ -277,6 +312,43 @@ def _experts(c: _Fields) -> Experts:
     )
 
 
+def _gpt_oss_experts(c: _Fields) -> Experts:
+    """Returns the mixture of experts of every layer of a gpt-oss."""
+    return Experts(
+        count=c["num_local_experts"],
+        active=c["num_experts_per_tok"],
+        mlp_dim=c["intermediate_size"],
+        normalize=True,  # it applies softmax to the scores of the chosen experts
+        bias=True,
+    )
+
+
+_EXPERTS = {"qwen3_moe": _experts, "gpt_oss": _gpt_oss_experts}
+"""Families with experts -> reader of their fields."""
+
+_WITH_ATTENTION_BIAS = ("llama", "qwen3", "qwen3_moe", "gemma3", "gpt_oss")
+"""Families that read `attention_bias`."""
+
+_GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+"""RoPE of a gpt-oss whose file has no parameters for it."""
+
+
+def _gpt_oss(c: _Fields) -> dict[str, Any]:
+    """Returns the fields of DecoderConfig that only gpt-oss has."""
+    return {
+        "attention_sinks": True,
+        "swiglu_limit": float(c["swiglu_limit"]),
+        "swiglu_alpha": float(c["swiglu_alpha"]),
+    }
+
+
 def _windows(c: _Fields, family: str) -> tuple[int, ...]:
     if family == "llama":
         return ()
@@ -303,6 +375,8 @@ def _windows(c: _Fields, family: str) -> tuple[int, ...]:
         return ()
     if kinds:
         local = [kind == "sliding_attention" for kind in kinds]
+    elif family == "gpt_oss":
+        local = [bool((i + 1) % 2) for i in range(layers)]
     elif family == "gemma3":
         local = [bool((i + 1) % c["sliding_window_pattern"]) for i in range(layers)]
     else:

@@ -34,6 +34,9 @@ _WITH_EXPERTS = {
     "layers/mlp/down": "mlp.experts.{}.down_proj",
 }
 
+# In files, all experts of a layer are in one tensor (`fused_experts`).
+_GPT_OSS = {"layers/attention/sinks": "self_attn.sinks", "layers/mlp/router": "mlp.router"}
+
 # With post-norms, `post_attention_layernorm` is the norm after attention, not the norm before the MLP.
 _WITH_POST_NORMS = {
     "layers/post_attention_norm": "post_attention_layernorm",
@@ -46,7 +49,8 @@ def module(path: str, config: DecoderConfig) -> str:
     """Returns the module name for a path of the params (`layers/mlp/up`), with {} for the index of the layer,
     and of the expert."""
     modules = _MODULES | (_WITH_POST_NORMS if config.post_norms else {})
-    name = (modules | (_WITH_EXPERTS if config.experts else {}))[path]
+    modules |= _WITH_EXPERTS if config.experts else {}
+    name = (modules | (_GPT_OSS if config.family == "gpt_oss" else {}))[path]
     return f"model.layers.{{}}.{name}" if path.startswith("layers/") else name
 
 
@@ -55,8 +59,12 @@ def names(config: DecoderConfig) -> dict[str, str]:
     named = {}
     for path in by_path(abstract(config)):
         parent, _, leaf = path.rpartition("/")
-        named[path] = f"{module(parent, config)}.{'bias' if leaf == 'bias' else 'weight'}"
+        named[path] = f"{module(parent, config)}{_LEAVES[leaf]}"
     return named
+
+
+_LEAVES = {"weight": ".weight", "scale": ".weight", "bias": ".bias", "logit": ""}
+"""Leaf of the params -> what its name in files ends with."""
 
 
 def stacked(name: str, weight: Weight) -> list[str]:

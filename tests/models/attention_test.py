@@ -38,7 +38,7 @@ def inputs():
     return level, ancestors, jnp.asarray(end)
 
 
-def one_by_one(level, ancestors, start, window=0):
+def one_by_one(level, ancestors, start, window=0, sinks=None):
     """Softmax attention written out for one query and one head at a time."""
     query, key, value = (np.asarray(x, np.float64) for x in level)
     out = np.zeros_like(query)
@@ -55,8 +55,10 @@ def one_by_one(level, ancestors, start, window=0):
             keys.append(np.asarray(source.key)[shared, node].T[seen])
             values.append(np.asarray(source.value)[shared, node][seen])
         scores = np.concatenate(keys) @ query[row, step, head] / np.sqrt(HEAD)
-        weights = np.exp(scores - scores.max())
-        out[row, step, head] = weights @ np.concatenate(values) / weights.sum()
+        sink = -np.inf if sinks is None else sinks[head]
+        largest = max(scores.max(), sink)
+        weights = np.exp(scores - largest)
+        out[row, step, head] = weights @ np.concatenate(values) / (weights.sum() + np.exp(sink - largest))
     return out
 
 
@@ -91,6 +93,43 @@ def test_rows_in_any_order_name_their_ancestor(window):
     np.testing.assert_allclose(
         attend(*shuffled, named, tiny.CONFIG, start[order], window), expected[order], atol=1e-6
     )
+
+
+def test_a_sink_takes_its_share():
+    """Scores ln 1 and ln 3, and a sink of ln 4: weights 1/8, 3/8 and 4/8, of which the last has no value."""
+    config = tiny.CONFIG.replace(num_heads=1, num_kv_heads=1, head_dim=1)
+    query, value = jnp.full((1, 2, 1, 1), 1.0), jnp.array([16.0, 8.0]).reshape(1, 2, 1, 1)
+    key, sink = jnp.log(jnp.array([1.0, 3.0])).reshape(1, 2, 1, 1), jnp.log(jnp.array([4.0]))
+    out = attend(query, key, value, [], config, jnp.array([0]), sinks=sink)
+    np.testing.assert_allclose(out.reshape(-1), [16 / 5, (16 + 3 * 8) / 8], rtol=1e-6)
+
+    # The first token in an ancestor: still one softmax, and one sink in it.
+    above = Source(*(x[:, :1].reshape(1, 1, 1, 1) for x in (key, value)), jnp.array([[True]]), jnp.array([0]))
+    last = query[:, 1:], key[:, 1:], value[:, 1:]
+    out = attend(*last, [above], config, jnp.array([1]), sinks=sink)
+    np.testing.assert_allclose(out.reshape(-1), [5.0], rtol=1e-6)
+    # d out / d sink = -out * (share of the sink).
+    slope = jax.grad(lambda s: attend(*last, [above], config, jnp.array([1]), sinks=s).sum())(sink)
+    np.testing.assert_allclose(slope, [-5.0 * 4 / 8], rtol=1e-6)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_sinks_in_blocks_of_queries(monkeypatch, window):
+    """Values one query at a time, and gradients in blocks as in one; large sinks do not overflow."""
+    level, ancestors, start = inputs()
+    sinks = jnp.array([-200.0, 0.5, 2.0, 200.0])
+
+    def out(sinks, level):
+        return attend(*level, ancestors, tiny.CONFIG, start, window, sinks)
+
+    def gradients(sinks, level):
+        return jax.jit(jax.grad(lambda *x: jnp.sin(out(*x)).sum(), (0, 1)))(sinks, level)
+
+    expected = one_by_one(level, ancestors, start, window, np.asarray(sinks))
+    whole = gradients(sinks, level)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
+    np.testing.assert_allclose(out(sinks, level), expected, atol=1e-5)
+    tiny.assert_trees_close(gradients(sinks, level), whole, 1e-5)
 
 
 def test_what_each_owner_has():

@@ -60,17 +60,30 @@ def test_grouped_products(sizes, precision):
     np.testing.assert_array_equal(weight_bar, np.stack([outer[of == e].sum(0) for e in range(3)]))
 
 
-def test_equal_experts_are_a_dense_layer():
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_biases_of_groups(dtype):
+    """Rows of groups 1, 0, 1 and one in no group; the gradient of a bias is summed over its rows."""
+    group, bias = jnp.array([1, 0, 1, 3]), jnp.array([[1.0, 2.0], [10.0, 20.0], [5.0, 5.0]])
+    x, g = jnp.ones((4, 2), dtype), jnp.arange(8.0).reshape(4, 2).astype(dtype)
+    out, pull_back = jax.vjp(lambda x, bias: grouped.add_bias(x, bias, group), x, bias)
+    assert out.dtype == dtype and out.tolist() == [[11, 21], [2, 3], [11, 21], [1, 1]]
+    stack = grouped.InStack(jnp.stack([0 * bias, bias]), jnp.int32(1))
+    np.testing.assert_array_equal(grouped.add_bias(x, stack, group), out)
+    x_bar, bias_bar = pull_back(g)
+    np.testing.assert_array_equal(x_bar, g)
+    assert bias_bar.tolist() == [[2, 3], [4, 6], [0, 0]]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_equal_experts_are_a_dense_layer(bias):
     """Whatever the router chooses, if all experts are one and their weights add up to 1."""
-    dense = tiny.CONFIG.replace(vocab_size=64, mlp_dim=12)
+    dense = tiny.CONFIG.replace(vocab_size=64, mlp_dim=12, mlp_bias=bias)
+    config = CONFIG.replace(experts=Experts(count=8, active=2, mlp_dim=12, bias=bias))
     params = tiny.params(dense)
-    mlp = {
-        name: {"weight": jnp.repeat(node["weight"][:, None], 8, axis=1)}
-        for name, node in params["layers"]["mlp"].items()
-    }
-    router = tiny.params(CONFIG)["layers"]["mlp"]["router"]
+    mlp = jax.tree.map(lambda x: jnp.repeat(x[:, None], 8, axis=1), params["layers"]["mlp"])
+    router = tiny.params(config)["layers"]["mlp"]["router"]
     mixed = params | {"layers": params["layers"] | {"mlp": {**mlp, "router": router}}}
-    ours, wanted = tiny.logits(mixed, CONFIG, TOKENS), tiny.logits(params, dense, TOKENS)
+    ours, wanted = tiny.logits(mixed, config, TOKENS), tiny.logits(params, dense, TOKENS)
     np.testing.assert_allclose(ours, wanted, atol=1e-5)
 
 
@@ -109,17 +122,27 @@ def value_and_grads(params, config, tokens):
 
 
 @functools.cache
-def alone():
-    params = lora.attach(tiny.params(CONFIG), tiny.adapters(CONFIG))
-    (_, logits), grads = value_and_grads(params, CONFIG, TOKENS)
+def alone(config):
+    params = lora.attach(tiny.params(config), tiny.adapters(config))
+    (_, logits), grads = value_and_grads(params, config, TOKENS)
     return logits, grads
 
 
-def placed(mesh, phase):
-    base = sharding.place(tiny.params(CONFIG), abstract(CONFIG), mesh, phase)
-    declared = lora.abstract_adapters(CONFIG, 3)
-    return lora.attach(base, sharding.place(tiny.adapters(CONFIG), declared, mesh, phase))
+def placed(config, mesh, phase):
+    base = sharding.place(tiny.params(config), abstract(config), mesh, phase)
+    declared = lora.abstract_adapters(config, 3)
+    return lora.attach(base, sharding.place(tiny.adapters(config), declared, mesh, phase))
 
+
+BIASED = CONFIG.replace(  # as gpt-oss
+    experts=Experts(count=8, active=2, mlp_dim=12, bias=True),
+    activation="clamped_swiglu",
+    swiglu_limit=0.7,
+    attention_sinks=True,
+    qkv_bias=True,
+    out_bias=True,
+    windows=(3, 0),
+)
 
 SLOW = pytest.mark.slow
 MESHES = [
@@ -131,19 +154,20 @@ MESHES = [
 ]
 
 
+@pytest.mark.parametrize("config", [CONFIG, BIASED], ids=["plain", "biased"])
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_eight_devices(sizes):
+def test_eight_devices(sizes, config):
     """Logits in both phases, of rows that divide and rows that do not, and the gradient in all weights."""
     mesh = sharding.make_mesh(sizes)
-    logits, grads = alone()
-    trained = placed(mesh, "training")
+    logits, grads = alone(config)
+    trained = placed(config, mesh, "training")
     gate = trained["layers"]["mlp"]["gate"]["weight"]
     assert gate.addressable_shards[0].data.shape[1] == 8 // mesh.shape["expert"]
-    (_, ours), our_grads = value_and_grads(trained, CONFIG, sharding.place_rows(TOKENS, mesh))
+    (_, ours), our_grads = value_and_grads(trained, config, sharding.place_rows(TOKENS, mesh))
     np.testing.assert_allclose(ours, logits, atol=1e-5)
     tiny.assert_trees_close(our_grads, grads, 1e-5)
 
-    sampling, params = CONFIG.replace(phase="sampling"), placed(mesh, "sampling")
+    sampling, params = config.replace(phase="sampling"), placed(config, mesh, "sampling")
     for rows in (16, 3):
         tokens = sharding.place_rows(TOKENS[:rows], mesh)
         np.testing.assert_allclose(tiny.logits(params, sampling, tokens), logits[:rows], atol=1e-5)
@@ -177,7 +201,8 @@ def test_replayed_choices_on_eight_devices():
 
 
 @pytest.mark.slow
-def test_sampling_on_eight_devices():
+@pytest.mark.parametrize("config", [CONFIG, BIASED], ids=["plain", "biased"])
+def test_sampling_on_eight_devices(config):
     """The same rollouts, drawn through the caches of a tree."""
     m, b, n = np.ogrid[:2, :2, :4]
     keys = draw.row_keys(jax.random.key(0, impl="threefry2x32"), m, b, n)
@@ -185,10 +210,10 @@ def test_sampling_on_eight_devices():
 
     def sample(params, mesh):
         settings = {"max_new_tokens": 12, "temperature": 1.0, "stop_ids": (3,), "chunk": 5, "mesh": mesh}
-        return sample_tree(params, CONFIG.replace(phase="sampling"), *prompts, keys, **settings)
+        return sample_tree(params, config.replace(phase="sampling"), *prompts, keys, **settings)
 
     mesh = sharding.make_mesh({"expert": 2, "fsdp": 2, "tensor": 2})
-    spread = sharding.place(tiny.params(CONFIG), abstract(CONFIG), mesh, "sampling")
-    wanted, ours = sample(tiny.params(CONFIG), None), sample(spread, mesh)
+    spread = sharding.place(tiny.params(config), abstract(config), mesh, "sampling")
+    wanted, ours = sample(tiny.params(config), None), sample(spread, mesh)
     np.testing.assert_array_equal(ours.tokens, wanted.tokens)
     np.testing.assert_allclose(ours.logprobs, wanted.logprobs, atol=1e-5)

@@ -27,7 +27,7 @@ run, run_tree, logits, unembed = (
 SHAPE, WIDTHS = (2, 3, 2), (15, 11, 13)  # of the trees, longer than any window
 
 
-FAST = {"llama": 0, "mistral": 1, "qwen2": 3, "qwen3": 2, "gemma3": 3, "qwen3_moe": 1}
+FAST = {"llama": 0, "mistral": 1, "qwen2": 3, "qwen3": 2, "gemma3": 3, "qwen3_moe": 1, "gpt_oss": 1}
 """One of the five draws of each family. Together they show all scalings of RoPE, tied and untied heads,
 windows, scanned and unrolled layers, and four ways of recomputing. The others are slow tests."""
 
@@ -37,7 +37,7 @@ def pytest_generate_tests(metafunc):
     fast = FAST
     if metafunc.function.__name__ == "test_gradients_of_token_logprobs":
         # The other two families have no mechanism that these lack.
-        fast = {family: FAST[family] for family in ("qwen2", "qwen3", "gemma3", "qwen3_moe")}
+        fast = {family: FAST[family] for family in ("qwen2", "qwen3", "gemma3", "qwen3_moe", "gpt_oss")}
     cases = []
     for family in families.FAMILIES:
         for number in range(seed, seed + (draws or 5)):

@@ -43,6 +43,22 @@ def rounded(x):
     return np.asarray(jnp.asarray(x).astype(jnp.bfloat16), np.float64)
 
 
+def test_clamped_swiglu_by_hand():
+    """A gate of 9 counts as 7, and `up` of -9 as -7. Clamped numbers have no gradient."""
+    gate, up = jnp.array([0.0, 9.0, -9.0, 1.0]), jnp.array([3.0, 2.0, 0.5, -9.0])
+
+    def out(gate, up):
+        return layers.clamped_swiglu(gate, up, 7.0, 1.702)
+
+    sigmoid = [1 / (1 + np.exp(-1.702 * x)) for x in (7.0, -9.0, 1.0)]
+    expected = [0.0, 7 * sigmoid[0] * 3, -9 * sigmoid[1] * 1.5, sigmoid[2] * -6]
+    np.testing.assert_allclose(out(gate, up), expected, rtol=1e-5)
+    by_gate, by_up = jax.grad(lambda *x: out(*x).sum(), (0, 1))(gate, up)
+    assert by_gate[1] == 0 and by_up[3] == 0
+    np.testing.assert_allclose(by_gate[0], 0.5 * 4, rtol=1e-6)
+    np.testing.assert_allclose(by_up[1], 7 * sigmoid[0], rtol=1e-6)
+
+
 class TestBfloat16Product:
     @pytest.mark.parametrize("spec", SPECS)
     def test_value(self, spec):

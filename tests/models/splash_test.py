@@ -67,20 +67,36 @@ def test_over_itself(window):
     np.testing.assert_allclose(ours, expected, atol=2e-6)
 
 
-def gradients(attention, mesh=None):
-    """Of a level and of the keys and values of its ancestors; with a mesh, of copies on every device."""
+SINKS = jnp.array([-1.0, 0.0, 2.0, 4.0])
+
+
+@pytest.mark.parametrize("window", [0, 40])
+def test_sinks(window):
+    start = jnp.zeros(ROWS, jnp.int32)
+    expected = attend(*level(), [], CONFIG, start, window, SINKS)
+    ours = splash.splash_attend(*level(), [], CONFIG, window, SINKS, interpret=True)
+    np.testing.assert_allclose(ours, expected, atol=2e-6)
     sources, start = ancestors()
-    arrays = sharding.replicate((level(), [(s.key, s.value) for s in sources]), mesh)
+    expected = attend(*level(), sources, CONFIG, start, sinks=SINKS)
+    ours = splash.splash_attend(*level(), sources, CONFIG, sinks=SINKS, interpret=True)
+    np.testing.assert_allclose(ours, expected, atol=2e-6)
 
-    def loss(level, above):
+
+def gradients(attention, mesh=None):
+    """Of a level, of the keys and values of its ancestors, and of sinks; with a mesh, of copies on every
+    device."""
+    sources, start = ancestors()
+    arrays = sharding.replicate((level(), [(s.key, s.value) for s in sources], SINKS), mesh)
+
+    def loss(level, above, sinks):
         given = [s._replace(key=key, value=value) for s, (key, value) in zip(sources, above, strict=True)]
-        return jnp.sin(attention(*level, given, CONFIG, start)).sum()
+        return jnp.sin(attention(*level, given, CONFIG, start, sinks=sinks)).sum()
 
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*arrays)
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*arrays)
 
 
-def interpreted(query, key, value, sources, config, start):
-    return splash.splash_attend(query, key, value, sources, config, interpret=True)
+def interpreted(query, key, value, sources, config, start, sinks):
+    return splash.splash_attend(query, key, value, sources, config, sinks=sinks, interpret=True)
 
 
 @pytest.mark.parametrize(
@@ -151,15 +167,17 @@ from tests.support import tiny
 mesh = sharding.make_mesh({{"data": 2, "tensor": 4}}, tpu_compiler.devices("v5e:2x4"))
 config = tiny.CONFIG.replace(num_heads=16, num_kv_heads=8, head_dim={head}, dtype="bfloat16")
 
-def loss(query, key, value):
+def loss(query, key, value, sinks):
     assert splash.on_tpu(query)
-    return splash.splash_attend(query, key, value, [], config).astype("float32").sum()
+    out = splash.splash_attend(query, key, value, [], config, sinks=sinks if {sinks} else None)
+    return out.astype("float32").sum()
 
 given = [
     jax.ShapeDtypeStruct((2, 600, heads, {head}), "bfloat16", sharding=NamedSharding(mesh, PartitionSpec()))
     for heads in (16, 8, 8)
 ]
-compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).lower(*given).compile()
+given.append(jax.ShapeDtypeStruct((16,), "float32", sharding=NamedSharding(mesh, PartitionSpec())))
+compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3))).lower(*given).compile()
 for line in compiled.as_text().splitlines():
     if 'custom_call_target="tpu_custom_call"' in line:
         print(line.strip())
@@ -170,15 +188,15 @@ for line in compiled.as_text().splitlines():
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed; pip install libtpu"
 )
-@pytest.mark.parametrize("head", [64, 128])
-def test_compiles_for_a_tpu(head):
+@pytest.mark.parametrize(("head", "sinks"), [(64, False), (64, True), (128, False)])
+def test_compiles_for_a_tpu(head, sinks):
     """With its gradient, on the part of rows and heads that a device has: one row and four query heads."""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_ENABLE_COMPILATION_CACHE": "0",
     }
     run = subprocess.run(
-        [sys.executable, "-c", TPU_PROGRAM.format(head=head)],
+        [sys.executable, "-c", TPU_PROGRAM.format(head=head, sinks=sinks)],
         env=environment,
         cwd=ROOT,
         capture_output=True,

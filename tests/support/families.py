@@ -10,7 +10,7 @@ from espl_jax.models.params import abstract
 from espl_jax.pretrained import hf_names, layout
 from espl_jax.pretrained.hf_config import from_hf_config
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "qwen3_moe")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "qwen3_moe", "gpt_oss")
 
 SCALINGS = ("default", "linear", "llama3", "yarn")
 
@@ -67,6 +67,20 @@ def draw_hf_config(family, seed):
             moe_intermediate_size=int(rng.integers(5, 30)),
             norm_topk_prob=normalize,
         )
+    if family == "gpt_oss":
+        experts = int(rng.integers(2, 9))
+        if fields["rope_parameters"]["rope_type"] == "yarn":
+            fields["rope_parameters"]["truncate"] = False
+        return transformers.GptOssConfig(
+            **fields,
+            attention_bias=chance(0.7),
+            layer_types=["sliding_attention", *kinds[1:-1], "full_attention"],
+            sliding_window=window,
+            num_local_experts=experts,
+            num_experts_per_tok=int(rng.integers(2, experts + 1)),
+            # Low enough that some activations reach it.
+            swiglu_limit=float(rng.choice([0.5, 1.0, 7.0])),
+        )
     if family == "llama":
         fields |= {"attention_bias": chance(0.3), "mlp_bias": chance(0.3)}
         return transformers.LlamaConfig(**fields)
@@ -117,7 +131,7 @@ def torch_model(hf_config, seed):
         if weight.ndim > 1:
             weight.data = noise * weight.shape[-1] ** -0.5
         else:
-            weight.data = 0.3 * noise + (0 if name.endswith("bias") else weight.data)
+            weight.data = 0.3 * noise + (0 if name.endswith(("bias", "sinks")) else weight.data)
     return model
 
 
@@ -152,10 +166,21 @@ def by_hf_names(tree, config):
 
 
 def each_expert(tensors):
-    """Tensors of transformers by the names of checkpoints: its models fuse the experts of a layer."""
+    """Tensors of transformers by the name of each expert: its models fuse the experts of a layer.
+
+    gpt-oss's have inputs first, the columns of gate and up by turns, and biases.
+    """
     named = {}
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
+        if f"{module}.gate_up_proj_bias" in tensors:
+            kind = leaf.removesuffix("_bias")
+            parts = {"gate_proj": (0, 2), "up_proj": (1, 2)} if kind == "gate_up_proj" else {kind: (0, 1)}
+            for part, (first, step) in parts.items():
+                for i, expert in enumerate(tensor):
+                    end = "bias" if leaf.endswith("_bias") else "weight"
+                    named[f"{module}.{i}.{part}.{end}"] = expert[..., first::step].T
+            continue
         if leaf not in ("gate_up_proj", "down_proj"):
             named[name] = tensor
             continue
