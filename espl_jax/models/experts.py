@@ -9,9 +9,8 @@ How many tokens chose its experts is known only at run time, so its arrays have 
 gathered tokens, and only the real ones are multiplied. With `tensor` (and in sampling `fsdp`), every
 expert is split along F, as dense layers are.
 
-Where other mechanisms would go: `route` (scores other than softmax, limits to groups, biases that only
-correct the choice), `layers.gated` (another activation), `_linear` (biases of experts), `mixture` (an expert
-shared by all tokens). `Routing` has what metrics of load and entropy need.
+Where other mechanisms would go: `route` (other scores), `layers.gated` (another activation), `_linear`
+(biases of experts). `Routing` has what metrics of load and entropy need.
 
 Shape letters: T tokens, D model width, E experts, A active experts of a token, F width of an expert.
 """
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from espl_jax.models import grouped, layers
-from espl_jax.models.config import DecoderConfig
+from espl_jax.models.config import DecoderConfig, Experts
 from espl_jax.models.params import Params
 from espl_jax.parallel import sharding
 
@@ -38,7 +37,7 @@ class Routing(NamedTuple):
     """The choices of every token.
 
     Attributes:
-      choices: int32 [T, A], experts in order of falling probability.
+      choices: int32 [T, A], experts in order of falling preference.
       weights: float32 [T, A], their weights in the sum.
       probabilities: float32 [T, E], of all experts.
     """
@@ -51,16 +50,37 @@ class Routing(NamedTuple):
 def route(x: jax.Array, router: layers.Linear, decoder: DecoderConfig) -> Routing:
     """Chooses each token's experts: those with the highest probability. [T, D] -> Routing.
 
-    Probabilities are the softmax of the router's scores over all experts, in float32, as in Qwen3 (Qwen 2025,
-    arXiv 2505.09388). Differentiable in the weights, not in the choice.
+    Probabilities, in float32, are the softmax of the router's scores over all experts, as in Qwen3 (Qwen
+    2025, arXiv 2505.09388), or their sigmoids, as in DeepSeek-V3 (DeepSeek-AI 2024, arXiv 2412.19437, section
+    2.1.2), where a bias corrects the choice and groups limit it. Differentiable in the weights, not in the
+    choice.
     """
-    assert decoder.experts is not None
+    experts = decoder.experts
+    assert experts is not None
     scores = layers.einsum("td,de->te", x, router, decoder, "float32").astype(jnp.float32)
-    probabilities = jax.nn.softmax(scores)
-    weights, choices = jax.lax.top_k(probabilities, decoder.experts.active)
-    if decoder.experts.normalize:
-        weights = weights / weights.sum(-1, keepdims=True)
-    return Routing(choices, weights, probabilities)
+    probabilities = jax.nn.sigmoid(scores) if experts.scores == "sigmoid" else jax.nn.softmax(scores)
+    if experts.corrected or experts.groups > 1:
+        preferred = probabilities + router["correction"] if experts.corrected else probabilities
+        preferred = jax.lax.stop_gradient(_in_best_groups(preferred, experts))
+        choices = jax.lax.top_k(preferred, experts.active)[1]
+        weights = jnp.take_along_axis(probabilities, choices, axis=-1)
+    else:
+        weights, choices = jax.lax.top_k(probabilities, experts.active)
+    if experts.normalize:
+        # Sigmoids may all be zero.
+        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+    return Routing(choices, weights * experts.scale, probabilities)
+
+
+def _in_best_groups(scores: jax.Array, experts: Experts) -> jax.Array:
+    """Replaces the scores of experts outside a token's best groups by -inf. [T, E] -> [T, E]."""
+    if experts.active_groups == experts.groups:
+        return scores
+    by_group = scores.reshape(-1, experts.groups, experts.count // experts.groups)
+    best = jax.lax.top_k(by_group, 2)[0].sum(-1)
+    chosen = jax.lax.top_k(best, experts.active_groups)[1]
+    is_best = (chosen[:, :, None] == jnp.arange(experts.groups)).any(1)
+    return jnp.where(is_best[:, :, None], by_group, -jnp.inf).reshape(scores.shape)
 
 
 def mixture(

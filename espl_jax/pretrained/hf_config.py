@@ -14,6 +14,7 @@ from typing import Any
 
 from espl_jax.models.config import NUMERICS, DecoderConfig, Experts, Rope
 from espl_jax.models.rope import yarn_attention_factor
+from espl_jax.pretrained import hf_deepseek
 
 _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": (
@@ -91,6 +92,7 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "sliding_window_pattern": 6,
         },
     ),
+    "deepseek_v3": ("deepseek_v3", "DeepseekV3ForCausalLM", hf_deepseek.DEFAULTS),
 }
 """model_type -> (family, class in transformers, defaults of the family)."""
 
@@ -132,8 +134,10 @@ def from_hf_config(hf: dict[str, Any], **numerics: Any) -> DecoderConfig:
     width, heads = c["hidden_size"], c["num_attention_heads"]
     rope, local_rope = _ropes(c, gemma)
     # The other families ignore these fields.
-    bias = family in ("llama", "qwen3", "qwen3_moe", "gemma3") and bool(c.get("attention_bias"))
-    return DecoderConfig(
+    bias = family in ("llama", "qwen3", "qwen3_moe", "gemma3", "deepseek_v3") and bool(
+        c.get("attention_bias")
+    )
+    config = DecoderConfig(
         family=family,
         vocab_size=c["vocab_size"],
         num_layers=c["num_hidden_layers"],
@@ -160,6 +164,7 @@ def from_hf_config(hf: dict[str, Any], **numerics: Any) -> DecoderConfig:
         experts=_experts(c) if family == "qwen3_moe" else None,
         **numerics,
     )
+    return hf_deepseek.completed(config, c) if family == "deepseek_v3" else config
 
 
 class _Fields:
@@ -205,7 +210,7 @@ def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tied_head,
         "max_position_embeddings": config.max_positions,
     }
-    if config.family in ("llama", "qwen3", "qwen3_moe", "gemma3"):
+    if config.family in ("llama", "qwen3", "qwen3_moe", "gemma3", "deepseek_v3"):
         fields["attention_bias"] = config.qkv_bias
     if config.family == "llama":
         fields["mlp_bias"] = config.mlp_bias
@@ -221,7 +226,10 @@ def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
     if config.family == "qwen3_moe":
         window = max(config.windows, default=0)
         fields |= {"use_sliding_window": bool(window), "sliding_window": window or None}
-    if config.experts:
+    if config.family == "deepseek_v3":
+        fields |= hf_deepseek.fields(config)
+        rope |= hf_deepseek.rope_fields(config)
+    elif config.experts:
         fields |= {
             "num_experts": config.experts.count,
             "num_experts_per_tok": config.experts.active,
@@ -278,7 +286,7 @@ def _experts(c: _Fields) -> Experts:
 
 
 def _windows(c: _Fields, family: str) -> tuple[int, ...]:
-    if family == "llama":
+    if family in ("llama", "deepseek_v3"):
         return ()
     window, layers, kinds = c.get("sliding_window"), c["num_hidden_layers"], c.get("layer_types") or ()
     if family.startswith("qwen") and not c.get("use_sliding_window"):

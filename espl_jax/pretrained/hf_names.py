@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import numpy as np
 
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.params import Params, Weight, abstract
@@ -25,6 +24,11 @@ _MODULES = {
     "layers/mlp/gate": "mlp.gate_proj",
     "layers/mlp/up": "mlp.up_proj",
     "layers/mlp/down": "mlp.down_proj",
+    "layers/attention/query_down": "self_attn.q_a_proj",
+    "layers/attention/query_up": "self_attn.q_b_proj",
+    "layers/attention/kv_down": "self_attn.kv_a_proj_with_mqa",
+    "layers/attention/kv_norm": "self_attn.kv_a_layernorm",
+    "layers/attention/kv_up": "self_attn.kv_b_proj",
 }
 
 _WITH_EXPERTS = {
@@ -32,7 +36,12 @@ _WITH_EXPERTS = {
     "layers/mlp/gate": "mlp.experts.{}.gate_proj",
     "layers/mlp/up": "mlp.experts.{}.up_proj",
     "layers/mlp/down": "mlp.experts.{}.down_proj",
+    "layers/mlp/shared/gate": "mlp.shared_experts.gate_proj",
+    "layers/mlp/shared/up": "mlp.shared_experts.up_proj",
+    "layers/mlp/shared/down": "mlp.shared_experts.down_proj",
 }
+
+_WITH_LATENTS = {"layers/attention/query_norm": "self_attn.q_a_layernorm"}
 
 # With post-norms, `post_attention_layernorm` is the norm after attention, not the norm before the MLP.
 _WITH_POST_NORMS = {
@@ -41,13 +50,20 @@ _WITH_POST_NORMS = {
     "layers/post_mlp_norm": "post_feedforward_layernorm",
 }
 
+_LEAVES = {"bias": "bias", "correction": "e_score_correction_bias"}
+"""Leaf of the params -> its name in files, `weight` for others."""
+
 
 def module(path: str, config: DecoderConfig) -> str:
     """Returns the module name for a path of the params (`layers/mlp/up`), with {} for the index of the layer,
     and of the expert."""
     modules = _MODULES | (_WITH_POST_NORMS if config.post_norms else {})
-    name = (modules | (_WITH_EXPERTS if config.experts else {}))[path]
-    return f"model.layers.{{}}.{name}" if path.startswith("layers/") else name
+    modules |= _WITH_LATENTS if config.latent else {}
+    if path.startswith("first_layers/"):
+        path = path.removeprefix("first_")
+    elif config.experts:
+        modules |= _WITH_EXPERTS
+    return f"model.layers.{{}}.{modules[path]}" if path.startswith("layers/") else modules[path]
 
 
 def names(config: DecoderConfig) -> dict[str, str]:
@@ -55,14 +71,14 @@ def names(config: DecoderConfig) -> dict[str, str]:
     named = {}
     for path in by_path(abstract(config)):
         parent, _, leaf = path.rpartition("/")
-        named[path] = f"{module(parent, config)}.{'bias' if leaf == 'bias' else 'weight'}"
+        named[path] = f"{module(parent, config)}.{_LEAVES.get(leaf, 'weight')}"
     return named
 
 
 def stacked(name: str, weight: Weight) -> list[str]:
     """Returns the names of the tensors that are stacked into a weight, in order: all experts of the first
     layer, then those of the second; a single name if it is not stacked."""
-    return [name.format(*index) for index in np.ndindex(*weight.stack_shape)]
+    return [name.format(*numbers) for numbers in weight.members]
 
 
 def by_path(tree: Params) -> dict[str, Any]:
