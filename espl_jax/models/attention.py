@@ -3,6 +3,8 @@
 A level has R nodes of T tokens each. An ancestor has A nodes, where A divides R, and the R / A nodes below
 one ancestor node are adjacent. With the kv heads K as the leading axis, grouping queries by ancestor node is
 a reshape, `[K, R, T*G, H] -> [K, A, (R/A)*T*G, H]`, so shared keys are read once for all nodes below them.
+
+Latent attention (`models.latent`) has caches of a single head, whatever K. It is not copied for the others.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ class KVCache:
     """Keys and values of one level of the tree, for all layers.
 
     Keys are stored with columns last, so that the product with queries reads them without a transpose.
+
+    The heads and widths are those of `DecoderConfig.cache_shape`.
 
     Attributes:
       key: [L, K, A, H, C], rotated; A nodes with a capacity of C tokens each.
@@ -95,15 +99,15 @@ class RowsView:
 
     def layer(self, index: jax.Array | int) -> tuple[jax.Array, jax.Array]:
         """Returns the keys [K, R, H, columns] and values [K, R, columns, H] of one layer."""
-        rows = self.length.shape[0]
-        heads, _, head = self.value.shape[1], self.value.shape[2], self.value.shape[4]
+        rows, heads = self.length.shape[0], self.value.shape[1]
 
         def cut(x: jax.Array, sizes: tuple[int, int]) -> jax.Array:
             parts = x.reshape(*x.shape[:2], self.shards, -1, *x.shape[3:])
             shape = (1, heads, self.shards, rows // self.shards, *sizes)
             return jax.lax.dynamic_slice(parts, (index, 0, 0, 0, 0, 0), shape).reshape(heads, rows, *sizes)
 
-        return cut(self.key, (head, self.columns)), cut(self.value, (self.columns, head))
+        key, value = self.key.shape[3], self.value.shape[4]
+        return cut(self.key, (key, self.columns)), cut(self.value, (self.columns, value))
 
 
 class Source(NamedTuple):
@@ -184,8 +188,10 @@ def attend(
     """Attends to the ancestors and, causally, to the level itself, with a single softmax over both.
 
     Args:
-      query: [R, T, N, H], rotated.
-      key, value: [R, T, K, H], of the level itself; keys rotated.
+      query: [R, T, N, H], rotated. If queries are wider than keys, the rest of a query is compared with the
+        values, which are then a part of the keys.
+      key, value: [R, T, K, H], of the level itself; keys rotated. They may differ in width, and may have one
+        head for all K.
       ancestors: outermost first.
       decoder: head counts and precision.
       start: int32 [R], position of the level's first tokens.
@@ -195,9 +201,11 @@ def attend(
         of the attention. Differentiable.
 
     Returns:
-      [R, T, N, H]. Right padding needs no mask, because the causal mask hides it from every real token.
+      [R, T, N, H], as wide as the values. Right padding needs no mask, because the causal mask hides it from
+      every real token.
     """
     rows, steps, _, head = query.shape
+    width = value.shape[-1]
     # Copy keys and values per row, unless there is a single query and a single part: only then is it cheaper
     # to score every row against every node.
     ancestors = [source.by_row() if steps > 1 or source.parts > 1 else source for source in ancestors]
@@ -219,7 +227,7 @@ def attend(
         masked = [(*arrays, *mask) for arrays, mask in zip(held, masks, strict=True)]
         logits = None if sinks is None else jnp.tile(sinks, size)[:, None, :, None]  # [K, 1, t*G, 1]
         flat = queries.reshape(kv, rows, size * groups, head)
-        return _attend_all(flat, masked, decoder, logits).reshape(queries.shape)
+        return _attend_all(flat, masked, decoder, logits).reshape(*queries.shape[:-1], width)
 
     if steps <= QUERY_BLOCK:
         out = block(query, 0, held)
@@ -235,8 +243,8 @@ def attend(
             return block(queries, first, jax.tree.map(lambda x, y: x.astype(y.dtype), wide, held))
 
         out = jax.lax.map(lambda x: jax.checkpoint(narrowed)(*x), (blocks, firsts))
-        out = jnp.moveaxis(out, 0, 2).reshape(kv, rows, count * QUERY_BLOCK, groups, head)[:, :, :steps]
-    return out.transpose(1, 2, 0, 3, 4).reshape(rows, steps, decoder.num_heads, head)
+        out = jnp.moveaxis(out, 0, 2).reshape(kv, rows, count * QUERY_BLOCK, groups, width)[:, :, :steps]
+    return out.transpose(1, 2, 0, 3, 4).reshape(rows, steps, decoder.num_heads, width)
 
 
 def _within(back: jax.Array, window: jax.Array | int) -> jax.Array | bool:
@@ -268,9 +276,15 @@ def _attend_all(
 
     `sinks`, float32 [K, 1, Q, 1], are logits that join it.
     """
-    kv, rows, count, head = query.shape
+    kv, rows, count, _ = query.shape
     precision = jax.lax.Precision.HIGHEST if decoder.matmul_precision == "highest" else None
-    query = query * (decoder.query_scale or head**-0.5)
+    query = query * (decoder.query_scale or decoder.head_dim**-0.5)
+
+    def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Multiplies in float32 by keys or values y, [K, ...] or [1, ...]."""
+        if y.shape[0] < kv:
+            y, spec = y[0], spec.replace(",k", ",")
+        return jnp.einsum(spec, x, y, precision=precision, preferred_element_type=jnp.float32)
 
     def per_node(x: jax.Array, nodes: int, owned: bool) -> jax.Array:
         """Groups [K, R, Q, x] by node: [K, A, (R/A)*Q, x]; if owned, [K, 1, R*Q, x] for all nodes."""
@@ -283,13 +297,14 @@ def _attend_all(
         return (join(x, axis=1) if owned else x).reshape(kv, rows, count, x.shape[-1])
 
     scores, tops = [], [] if sinks is None else [sinks]
-    for key, _, mask, owned in sources:
+    for key, value, mask, owned in sources:
         nodes = key.shape[1]
         view = per_node(query, nodes, owned)
         view = jnp.broadcast_to(view, (kv, nodes, *view.shape[2:]))
-        score = jnp.einsum(
-            "kaqh,kahc->kaqc", view, key, precision=precision, preferred_element_type=jnp.float32
-        )
+        width = key.shape[2]
+        score = product("kaqh,kahc->kaqc", view[..., :width], key)
+        if view.shape[-1] > width:
+            score += product("kaqh,kach->kaqc", view[..., width:], value)
         scores.append(jnp.where(mask[None], score, _HIDDEN))
         tops.append(per_row(scores[-1].max(axis=-1, keepdims=True), owned, jnp.max))
 
@@ -299,12 +314,6 @@ def _attend_all(
     for score, (_, value, _, owned) in zip(scores, sources, strict=True):
         weight = jnp.exp(score - per_node(largest, value.shape[1], owned))
         total += per_row(weight.sum(axis=-1, keepdims=True), owned, jnp.sum)
-        part = jnp.einsum(
-            "kaqc,kach->kaqh",
-            weight.astype(value.dtype),
-            value,
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
+        part = product("kaqc,kach->kaqh", weight.astype(value.dtype), value)
         out += per_row(part, owned, jnp.sum)
     return jnp.divide(out, total).astype(query.dtype)

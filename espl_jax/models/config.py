@@ -12,6 +12,7 @@ from espl_jax.choices import MATMUL_PRECISIONS, REMATS, SAMPLING_LAYOUTS
 ACTIVATIONS = ("silu", "gelu_tanh", "clamped_swiglu")
 PHASES = ("training", "sampling")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
+SCORES = ("softmax", "sigmoid")
 
 NUMERICS = ("dtype", "param_dtype", "matmul_precision", "scan_layers", "sampling_layout", "remat")
 """Fields of DecoderConfig that the run chooses, independent of the checkpoint."""
@@ -47,6 +48,7 @@ class Rope:
         (`yarn`).
       truncate: whether these two limits are rounded outwards to whole frequency indices (`yarn`).
       attention_factor: scales cosines and sines (`yarn`).
+      interleaved: whether neighbouring dimensions are rotated together, rather than those of the two halves.
     """
 
     theta: float = 10_000.0
@@ -59,6 +61,7 @@ class Rope:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    interleaved: bool = False
 
     def __post_init__(self):
         if self.scaling not in ROPE_SCALINGS:
@@ -82,15 +85,22 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """A mixture of experts (Shazeer et al. 2017, arXiv 1701.06538), in place of the MLP of every layer.
+    """A mixture of experts (Shazeer et al. 2017, arXiv 1701.06538), in place of the MLP of a layer.
 
     Attributes:
       count: E, number of experts of a layer.
       active: number of experts that process a token.
       mlp_dim: F, width of each expert's feed-forward layer.
-      normalize: whether the weights of a token's experts are divided by their sum (`norm_topk_prob`). The
-        result is the softmax over the scores of these experts alone.
+      normalize: whether the weights of a token's experts are divided by their sum (`norm_topk_prob`). With
+        softmax, the result is the softmax over the scores of these experts alone.
       bias: whether the router and the linear layers of experts have biases.
+      scores: what turns the router's outputs into weights, `softmax` over all experts or `sigmoid`.
+      scale: factor of the weights, applied last (`routed_scaling_factor`).
+      corrected: whether a bias per expert is added to the scores for the choice only (DeepSeek-V3, arXiv
+        2412.19437, section 2.1.2). It balances the load of pretraining and has no gradient.
+      groups, active_groups: experts form `groups` groups of neighbours, and a token chooses among those of
+        its `active_groups` best groups, by the sum of the two best scores of each (`n_group`, `topk_group`).
+      shared_dim: width of the feed-forward layer that processes every token besides its experts; 0 for none.
     """
 
     count: int
@@ -98,6 +108,12 @@ class Experts:
     mlp_dim: int
     normalize: bool = True
     bias: bool = False
+    scores: str = "softmax"
+    scale: float = 1.0
+    corrected: bool = False
+    groups: int = 1
+    active_groups: int = 1
+    shared_dim: int = 0
 
     def __post_init__(self):
         if not 1 <= self.active <= self.count:
@@ -107,6 +123,56 @@ class Experts:
             )
         if self.mlp_dim < 1:
             raise ValueError(f"experts mlp_dim={self.mlp_dim}: give at least 1")
+        if self.scores not in SCORES:
+            raise ValueError(f"experts scores={self.scores!r} is unknown; choose one of {SCORES}")
+        if self.shared_dim < 0:
+            raise ValueError(
+                f"experts shared_dim={self.shared_dim}: give the width of the layer, or 0 for none"
+            )
+        if not 1 <= self.active_groups <= self.groups:
+            raise ValueError(
+                f"experts active_groups={self.active_groups}: give at least 1, and at most "
+                f"groups={self.groups}"
+            )
+        if self.groups > 1:
+            size, rest = divmod(self.count, self.groups)
+            if rest or size < 2 or self.active > self.active_groups * size:
+                raise ValueError(
+                    f"experts groups={self.groups}: count={self.count} must divide into equal groups of at "
+                    f"least 2, and active_groups={self.active_groups} of them must have active={self.active} "
+                    "experts; correct one of these numbers"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values of all heads
+    are linear functions of one latent vector per token, which the KV cache holds in their place.
+
+    The last `rope_dim` dimensions of a head are rotated; there, one key is shared by all heads.
+
+    Attributes:
+      kv_rank: C, width of the latent of keys and values (`kv_lora_rank`).
+      rope_dim: width of the rotated part of a head (`qk_rope_head_dim`).
+      value_dim: width of the values of a head (`v_head_dim`).
+      query_rank: width of the latent of queries; 0 if queries are projected directly (`q_lora_rank`).
+      norm_eps: epsilon of the norms of both latents.
+    """
+
+    kv_rank: int
+    rope_dim: int
+    value_dim: int
+    query_rank: int = 0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        for field in ("kv_rank", "rope_dim", "value_dim"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"latent {field}={getattr(self, field)}: give at least 1")
+        if self.rope_dim % 2:
+            raise ValueError(f"latent rope_dim={self.rope_dim}: rotation needs pairs; give an even number")
+        if self.query_rank < 0:
+            raise ValueError(f"latent query_rank={self.query_rank}: give the width, or 0 for no latent")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +189,7 @@ class DecoderConfig:
       num_kv_heads: K key/value heads; G = N / K queries share one.
       head_dim: H.
       mlp_dim: F, width of the dense feed-forward layer; unused if the layers are mixtures of experts.
-      experts: the mixture of experts of every layer; None for dense layers.
+      experts: the mixture of experts of every layer after the first `first_dense`; None for dense layers.
       rope: rotary position embeddings.
       local_rope: those of layers with a window; None if they are the same.
       windows: for each layer, the number of tokens that a token attends to, itself included, or 0 for no
@@ -162,6 +228,9 @@ class DecoderConfig:
       attention_sinks: whether every query head has a learned logit that joins each of its softmaxes, without
         a value (gpt-oss, OpenAI 2025, arXiv 2508.10925; sinks: Xiao et al. 2023, arXiv 2309.17453).
       swiglu_limit, swiglu_alpha: limit of the factors, and scale inside the sigmoid (`clamped_swiglu`).
+      first_dense: number of layers at the beginning whose MLP is dense, in a mixture of experts.
+      latent: multi-head latent attention in place of grouped-query attention; None for the latter. `head_dim`
+        is then the width of queries and keys, and `qkv_bias` is for the projections to latents.
     """
 
     vocab_size: int
@@ -199,6 +268,8 @@ class DecoderConfig:
     attention_sinks: bool = False
     swiglu_limit: float = 7.0
     swiglu_alpha: float = 1.702
+    first_dense: int = 0
+    latent: Latent | None = None
 
     def __post_init__(self):
         for field in ("dtype", "param_dtype"):
@@ -217,6 +288,25 @@ class DecoderConfig:
             raise ValueError("mlp_bias=True is not supported with experts; set the bias of Experts instead")
         if not self.swiglu_limit > 0:
             raise ValueError(f"swiglu_limit={self.swiglu_limit}: give a number above 0")
+        if not 0 <= self.first_dense < (self.num_layers if self.experts else 1):
+            raise ValueError(
+                f"first_dense={self.first_dense}: give the number of dense layers before those with experts, "
+                f"at most num_layers-1={self.num_layers - 1}, or 0 without experts"
+            )
+        if self.latent and self.num_kv_heads != self.num_heads:
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads}: with latent attention every head has its own keys and "
+                f"values; set it to num_heads={self.num_heads}"
+            )
+        if self.latent and not self.latent.rope_dim < self.head_dim:
+            raise ValueError(
+                f"latent rope_dim={self.latent.rope_dim}: is a part of a head; give less than head_dim="
+                f"{self.head_dim}"
+            )
+        if self.latent and (self.qk_norm or any(self.windows) or self.attention_sinks):
+            raise ValueError(
+                "latent attention supports neither qk_norm, nor windows, nor attention_sinks; leave them out"
+            )
         choices = {
             "matmul_precision": MATMUL_PRECISIONS,
             "activation": ACTIVATIONS,
@@ -233,7 +323,22 @@ class DecoderConfig:
     @property
     def routing_shape(self) -> tuple[int, int]:
         """Number of layers with experts, and of active experts in each; the choices of one token."""
-        return (self.num_layers, self.experts.active) if self.experts else (0, 0)
+        return (self.num_layers - self.first_dense, self.experts.active) if self.experts else (0, 0)
+
+    @property
+    def rope_dim(self) -> int:
+        """Width of the rotated part of a head."""
+        return self.latent.rope_dim if self.latent else self.head_dim
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        """Heads of the KV cache, and the widths of its keys and of its values.
+
+        With latent attention, keys are the rotated part alone, and values are the latents.
+        """
+        if self.latent:
+            return 1, self.latent.rope_dim, self.latent.kv_rank
+        return self.num_kv_heads, self.head_dim, self.head_dim
 
     def replace(self, **changes: Any) -> DecoderConfig:
         """Returns a copy with some fields changed."""
@@ -242,6 +347,6 @@ class DecoderConfig:
 
 def config_from_dict(fields: dict[str, Any]) -> DecoderConfig:
     """Returns the config from the output of `dataclasses.asdict`, which may have been through JSON."""
-    nested = {"rope": Rope, "local_rope": Rope, "experts": Experts}
+    nested = {"rope": Rope, "local_rope": Rope, "experts": Experts, "latent": Latent}
     given = {name: kind(**fields[name]) for name, kind in nested.items() if fields.get(name)}
     return DecoderConfig(**{**fields, **given, "windows": tuple(fields.get("windows", ()))})

@@ -9,9 +9,6 @@ How many tokens chose its experts is known only at run time, so its arrays have 
 gathered tokens, and only the real ones are multiplied. With `tensor` (and in sampling `fsdp`), every
 expert is split along F, as dense layers are.
 
-Where other mechanisms would go: `route` (scores other than softmax, limits to groups, biases that only
-correct the choice), `mixture` (an expert shared by all tokens). `Routing` has what metrics of load and
-entropy need.
 
 Shape letters: T tokens, D model width, E experts, A active experts of a token, F width of an expert.
 """
@@ -26,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from espl_jax.models import grouped, layers
-from espl_jax.models.config import DecoderConfig
+from espl_jax.models.config import DecoderConfig, Experts
 from espl_jax.models.params import ADAPTER, Params
 from espl_jax.parallel import sharding
 
@@ -38,7 +35,7 @@ class Routing(NamedTuple):
     """The choices of every token.
 
     Attributes:
-      choices: int32 [T, A], the experts that the router prefers, in order of falling probability.
+      choices: int32 [T, A], the experts that the router prefers, in order of falling preference.
       used: int32 [T, A], the experts that process the token: `choices`, unless others are replayed.
       weights: float32 [T, A], weights in the sum of the experts that are used.
       entropy: float32 [T], of the probabilities of all experts, in nats.
@@ -55,9 +52,11 @@ def route(
 ) -> Routing:
     """Chooses each token's experts: those with the highest probability.
 
-    Probabilities are the softmax of the router's scores over all experts, in float32, as in Qwen3 (Qwen 2025,
-    arXiv 2505.09388). With `normalize` the weights are the softmax over the chosen experts' scores alone, as
-    in gpt-oss (OpenAI 2025, arXiv 2508.10925). Differentiable in the weights, not in the choice.
+    Probabilities, in float32, are the softmax of the router's scores over all experts, as in Qwen3 (Qwen
+    2025, arXiv 2505.09388), or their sigmoids, as in DeepSeek-V3 (DeepSeek-AI 2024, arXiv 2412.19437, section
+    2.1.2), where a bias corrects the choice and groups limit it. With softmax and `normalize` the weights are
+    the softmax over the chosen experts' scores alone, as in gpt-oss (OpenAI 2025, arXiv 2508.10925).
+    Differentiable in the weights, not in the choice.
 
     Args:
       x: [T, D].
@@ -66,18 +65,31 @@ def route(
       replay: int [T, A], experts to use instead of the preferred ones (routing replay, Ma et al. 2025, arXiv
         2510.11370); a negative number keeps the preferred one.
     """
-    assert decoder.experts is not None
+    experts = decoder.experts
+    assert experts is not None
     scores = layers.einsum("td,de->te", x, router, decoder, "float32").astype(jnp.float32)
-    probabilities = jax.nn.softmax(scores)
-    weights, choices = jax.lax.top_k(probabilities, decoder.experts.active)
-    used = choices
-    if replay is not None:
-        used = jnp.where(replay < 0, choices, replay.astype(jnp.int32))
-        weights = jnp.take_along_axis(probabilities, used, axis=-1)
-    if decoder.experts.normalize:
-        weights = weights / weights.sum(-1, keepdims=True)
-    entropy = jax.scipy.special.entr(probabilities).sum(-1)
-    return Routing(choices, used, weights, entropy)
+    probabilities = jax.nn.sigmoid(scores) if experts.scores == "sigmoid" else jax.nn.softmax(scores)
+    preferred = probabilities + router["correction"] if experts.corrected else probabilities
+    choices = jax.lax.top_k(jax.lax.stop_gradient(_in_best_groups(preferred, experts)), experts.active)[1]
+    used = choices if replay is None else jnp.where(replay < 0, choices, replay.astype(jnp.int32))
+    weights = jnp.take_along_axis(probabilities, used, axis=-1)
+    if experts.normalize:
+        # Sigmoids may all be zero.
+        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+    relative = probabilities / (probabilities.sum(-1, keepdims=True) + 1e-20)
+    entropy = jax.scipy.special.entr(relative).sum(-1)
+    return Routing(choices, used, weights * experts.scale, entropy)
+
+
+def _in_best_groups(scores: jax.Array, experts: Experts) -> jax.Array:
+    """Replaces the scores of experts outside a token's best groups by -inf. [T, E] -> [T, E]."""
+    if experts.active_groups == experts.groups:
+        return scores
+    by_group = scores.reshape(-1, experts.groups, experts.count // experts.groups)
+    best = jax.lax.top_k(by_group, 2)[0].sum(-1)
+    chosen = jax.lax.top_k(best, experts.active_groups)[1]
+    is_best = (chosen[:, :, None] == jnp.arange(experts.groups)).any(1)
+    return jnp.where(is_best[:, :, None], by_group, -jnp.inf).reshape(scores.shape)
 
 
 def mixture(

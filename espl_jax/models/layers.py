@@ -139,6 +139,16 @@ def product(
     return multiply(spec, x, weight)
 
 
+def product_by_head(spec: str, x: jax.Array, weight: jax.Array, decoder: DecoderConfig) -> jax.Array:
+    """Computes `product` with one matrix per head: the letter of heads is in both operands and the result."""
+    rounds = decoder.matmul_precision == "bfloat16"
+    precision = jax.lax.Precision.HIGHEST if decoder.matmul_precision == "highest" else None
+    x, weight = (each.astype("bfloat16" if rounds else decoder.dtype) for each in (x, weight))
+    return jnp.einsum(
+        spec, x, weight, precision=precision, preferred_element_type="float32" if rounds else None
+    )
+
+
 def rounded(weight: jax.Array, decoder: DecoderConfig) -> jax.Array:
     """Casts a weight to the compute dtype if that is smaller, to move half the bytes between devices."""
     smaller = jnp.dtype(decoder.dtype).itemsize < weight.dtype.itemsize
@@ -189,13 +199,16 @@ def _bfloat16_product_backward(spec: str, operands: tuple[jax.Array, jax.Array],
 _bfloat16_product.defvjp(_bfloat16_product_forward, _bfloat16_product_backward)
 
 
-def rms_norm(x: jax.Array, norm: dict[str, jax.Array], decoder: DecoderConfig) -> jax.Array:
+def rms_norm(
+    x: jax.Array, norm: dict[str, jax.Array], decoder: DecoderConfig, eps: float | None = None
+) -> jax.Array:
     """Applies RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467), computed in float32.
 
-    [..., D] -> [..., D] in `decoder.dtype`.
+    [..., D] -> [..., D] in `decoder.dtype`. The default `eps` is `decoder.norm_eps`.
     """
     x = x.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + decoder.norm_eps)
+    eps = decoder.norm_eps if eps is None else eps
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
     return (x * (norm["scale"].astype(jnp.float32) + decoder.norm_offset)).astype(decoder.dtype)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from espl_jax.models.config import DecoderConfig
 
@@ -29,6 +30,7 @@ class Weight:
       shape: size of each dimension.
       dtype: storage dtype.
       fill: initial value of a weight without inputs.
+      first: number of the first layer of the stack, in the model.
     """
 
     axes: tuple[str, ...]
@@ -36,6 +38,7 @@ class Weight:
     shape: tuple[int, ...]
     dtype: str
     fill: float = 0.0
+    first: int = 0
 
     @property
     def stack(self) -> tuple[str, ...]:
@@ -46,6 +49,12 @@ class Weight:
     def stack_shape(self) -> tuple[int, ...]:
         """Sizes of the axes in `stack`."""
         return self.shape[: len(self.stack)]
+
+    @property
+    def members(self) -> list[tuple[int, ...]]:
+        """Numbers of the layer, and of the expert, of each weight in the stack; [()] for a single weight."""
+        places = np.ndindex(*self.stack_shape)
+        return [(self.first + place[0], *place[1:]) if place else () for place in places]
 
     @property
     def fan_in(self) -> int:
@@ -60,7 +69,7 @@ class Weight:
         outputs = tuple(axis for axis in self.axes if axis not in (*self.stack, *self.inputs))
 
         def declare(axes: tuple[str, ...], inputs: tuple[str, ...]) -> Weight:
-            return Weight(axes, inputs, tuple(sizes[axis] for axis in axes), "float32")
+            return Weight(axes, inputs, tuple(sizes[axis] for axis in axes), "float32", first=self.first)
 
         factors = (
             declare((*self.stack, *self.inputs, "lora"), self.inputs),
@@ -69,10 +78,28 @@ class Weight:
         return dict(zip(ADAPTER, factors, strict=True))
 
 
+def stacks(decoder: DecoderConfig) -> dict[str, range]:
+    """Returns the numbers of the layers in each stack of the params, in the order in which they run.
+
+    Layers of a stack have the same weights. Dense layers before those with experts are the `first_layers`.
+    """
+    first, last = decoder.first_dense, decoder.num_layers
+    return ({"first_layers": range(first)} if first else {}) | {"layers": range(first, last)}
+
+
 def abstract(decoder: DecoderConfig) -> Params:
     """Returns the params pytree with a `Weight` declaration at every leaf."""
+    params = {}
+    for stack in stacks(decoder):
+        params |= _with_stack(decoder, stack)
+    return params
+
+
+def _with_stack(decoder: DecoderConfig, stack: str) -> Params:
+    """Returns the params with one of the stacks of layers."""
+    numbers = stacks(decoder)[stack]
     sizes = {
-        "layers": decoder.num_layers,
+        "layers": len(numbers),
         "embed": decoder.embed_dim,
         "heads": decoder.num_heads,
         "kv_heads": decoder.num_kv_heads,
@@ -81,10 +108,11 @@ def abstract(decoder: DecoderConfig) -> Params:
         "vocab": decoder.vocab_size,
     }
 
-    def declare(axes: str, inputs: str = "", fill: float = 0.0) -> Weight:
+    def declare(axes: str, inputs: str = "", fill: float = 0.0, dtype: str = "") -> Weight:
         names = tuple(axes.split())
         shape = tuple(sizes[axis] for axis in names)
-        return Weight(names, tuple(inputs.split()), shape, decoder.param_dtype, fill)
+        first = numbers.start if names[0] == "layers" else 0
+        return Weight(names, tuple(inputs.split()), shape, dtype or decoder.param_dtype, fill, first)
 
     def linear(inputs: str, outputs: str, bias: bool = False, stack: str = "layers") -> Params:
         layer = {"weight": declare(f"{stack} {inputs} {outputs}", inputs)}
@@ -103,7 +131,29 @@ def abstract(decoder: DecoderConfig) -> Params:
         attention |= {"query_norm": norm("layers head"), "key_norm": norm("layers head")}
     if decoder.attention_sinks:
         attention["sinks"] = {"logit": declare("layers heads")}
-    if decoder.experts:
+    if decoder.latent:
+        sizes |= {
+            "latent": decoder.latent.kv_rank,
+            "latent_and_rope": decoder.latent.kv_rank + decoder.latent.rope_dim,
+            "query_latent": decoder.latent.query_rank,
+            "key_and_value": decoder.head_dim - decoder.latent.rope_dim + decoder.latent.value_dim,
+            "value": decoder.latent.value_dim,
+        }
+        attention = {
+            "kv_down": linear("embed", "latent_and_rope", decoder.qkv_bias),
+            "kv_norm": norm("layers latent"),
+            "kv_up": linear("latent", "heads key_and_value"),
+            "out": linear("heads value", "embed", decoder.out_bias),
+        }
+        if decoder.latent.query_rank:
+            attention |= {
+                "query_down": linear("embed", "query_latent", decoder.qkv_bias),
+                "query_norm": norm("layers query_latent"),
+                "query_up": linear("query_latent", "heads head"),
+            }
+        else:
+            attention |= {"query": linear("embed", "heads head")}
+    if decoder.experts and stack == "layers":
         bias = decoder.experts.bias
         sizes |= {
             "experts": decoder.experts.count,
@@ -116,6 +166,16 @@ def abstract(decoder: DecoderConfig) -> Params:
             "up": linear("embed", "expert_mlp", bias, "layers experts"),
             "down": linear("expert_mlp", "embed", bias, "layers experts"),
         }
+        if decoder.experts.corrected:
+            # In float32 whatever the dtype of weights: rounding it would change the choice of experts.
+            mlp["router"]["correction"] = declare("layers scores", dtype="float32")
+        if decoder.experts.shared_dim:
+            sizes |= {"shared_mlp": decoder.experts.shared_dim}
+            mlp["shared"] = {
+                "gate": linear("embed", "shared_mlp"),
+                "up": linear("embed", "shared_mlp"),
+                "down": linear("shared_mlp", "embed"),
+            }
     else:
         mlp = {
             "gate": linear("embed", "mlp", decoder.mlp_bias),
@@ -132,7 +192,7 @@ def abstract(decoder: DecoderConfig) -> Params:
         layer |= {"post_attention_norm": norm("layers embed"), "post_mlp_norm": norm("layers embed")}
     params = {
         "embedding": {"weight": declare("vocab embed", "embed")},
-        "layers": layer,
+        stack: layer,
         "final_norm": norm("embed"),
     }
     if not decoder.tied_head:

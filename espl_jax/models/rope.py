@@ -71,17 +71,19 @@ def tables(positions: jax.Array, rope: Rope, head_dim: int) -> tuple[jax.Array, 
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False) -> jax.Array:
     """Rotates heads by their positions (Su et al. 2021, arXiv 2104.09864), half-split convention.
 
     Args:
       x: [T, heads, H].
       cos, sin: float32 [T, H / 2], from `tables`.
+      interleaved: whether x has the two dimensions of a pair beside each other; the result has not.
 
     Returns:
       [T, heads, H] in x's dtype.
     """
     cos, sin = cos[:, None, :], sin[:, None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    x32 = x.astype(jnp.float32)
+    first, second = (x32[..., ::2], x32[..., 1::2]) if interleaved else jnp.split(x32, 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

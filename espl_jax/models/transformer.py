@@ -16,10 +16,10 @@ import jax.core
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from espl_jax.models import experts, grouped, layers, rope, splash
+from espl_jax.models import experts, grouped, latent, layers, rope, splash
 from espl_jax.models.attention import ATTENTION, KVCache, RowsView, Source, attend, of_owners
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.params import ADAPTER, Params, Weight, abstract
+from espl_jax.models.params import ADAPTER, Params, Weight, abstract, stacks
 from espl_jax.parallel import sharding
 
 LAYER_INPUT = "layer_input"
@@ -85,25 +85,52 @@ def forward(
     layer = functools.partial(
         _layer,
         decoder=decoder,
-        rotations=[rope.tables(positions, each, decoder.head_dim) for each in ropes],
+        rotations=[rope.tables(positions, each, decoder.rope_dim) for each in ropes],
         shape=(nodes, steps),
         start=start,
         ancestors=tuple(ancestors),
     )
-    stacked = tuple(None if isinstance(c, RowsView) else (c.key, c.value) for c in ancestors)
-    index = jnp.arange(decoder.num_layers)
-    weights, layer = _with_whole(layer, params["layers"], decoder)
+    above = tuple(None if isinstance(c, RowsView) else (c.key, c.value) for c in ancestors)
     if replay is not None:
-        replay = replay.reshape(decoder.num_layers, nodes * steps, -1)
-    x, (key, value, routing) = _run_layers(layer, decoder, x, (weights, stacked, index, replay))
+        replay = replay.reshape(replay.shape[0], nodes * steps, -1)
+    written, routing = [], None
+    for stack, numbers in stacks(decoder).items():
+        given = params[stack], abstract(decoder)[stack], numbers
+        has_experts = numbers.stop > decoder.first_dense
+        x, (*own, routing) = _run_stack(layer, decoder, *given, x, above, replay if has_experts else None)
+        written.append(own)
+    key, value = written[0] if len(written) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *written)
 
     x = sharding.move(layers.rms_norm(x, params["final_norm"], decoder), *_TOKENS, decoder.phase)
     by_node = jax.tree.map(lambda each: each.reshape(-1, nodes, steps, *each.shape[2:]), routing)
     return Level(x.reshape(nodes, steps, -1), KVCache(key, value, start, lengths), by_node)
 
 
+def _run_stack(
+    layer: Callable[..., Any],
+    decoder: DecoderConfig,
+    weights: Params,
+    declared: Params,
+    numbers: range,
+    x: jax.Array,
+    above: Any,
+    replay: jax.Array | None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, experts.Routing | None]]:
+    """Runs a stack: the layers with these numbers.
+
+    `above` has the keys and values of all layers, `replay` the experts of this stack's.
+    """
+    layer = functools.partial(layer, declared=declared)
+    weights, layer = _with_whole(layer, weights, declared, decoder, numbers.start)
+    if len(numbers) < decoder.num_layers:
+        above = jax.tree.map(lambda x: x[numbers.start : numbers.stop], above)
+    windows = (decoder.windows or (0,) * decoder.num_layers)[numbers.start : numbers.stop]
+    index = jnp.arange(numbers.start, numbers.stop)
+    return _run_layers(layer, decoder, windows, x, (weights, above, index, replay))
+
+
 def _with_whole(
-    layer: Callable[..., Any], weights: Params, decoder: DecoderConfig
+    layer: Callable[..., Any], weights: Params, declared: Params, decoder: DecoderConfig, first: int
 ) -> tuple[Params, Callable[..., Any]]:
     """Separates the weights that a scan over layers slices from those that a layer reads out of all layers'.
 
@@ -111,7 +138,8 @@ def _with_whole(
     experts of the layer, and a decode step needs few of them.
 
     Returns:
-      The weights to slice, and `layer` wrapped so that it also receives the others, with its index.
+      The weights to slice, and `layer` wrapped so that it also receives the others, with its place in their
+      stack: its index minus `first`.
     """
 
     def is_whole(name: str, declared: Params) -> bool:
@@ -139,9 +167,9 @@ def _with_whole(
         return joined
 
     def complete(x: jax.Array, part: Params, above: Any, index: jax.Array, *rest: Any, **window: Any) -> Any:
-        return layer(x, join(part, weights, index), above, index, *rest, **window)
+        return layer(x, join(part, weights, index - first), above, index, *rest, **window)
 
-    return sliced(weights, abstract(decoder)["layers"]), complete
+    return sliced(weights, declared), complete
 
 
 def _start(ancestors: Sequence[KVCache | RowsView], nodes: int) -> jax.Array:
@@ -154,9 +182,10 @@ def _start(ancestors: Sequence[KVCache | RowsView], nodes: int) -> jax.Array:
     return jnp.repeat(last.end, nodes // last.end.shape[0], total_repeat_length=nodes)
 
 
-def _run_layers(layer: Callable[..., Any], decoder: DecoderConfig, x: jax.Array, stacked: Any) -> Any:
-    """Runs all layers, each with its slice of `stacked`. Returns x and the stacked outputs of the layers."""
-    windows = decoder.windows or (0,) * decoder.num_layers
+def _run_layers(
+    layer: Callable[..., Any], decoder: DecoderConfig, windows: Sequence[int], x: jax.Array, stacked: Any
+) -> Any:
+    """Runs layers, each with its window and slice of `stacked`. Returns x and their stacked outputs."""
 
     def checkpointed(window: int | None) -> Callable[..., Any]:
         """Returns the layer with remat; its window is static, or with None, passed for each layer."""
@@ -235,6 +264,7 @@ def _layer(
     replay: jax.Array | None,
     *,
     window: jax.Array | int,
+    declared: Params,
     decoder: DecoderConfig,
     rotations: Sequence[Any],
     shape: tuple[int, int],
@@ -247,8 +277,8 @@ def _layer(
     `above` has this layer's (key, value) of each ancestor, or None for a `RowsView`, which is read at layer
     `index`. `window` is the number of tokens that a token attends to, 0 for no window: an int, or traced if
     scanned layers have different windows. `replay` has this layer's experts, as for `experts.route`.
+    `declared` has the declarations of the layer's stack.
     """
-    declared = abstract(decoder)["layers"]
     weights = _gathered(weights, declared, decoder)
     x = checkpoint_name(x, LAYER_INPUT)
 
@@ -266,16 +296,13 @@ def _layer(
 
     y = normalized(x, weights["attention_norm"])
     attention = weights["attention"]
-    query = layers.einsum("td,dnh->tnh", y, attention["query"], decoder)
-    key = layers.einsum("td,dkh->tkh", y, attention["key"], decoder)
-    value = layers.einsum("td,dkh->tkh", y, attention["value"], decoder).astype(decoder.dtype)
-    if decoder.qk_norm:
-        query = layers.rms_norm(query, attention["query_norm"], decoder)
-        key = layers.rms_norm(key, attention["key_norm"], decoder)
     cos, sin = _rotation(rotations, window)
-    query = by_node(rope.rotate(query, cos, sin).astype(decoder.dtype))
-    key = by_node(rope.rotate(key, cos, sin).astype(decoder.dtype))
-    value = by_node(value)
+    if decoder.latent:
+        query, key, value = latent.project(y, attention, decoder, cos, sin)
+    else:
+        query, key, value = _project(y, attention, decoder, cos, sin)
+    query, key, value = (by_node(x.astype(decoder.dtype)) for x in (query, key, value))
+    written = key.transpose(2, 0, 3, 1), value.transpose(2, 0, 1, 3)
 
     if isinstance(window, jax.Array):
         window = jnp.where(window == 0, jnp.iinfo(jnp.int32).max, window)
@@ -286,11 +313,11 @@ def _layer(
         assert arrays is not None
         sources.append(Source(*arrays, cache.filled, cache.start, cache.owner, cache.parts))
     sinks = attention["sinks"]["logit"] if decoder.attention_sinks else None
-    if isinstance(window, int) and splash.on_tpu(query) and splash.fits(shape[1], sources, decoder, window):
-        out = splash.splash_attend(query, key, value, sources, decoder, window, sinks)
+    attending = functools.partial(_attend, decoder=decoder, start=start, window=window, sinks=sinks)
+    if decoder.latent:
+        out = latent.attend(attending, query, key, value, sources, attention["kv_up"], decoder)
     else:
-        out = checkpoint_name(attend(query, key, value, sources, decoder, start, window, sinks), ATTENTION)
-    written = key.transpose(2, 0, 3, 1), value.transpose(2, 0, 1, 3)
+        out = attending(query, key, value, sources)
 
     out = by_node(out).reshape(-1, *out.shape[-2:])
     out = sharding.constrain(out, ("tokens", "heads", None), decoder.phase)
@@ -299,12 +326,47 @@ def _layer(
         x, layers.rms_norm(out, weights["post_attention_norm"], decoder) if decoder.post_norms else out
     )
     y = normalized(x, weights["mlp_norm"])
-    if decoder.experts:
+    routing = None
+    if "router" in weights["mlp"]:
         out, routing = experts.mixture(y, weights["mlp"], declared["mlp"], decoder, replay)
+        if "shared" in weights["mlp"]:
+            out += layers.gated_mlp(y, weights["mlp"]["shared"], decoder)
     else:
         out, routing = layers.gated_mlp(y, weights["mlp"], decoder), None
     x = joined(x, layers.rms_norm(out, weights["post_mlp_norm"], decoder) if decoder.post_norms else out)
     return x, (*written, routing)
+
+
+def _attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    sources: Sequence[Source],
+    *,
+    decoder: DecoderConfig,
+    start: jax.Array,
+    window: jax.Array | int,
+    sinks: jax.Array | None,
+) -> jax.Array:
+    """Computes `attention.attend`, with the TPU kernel where it fits."""
+    fits = query.shape[-1] == key.shape[-1] and splash.fits(query.shape[1], sources, decoder, window)
+    if isinstance(window, int) and fits and splash.on_tpu(query):
+        return splash.splash_attend(query, key, value, sources, decoder, window, sinks)
+    return checkpoint_name(attend(query, key, value, sources, decoder, start, window, sinks), ATTENTION)
+
+
+def _project(
+    x: jax.Array, weights: Params, decoder: DecoderConfig, cos: jax.Array, sin: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes the queries [T, N, H], keys and values [T, K, H] of grouped-query attention; x is [T, D]."""
+    query = layers.einsum("td,dnh->tnh", x, weights["query"], decoder)
+    key = layers.einsum("td,dkh->tkh", x, weights["key"], decoder)
+    value = layers.einsum("td,dkh->tkh", x, weights["value"], decoder)
+    if decoder.qk_norm:
+        query = layers.rms_norm(query, weights["query_norm"], decoder)
+        key = layers.rms_norm(key, weights["key_norm"], decoder)
+    query, key = (rope.rotate(each, cos, sin, decoder.rope.interleaved) for each in (query, key))
+    return query, key, value
 
 
 def _gathered(weights: Params, declared: Params, decoder: DecoderConfig) -> Params:

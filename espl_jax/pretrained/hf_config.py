@@ -14,6 +14,7 @@ from typing import Any
 
 from espl_jax.models.config import NUMERICS, DecoderConfig, Experts, Rope
 from espl_jax.models.rope import yarn_attention_factor
+from espl_jax.pretrained import hf_deepseek
 
 _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": (
@@ -114,6 +115,7 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "swiglu_alpha": 1.702,
         },
     ),
+    "deepseek_v3": ("deepseek_v3", "DeepseekV3ForCausalLM", hf_deepseek.DEFAULTS),
 }
 """model_type -> (family, class in transformers, defaults of the family)."""
 
@@ -159,7 +161,7 @@ def from_hf_config(hf: dict[str, Any], **numerics: Any) -> DecoderConfig:
     rope, local_rope = _ropes(c, gemma)
     # The other families ignore these fields.
     bias = family in _WITH_ATTENTION_BIAS and bool(c.get("attention_bias"))
-    return DecoderConfig(
+    config = DecoderConfig(
         family=family,
         vocab_size=c["vocab_size"],
         num_layers=c["num_hidden_layers"],
@@ -187,6 +189,7 @@ def from_hf_config(hf: dict[str, Any], **numerics: Any) -> DecoderConfig:
         **_gpt_oss(c) if gpt_oss else {},
         **numerics,
     )
+    return hf_deepseek.completed(config, c) if family == "deepseek_v3" else config
 
 
 class _Fields:
@@ -256,6 +259,9 @@ def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
             "num_local_experts": config.experts.count,
             "num_experts_per_tok": config.experts.active,
         }
+    if config.family == "deepseek_v3":
+        fields |= hf_deepseek.fields(config)
+        rope |= hf_deepseek.rope_fields(config)
     if config.experts and config.family == "qwen3_moe":
         fields |= {
             "num_experts": config.experts.count,
@@ -326,7 +332,7 @@ def _gpt_oss_experts(c: _Fields) -> Experts:
 _EXPERTS = {"qwen3_moe": _experts, "gpt_oss": _gpt_oss_experts}
 """Families with experts -> reader of their fields."""
 
-_WITH_ATTENTION_BIAS = ("llama", "qwen3", "qwen3_moe", "gemma3", "gpt_oss")
+_WITH_ATTENTION_BIAS = ("llama", "qwen3", "qwen3_moe", "gemma3", "gpt_oss", "deepseek_v3")
 """Families that read `attention_bias`."""
 
 _GPT_OSS_ROPE = {
@@ -350,7 +356,7 @@ def _gpt_oss(c: _Fields) -> dict[str, Any]:
 
 
 def _windows(c: _Fields, family: str) -> tuple[int, ...]:
-    if family == "llama":
+    if family in ("llama", "deepseek_v3"):
         return ()
     window, layers, kinds = c.get("sliding_window"), c["num_hidden_layers"], c.get("layer_types") or ()
     if family.startswith("qwen") and not c.get("use_sliding_window"):

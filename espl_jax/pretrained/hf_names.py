@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import numpy as np
 
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.params import Params, Weight, abstract
@@ -25,6 +24,11 @@ _MODULES = {
     "layers/mlp/gate": "mlp.gate_proj",
     "layers/mlp/up": "mlp.up_proj",
     "layers/mlp/down": "mlp.down_proj",
+    "layers/attention/query_down": "self_attn.q_a_proj",
+    "layers/attention/query_up": "self_attn.q_b_proj",
+    "layers/attention/kv_down": "self_attn.kv_a_proj_with_mqa",
+    "layers/attention/kv_norm": "self_attn.kv_a_layernorm",
+    "layers/attention/kv_up": "self_attn.kv_b_proj",
 }
 
 _WITH_EXPERTS = {
@@ -32,10 +36,14 @@ _WITH_EXPERTS = {
     "layers/mlp/gate": "mlp.experts.{}.gate_proj",
     "layers/mlp/up": "mlp.experts.{}.up_proj",
     "layers/mlp/down": "mlp.experts.{}.down_proj",
+    "layers/mlp/shared/gate": "mlp.shared_experts.gate_proj",
+    "layers/mlp/shared/up": "mlp.shared_experts.up_proj",
+    "layers/mlp/shared/down": "mlp.shared_experts.down_proj",
 }
 
 # In files, all experts of a layer are in one tensor (`fused_experts`).
 _GPT_OSS = {"layers/attention/sinks": "self_attn.sinks", "layers/mlp/router": "mlp.router"}
+_WITH_LATENTS = {"layers/attention/query_norm": "self_attn.q_a_layernorm"}
 
 # With post-norms, `post_attention_layernorm` is the norm after attention, not the norm before the MLP.
 _WITH_POST_NORMS = {
@@ -49,7 +57,11 @@ def module(path: str, config: DecoderConfig) -> str:
     """Returns the module name for a path of the params (`layers/mlp/up`), with {} for the index of the layer,
     and of the expert."""
     modules = _MODULES | (_WITH_POST_NORMS if config.post_norms else {})
-    modules |= _WITH_EXPERTS if config.experts else {}
+    modules |= _WITH_LATENTS if config.latent else {}
+    if path.startswith("first_layers/"):
+        path = path.removeprefix("first_")
+    elif config.experts:
+        modules |= _WITH_EXPERTS
     name = (modules | (_GPT_OSS if config.family == "gpt_oss" else {}))[path]
     return f"model.layers.{{}}.{name}" if path.startswith("layers/") else name
 
@@ -63,14 +75,20 @@ def names(config: DecoderConfig) -> dict[str, str]:
     return named
 
 
-_LEAVES = {"weight": ".weight", "scale": ".weight", "bias": ".bias", "logit": ""}
+_LEAVES = {
+    "weight": ".weight",
+    "scale": ".weight",
+    "bias": ".bias",
+    "logit": "",
+    "correction": ".e_score_correction_bias",
+}
 """Leaf of the params -> what its name in files ends with."""
 
 
 def stacked(name: str, weight: Weight) -> list[str]:
     """Returns the names of the tensors that are stacked into a weight, in order: all experts of the first
     layer, then those of the second; a single name if it is not stacked."""
-    return [name.format(*index) for index in np.ndindex(*weight.stack_shape)]
+    return [name.format(*numbers) for numbers in weight.members]
 
 
 def by_path(tree: Params) -> dict[str, Any]:

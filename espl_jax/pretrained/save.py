@@ -94,10 +94,12 @@ def _tensors(params: Params, config: DecoderConfig) -> list[Tensor]:
 
     tensors: dict[int, list[Tensor]] = {layer: [] for layer in range(-1, config.num_layers)}
     for path, name in names(config).items():
-        for index in np.ndindex(*declared[path].stack_shape):
+        weight = declared[path]
+        for index, numbers in zip(np.ndindex(*weight.stack_shape), weight.members, strict=True):
             read = _reader(path, index, leaves, declared, config.lora_scale)
-            layer = index[0] if index else -1
-            tensors[layer].append(Tensor(name.format(*index), file_shape(declared[path]), read))
+            layer = numbers[0] if numbers else -1
+            exact = "float32" if path.rpartition("/")[2] == "correction" else ""  # see `params`
+            tensors[layer].append(Tensor(name.format(*numbers), file_shape(weight), read, exact))
     return [tensor for layer in tensors.values() for tensor in layer]
 
 

@@ -25,15 +25,17 @@ class Tensor:
       name: name in the file.
       shape: shape in the file.
       read: returns its values as numpy, in any dtype; called once, when the tensor is written.
+      dtype: dtype in the file, whatever that of the others; empty for theirs.
     """
 
     name: str
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    dtype: str = ""
 
     def size(self, dtype: str) -> int:
-        """Returns its size in the file, in bytes."""
-        return math.prod(self.shape) * jnp.dtype(dtype).itemsize
+        """Returns its size in the file, in bytes, if `dtype` is that of the other tensors."""
+        return math.prod(self.shape) * jnp.dtype(self.dtype or dtype).itemsize
 
 
 def write_shards(folder: Path, tensors: Sequence[Tensor], dtype: str, max_shard_bytes: float) -> None:
@@ -42,7 +44,7 @@ def write_shards(folder: Path, tensors: Sequence[Tensor], dtype: str, max_shard_
     Args:
       folder: output folder.
       tensors: tensors, in the order in which they are written.
-      dtype: dtype of all tensors, `float32` or `bfloat16`.
+      dtype: dtype of the tensors that do not name one, `float32` or `bfloat16`.
       max_shard_bytes: maximum bytes of tensors per file; a larger tensor gets a separate file.
     """
     shards: list[list[Tensor]] = [[]]
@@ -73,7 +75,7 @@ def write_file(path: Path, tensors: Sequence[Tensor], dtype: str) -> None:
     for tensor in tensors:
         start, end = end, end + tensor.size(dtype)
         header[tensor.name] = {
-            "dtype": DTYPES[dtype],
+            "dtype": DTYPES[tensor.dtype or dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
@@ -82,7 +84,7 @@ def write_file(path: Path, tensors: Sequence[Tensor], dtype: str) -> None:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            values = np.ascontiguousarray(tensor.read(), jnp.dtype(dtype))
+            values = np.ascontiguousarray(tensor.read(), jnp.dtype(tensor.dtype or dtype))
             if values.shape != tensor.shape:
                 raise ValueError(f"{tensor.name} is {list(values.shape)}, declared as {list(tensor.shape)}")
             file.write(values.reshape(-1).view(np.uint8).data)

@@ -27,7 +27,9 @@ run, run_tree, logits, unembed = (
 SHAPE, WIDTHS = (2, 3, 2), (15, 11, 13)  # of the trees, longer than any window
 
 
-FAST = {"llama": 0, "mistral": 1, "qwen2": 3, "qwen3": 2, "gemma3": 3, "qwen3_moe": 1, "gpt_oss": 1}
+FAST = {"llama": 0, "mistral": 1, "qwen2": 3, "qwen3": 2, "gemma3": 3, "qwen3_moe": 1, "gpt_oss": 1} | {
+    "deepseek_v3": 1
+}
 """One of the five draws of each family. Together they show all scalings of RoPE, tied and untied heads,
 windows, scanned and unrolled layers, and four ways of recomputing. The others are slow tests."""
 
@@ -37,7 +39,8 @@ def pytest_generate_tests(metafunc):
     fast = FAST
     if metafunc.function.__name__ == "test_gradients_of_token_logprobs":
         # The other two families have no mechanism that these lack.
-        fast = {family: FAST[family] for family in ("qwen2", "qwen3", "gemma3", "qwen3_moe", "gpt_oss")}
+        mechanisms = ("qwen2", "qwen3", "gemma3", "qwen3_moe", "gpt_oss", "deepseek_v3")
+        fast = {family: FAST[family] for family in mechanisms}
     cases = []
     for family in families.FAMILIES:
         for number in range(seed, seed + (draws or 5)):
@@ -93,12 +96,13 @@ def test_flat_tree_and_cached_logits(case_parts, close):
 
     # Token by token over the caches, as sampling runs it.
     rows, steps = levels[2].shape
-    shape = (config.num_layers, config.num_kv_heads, rows, steps, config.head_dim)
-    key, value = np.zeros(shape, np.float32).swapaxes(3, 4), np.zeros(shape, np.float32)
+    heads, *widths = config.cache_shape
+    shapes = [(config.num_layers, heads, rows, steps, width) for width in widths]
+    key, value = np.zeros(shapes[0], np.float32).swapaxes(3, 4), np.zeros(shapes[1], np.float32)
     decoded = np.zeros(wanted.shape, np.float32)
     for t in range(steps):
         own = KVCache(key, value, caches[2].start, np.full(rows, t, np.int32))
-        h, fresh = run(params, config, levels[2][:, t : t + 1], ancestors=(*caches[:2], own))
+        h, fresh, _ = run(params, config, levels[2][:, t : t + 1], ancestors=(*caches[:2], own))
         decoded[:, t] = unembed(params, config, h[:, 0])
         key[..., t], value[:, :, :, t] = fresh.key[..., 0], fresh.value[:, :, :, 0]
     close(decoded[real], wanted[real], "decode")
@@ -122,8 +126,7 @@ def test_gradients_of_token_logprobs(case_parts, record_property):
     scores = torch.log_softmax(families.torch_logits(model, flat.tokens), -1)[rows, flat.starts[rows] + steps]
     model.zero_grad()
     scores.gather(-1, torch.tensor(targets[mask][:, None], dtype=torch.long)).sum().backward()
-    expected = {name: weight.grad.numpy() for name, weight in model.named_parameters()}
-    expected = families.each_expert(expected)
+    expected = families.each_expert(families.gradients_of(model))
 
     grads = families.by_hf_names(ours(params), config)
     assert set(grads) == set(expected)

@@ -10,7 +10,7 @@ from espl_jax.models.params import abstract
 from espl_jax.pretrained import hf_names, layout
 from espl_jax.pretrained.hf_config import from_hf_config
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "qwen3_moe", "gpt_oss")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "qwen3_moe", "gpt_oss", "deepseek_v3")
 
 SCALINGS = ("default", "linear", "llama3", "yarn")
 
@@ -81,6 +81,8 @@ def draw_hf_config(family, seed):
             # Low enough that some activations reach it.
             swiglu_limit=float(rng.choice([0.5, 1.0, 7.0])),
         )
+    if family == "deepseek_v3":
+        return _draw_deepseek(rng, fields, turn)
     if family == "llama":
         fields |= {"attention_bias": chance(0.3), "mlp_bias": chance(0.3)}
         return transformers.LlamaConfig(**fields)
@@ -102,6 +104,37 @@ def draw_hf_config(family, seed):
     if family == "qwen2":
         return transformers.Qwen2Config(**fields)
     return transformers.Qwen3Config(**fields, attention_bias=chance(0.3))
+
+
+def _draw_deepseek(rng, fields, turn):
+    """Draws latents, groups and the number of dense layers too, which take turns as well."""
+    groups = int(rng.integers(2, 4)) if turn % 2 else 1
+    experts, normalize = groups * int(rng.integers(2, 4)), bool(turn % 2)
+    active_groups = int(rng.integers(1, groups + 1))
+    scaling = fields["rope_parameters"]
+    if scaling["rope_type"] == "yarn":
+        scaling |= {"mscale": float(rng.choice([0.7, 1.0])), "mscale_all_dim": float(rng.choice([0.5, 1.0]))}
+    del fields["head_dim"]
+    return transformers.DeepseekV3Config(
+        **fields | {"num_key_value_heads": fields["num_attention_heads"]},
+        attention_bias=bool(rng.random() < 0.3),
+        q_lora_rank=int(rng.integers(3, 20)) if turn % 3 else None,
+        kv_lora_rank=int(rng.integers(3, 20)),
+        qk_nope_head_dim=int(rng.integers(2, 9)),
+        qk_rope_head_dim=2 * int(rng.integers(2, 5)),
+        v_head_dim=int(rng.integers(2, 12)),
+        rope_interleave=turn % 4 != 2,
+        first_k_dense_replace=min(turn % 3, fields["num_hidden_layers"] - 1),
+        n_routed_experts=experts,
+        n_group=groups,
+        topk_group=active_groups,
+        # The normalized weight of a single expert is 1: its router would have no gradient.
+        num_experts_per_tok=int(rng.integers(2, active_groups * experts // groups + 1)),
+        moe_intermediate_size=int(rng.integers(5, 30)),
+        n_shared_experts=int(rng.integers(1, 3)),
+        routed_scaling_factor=float(rng.choice([1.0, 2.5])),
+        norm_topk_prob=normalize,
+    )
 
 
 def _draw_scaling(rng, kind):
@@ -126,13 +159,28 @@ def torch_model(hf_config, seed):
     )
     model = model.float().eval()
     generator = torch.Generator().manual_seed(seed)
-    for name, weight in model.named_parameters():
+    for name, weight in weights_of(model).items():
         noise = torch.randn(weight.shape, generator=generator)
         if weight.ndim > 1:
             weight.data = noise * weight.shape[-1] ** -0.5
         else:
             weight.data = 0.3 * noise + (0 if name.endswith(("bias", "sinks")) else weight.data)
     return model
+
+
+def weights_of(model):
+    """Returns the tensors by name, with the biases that correct the choice of experts, which torch has as
+    buffers."""
+    corrections = {name: x for name, x in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    return dict(model.named_parameters()) | corrections
+
+
+def gradients_of(model):
+    """Returns the gradients of `weights_of`; zero for buffers."""
+    return {
+        name: np.zeros(weight.shape) if weight.grad is None else weight.grad.numpy()
+        for name, weight in weights_of(model).items()
+    }
 
 
 def our_config(hf_config, **numerics):
@@ -142,7 +190,7 @@ def our_config(hf_config, **numerics):
 
 def our_params(model, config):
     """The model's weights as our params."""
-    state = each_expert({name: weight.detach().numpy() for name, weight in model.named_parameters()})
+    state = each_expert({name: weight.detach().numpy() for name, weight in weights_of(model).items()})
     names, declared = hf_names.names(config), abstract(config)
     every = hf_names.by_path(declared)
     assert {x for path, name in names.items() for x in hf_names.stacked(name, every[path])} == set(state)
@@ -160,8 +208,9 @@ def by_hf_names(tree, config):
     leaves = hf_names.by_path(tree)
     for path, name in hf_names.names(config).items():
         leaf = np.asarray(leaves[path])
-        for index in np.ndindex(*declared[path].stack_shape):
-            named[name.format(*index)] = layout.to_file(declared[path], leaf[index])
+        places = np.ndindex(*declared[path].stack_shape)
+        for index, numbers in zip(places, declared[path].members, strict=True):
+            named[name.format(*numbers)] = layout.to_file(declared[path], leaf[index])
     return named
 
 
