@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from espl_jax.models.config import DecoderConfig
+from espl_jax.parallel import sharding
 
 QUERY_BLOCK = 512
 """Most queries processed at once; longer levels are processed in blocks, with scores [.., block, S]."""
@@ -96,6 +97,41 @@ class RowsView:
     def filled(self) -> jax.Array:
         """bool [R, columns], which columns are filled."""
         return jnp.arange(self.columns) < self.length[:, None]
+
+    def source(self, index: jax.Array | int, window: jax.Array | int = 0) -> Source:
+        """Returns the keys and values of one layer: of a static window only the last columns, which are all
+        that the tokens after them see, else all `columns`."""
+        if not isinstance(window, int) or not 0 < window < self.columns:
+            return Source(*self.layer(index), self.filled, self.start)
+        first = jnp.maximum(self.length - window, 0)
+        filled = first[:, None] + jnp.arange(window) < self.length[:, None]
+        return Source(*self._last(index, first, window), filled, self.start + first)
+
+    def _last(self, index: jax.Array | int, first: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+        """Returns `count` columns of one layer, from column `first` of each row on."""
+
+        def gather(slots: tuple[jax.Array, jax.Array], first: jax.Array) -> tuple[jax.Array, ...]:
+            def of_row(slot: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:
+                (key, value), zero = slots, jnp.zeros_like(slot)
+                heads, width = key.shape[1], key.shape[3]
+                key = jax.lax.dynamic_slice(
+                    key, (index, zero, slot, zero, column), (1, heads, 1, width, count)
+                )
+                value = jax.lax.dynamic_slice(
+                    value, (index, zero, slot, column, zero), (1, heads, 1, count, value.shape[4])
+                )
+                return key[:, :, 0], value[:, :, 0]
+
+            slots_of_part = slots[0].shape[2] // parts
+            slot = jnp.arange(len(first)).reshape(parts, -1)
+            slot += (slots_of_part - slot.shape[1]) * jnp.arange(parts)[:, None]
+            return jax.vmap(of_row, out_axes=2)(slot.reshape(-1), first)
+
+        mesh = sharding.mesh_of(first)
+        parts = self.shards if mesh is None else 1
+        gathered = sharding.over_parts(gather, mesh, ("slots", "rows"), "slots")
+        key, value = gathered((self.key, self.value), first)
+        return key[0], value[0]
 
     def layer(self, index: jax.Array | int) -> tuple[jax.Array, jax.Array]:
         """Returns the keys [K, R, H, columns] and values [K, R, columns, H] of one layer."""

@@ -200,6 +200,10 @@ def _run_layers(
         if len(set(windows)) == 1:
             body = checkpointed(windows[0])
             return jax.lax.scan(lambda x, xs: body(x, *xs), x, stacked)
+        if decoder.phase == "sampling" and (period := _period(windows)) <= LONGEST_PERIOD:
+            return _scan_periods(
+                [checkpointed(window) for window in windows[:period]], len(windows), x, stacked
+            )
         body = checkpointed(None)
         return jax.lax.scan(
             lambda x, xs: body(x, *xs[0], window=xs[1]), x, (stacked, jnp.array(windows, jnp.int32))
@@ -209,6 +213,39 @@ def _run_layers(
         x, new = checkpointed(window)(x, *jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
         written.append(new)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *written)
+
+
+LONGEST_PERIOD = 8
+"""Longest pattern of windows whose layers are unrolled while sampling; each layer of it is compiled."""
+
+
+def _period(windows: Sequence[int]) -> int:
+    """Returns the length of the pattern that the windows repeat, the last time perhaps in part."""
+    return next(n for n in range(1, len(windows) + 1) if windows[n:] == windows[:-n])
+
+
+def _scan_periods(period: Sequence[Callable[..., Any]], count: int, x: jax.Array, stacked: Any) -> Any:
+    """Runs `count` layers that repeat those of `period`, so that the window of each is static.
+
+    Each layer's slice of `stacked` is read in place. A scan over slices would need a copy of those before an
+    incomplete last period.
+    """
+
+    def run(x: jax.Array, first: jax.Array | int, layers: Sequence[Callable[..., Any]]) -> Any:
+        written = []
+        for i, layer in enumerate(layers):
+            of_layer = functools.partial(jax.lax.dynamic_index_in_dim, index=first + i, keepdims=False)
+            x, new = layer(x, *jax.tree.map(of_layer, stacked))
+            written.append(new)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *written)
+
+    whole, rest = divmod(count, len(period))
+    x, written = jax.lax.scan(lambda x, i: run(x, i * len(period), period), x, jnp.arange(whole))
+    written = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), written)
+    if rest:
+        x, last = run(x, whole * len(period), period[:rest])
+        written = jax.tree.map(lambda *parts: jnp.concatenate(parts), written, last)
+    return x, written
 
 
 _SAVED = {
@@ -309,9 +346,10 @@ def _layer(
     sources = []
     for arrays, cache in zip(above, ancestors, strict=True):
         if isinstance(cache, RowsView):
-            arrays = cache.layer(index)
-        assert arrays is not None
-        sources.append(Source(*arrays, cache.filled, cache.start, cache.owner, cache.parts))
+            sources.append(cache.source(index, window))
+        else:
+            assert arrays is not None
+            sources.append(Source(*arrays, cache.filled, cache.start, cache.owner, cache.parts))
     sinks = attention["sinks"]["logit"] if decoder.attention_sinks else None
     attending = functools.partial(_attend, decoder=decoder, start=start, window=window, sinks=sinks)
     if decoder.latent:

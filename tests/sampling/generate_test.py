@@ -141,6 +141,18 @@ class TestLogprobs:
 class TestLayout:
     """Samples depend on their keys, not on rows, chunks, capacities or devices."""
 
+    def test_windows_on_eight_devices(self):
+        """Every device reads the windows of its own rows."""
+        mesh = sharding.make_mesh({"data": 4, "tensor": 2})
+        params = tiny.params(WINDOWED)
+        spread = sharding.place(params, abstract(WINDOWED), mesh)
+        alone, ours = (
+            sample(weights, WINDOWED, max_new_tokens=16, chunk=8, mesh=where)
+            for weights, where in ((params, None), (spread, mesh))
+        )
+        np.testing.assert_array_equal(ours.tokens, alone.tokens)
+        np.testing.assert_allclose(ours.untruncated_logprobs, alone.untruncated_logprobs, atol=1e-4)
+
     @pytest.mark.slow
     @pytest.mark.parametrize(
         "truncation",
