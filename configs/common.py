@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
     c.environment.show_thinking = False  # show thinking blocks to the grader and the reflector
     c.environment.reward = ""  # module:function of (problem, reply, grade) that replaces the reward
     c.environment.options = "{}"  # JSON arguments of arithmetic, reasoning_gym or a module:name environment
-    c.environment.tool_format = "auto"  # call syntax: hermes, xml, mistral, llama; auto: by template
+    c.environment.tool_format = "auto"  # call syntax: hermes, xml, mistral, llama, harmony; auto: by template
     c.environment.math = ConfigDict()
     c.environment.math.timeout = 5.0  # seconds to compare one answer; slower answers count as wrong
     c.environment.math.workers = 2  # grading processes

@@ -15,7 +15,19 @@ from espl_jax.train import train
 from tests.support import fakes, tiny
 from tests.train_test import arrays, lines, outcome
 
-MIXTURE = fakes.CONFIG.replace(family="qwen3_moe", qk_norm=True, experts=Experts(4, 2, 24))
+MIXTURES = {
+    "qwen3_moe": fakes.CONFIG.replace(family="qwen3_moe", qk_norm=True, experts=Experts(4, 2, 24)),
+    "gpt_oss": fakes.CONFIG.replace(
+        family="gpt_oss",
+        mlp_dim=24,
+        experts=Experts(4, 2, 24, bias=True),
+        activation="clamped_swiglu",
+        attention_sinks=True,
+        qkv_bias=True,
+        out_bias=True,
+        windows=(8, 0),
+    ),
+}
 
 
 def run(folder, **changes):
@@ -23,13 +35,14 @@ def run(folder, **changes):
     train(config, folder, Console(file=io.StringIO()))
 
 
-@pytest.fixture
-def mixture(monkeypatch):
+@pytest.fixture(params=MIXTURES)
+def mixture(request, monkeypatch):
     fakes.model.cache_clear()
-    monkeypatch.setattr(fakes, "CONFIG", MIXTURE)
+    config = MIXTURES[request.param]
+    monkeypatch.setattr(fakes, "CONFIG", config)
     fakes.take_over(monkeypatch)
     monkeypatch.setattr(reflection, "local_reflector", lambda model, **settings: fakes.scripted_replies)
-    yield
+    yield config
     fakes.model.cache_clear()
 
 
@@ -48,6 +61,9 @@ def test_a_killed_run_resumes_bit_for_bit(rank, mixture, tmp_path):
     trained = arrays(tmp_path / "whole")
     routers = [name for name in trained if "router" in name and ".trainable" in name]
     assert bool(routers) == (rank == 0)
+    sinks = [name for name in trained if "sinks" in name and ".trainable" in name]
+    assert bool(sinks) == (rank == 0 and mixture.attention_sinks)
+    assert all(np.all(np.abs(trained[name]) > 1e-6) for name in sinks), "they start at 0"
     name = ".trainable['layers']['mlp']['up']" + ("['lora_b']" if rank else "['weight']")
     assert trained[name].shape[:2] == (2, 4)
     before = 0 if rank else np.asarray(fakes.model().params["layers"]["mlp"]["up"]["weight"])
@@ -56,7 +72,7 @@ def test_a_killed_run_resumes_bit_for_bit(rank, mixture, tmp_path):
 
     export(tmp_path / "whole", tmp_path / "out", dtype="float32", say=lambda line: None)
     policy, back = read_run(tmp_path / "whole").model, load_pretrained(tmp_path / "out")
-    assert back.config.experts == MIXTURE.experts and back.config.family == "qwen3_moe"
+    assert (back.config.experts, back.config.family) == (mixture.experts, mixture.family)
     tokens = np.arange(32).reshape(2, 16)
     wanted = tiny.logits(policy.params, policy.config, tokens)
     np.testing.assert_allclose(tiny.logits(back.params, back.config, tokens), wanted, atol=1e-4)

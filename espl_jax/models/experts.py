@@ -115,7 +115,7 @@ def mixture(
     mesh = sharding.mesh_of(x)
     if mesh is None:
         routing = route(x, weights["router"], decoder, replay)
-        return _of_experts(x, routing.used, routing.weights, experts, decoder, 0, True), routing
+        return _of_experts(x, routing.used, routing.weights, experts, decoder, 0), routing
 
     def axes(names: tuple[str | None, ...], shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
         return sharding.axes_of(mesh, names, shape, decoder.phase)
@@ -187,7 +187,7 @@ def _of_experts(
     experts: Params,
     decoder: DecoderConfig,
     first: jax.Array | int,
-    adds_bias: jax.Array | bool,
+    adds_bias: jax.Array | bool = True,
 ) -> jax.Array:
     """Sums the outputs of the experts on this device, which are those from number `first` on.
 

@@ -20,10 +20,8 @@ from espl_jax.models import experts, grouped, latent, layers, rope, splash
 from espl_jax.models.attention import ATTENTION, KVCache, RowsView, Source, attend, of_owners
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.params import ADAPTER, Params, Weight, abstract, stacks
+from espl_jax.models.stack import LAYER_INPUT, run_layers
 from espl_jax.parallel import sharding
-
-LAYER_INPUT = "layer_input"
-"""Name of the residual stream before a layer, for checkpoint (remat) policies."""
 
 
 class Level(NamedTuple):
@@ -126,7 +124,7 @@ def _run_stack(
         above = jax.tree.map(lambda x: x[numbers.start : numbers.stop], above)
     windows = (decoder.windows or (0,) * decoder.num_layers)[numbers.start : numbers.stop]
     index = jnp.arange(numbers.start, numbers.stop)
-    return _run_layers(layer, decoder, windows, x, (weights, above, index, replay))
+    return run_layers(layer, decoder, windows, x, (weights, above, index, replay))
 
 
 def _with_whole(
@@ -180,112 +178,6 @@ def _start(ancestors: Sequence[KVCache | RowsView], nodes: int) -> jax.Array:
     if last.owner is not None:
         return of_owners(last.end, last.owner, last.parts)
     return jnp.repeat(last.end, nodes // last.end.shape[0], total_repeat_length=nodes)
-
-
-def _run_layers(
-    layer: Callable[..., Any], decoder: DecoderConfig, windows: Sequence[int], x: jax.Array, stacked: Any
-) -> Any:
-    """Runs layers, each with its window and slice of `stacked`. Returns x and their stacked outputs."""
-
-    def checkpointed(window: int | None) -> Callable[..., Any]:
-        """Returns the layer with remat; its window is static, or with None, passed for each layer."""
-        known = layer if window is None else functools.partial(layer, window=window)
-        if decoder.remat == "none":
-            return known
-        if decoder.remat == "rounded":
-            return _from_rounded(known, decoder)
-        return jax.checkpoint(known, policy=_SAVED[decoder.remat])
-
-    if decoder.scan_layers:
-        if len(set(windows)) == 1:
-            body = checkpointed(windows[0])
-            return jax.lax.scan(lambda x, xs: body(x, *xs), x, stacked)
-        if decoder.phase == "sampling" and (period := _period(windows)) <= LONGEST_PERIOD:
-            return _scan_periods(
-                [checkpointed(window) for window in windows[:period]], len(windows), x, stacked
-            )
-        body = checkpointed(None)
-        return jax.lax.scan(
-            lambda x, xs: body(x, *xs[0], window=xs[1]), x, (stacked, jnp.array(windows, jnp.int32))
-        )
-    written = []
-    for i, window in enumerate(windows):
-        x, new = checkpointed(window)(x, *jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
-        written.append(new)
-    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *written)
-
-
-LONGEST_PERIOD = 8
-"""Longest pattern of windows whose layers are unrolled while sampling; each layer of it is compiled."""
-
-
-def _period(windows: Sequence[int]) -> int:
-    """Returns the length of the pattern that the windows repeat, the last time perhaps in part."""
-    return next(n for n in range(1, len(windows) + 1) if windows[n:] == windows[:-n])
-
-
-def _scan_periods(period: Sequence[Callable[..., Any]], count: int, x: jax.Array, stacked: Any) -> Any:
-    """Runs `count` layers that repeat those of `period`, so that the window of each is static.
-
-    Each layer's slice of `stacked` is read in place. A scan over slices would need a copy of those before an
-    incomplete last period.
-    """
-
-    def run(x: jax.Array, first: jax.Array | int, layers: Sequence[Callable[..., Any]]) -> Any:
-        written = []
-        for i, layer in enumerate(layers):
-            of_layer = functools.partial(jax.lax.dynamic_index_in_dim, index=first + i, keepdims=False)
-            x, new = layer(x, *jax.tree.map(of_layer, stacked))
-            written.append(new)
-        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *written)
-
-    whole, rest = divmod(count, len(period))
-    x, written = jax.lax.scan(lambda x, i: run(x, i * len(period), period), x, jnp.arange(whole))
-    written = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), written)
-    if rest:
-        x, last = run(x, whole * len(period), period[:rest])
-        written = jax.tree.map(lambda *parts: jnp.concatenate(parts), written, last)
-    return x, written
-
-
-_SAVED = {
-    "full": None,
-    "products": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[LAYER_INPUT],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-}
-
-
-def _from_rounded(layer: Callable[..., Any], decoder: DecoderConfig) -> Callable[..., Any]:
-    """Wraps a layer so that its backward pass recomputes it from its input, rounded to `decoder.dtype`."""
-
-    def run(x: jax.Array, *given: Any, **window: jax.Array) -> Any:
-        # A custom_vjp function cannot close over traced values, so these become arguments.
-        jaxpr, shapes = jax.make_jaxpr(layer, return_shape=True)(x, *given, **window)
-
-        def known(closed_over: Any, x: jax.Array, rest: Any) -> Any:
-            out = jax.core.eval_jaxpr(jaxpr.jaxpr, closed_over, *jax.tree.leaves((x, rest)))
-            return jax.tree.unflatten(jax.tree.structure(shapes), out)
-
-        def forward(closed_over: Any, x: jax.Array, rest: Any) -> Any:
-            return known(closed_over, x, rest), (closed_over, x.astype(decoder.dtype), rest)
-
-        def backward(stored: Any, cotangents: Any) -> Any:
-            # Without scan, the compiler would otherwise keep the forward pass's values instead of
-            # recomputing.
-            closed_over, x, rest = jax.lax.optimization_barrier(stored)
-            return jax.vjp(known, closed_over, x.astype(jnp.float32), rest)[1](cotangents)
-
-        recomputed = jax.custom_vjp(known)
-        recomputed.defvjp(forward, backward)
-        return recomputed(jaxpr.consts, x, (given, window))
-
-    return run
 
 
 _TOKENS = ("tokens", None), ("residual", None)

@@ -289,12 +289,14 @@ def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
                 f"{got!r}); the decoder does not belong to the family {config.family!r}"
             )
     older = {name: value for name, value in rope.items() if name != "rope_theta"}
+    # For a gpt-oss, no scaling would mean YaRN.
+    unscaled = rope["rope_type"] == "default" and config.family != "gpt_oss"
     return {
         "architectures": [architecture],
         "model_type": model_type,
         **fields,
         "rope_theta": rope["rope_theta"],
-        "rope_scaling": None if rope["rope_type"] == "default" else older,
+        "rope_scaling": None if unscaled else older,
     }
 
 

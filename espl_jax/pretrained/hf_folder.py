@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.params import Params, Weight, abstract
-from espl_jax.pretrained import hf_names
+from espl_jax.pretrained import fused_experts, hf_names
+from espl_jax.pretrained.fused_experts import in_files
 from espl_jax.pretrained.hf_config import from_hf_config
 from espl_jax.pretrained.layout import file_shape
-from espl_jax.pretrained.safetensors_files import DTYPES, StoredTensor, open_checkpoint
+from espl_jax.pretrained.safetensors_files import DTYPES, Stored, StoredTensor, open_checkpoint
 from espl_jax.pretrained.stream import load_weight
 from espl_jax.storage import json_values
 
@@ -56,10 +57,12 @@ def described(folder: Path, **numerics: Any) -> DecoderConfig:
     fields = read_json(folder / "config.json")
     text_fields = fields.get("text_config") or {}
     quantization = fields.get("quantization_config") or text_fields.get("quantization_config")
-    if quantization:
+    mxfp4 = fields.get("model_type") == "gpt_oss" and (quantization or {}).get("quant_method") == "mxfp4"
+    if quantization and not mxfp4:
         raise ValueError(
             f"{folder}: quantization_config.quant_method={quantization.get('quant_method')!r} is not "
-            "supported: quantized safetensors cannot be read; use the unquantized model, or a .gguf file"
+            "supported: quantized safetensors cannot be read, except for mxfp4 of gpt_oss; use the "
+            "unquantized model, or a .gguf file"
         )
     try:
         return from_hf_config(fields, **numerics)
@@ -82,7 +85,7 @@ def read_params(folder: Path, config: DecoderConfig, mesh: Mesh | None) -> Param
     return jax.tree_util.tree_map_with_path(load, abstract(config))
 
 
-def decoder_tensors(folder: Path, config: DecoderConfig) -> dict[str, list[StoredTensor]]:
+def decoder_tensors(folder: Path, config: DecoderConfig) -> dict[str, list[Stored]]:
     """Returns the tensors of each weight, by its path in the params, in the order of `hf_names.stacked`.
 
     Checks, before reading any data, that all tensors exist with the right shape and a supported dtype, and
@@ -92,17 +95,18 @@ def decoder_tensors(folder: Path, config: DecoderConfig) -> dict[str, list[Store
       FileNotFoundError: if files are missing.
       ValueError: with the tensors that are missing, unexpected, or of another shape or dtype.
     """
-    tensors = _known_names(open_checkpoint(folder), config)
+    known = _known_names(open_checkpoint(folder), config)
+    tensors: Mapping[str, Stored] = fused_experts.split(known) if config.family == "gpt_oss" else known
     names = hf_names.names(config)
     declared = hf_names.by_path(abstract(config))
     wanted = {path: hf_names.stacked(name, declared[path]) for path, name in names.items()}
     every = {name for group in wanted.values() for name in group}
-    if missing := sorted(every - set(tensors)):
+    if missing := sorted({in_files(name) for name in every - set(tensors)}):
         raise ValueError(
             f"{folder}: {_listed(missing)} missing; config.json may belong to another model, or the download "
             "is incomplete: download the model again"
         )
-    if unexpected := sorted(set(tensors) - every):
+    if unexpected := sorted({in_files(name) for name in set(tensors) - every}):
         raise ValueError(
             f"{folder}: {_listed(unexpected)} not part of a {config.family} decoder, so the model has an "
             "unsupported feature; use another model"

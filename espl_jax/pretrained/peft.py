@@ -10,7 +10,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ from espl_jax.choices import LORA_TARGETS
 from espl_jax.models import lora
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.params import Params, Weight
+from espl_jax.pretrained import fused_adapters
 from espl_jax.pretrained.hf_folder import read_json
 from espl_jax.pretrained.hf_names import by_path, module, stacked
 from espl_jax.pretrained.hub import REPOSITORY
 from espl_jax.pretrained.layout import file_shape, to_file
 from espl_jax.pretrained.new_folder import new_folder
-from espl_jax.pretrained.safetensors_files import DTYPES, StoredTensor, read_header
+from espl_jax.pretrained.safetensors_files import DTYPES, Stored, read_header
 from espl_jax.pretrained.shards import Tensor, write_file
 from espl_jax.pretrained.stream import load_weight
 from espl_jax.pretrained.text_files import write_text_files
@@ -48,6 +49,9 @@ _COMPUTED: dict[str, tuple[Any, ...]] = {
     # quantization error from the base, so the adapter only fits that modified base.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
 }
+
+# Those that are also supported where all experts are in one parameter, if they satisfy `fused_adapters.fits`.
+_OF_PARAMETERS = ("target_parameters", "rank_pattern", "alpha_pattern")
 
 # PEFT settings that do not: names, training, and arguments of initializations.
 _OF_NO_EFFECT = {
@@ -112,6 +116,9 @@ def save_adapter(
         "use_dora": False,
         "inference_mode": True,
     }
+    if config.family == "gpt_oss":
+        tensors = fused_adapters.join(tensors)
+        settings |= _parameter_settings(sorted(modules), rank, settings["lora_alpha"])
     with new_folder(folder) as unfinished:
         text = json.dumps(settings, indent=2) + "\n"
         (unfinished / "adapter_config.json").write_text(text, encoding="utf-8")
@@ -158,19 +165,22 @@ def load_adapter(
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} does not exist; give a folder saved by PEFT")
-    settings = read_settings(folder)
+    settings = read_settings(folder, config)
     known = {*_COMPUTED, *_OF_NO_EFFECT, "r", "lora_alpha", "use_rslora"}
     if unknown := {field: value for field, value in settings.items() if value and field not in known}:
         warnings.warn(  # as PEFT does
             f"{folder}/adapter_config.json: unknown settings {unknown} are ignored", stacklevel=2
         )
-    rank = settings["r"]
-    scale = settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-    return _read(folder / "adapter_model.safetensors", config, rank, mesh), scale
+    scale = _scale(settings)(settings["lora_alpha"], settings["r"])
+    return _read(folder / "adapter_model.safetensors", config, settings, mesh), scale
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path, config: DecoderConfig | None = None) -> dict[str, Any]:
     """Reads adapter_config.json of a folder and checks that its settings are supported.
+
+    Args:
+      folder: folder of an adapter.
+      config: decoder of the base model; None if it is not known yet, which skips checks that depend on it.
 
     Raises:
       FileNotFoundError: if it does not exist.
@@ -178,8 +188,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """
     path = folder / "adapter_config.json"
     settings = read_json(path)
+    skipped = _OF_PARAMETERS if config is None or config.family == "gpt_oss" else ()
     for field, computed in _COMPUTED.items():
-        if (value := settings.get(field, computed[0])) not in computed:
+        if field not in skipped and (value := settings.get(field, computed[0])) not in computed:
             raise ValueError(
                 f"{path}: {field}={value!r} is not supported; merge the adapter into its base with PEFT "
                 "(merge_and_unload), save the model and load its folder"
@@ -191,7 +202,29 @@ def read_settings(folder: Path) -> dict[str, Any]:
                 f"{path}: {field}={value!r}: must be a number of at least {least}; set the value that the "
                 "adapter was trained with"
             )
+    if config is not None and skipped and not fused_adapters.fits(settings, _scale(settings)):
+        raise ValueError(
+            f"{path}: rank_pattern={settings.get('rank_pattern')}, alpha_pattern="
+            f"{settings.get('alpha_pattern')}: only gate_up_proj may have another rank, and all adapters "
+            "must have one scale; merge the adapter into its base with PEFT (merge_and_unload)"
+        )
     return settings
+
+
+def _scale(settings: Mapping[str, Any]) -> Callable[[float, float], float]:
+    """Returns the function that PEFT uses to compute an adapter's scale from its alpha and rank."""
+    rank_stabilized = settings.get("use_rslora")
+    return lambda alpha, rank: alpha / (math.sqrt(rank) if rank_stabilized else rank)
+
+
+def _parameter_settings(modules: list[str], rank: int, alpha: float) -> dict[str, Any]:
+    """Returns the settings that differ if experts, and the router, are parameters and not linear layers."""
+    named = fused_adapters.PARAMETERS | {"router": "mlp.router.weight"}
+    parameters = sorted({named[each] for each in modules if each in named})
+    settings = {"target_modules": [each for each in modules if each not in named]}
+    if parameters:
+        settings["target_parameters"] = parameters
+    return settings | (fused_adapters.patterns(rank, alpha) if "up_proj" in modules else {})
 
 
 def declare_like(adapters: Params, config: DecoderConfig) -> dict[str, Weight]:
@@ -241,9 +274,14 @@ def _names(path: str, weight: Weight, config: DecoderConfig) -> list[str]:
     return stacked(f"base_model.model.{module(parent, config)}.{part}.weight", weight)
 
 
-def _read(path: Path, config: DecoderConfig, rank: int, mesh: Mesh | None) -> Params:
+def _read(path: Path, config: DecoderConfig, settings: Mapping[str, Any], mesh: Mesh | None) -> Params:
+    header, rank = read_header(path), settings["r"]
+    every_tensor: Mapping[str, Stored] = header
+    if config.family == "gpt_oss" and config.experts:
+        parameters = settings.get("target_parameters") or ()
+        every_tensor = fused_adapters.split(header, parameters, config.experts.count, rank)
     # For an adapted head, PEFT also saves the weight of the base.
-    stored = {name: tensor for name, tensor in read_header(path).items() if ".base_layer." not in name}
+    stored = {name: tensor for name, tensor in every_tensor.items() if ".base_layer." not in name}
     every = lora.targets_of(config)
     names = {
         leaf: _names(leaf, weight, config)
@@ -276,5 +314,5 @@ def _read(path: Path, config: DecoderConfig, rank: int, mesh: Mesh | None) -> Pa
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
-def _of_other_dtypes(stored: dict[str, StoredTensor]) -> set[str]:
+def _of_other_dtypes(stored: Mapping[str, Stored]) -> set[str]:
     return {name for name, tensor in stored.items() if tensor.dtype not in DTYPES}

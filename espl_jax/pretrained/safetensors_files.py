@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +20,33 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 DTYPES = {"BF16": jnp.bfloat16, "F16": np.float16, "F32": np.float32}
-"""Supported dtypes, by their names in the files."""
+"""Supported dtypes of weights, by their names in the files."""
+
+_READ = DTYPES | {"U8": np.uint8}
+"""Those that can be read; bytes hold quantized weights."""
+
+
+class Stored(Protocol):
+    """A tensor in a file, or a part of one.
+
+    Attributes:
+      path: its file.
+      dtype: name of its dtype, such as BF16.
+      shape: its shape.
+    """
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def view(self) -> Any:
+        """Returns its values as a view of the memory-mapped file: an array, or a quantized matrix."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +66,8 @@ class StoredTensor:
     offset: int
 
     def view(self) -> np.ndarray:
-        """Returns the tensor as a read-only memory map; its dtype must be in `DTYPES`."""
-        return np.memmap(self.path, DTYPES[self.dtype], "r", self.offset, self.shape)
+        """Returns the tensor as a read-only memory map; its dtype must be in `DTYPES`, or U8."""
+        return np.memmap(self.path, _READ[self.dtype], "r", self.offset, self.shape)
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -124,6 +150,6 @@ def _stored(
     path: Path, name: str, start: int, dtype: str, shape: list[int], data_offsets: Any
 ) -> StoredTensor:
     begin, end = data_offsets
-    if dtype in DTYPES and (begin < 0 or end - begin != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize):
+    if dtype in _READ and (begin < 0 or end - begin != math.prod(shape) * np.dtype(_READ[dtype]).itemsize):
         raise ValueError(f"{name}: {dtype} {shape} does not fill the bytes from {begin} to {end}")
     return StoredTensor(path, dtype, tuple(shape), start + begin)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from espl_jax.models import lora
 from espl_jax.models.config import DecoderConfig, dtype_name
 from espl_jax.models.params import Params, Weight, abstract
+from espl_jax.pretrained import fused_experts
 from espl_jax.pretrained.hf_config import to_hf_config
 from espl_jax.pretrained.hf_names import by_path, names
 from espl_jax.pretrained.layout import file_shape, to_file
@@ -39,7 +40,8 @@ def save_pretrained(
 ) -> None:
     """Writes a model as a folder in Hugging Face's format, with adapters merged into the weights.
 
-    Weights are merged in float32 and written one tensor of one layer at a time, and rounded once.
+    Weights are merged in float32 and written one tensor of one layer at a time, and rounded once. Those of
+    gpt-oss are written unquantized.
 
     Args:
       folder: output folder, written atomically; must be new or empty.
@@ -72,6 +74,8 @@ def save_pretrained(
     described = {**to_hf_config(config), **ids, "dtype": stored, "torch_dtype": stored}
     generating = {**ids, **padding, **(generation or {})}
     tensors = _tensors(params, config)
+    if config.family == "gpt_oss":
+        tensors = fused_experts.join(tensors, stored)
     with new_folder(folder) as unfinished:
         for name, fields in {"config": described, "generation_config": generating}.items():
             (unfinished / f"{name}.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

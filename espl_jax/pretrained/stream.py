@@ -14,15 +14,17 @@ from jax.sharding import Mesh
 from espl_jax.models.params import Weight
 from espl_jax.parallel import sharding
 from espl_jax.pretrained.layout import from_file
-from espl_jax.pretrained.safetensors_files import StoredTensor
+from espl_jax.pretrained.mxfp4 import Mxfp4
+from espl_jax.pretrained.safetensors_files import Stored
 
 _TILE = 128
 
 
-def load_weight(weight: Weight, stored: Sequence[StoredTensor], mesh: Mesh | None) -> jax.Array:
+def load_weight(weight: Weight, stored: Sequence[Stored], mesh: Mesh | None) -> jax.Array:
     """Reads one weight onto its devices.
 
-    Besides the memory-mapped files, the host holds one shard at a time, in the dtype of the weight. Each
+    Besides the memory-mapped files, the host holds one shard at a time, in the dtype of the weight, and in
+    float32 its part of one dequantized tensor. Each
     process reads only the shards of its own devices, and each shard once, even if several devices have it.
 
     Args:
@@ -50,15 +52,24 @@ def load_weight(weight: Weight, stored: Sequence[StoredTensor], mesh: Mesh | Non
     return jax.make_array_from_single_device_arrays(weight.shape, placement, shards)
 
 
-def _read(weight: Weight, stored: Sequence[StoredTensor], index: tuple[slice, ...]) -> np.ndarray:
+def _read(weight: Weight, stored: Sequence[Stored], index: tuple[slice, ...]) -> np.ndarray:
     """Returns the slice `index` of a weight, in the dtype of the weight."""
     sizes = [len(range(*cut.indices(size))) for cut, size in zip(index, weight.shape, strict=True)]
     out = np.empty(sizes, jnp.dtype(weight.dtype))
     depth = len(weight.stack)
     numbers = np.arange(len(stored)).reshape(weight.stack_shape)[index[:depth]]
     for place, number in np.ndenumerate(numbers):
-        _copy(out[place], from_file(weight, stored[int(number)].view())[index[depth:]])
+        _copy(out[place], _part(weight, stored[int(number)], index[depth:]))
     return out
+
+
+def _part(weight: Weight, stored: Stored, index: tuple[slice, ...]) -> np.ndarray:
+    """Returns the slice `index` of one tensor of the stack, in our layout."""
+    view = stored.view()
+    if isinstance(view, Mxfp4):  # a matrix of an expert, outputs first; only the slice is dequantized
+        inputs, outputs = index
+        return view[outputs, inputs].T
+    return from_file(weight, view)[index]
 
 
 def _copy(out: np.ndarray, view: np.ndarray) -> None:

@@ -20,14 +20,12 @@ from espl_jax.sampling.generate import sample_tree
 from espl_jax.sampling.settings import Capacity, Sampling
 from espl_jax.text.chat import cut_middle, encode, encode_conversation, render
 from espl_jax.text.constrained import GrammarRows
+from espl_jax.text.replies import NO_THOUGHTS, after_thinking, closes_thinking, decode_reply, replies_at_once
 from espl_jax.text.thinking import CLOSE, OPEN, prompt_opens_thinking, strip_tags, strip_thinking
 from espl_jax.text.tools import between_turns
 from espl_jax.types import Conversation, Question, Reply
 
 CUT_MARK = "\n[... cut ...]\n"
-
-NO_THOUGHTS = f"\n{CLOSE}\n\n"
-"""What follows an opening tag where nothing is to be thought."""
 
 TURN_MARKS = 64
 """Most tokens that a chat template puts around what is appended after reasoning."""
@@ -68,7 +66,7 @@ class LocalReflector:
         given = self.sampling.stop_ids
         self._stop_ids = stop_ids_of(self.model) if given is None else given
         self._mark = encode(self.model.tokenizer, CUT_MARK)
-        closing = encode(self.model.tokenizer, CLOSE)
+        closing = encode(self.model.tokenizer, closes_thinking(self.model.tokenizer))
         self._close = closing[0] if len(closing) == 1 else None
         self._asked: collections.Counter[int] = collections.Counter()
         self.counts: dict[str, float] = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
@@ -110,15 +108,19 @@ class LocalReflector:
             raise ValueError("a conversation ends with an opening: a constrained reply begins by itself")
         if opening or (question.grammar is None and question.reasoning == "none"):
             return messages
-        opened = prompt_opens_thinking(self._render(messages))
+        prompt = self._render(messages)
         if question.reasoning == "model":
             if self._close is None:
                 raise ValueError(
                     f"reflection.reasoning='model': the tokenizer has no single token {CLOSE}, so the model "
                     "has no thinking block of its own; give brief"
                 )
-            return messages if opened else [*messages, {"role": "assistant", "content": f"{OPEN}\n"}]
-        return [*messages, {"role": "assistant", "content": NO_THOUGHTS}] if opened else messages
+            if prompt_opens_thinking(prompt):
+                return messages
+            return [*messages, {"role": "assistant", "content": f"{OPEN}\n"}]
+        if not replies_at_once(self.model.tokenizer, prompt):
+            return messages
+        return [*messages, {"role": "assistant", "content": NO_THOUGHTS}]
 
     def _draw(self, questions: Sequence[Question]) -> Iterator[tuple[list[int], list[Reply]]]:
         """The replies of each group of questions that share a system turn, with their places."""
@@ -223,7 +225,7 @@ class LocalReflector:
                 replies.append(Reply(text=self._as_text(question, tokens), ended=ended))
                 continue
             end, start = begun.get(place, (len(tokens), len(tokens)))
-            thought = strip_tags(self._decode(tokens[:end]))
+            thought = strip_tags(decode_reply(model.tokenizer, tokens[:end], opened=reasoning == "model"))
             reply = strip_thinking(self._decode(tokens[start:]))
             replies.append(Reply(text=reply, reasoning=thought, ended=ended and place in begun))
         return replies
@@ -232,10 +234,10 @@ class LocalReflector:
         """What is appended after reasoning that ended with the token `last`; None if it did not close."""
         tokenizer = self.model.tokenizer
         if question.reasoning == "model":
-            return encode(tokenizer, "\n\n") if last == self._close else None
+            return encode(tokenizer, after_thinking(tokenizer)) if last == self._close else None
         turn = [{"role": "user", "content": question.request}]
         text = between_turns(tokenizer, turn, (), tokenizer.decode([last]), **self._arguments)
-        return encode(tokenizer, text + (NO_THOUGHTS if prompt_opens_thinking(text) else ""))
+        return encode(tokenizer, text + replies_at_once(tokenizer, text))
 
     def _decode(self, tokens: list[int]) -> str:
         return self.model.tokenizer.decode(
@@ -249,7 +251,7 @@ class LocalReflector:
         messages = question.conversation
         opening = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
         opened = not opening and prompt_opens_thinking(self._render(messages))
-        return strip_thinking(opening + self.model.tokenizer.decode(tokens, skip_special_tokens=True), opened)
+        return strip_thinking(opening + decode_reply(self.model.tokenizer, tokens, opened), opened)
 
 
 def local_reflector(model: Model, **settings: Any) -> LocalReflector:

@@ -23,6 +23,7 @@ from espl_jax.rollouts.turns import Turns, as_text
 from espl_jax.sampling.generate import sample_tree
 from espl_jax.sampling.settings import Capacity, Sampling
 from espl_jax.text.chat_format import ChatFormat
+from espl_jax.text.replies import decode_reply
 from espl_jax.text.stop_strings import stop_finder, trim
 from espl_jax.text.thinking import prompt_opens_thinking, strip_thinking
 from espl_jax.types import Conversation, Grade, Problem, Rollouts, SystemPrompt
@@ -77,7 +78,7 @@ def collect_rollouts(
         """Returns what the environment grades: the visible text, or the conversation of a dialogue."""
         if turns:
             return turns.transcript(place, tokens)
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        text = decode_reply(tokenizer, tokens, opened)
         if chat.stop_strings:
             text = trim(text, chat.stop_strings)
         return text if chat.show_thinking else strip_thinking(text, opened)

@@ -13,8 +13,9 @@ from espl_jax.environments.base import Dialogue, checked_messages, checked_tools
 from espl_jax.sampling.answers import Place
 from espl_jax.text.chat import encode
 from espl_jax.text.chat_format import ChatFormat
+from espl_jax.text.replies import decode_calls, decode_reply
 from espl_jax.text.thinking import prompt_opens_thinking, strip_thinking
-from espl_jax.text.tool_calls import calls_in, tool_format_of
+from espl_jax.text.tool_calls import Call, calls_in, tool_format_of
 from espl_jax.text.tools import between_turns
 from espl_jax.types import Conversation, Message, Problem
 
@@ -73,11 +74,13 @@ class Turns:
     def respond(self, place: Place, tokens: np.ndarray) -> Any:
         """Returns the environment's answer as tokens; a `sampling.answers.Respond`."""
         problem = self._problems[place[1]]
-        answer = self._environment.respond(problem, self.transcript(place, tokens))
+        transcript = self.transcript(place, tokens)
+        calls = transcript[-1].get("tool_calls", ())
+        answer = self._environment.respond(problem, transcript)
 
         def in_tokens(messages: Any) -> list[int] | None:
             checked = checked_messages(self._environment, problem, messages)
-            return self._append(place, tokens, checked) if checked else None
+            return self._append(place, tokens, checked, calls) if checked else None
 
         if isinstance(answer, concurrent.futures.Future):
             return _mapped(answer, in_tokens)
@@ -98,25 +101,32 @@ class Turns:
             start, opened = said.end, said.opened
         return [*messages, self._own_turn(tokens[start:], opened)]
 
-    def _append(self, place: Place, tokens: np.ndarray, messages: Sequence[Message]) -> list[int]:
+    def _append(
+        self, place: Place, tokens: np.ndarray, messages: Sequence[Message], calls: Sequence[Call]
+    ) -> list[int]:
         ended_by = self._tokenizer.decode(tokens[-1:]) if tokens[-1] in self._stop_ids else ""
-        text = between_turns(self._tokenizer, messages, self._tools, ended_by, **self._kwargs)
+        text = between_turns(self._tokenizer, messages, self._tools, ended_by, calls, **self._kwargs)
         appended = encode(self._tokenizer, text)
         said = _Said(tuple(messages), len(tokens), len(tokens) + len(appended), prompt_opens_thinking(text))
         self._said.setdefault(place, []).append(said)
         return appended
 
     def _own_turn(self, tokens: np.ndarray, opened: bool) -> Message:
-        text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        text = decode_reply(self._tokenizer, tokens, opened)
         visible = text if self._show_thinking else strip_thinking(text, opened)
-        message = {"role": "assistant", "content": visible}
+        message: Message = {"role": "assistant", "content": visible}
         if self._tools:
-            # Keep special tokens: some formats use them to mark tool calls.
-            kept = tokens[:-1] if len(tokens) and tokens[-1] in self._stop_ids else tokens
-            calls = calls_in(strip_thinking(self._tokenizer.decode(kept), opened), self._tool_format)
+            calls = self._calls(tokens, opened)
             if calls:
                 message["tool_calls"] = calls
         return message
+
+    def _calls(self, tokens: np.ndarray, opened: bool) -> list[Call]:
+        kept = tokens[:-1] if len(tokens) and tokens[-1] in self._stop_ids else tokens
+        text = decode_calls(self._tokenizer, kept)
+        if self._tool_format != "harmony":  # there, channels tell thinking and calls apart
+            text = strip_thinking(text, opened)
+        return calls_in(text, self._tool_format)
 
 
 def as_text(transcript: Conversation) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from espl_jax.text import harmony
 from espl_jax.text.chat_template import apply_chat_template
 from espl_jax.text.control_tokens import without_control_tokens
 from espl_jax.types import Conversation, Message
@@ -23,7 +24,8 @@ def render(
 
     Uses the chat template of the tokenizer, with its generation prompt. Control tokens are removed from all
     texts (`without_control_tokens`), so that only the template begins and ends turns. If the last message is
-    from the assistant, it is an opening: it follows the generation prompt, and the model continues it. A
+    from the assistant, it is an opening: it follows the generation prompt, and the model continues it. Where
+    templates write channels (`text.harmony`), it begins the channel final or, after `<think>`, analysis. A
     blank system message is dropped, so that the default of the template, if any, applies.
 
     If the template has no system role, the system text goes in front of the first user turn, followed by a
@@ -47,6 +49,8 @@ def render(
         raise ValueError("the conversation has no user turn; add at least one message with role user")
     if turns[0]["role"] == "system" and not has_system_role(tokenizer, **chat_template_kwargs):
         turns = _system_in_user_turn(turns)
+    if opening and harmony.is_format_of(tokenizer):
+        opening = harmony.opening(opening)
     try:
         return apply_chat_template(tokenizer, turns, **chat_template_kwargs) + opening
     except TemplateError as error:

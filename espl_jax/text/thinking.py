@@ -10,7 +10,7 @@ _BLOCK = re.compile(f"{OPEN}.*?{CLOSE}", re.DOTALL)
 
 def prompt_opens_thinking(prompt: str) -> bool:
     """Returns whether a rendered prompt ends inside a thinking block, so that the reply begins in it."""
-    return prompt.rstrip().endswith(OPEN)
+    return prompt.rstrip().endswith((OPEN, "<|channel|>analysis<|message|>"))  # the latter: `text.harmony`
 
 
 def strip_thinking(text: str, opened: bool = False) -> str:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from espl_jax.text import harmony
 from espl_jax.text.chat_template import named_templates, template_for
 
 Call = dict[str, Any]
@@ -31,6 +32,7 @@ def tool_format_of(tokenizer: Any) -> str:
     """Returns the tool format (one of `FORMATS`) of a model, derived from its chat template for tools."""
     template = template_for(tokenizer, with_tools=True) if named_templates(tokenizer) else ""
     for mark, tool_format in (
+        (harmony.CHANNEL, "harmony"),
         ("<function=", "xml"),
         ("<tool_call>", "hermes"),
         ("[TOOL_CALLS]", "mistral"),
@@ -207,6 +209,21 @@ def _llama(text: str) -> Iterator[Call]:
         body = body[end:].lstrip("; \n\t").removeprefix(_LLAMA_TAG).lstrip()
 
 
+def _harmony(text: str) -> Iterator[Call]:
+    """gpt-oss: `<|channel|>commentary to=functions.name <|constrain|>json<|message|>{...}<|call|>`."""
+    for message in harmony.messages(text):
+        if not message.recipient:
+            continue
+        try:
+            arguments, end = _json_at(message.content, 0)
+            if message.content[end:].strip():
+                raise ValueError("more follows it")
+        except ValueError as error:
+            yield {"error": f"the call is not JSON ({error})"}
+        else:
+            yield _checked({"name": message.recipient, "arguments": arguments})
+
+
 def _checked(call: Any) -> Call:
     if not isinstance(call, dict):
         return {"error": f"the call is a JSON {type(call).__name__}, and not an object"}
@@ -228,5 +245,6 @@ FORMATS: dict[str, Callable[[str], Iterator[Call]]] = {
     "xml": _xml,
     "mistral": _mistral,
     "llama": _llama,
+    "harmony": _harmony,
 }
 """Tool format -> parser of the calls in a turn."""

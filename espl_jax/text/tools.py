@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from espl_jax.text import harmony
 from espl_jax.text.chat import render
 from espl_jax.types import Conversation, Message
 
@@ -72,6 +74,7 @@ def between_turns(
     messages: Sequence[Message],
     tools: Sequence[Tool],
     ended_by: str,
+    calls: Sequence[Mapping[str, Any]] = (),
     **kwargs: Any,
 ) -> str:
     """Returns the text between the end of a turn of the model and the beginning of its next turn.
@@ -83,6 +86,8 @@ def between_turns(
       tools: as for `with_tools`.
       ended_by: text of the token with which the model ended its turn, which the template also writes; empty
         if the turn ended in another way.
+      calls: the calls in the turn of the model (`text.tool_calls.Call`), for templates that write tool
+        results only after them.
       **kwargs: passed to the template.
 
     Raises:
@@ -92,20 +97,34 @@ def between_turns(
     told = {}
     if tools and writes_tools(tokenizer, tools, **kwargs):
         told = _arguments(tools)
-    attempts = [_as_user_turn(messages)]
+    attempts = [[*spoken, *_as_user_turn(messages)]]
     if told:
-        attempts.insert(0, [{"role": each["role"], "content": each["content"]} for each in messages])
+        as_they_are = [{"role": each["role"], "content": each["content"]} for each in messages]
+        attempts.insert(0, [*spoken, *as_they_are])
+        if harmony.is_format_of(tokenizer) and any(each["role"] == "tool" for each in messages):
+            name = next((call["name"] for call in calls if "name" in call), tools[0]["function"]["name"])
+            attempts.insert(0, [spoken[0], _calling(name), *as_they_are])
     for i, attempt in enumerate(attempts):
         try:
-            text = render(tokenizer, [*spoken, *attempt], **kwargs | told)
+            text = render(tokenizer, attempt, **kwargs | told)
             break
         except (TemplateError, ValueError):
             if i == len(attempts) - 1:
                 raise
     rest = text.rpartition(_MARK)[2]
+    if harmony.is_format_of(tokenizer):
+        # The template ends the reply by another token than the model, and the mark may be inside JSON.
+        end = re.search("|".join(map(re.escape, harmony.ENDS)), rest)
+        return rest if end is None else rest[end.end() if ended_by in harmony.ENDS else end.start() :]
     if ended_by and rest.lstrip().startswith(ended_by):
         rest = rest.lstrip()[len(ended_by) :]
     return rest
+
+
+def _calling(name: str) -> Message:
+    """Returns a turn of the model that calls a tool, with the mark as its argument."""
+    function = {"name": name, "arguments": {"a": _MARK}}
+    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
 
 
 def _as_user_turn(messages: Sequence[Message]) -> Conversation:

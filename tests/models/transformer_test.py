@@ -259,10 +259,10 @@ def test_patterns_of_windows_while_sampling(windows):
     config = tiny.CONFIG.replace(num_layers=5, windows=windows, phase="sampling")
     params = tiny.params(config)
     tokens = jnp.arange(1, 13).reshape(2, 6)
-    for given in (tokens, tokens[:, :1]):
+    for level in (tokens, tokens[:, :1]):
         _, cache, _ = tiny.forward(params, config, tokens)
         ours, wanted = (
-            tiny.forward(params, config.replace(scan_layers=scan), given, ancestors=[cache])
+            tiny.forward(params, config.replace(scan_layers=scan), level, ancestors=[cache])
             for scan in (True, False)
         )
         np.testing.assert_allclose(ours.hidden, wanted.hidden, atol=1e-5)

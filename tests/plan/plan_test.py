@@ -13,10 +13,12 @@ from espl_jax.plan import advice, programs, report
 from espl_jax.plan import costs as plan_costs
 from espl_jax.plan.chips import CHIPS, find_chip
 from espl_jax.plan.programs import Program
+from espl_jax.pretrained.hf_config import from_hf_config
 from espl_jax.run.workloads import Lengths
 from espl_jax.sampling.sizes import EXTENDED_TOKENS
 from espl_jax.training.optimizer import make_optimizer
 from tests.conftest import run_module
+from tests.pretrained.gpt_oss_test import published
 from tests.support import tiny
 from tests.support.devices import xla_flags
 
@@ -91,6 +93,13 @@ def test_what_is_held_is_counted_once():
     matrices = sum(w.size for w in jax.tree.leaves(shapes(config)) if w.ndim > 2 or 61 in w.shape)
     assert sizes["trained"] == 4 * weights
     assert sizes["sampling copy"] == 2 * matrices + 4 * (weights - matrices)
+
+
+def test_mxfp4_is_counted_as_dequantized():
+    """gpt-oss-20b in bfloat16: two bytes for each of its 20.91 billion parameters."""
+    config = from_hf_config(published("gpt-oss-20b"), param_dtype="bfloat16", dtype="bfloat16")
+    sizes = programs.held(common.get_config(), config, make_optimizer(1e-3), None).sizes()
+    assert sizes["weights"] == pytest.approx(2 * 20.91e9, rel=1e-3)
 
 
 def shapes(config):

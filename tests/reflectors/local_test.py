@@ -22,7 +22,7 @@ from espl_jax.sampling.settings import Capacity, Sampling
 from espl_jax.text.chat import encode, encode_conversation, render
 from espl_jax.text.thinking import CLOSE
 from espl_jax.types import Question, Reply
-from tests.support import flat
+from tests.support import flat, harmony
 from tests.support.fakes import TEMPLATE, model, tokenizer
 
 NEW_TOKENS = 8
@@ -509,3 +509,59 @@ class TestOwnReasoning:
             ):
                 reflector().ask(questions(["one"], [grammar], reasoning="model"))
         assert sampled == []
+
+
+class TestChannels:
+    """A model that writes channels: analysis is its thinking block, and a reply alone is in final."""
+
+    FINAL = "<|start|>assistant<|channel|>final<|message|>"
+
+    def on(self, token="<|return|>"):
+        tokens = harmony.tokenizer()
+        loud = louder(model(vocab_size=len(tokens)), tokens.convert_tokens_to_ids(token))
+        return dataclasses.replace(loud, loaded_tokenizer=tokens)
+
+    def test_prompts(self, sampled):
+        reflect = reflector(on=self.on(), max_new_tokens=120)
+        reflect.ask(questions(["one"], GRAMMARS[:1]))
+        reflect([asked("one"), asked("one", "Summary: it")])
+        reflect.ask(questions(["one"], GRAMMARS[:1], reasoning="model"))
+        ends = [harmony.tokenizer().decode(rest).partition("<|end|>")[2] for _, rest in sampled]
+        assert ends == [
+            self.FINAL,
+            "<|start|>assistant",
+            f"{self.FINAL}Summary: it",
+            "<|start|>assistant<|channel|>analysis<|message|>",
+        ]
+
+    def test_the_reply_begins_after_the_analysis(self, recorded):
+        tokens, stops = harmony.tokenizer(), harmony.stop_ids()
+        asked_for = questions([f"task {i}" for i in range(8)], GRAMMARS * 2, reasoning="model")
+        reflect = reasoner(on=self.on("<|end|>"), stop_ids=stops)
+        replies = reflect.ask(asked_for)
+        ((_, samples),) = recorded
+        closed = 0
+        for i, (reply, question) in enumerate(zip(replies, asked_for, strict=True)):
+            first, appended, _ = turns(samples, i)
+            if tokens.decode(first[-1:]) != "<|end|>":
+                assert reply.text == "" and not reply.ended
+                continue
+            closed += 1
+            assert tokens.decode(appended) == self.FINAL
+            assert reply.ended and "think>" not in reply.reasoning
+            check(reply.text, question.grammar)
+        assert closed > 2
+
+    def test_brief_reasoning_is_a_turn(self, recorded):
+        tokens = harmony.tokenizer()
+        asked_for = questions(["one", "two"], GRAMMARS[:2], reasoning="brief", request=REQUEST)
+        replies = reasoner(on=self.on(), stop_ids=harmony.stop_ids()).ask(asked_for)
+        ((_, samples),) = recorded
+        for i, (reply, question) in enumerate(zip(replies, asked_for, strict=True)):
+            first, appended, _ = turns(samples, i)
+            if reply.ended:
+                end = "" if tokens.decode(first[-1:]) in ("<|return|>", "<|call|>") else "<|end|>"
+                request = f"<|start|>user<|message|>{REQUEST}<|end|>"
+                assert tokens.decode(appended) == f"{end}{request}{self.FINAL}"
+                check(reply.text, question.grammar)
+        assert any(reply.ended for reply in replies)
