@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.params import Params, Weight, abstract
-from espl_jax.pretrained import hf_names
+from espl_jax.pretrained import fp8, hf_names
 from espl_jax.pretrained.hf_config import from_hf_config
 from espl_jax.pretrained.layout import file_shape
 from espl_jax.pretrained.safetensors_files import DTYPES, StoredTensor, open_checkpoint
@@ -23,6 +23,8 @@ from espl_jax.storage import json_values
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _BLOCK = 4096  # rows compared at once
+
+_Tensor = TypeVar("_Tensor", StoredTensor, StoredTensor | fp8.Scaled)
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """A folder with a tokenizer has at least one of these files."""
@@ -56,12 +58,9 @@ def described(folder: Path, **numerics: Any) -> DecoderConfig:
     fields = read_json(folder / "config.json")
     text_fields = fields.get("text_config") or {}
     quantization = fields.get("quantization_config") or text_fields.get("quantization_config")
-    if quantization:
-        raise ValueError(
-            f"{folder}: quantization_config.quant_method={quantization.get('quant_method')!r} is not "
-            "supported: quantized safetensors cannot be read; use the unquantized model, or a .gguf file"
-        )
     try:
+        if quantization:
+            fp8.check(quantization)
         return from_hf_config(fields, **numerics)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
@@ -82,7 +81,7 @@ def read_params(folder: Path, config: DecoderConfig, mesh: Mesh | None) -> Param
     return jax.tree_util.tree_map_with_path(load, abstract(config))
 
 
-def decoder_tensors(folder: Path, config: DecoderConfig) -> dict[str, list[StoredTensor]]:
+def decoder_tensors(folder: Path, config: DecoderConfig) -> dict[str, list[StoredTensor | fp8.Scaled]]:
     """Returns the tensors of each weight, by its path in the params, in the order of `hf_names.stacked`.
 
     Checks, before reading any data, that all tensors exist with the right shape and a supported dtype, and
@@ -92,7 +91,7 @@ def decoder_tensors(folder: Path, config: DecoderConfig) -> dict[str, list[Store
       FileNotFoundError: if files are missing.
       ValueError: with the tensors that are missing, unexpected, or of another shape or dtype.
     """
-    tensors = _known_names(open_checkpoint(folder), config)
+    tensors = _known_names(fp8.scaled(open_checkpoint(folder), folder), config)
     names = hf_names.names(config)
     declared = hf_names.by_path(abstract(config))
     wanted = {path: hf_names.stacked(name, declared[path]) for path, name in names.items()}
@@ -116,7 +115,7 @@ def decoder_tensors(folder: Path, config: DecoderConfig) -> dict[str, list[Store
                     f"{stored.path}: {name} has shape {list(stored.shape)}, but config.json requires "
                     f"{list(shape)}; use files of the same model"
                 )
-            if stored.dtype not in DTYPES:
+            if isinstance(stored, StoredTensor) and stored.dtype not in DTYPES:
                 raise ValueError(
                     f"{stored.path}: {name} is stored as {stored.dtype}, and only {', '.join(DTYPES)} are "
                     "supported; use the unquantized model"
@@ -180,12 +179,19 @@ def read_generation(folder: Path) -> dict[str, Any]:
     return {name: fields[name] for name in ids if fields.get(name) is not None} | own
 
 
-def _known_names(tensors: Mapping[str, StoredTensor], config: DecoderConfig) -> dict[str, StoredTensor]:
+def _known_names(tensors: Mapping[str, _Tensor], config: DecoderConfig) -> dict[str, _Tensor]:
     """Renames tensors to the names of a text-only decoder, and drops tensors that are not weights of it."""
     known = {}
+    # Layers after the last, which predict further tokens (multi-token prediction).
+    further = tuple(
+        name.removesuffix("eh_proj.weight")
+        for name in tensors
+        if (at := re.fullmatch(r"model\.layers\.(\d+)\.eh_proj\.weight", name))
+        and int(at[1]) >= config.num_layers
+    )
     for name, tensor in tensors.items():
         # A constant, saved by older versions.
-        if name.endswith(".rotary_emb.inv_freq"):
+        if name.endswith(".rotary_emb.inv_freq") or name.startswith(further):
             continue
         if config.family == "gemma3":
             # Multimodal models have the same decoder under a longer name.

@@ -14,16 +14,18 @@ from jax.sharding import Mesh
 from espl_jax.models.params import Weight
 from espl_jax.parallel import sharding
 from espl_jax.pretrained.layout import from_file
+from espl_jax.pretrained.fp8 import Scaled
 from espl_jax.pretrained.safetensors_files import StoredTensor
 
 _TILE = 128
 
 
-def load_weight(weight: Weight, stored: Sequence[StoredTensor], mesh: Mesh | None) -> jax.Array:
+def load_weight(weight: Weight, stored: Sequence[StoredTensor | Scaled], mesh: Mesh | None) -> jax.Array:
     """Reads one weight onto its devices.
 
-    Besides the memory-mapped files, the host holds one shard at a time, in the dtype of the weight. Each
-    process reads only the shards of its own devices, and each shard once, even if several devices have it.
+    Besides the memory-mapped files, the host holds one shard at a time, in the dtype of the weight, and one
+    tensor in float32 if it is scaled by blocks. Each process reads only the shards of its own devices, and
+    each shard once, even if several devices have it.
 
     Args:
       weight: declaration of the weight.
@@ -50,7 +52,7 @@ def load_weight(weight: Weight, stored: Sequence[StoredTensor], mesh: Mesh | Non
     return jax.make_array_from_single_device_arrays(weight.shape, placement, shards)
 
 
-def _read(weight: Weight, stored: Sequence[StoredTensor], index: tuple[slice, ...]) -> np.ndarray:
+def _read(weight: Weight, stored: Sequence[StoredTensor | Scaled], index: tuple[slice, ...]) -> np.ndarray:
     """Returns the slice `index` of a weight, in the dtype of the weight."""
     sizes = [len(range(*cut.indices(size))) for cut, size in zip(index, weight.shape, strict=True)]
     out = np.empty(sizes, jnp.dtype(weight.dtype))

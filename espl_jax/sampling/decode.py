@@ -79,8 +79,9 @@ def abstract_slots(
 ) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """Returns shapes and shardings of slots with `capacity` columns each: sharded by rows, or replicated over
     rows (`everywhere`) like the caches of shared levels."""
-    shape = (decoder.num_layers, decoder.num_kv_heads, slots)
-    shapes = (*shape, decoder.head_dim, capacity), (*shape, capacity, decoder.head_dim)
+    heads, of_key, of_value = decoder.cache_shape
+    shape = (decoder.num_layers, heads, slots)
+    shapes = (*shape, of_key, capacity), (*shape, capacity, of_value)
     key, value = (
         jax.ShapeDtypeStruct(
             shape,
@@ -302,10 +303,11 @@ def decode_chunk(
     shards = sharding.row_shards(mesh)
     held = RowsView(*slots, rows.start, rows.length, columns, shards)
     system = system if aligned else dataclasses.replace(system, owner=rows.lane)
-    shape = (decoder.num_layers, decoder.num_kv_heads, count)
+    heads, of_key, of_value = decoder.cache_shape
+    shape = (decoder.num_layers, heads, count)
     staging = (
-        jnp.zeros((*shape, decoder.head_dim, steps), decoder.dtype),
-        jnp.zeros((*shape, steps, decoder.head_dim), decoder.dtype),
+        jnp.zeros((*shape, of_key, steps), decoder.dtype),
+        jnp.zeros((*shape, steps, of_value), decoder.dtype),
     )
     staging = tuple(sharding.constrain_cache(x, mesh) for x in staging)
     zeros = jnp.zeros((count, steps), jnp.float32)
