@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from espl_jax.export.export import export
-from espl_jax.models.config import Experts
+from espl_jax.models.config import Experts, Latent, Rope
 from espl_jax.pretrained.load import load_pretrained
 from espl_jax.run import reflection
 from espl_jax.run.saved import read_run
@@ -15,7 +15,19 @@ from espl_jax.train import train
 from tests.support import fakes, tiny
 from tests.train_test import arrays, lines, outcome
 
-MIXTURE = fakes.CONFIG.replace(family="qwen3_moe", qk_norm=True, experts=Experts(4, 2, 24))
+QWEN3_MOE = fakes.CONFIG.replace(family="qwen3_moe", qk_norm=True, experts=Experts(4, 2, 24))
+DEEPSEEK_V3 = fakes.CONFIG.replace(
+    family="deepseek_v3",
+    tied_head=False,
+    num_layers=3,
+    first_dense=1,
+    num_kv_heads=4,
+    latent=Latent(kv_rank=6, rope_dim=4, value_dim=5, query_rank=7),
+    rope=Rope(interleaved=True),
+    experts=Experts(
+        *(4, 2, 24), scores="sigmoid", scale=2.5, corrected=True, groups=2, active_groups=1, shared_dim=24
+    ),
+)
 
 
 def run(folder, **changes):
@@ -23,13 +35,13 @@ def run(folder, **changes):
     train(config, folder, Console(file=io.StringIO()))
 
 
-@pytest.fixture
-def mixture(monkeypatch):
+@pytest.fixture(params=[QWEN3_MOE, DEEPSEEK_V3], ids=lambda config: config.family)
+def mixture(monkeypatch, request):
     fakes.model.cache_clear()
-    monkeypatch.setattr(fakes, "CONFIG", MIXTURE)
+    monkeypatch.setattr(fakes, "CONFIG", request.param)
     fakes.take_over(monkeypatch)
     monkeypatch.setattr(reflection, "local_reflector", lambda model, **settings: fakes.scripted_replies)
-    yield
+    yield request.param
     fakes.model.cache_clear()
 
 
@@ -46,6 +58,8 @@ def test_a_killed_run_resumes_bit_for_bit(rank, mixture, tmp_path):
     trained = arrays(tmp_path / "whole")
     routers = [name for name in trained if "router" in name and ".trainable" in name]
     assert bool(routers) == (rank == 0)
+    for name in [x for x in routers if "correction" in x]:
+        np.testing.assert_array_equal(trained[name], 0)  # it has no gradient
     name = ".trainable['layers']['mlp']['up']" + ("['lora_b']" if rank else "['weight']")
     assert trained[name].shape[:2] == (2, 4)
     before = 0 if rank else np.asarray(fakes.model().params["layers"]["mlp"]["up"]["weight"])
@@ -54,7 +68,7 @@ def test_a_killed_run_resumes_bit_for_bit(rank, mixture, tmp_path):
 
     export(tmp_path / "whole", tmp_path / "out", dtype="float32", say=lambda line: None)
     policy, back = read_run(tmp_path / "whole").model, load_pretrained(tmp_path / "out")
-    assert back.config.experts == MIXTURE.experts and back.config.family == "qwen3_moe"
+    assert back.config.experts == mixture.experts and back.config.family == mixture.family
     tokens = np.arange(32).reshape(2, 16)
     wanted = tiny.logits(policy.params, policy.config, tokens)
     np.testing.assert_allclose(tiny.logits(back.params, back.config, tokens), wanted, atol=1e-4)

@@ -53,14 +53,11 @@ def described(folder: Path, **numerics: Any) -> DecoderConfig:
 
     Raises:
       FileNotFoundError: if there is no config.json.
-      ValueError: if it is damaged, or of an unsupported architecture or a quantized model.
+      ValueError: if it is damaged, or of an unsupported architecture or quantization.
     """
     fields = read_json(folder / "config.json")
-    text_fields = fields.get("text_config") or {}
-    quantization = fields.get("quantization_config") or text_fields.get("quantization_config")
     try:
-        if quantization:
-            fp8.check(quantization)
+        fp8.block_of(fields)
         return from_hf_config(fields, **numerics)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error

@@ -22,6 +22,9 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {"BF16": jnp.bfloat16, "F16": np.float16, "F32": np.float32}
 """Supported dtypes, by their names in the files."""
 
+FP8 = "F8_E4M3"
+"""Name of the dtype of matrices that `fp8` scales."""
+
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
@@ -124,6 +127,7 @@ def _stored(
     path: Path, name: str, start: int, dtype: str, shape: list[int], data_offsets: Any
 ) -> StoredTensor:
     begin, end = data_offsets
-    if dtype in DTYPES and (begin < 0 or end - begin != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize):
+    size = 1 if dtype == FP8 else np.dtype(DTYPES[dtype]).itemsize if dtype in DTYPES else None
+    if size and (begin < 0 or end - begin != math.prod(shape) * size):
         raise ValueError(f"{name}: {dtype} {shape} does not fill the bytes from {begin} to {end}")
     return StoredTensor(path, dtype, tuple(shape), start + begin)

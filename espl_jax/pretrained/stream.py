@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from espl_jax.models.params import Weight
 from espl_jax.parallel import sharding
-from espl_jax.pretrained.layout import from_file
 from espl_jax.pretrained.fp8 import Scaled
+from espl_jax.pretrained.layout import from_file
 from espl_jax.pretrained.safetensors_files import StoredTensor
 
 _TILE = 128

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from espl_jax.models import experts, grouped, lora, transformer
-from espl_jax.models.config import Experts, config_from_dict
+from espl_jax.models.config import Experts, Latent, config_from_dict
 from espl_jax.models.params import abstract
 from espl_jax.parallel import sharding
 from espl_jax.sampling import draw
@@ -18,6 +18,15 @@ from tests.support import tiny
 from tests.support.flat import sample_tree
 
 CONFIG = tiny.CONFIG.replace(vocab_size=64, experts=Experts(count=8, active=2, mlp_dim=12))
+DEEPSEEK = CONFIG.replace(  # latent attention, dense layers first, sigmoids, groups and a shared expert
+    num_layers=3,
+    first_dense=1,
+    num_kv_heads=4,
+    latent=Latent(kv_rank=8, rope_dim=2, value_dim=5, query_rank=3),
+    experts=Experts(
+        *(8, 2, 12), scores="sigmoid", scale=2.5, corrected=True, groups=4, active_groups=2, shared_dim=10
+    ),
+)
 TOKENS = np.random.default_rng(0).integers(0, 64, (16, 6)).astype(np.int32)
 
 
@@ -73,9 +82,10 @@ def test_equal_experts_are_a_dense_layer():
     np.testing.assert_allclose(ours, wanted, atol=1e-5)
 
 
-def test_through_json():
-    assert config_from_dict(json.loads(json.dumps(dataclasses.asdict(CONFIG)))) == CONFIG
-    assert hash(CONFIG) == hash(CONFIG.replace())
+@pytest.mark.parametrize("config", [CONFIG, DEEPSEEK])
+def test_through_json(config):
+    assert config_from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert hash(config) == hash(config.replace())
 
 
 def test_what_cannot_be():
@@ -108,16 +118,16 @@ def value_and_grads(params, config, tokens):
 
 
 @functools.cache
-def alone():
-    params = lora.attach(tiny.params(CONFIG), tiny.adapters(CONFIG))
-    (_, logits), grads = value_and_grads(params, CONFIG, TOKENS)
+def alone(config=CONFIG):
+    params = lora.attach(tiny.params(config), tiny.adapters(config))
+    (_, logits), grads = value_and_grads(params, config, TOKENS)
     return logits, grads
 
 
-def placed(mesh, phase):
-    base = sharding.place(tiny.params(CONFIG), abstract(CONFIG), mesh, phase)
-    declared = lora.abstract_adapters(CONFIG, 3)
-    return lora.attach(base, sharding.place(tiny.adapters(CONFIG), declared, mesh, phase))
+def placed(mesh, phase, config=CONFIG):
+    base = sharding.place(tiny.params(config), abstract(config), mesh, phase)
+    declared = lora.abstract_adapters(config, 3)
+    return lora.attach(base, sharding.place(tiny.adapters(config), declared, mesh, phase))
 
 
 SLOW = pytest.mark.slow
@@ -128,21 +138,23 @@ MESHES = [
     pytest.param({"expert": 4, "tensor": 2}, marks=SLOW),
     pytest.param({"expert": 8}, marks=SLOW),
 ]
+CONFIGS = [pytest.param(CONFIG, id="grouped-query"), pytest.param(DEEPSEEK, marks=SLOW, id="latent")]
 
 
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_eight_devices(sizes):
+def test_eight_devices(sizes, config):
     """Logits in both phases, of rows that divide and rows that do not, and the gradient in all weights."""
     mesh = sharding.make_mesh(sizes)
-    logits, grads = alone()
-    trained = placed(mesh, "training")
+    logits, grads = alone(config)
+    trained = placed(mesh, "training", config)
     gate = trained["layers"]["mlp"]["gate"]["weight"]
     assert gate.addressable_shards[0].data.shape[1] == 8 // mesh.shape["expert"]
-    (_, ours), our_grads = value_and_grads(trained, CONFIG, sharding.place_rows(TOKENS, mesh))
+    (_, ours), our_grads = value_and_grads(trained, config, sharding.place_rows(TOKENS, mesh))
     np.testing.assert_allclose(ours, logits, atol=1e-5)
     tiny.assert_trees_close(our_grads, grads, 1e-5)
 
-    sampling, params = CONFIG.replace(phase="sampling"), placed(mesh, "sampling")
+    sampling, params = config.replace(phase="sampling"), placed(mesh, "sampling", config)
     for rows in (16, 3):
         tokens = sharding.place_rows(TOKENS[:rows], mesh)
         np.testing.assert_allclose(tiny.logits(params, sampling, tokens), logits[:rows], atol=1e-5)
@@ -161,7 +173,8 @@ def test_no_choice_is_dropped_if_all_go_to_one_device():
 
 
 @pytest.mark.slow
-def test_sampling_on_eight_devices():
+@pytest.mark.parametrize("config", CONFIGS)
+def test_sampling_on_eight_devices(config):
     """The same rollouts, drawn through the caches of a tree."""
     m, b, n = np.ogrid[:2, :2, :4]
     keys = draw.row_keys(jax.random.key(0, impl="threefry2x32"), m, b, n)
@@ -169,10 +182,10 @@ def test_sampling_on_eight_devices():
 
     def sample(params, mesh):
         settings = {"max_new_tokens": 12, "temperature": 1.0, "stop_ids": (3,), "chunk": 5, "mesh": mesh}
-        return sample_tree(params, CONFIG.replace(phase="sampling"), *prompts, keys, **settings)
+        return sample_tree(params, config.replace(phase="sampling"), *prompts, keys, **settings)
 
     mesh = sharding.make_mesh({"expert": 2, "fsdp": 2, "tensor": 2})
-    spread = sharding.place(tiny.params(CONFIG), abstract(CONFIG), mesh, "sampling")
-    wanted, ours = sample(tiny.params(CONFIG), None), sample(spread, mesh)
+    spread = sharding.place(tiny.params(config), abstract(config), mesh, "sampling")
+    wanted, ours = sample(tiny.params(config), None), sample(spread, mesh)
     np.testing.assert_array_equal(ours.tokens, wanted.tokens)
     np.testing.assert_allclose(ours.logprobs, wanted.logprobs, atol=1e-5)
