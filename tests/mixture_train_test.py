@@ -35,7 +35,7 @@ def run(folder, **changes):
     train(config, folder, Console(file=io.StringIO()))
 
 
-@pytest.fixture(params=[QWEN3_MOE, DEEPSEEK_V3], ids=lambda config: config.family)
+@pytest.fixture(params=[QWEN3_MOE, pytest.param(DEEPSEEK_V3, marks=pytest.mark.slow)], ids=lambda c: c.family)
 def mixture(monkeypatch, request):
     fakes.model.cache_clear()
     monkeypatch.setattr(fakes, "CONFIG", request.param)
