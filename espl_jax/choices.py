@@ -5,9 +5,13 @@ MODES = ("espl", "rl", "evolution", "reflection")
 MATMUL_PRECISIONS = ("default", "highest", "bfloat16")
 REMATS = ("none", "attention", "products", "full", "rounded", "offload")
 SAMPLING_LAYOUTS = ("auto", "stacked", "unstacked")
-LORA_TARGETS = ("query", "key", "value", "out", "gate", "up", "down", "head", "router")
-"""Linear weights that can have an adapter; `head` only if it is not tied to the embedding, and `router` only
-in a mixture of experts."""
+LATENT_TARGETS = ("query_down", "query_up", "kv_down", "kv_up")
+"""Projections of latent attention to and from the latents of queries, and of keys and values. `query` stands
+for the first two, `key` and `value` each for the other two."""
+
+LORA_TARGETS = ("query", "key", "value", "out", "gate", "up", "down", "head", "router", *LATENT_TARGETS)
+"""Linear weights that can have an adapter; `head` only if it is not tied to the embedding, `router` only in a
+mixture of experts, and the last four only in latent attention."""
 
 BASELINES = ("per_prompt", "marginalized")
 NORMALIZATIONS = ("none", "std", "batch_std")

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from espl_jax.export.export import export
-from espl_jax.models.config import Experts
+from espl_jax.models.config import Experts, Latent, Rope
 from espl_jax.pretrained.load import load_pretrained
 from espl_jax.run import reflection
 from espl_jax.run.saved import read_run
@@ -27,6 +27,24 @@ MIXTURES = {
         out_bias=True,
         windows=(8, 0),
     ),
+    "deepseek_v3": fakes.CONFIG.replace(
+        family="deepseek_v3",
+        tied_head=False,
+        num_layers=3,
+        first_dense=1,
+        num_kv_heads=4,
+        latent=Latent(kv_rank=6, rope_dim=4, value_dim=5, query_rank=7),
+        rope=Rope(interleaved=True),
+        experts=Experts(
+            *(4, 2, 24),
+            scores="sigmoid",
+            scale=2.5,
+            corrected=True,
+            groups=2,
+            active_groups=1,
+            shared_dim=24,
+        ),
+    ),
 }
 
 
@@ -35,7 +53,7 @@ def run(folder, **changes):
     train(config, folder, Console(file=io.StringIO()))
 
 
-@pytest.fixture(params=MIXTURES)
+@pytest.fixture(params=["qwen3_moe", "gpt_oss", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def mixture(request, monkeypatch):
     fakes.model.cache_clear()
     config = MIXTURES[request.param]
@@ -64,6 +82,8 @@ def test_a_killed_run_resumes_bit_for_bit(rank, mixture, tmp_path):
     sinks = [name for name in trained if "sinks" in name and ".trainable" in name]
     assert bool(sinks) == (rank == 0 and mixture.attention_sinks)
     assert all(np.all(np.abs(trained[name]) > 1e-6) for name in sinks), "they start at 0"
+    for name in [x for x in routers if "correction" in x]:
+        np.testing.assert_array_equal(trained[name], 0)  # it has no gradient
     name = ".trainable['layers']['mlp']['up']" + ("['lora_b']" if rank else "['weight']")
     assert trained[name].shape[:2] == (2, 4)
     before = 0 if rank else np.asarray(fakes.model().params["layers"]["mlp"]["up"]["weight"])

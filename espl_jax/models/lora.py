@@ -14,9 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from espl_jax.choices import LORA_TARGETS
+from espl_jax.choices import LATENT_TARGETS, LORA_TARGETS
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.params import ADAPTER, Params, Weight, abstract
+
+_STANDS_FOR = {"query": LATENT_TARGETS[:2], "key": LATENT_TARGETS[2:], "value": LATENT_TARGETS[2:]}
+"""Targets -> those of latent attention."""
 
 
 def abstract_adapters(decoder: DecoderConfig, rank: int, targets: Sequence[str] = LORA_TARGETS[:7]) -> Params:
@@ -29,7 +32,8 @@ def abstract_adapters(decoder: DecoderConfig, rank: int, targets: Sequence[str] 
 
     Raises:
       ValueError: if a target is unknown, there are no targets, `head` is a target but tied to the embedding,
-        `router` is one but the model has no experts, or the rank is below 1.
+        `router` is one but the model has no experts, one of `LATENT_TARGETS` is one but the model has no such
+        latents, or the rank is below 1.
     """
     unknown = sorted(set(targets) - set(LORA_TARGETS))
     if unknown or not targets:
@@ -38,13 +42,19 @@ def abstract_adapters(decoder: DecoderConfig, rank: int, targets: Sequence[str] 
         raise ValueError("lora targets='router': this model has no experts; leave it out")
     if "head" in targets and decoder.tied_head:
         raise ValueError("lora targets='head': this model ties its head to the embedding; leave it out")
+    if absent := (set(targets) & set(LATENT_TARGETS)) - set(targets_of(decoder)):
+        raise ValueError(
+            f"lora targets={sorted(absent)[0]!r}: this model has no such latents; name query, key or value"
+        )
     if rank < 1:
         raise ValueError(f"lora rank={rank}: give at least 1")
+
+    named = {*targets, *(part for target in targets for part in _STANDS_FOR.get(target, ()))}
 
     def walk(tree: Params) -> Params:
         chosen = {}
         for name, node in tree.items():
-            if name in targets:
+            if name in named:
                 chosen[name] = node["weight"].adapter(rank)
             elif isinstance(node, dict) and (below := walk(node)):
                 chosen[name] = below
@@ -55,8 +65,9 @@ def abstract_adapters(decoder: DecoderConfig, rank: int, targets: Sequence[str] 
 
 def targets_of(decoder: DecoderConfig) -> tuple[str, ...]:
     """Returns the names in `LORA_TARGETS` that this decoder has."""
-    absent = {"head": decoder.tied_head, "router": decoder.experts is None}
-    return tuple(target for target in LORA_TARGETS if not absent.get(target))
+    paths = jax.tree_util.tree_leaves_with_path(abstract(decoder))
+    present = {path[-2].key for path, _ in paths if path[-1].key == "weight"}
+    return tuple(target for target in LORA_TARGETS if target in present)
 
 
 def init(

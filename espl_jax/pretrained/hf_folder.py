@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -14,16 +14,18 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.params import Params, Weight, abstract
-from espl_jax.pretrained import fused_experts, hf_names
+from espl_jax.pretrained import fp8, fused_experts, hf_names
 from espl_jax.pretrained.fused_experts import in_files
 from espl_jax.pretrained.hf_config import from_hf_config
 from espl_jax.pretrained.layout import file_shape
-from espl_jax.pretrained.safetensors_files import DTYPES, Stored, StoredTensor, open_checkpoint
+from espl_jax.pretrained.safetensors_files import DTYPES, Stored, open_checkpoint
 from espl_jax.pretrained.stream import load_weight
 from espl_jax.storage import json_values
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _BLOCK = 4096  # rows compared at once
+
+_Tensor = TypeVar("_Tensor", bound=Stored)
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """A folder with a tokenizer has at least one of these files."""
@@ -52,19 +54,11 @@ def described(folder: Path, **numerics: Any) -> DecoderConfig:
 
     Raises:
       FileNotFoundError: if there is no config.json.
-      ValueError: if it is damaged, or of an unsupported architecture or a quantized model.
+      ValueError: if it is damaged, or of an unsupported architecture or quantization.
     """
     fields = read_json(folder / "config.json")
-    text_fields = fields.get("text_config") or {}
-    quantization = fields.get("quantization_config") or text_fields.get("quantization_config")
-    mxfp4 = fields.get("model_type") == "gpt_oss" and (quantization or {}).get("quant_method") == "mxfp4"
-    if quantization and not mxfp4:
-        raise ValueError(
-            f"{folder}: quantization_config.quant_method={quantization.get('quant_method')!r} is not "
-            "supported: quantized safetensors cannot be read, except for mxfp4 of gpt_oss; use the "
-            "unquantized model, or a .gguf file"
-        )
     try:
+        fp8.block_of(fields)
         return from_hf_config(fields, **numerics)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
@@ -95,8 +89,12 @@ def decoder_tensors(folder: Path, config: DecoderConfig) -> dict[str, list[Store
       FileNotFoundError: if files are missing.
       ValueError: with the tensors that are missing, unexpected, or of another shape or dtype.
     """
-    known = _known_names(open_checkpoint(folder), config)
-    tensors: Mapping[str, Stored] = fused_experts.split(known) if config.family == "gpt_oss" else known
+    opened = open_checkpoint(folder)
+    tensors: Mapping[str, Stored] = (
+        fused_experts.split(_known_names(opened, config))
+        if config.family == "gpt_oss"
+        else _known_names(fp8.scaled(opened, folder), config)
+    )
     names = hf_names.names(config)
     declared = hf_names.by_path(abstract(config))
     wanted = {path: hf_names.stacked(name, declared[path]) for path, name in names.items()}
@@ -184,12 +182,19 @@ def read_generation(folder: Path) -> dict[str, Any]:
     return {name: fields[name] for name in ids if fields.get(name) is not None} | own
 
 
-def _known_names(tensors: Mapping[str, StoredTensor], config: DecoderConfig) -> dict[str, StoredTensor]:
+def _known_names(tensors: Mapping[str, _Tensor], config: DecoderConfig) -> dict[str, _Tensor]:
     """Renames tensors to the names of a text-only decoder, and drops tensors that are not weights of it."""
     known = {}
+    # Layers after the last, which predict further tokens (multi-token prediction).
+    further = tuple(
+        name.removesuffix("eh_proj.weight")
+        for name in tensors
+        if (at := re.fullmatch(r"model\.layers\.(\d+)\.eh_proj\.weight", name))
+        and int(at[1]) >= config.num_layers
+    )
     for name, tensor in tensors.items():
         # A constant, saved by older versions.
-        if name.endswith(".rotary_emb.inv_freq"):
+        if name.endswith(".rotary_emb.inv_freq") or name.startswith(further):
             continue
         if config.family == "gemma3":
             # Multimodal models have the same decoder under a longer name.

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from espl_jax.choices import LORA_TARGETS
-from espl_jax.models import lora
+from espl_jax.models import experts, lora
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.params import Params, Weight
 from espl_jax.pretrained import fused_adapters
@@ -43,7 +43,7 @@ _COMPUTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("use_dora", "use_qalora"), (False,)),
     **dict.fromkeys(("rank_pattern", "alpha_pattern", "modules_to_save"), (None, {}, [])),
     **dict.fromkeys(("layers_to_transform", "layer_replication", "trainable_token_indices"), (None, [])),
-    **dict.fromkeys(("lora_bias", "alora_invocation_tokens", "target_parameters"), (None, False, [])),
+    **dict.fromkeys(("lora_bias", "alora_invocation_tokens"), (None, False, [])),
     **dict.fromkeys(("kasa_config", "monteclora_config", "arrow_config", "use_bdlora"), (None, False, {})),
     # The other initializations (pissa, olora, corda, loftq, lora_ga, ...) subtract the initial adapter or a
     # quantization error from the base, so the adapter only fits that modified base.
@@ -56,7 +56,14 @@ _OF_PARAMETERS = ("target_parameters", "rank_pattern", "alpha_pattern")
 # PEFT settings that do not: names, training, and arguments of initializations.
 _OF_NO_EFFECT = {
     *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode"),
-    *("target_modules", "exclude_modules", "layers_pattern", "ensure_weight_tying", "runtime_config"),
+    *(
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "layers_pattern",
+        "ensure_weight_tying",
+        "runtime_config",
+    ),
     *("lora_dropout", "megatron_config", "megatron_core", "qalora_group_size", "velora_config"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
 }
@@ -110,6 +117,7 @@ def save_adapter(
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": 0.0,
         "target_modules": sorted(modules),
+        **_beside_experts(declared, config),
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
@@ -195,6 +203,11 @@ def read_settings(folder: Path, config: DecoderConfig | None = None) -> dict[str
                 f"{path}: {field}={value!r} is not supported; merge the adapter into its base with PEFT "
                 "(merge_and_unload), save the model and load its folder"
             )
+    if fused := [x for x in settings.get("target_parameters") or () if not x.endswith(".weight")]:
+        raise ValueError(
+            f"{path}: target_parameters={fused!r}: only weights of linear layers are supported; merge the "
+            "adapter into its base with PEFT (merge_and_unload), save the model and load its folder"
+        )
     for field, least in (("r", 1), ("lora_alpha", 0)):
         value = settings.get(field)
         if not isinstance(value, int | float) or value < least:
@@ -255,6 +268,18 @@ def _check_experts(targets: tuple[str, ...], config: DecoderConfig) -> None:
             f"adapters: targets={targets}: PEFT cannot load experts with an adapter for only one of gate and "
             "up; train both, or save the merged model"
         )
+
+
+def _beside_experts(declared: Mapping[str, Weight], config: DecoderConfig) -> dict[str, list[str]]:
+    """Returns the setting that lets PEFT load adapters of dense layers and shared experts in a mixture.
+
+    PEFT takes every `gate_proj`, `up_proj` and `down_proj` among the modules for one of the experts, which
+    transformers fuses. These are therefore named as parameters too.
+    """
+    paths = {path.rpartition("/")[0] for path, weight in declared.items() if "experts" not in weight.stack}
+    dense = [path for path in paths if config.experts and path.rpartition("/")[2] in experts.EXPERTS]
+    names = sorted(".".join(module(path, config).split(".")[-2:]) + ".weight" for path in dense)
+    return {"target_parameters": names} if names else {}
 
 
 def _rank(adapters: Params) -> int:

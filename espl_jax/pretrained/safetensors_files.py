@@ -49,6 +49,10 @@ class Stored(Protocol):
         ...
 
 
+FP8 = "F8_E4M3"
+"""Name of the dtype of matrices that `fp8` scales."""
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
     """The location of a tensor.
@@ -150,6 +154,7 @@ def _stored(
     path: Path, name: str, start: int, dtype: str, shape: list[int], data_offsets: Any
 ) -> StoredTensor:
     begin, end = data_offsets
-    if dtype in _READ and (begin < 0 or end - begin != math.prod(shape) * np.dtype(_READ[dtype]).itemsize):
+    size = 1 if dtype == FP8 else np.dtype(_READ[dtype]).itemsize if dtype in _READ else None
+    if size and (begin < 0 or end - begin != math.prod(shape) * size):
         raise ValueError(f"{name}: {dtype} {shape} does not fill the bytes from {begin} to {end}")
     return StoredTensor(path, dtype, tuple(shape), start + begin)

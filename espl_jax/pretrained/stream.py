@@ -24,8 +24,8 @@ def load_weight(weight: Weight, stored: Sequence[Stored], mesh: Mesh | None) -> 
     """Reads one weight onto its devices.
 
     Besides the memory-mapped files, the host holds one shard at a time, in the dtype of the weight, and in
-    float32 its part of one dequantized tensor. Each
-    process reads only the shards of its own devices, and each shard once, even if several devices have it.
+    float32 one tensor if it is dequantized. Each process reads only the shards of its own devices, and each
+    shard once, even if several devices have it.
 
     Args:
       weight: declaration of the weight.

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from espl_jax.models.attention import KVCache, RowsView
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.transformer import forward, unembed
+from espl_jax.models.transformer import Level, forward, unembed
 from espl_jax.parallel import sharding
 from espl_jax.sampling import draw
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
@@ -82,8 +82,9 @@ def abstract_slots(
 ) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """Returns shapes and shardings of slots with `capacity` columns each: sharded by rows, or replicated over
     rows (`everywhere`) like the caches of shared levels."""
-    shape = (decoder.num_layers, decoder.num_kv_heads, slots)
-    shapes = (*shape, decoder.head_dim, capacity), (*shape, capacity, decoder.head_dim)
+    heads, of_key, of_value = decoder.cache_shape
+    shape = (decoder.num_layers, heads, slots)
+    shapes = (*shape, of_key, capacity), (*shape, capacity, of_value)
     key, value = (
         jax.ShapeDtypeStruct(
             shape,
@@ -307,10 +308,11 @@ def decode_chunk(
     shards = sharding.row_shards(mesh)
     held = RowsView(*slots, rows.start, rows.length, columns, shards)
     system = system if aligned else dataclasses.replace(system, owner=rows.lane)
-    shape = (decoder.num_layers, decoder.num_kv_heads, count)
+    heads, of_key, of_value = decoder.cache_shape
+    shape = (decoder.num_layers, heads, count)
     staging = (
-        jnp.zeros((*shape, decoder.head_dim, steps), decoder.dtype),
-        jnp.zeros((*shape, steps, decoder.head_dim), decoder.dtype),
+        jnp.zeros((*shape, of_key, steps), decoder.dtype),
+        jnp.zeros((*shape, steps, of_value), decoder.dtype),
     )
     staging = tuple(sharding.constrain_cache(x, mesh) for x in staging)
     zeros = jnp.zeros((count, steps), jnp.float32)
@@ -354,6 +356,11 @@ def decode_chunk(
             live = jnp.where(done.reshape(-1, *(1,) * (x.ndim - 1)), 0, x)
             return jax.lax.dynamic_update_slice_in_dim(column, live[:, None], step, axis=1)
 
+        def chosen(level: Level) -> jax.Array:
+            """Returns the experts of each row, [R, L, A]."""
+            assert level.routing is not None
+            return level.routing.choices[:, :, 0].swapaxes(0, 1)
+
         stop = ~done & (token[:, None] == stop_ids).any(axis=1)
         drawn = Drawn(
             put(drawn.tokens, token),
@@ -363,7 +370,7 @@ def decode_chunk(
             drawn.count + ~done,
             drawn.stopped | stop,
             step + 1,
-            put(drawn.routing, level.routing.choices[:, :, 0].swapaxes(0, 1)) if routing else None,
+            put(drawn.routing, chosen(level)) if routing else None,
         )
         done = done | stop | (rows.position + drawn.count >= rows.limit)
         return staging, token, done, drawn

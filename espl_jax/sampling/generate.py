@@ -58,6 +58,10 @@ class Samples(NamedTuple):
     routing: np.ndarray | None = None
 
 
+_OF_ROWS = Samples._fields[:7]
+"""Fields with an entry for every row."""
+
+
 def generate(
     params: Any,
     decoder: DecoderConfig,
@@ -122,7 +126,7 @@ def generate(
         draw.row_keys(key, m, b, n),
         sampling,
     )
-    return Samples(*(x[0] for x in samples[:7]), samples.row_steps) if flat else samples
+    return samples._replace(**{name: getattr(samples, name)[0] for name in _OF_ROWS}) if flat else samples
 
 
 def _common_start(prompts: Sequence[Sequence[int]]) -> int:
@@ -228,13 +232,14 @@ def sample_tree(
     )
     truncated = _run(scheduler, limits.shape, sampling.max_first_turn, find_end, respond, finished)
     arrays = scheduler.tokens, scheduler.position, scheduler.logprobs, scheduler.untruncated_logprobs
-    arrays = *arrays, truncated, scheduler.cutoffs, scheduler.drawn
+    arrays = dict(zip(_OF_ROWS, (*arrays, truncated, scheduler.cutoffs, scheduler.drawn), strict=True))
 
     def shaped(x: np.ndarray) -> np.ndarray:
         return x.reshape(*limits.shape, *x.shape[1:])
 
     routing = None if scheduler.routing is None else shaped(scheduler.routing)
-    return Samples(*map(shaped, arrays), scheduler.row_steps, routing)
+    rows = {name: shaped(x) for name, x in arrays.items()}
+    return Samples(**rows, row_steps=scheduler.row_steps, routing=routing)
 
 
 def _run(

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.layers import OUTPUTS_FIRST
-from espl_jax.models.params import Params, Weight, abstract
+from espl_jax.models.params import Params, Weight, abstract, stacks
 
 _Layers = tuple[jax.Array | jax.ShapeDtypeStruct, ...]
 
@@ -44,7 +44,8 @@ def for_sampling(
     elif layout == "auto":
         layout = "unstacked" if jax.default_backend() == "cpu" else "stacked"
     if layout == "unstacked":
-        params = params | {"layers": unstack(params["layers"], abstract(decoder)["layers"])}
+        declared = abstract(decoder)
+        params = params | {stack: unstack(params[stack], declared[stack]) for stack in stacks(decoder)}
     return params, decoder.replace(remat="none", phase="sampling", sampling_layout=layout)
 
 
@@ -52,7 +53,8 @@ def unstack(layers: Params, declared: Params) -> Params:
     """Returns the layers' params with each matmul weight as a tuple of per-layer arrays, outputs first.
 
     Biases, norms and adapters are small and stay stacked. So do experts, which are read in place
-    (`transformer.forward`): a step needs few of them, and a second copy would be most of the model.
+    (`transformer.forward`): a step needs few of them, and a second copy would be most of the model. So do the
+    maps from latents to keys and values, which `models.latent` also applies in the other direction.
 
     Args:
       layers: the stacked weights of all layers, arrays or their shapes.
@@ -62,7 +64,7 @@ def unstack(layers: Params, declared: Params) -> Params:
     for name, node in layers.items():
         if isinstance(node, dict):
             laid_out[name] = unstack(node, declared[name])
-        elif name == "weight" and "experts" not in declared[name].stack:
+        elif name == "weight" and not {"experts", "latent"} & {*declared[name].stack, *declared[name].inputs}:
             laid_out[OUTPUTS_FIRST] = _layers_of(node, declared[name])
         else:
             laid_out[name] = node

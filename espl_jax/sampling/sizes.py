@@ -248,10 +248,11 @@ def slots_that_fit(
       ValueError: if not even one slot fits.
     """
     shards = sharding.row_shards(mesh)
-    shape = (decoder.num_layers, decoder.num_kv_heads, shards, 1, decoder.head_dim)
+    heads, of_key, of_value = decoder.cache_shape
+    shape = (decoder.num_layers, heads, shards, 1, of_key + of_value)
     if mesh is not None:
         shape = sharding.cache_sharding(mesh, shape).shard_shape(shape)
-    column = 2 * math.prod(shape) * jnp.dtype(decoder.dtype).itemsize
+    column = math.prod(shape) * jnp.dtype(decoder.dtype).itemsize
     slot = (capacity + steps) * column + _LOGITS * decoder.vocab_size
     if memory < held + slot:
         raise ValueError(

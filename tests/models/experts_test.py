@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from espl_jax.models import experts, grouped, lora, transformer
-from espl_jax.models.config import Experts, config_from_dict
+from espl_jax.models.config import Experts, Latent, config_from_dict
 from espl_jax.models.params import abstract
 from espl_jax.parallel import sharding
 from espl_jax.sampling import draw
@@ -18,6 +18,15 @@ from tests.support import tiny
 from tests.support.flat import sample_tree
 
 CONFIG = tiny.CONFIG.replace(vocab_size=64, experts=Experts(count=8, active=2, mlp_dim=12))
+DEEPSEEK = CONFIG.replace(  # latent attention, dense layers first, sigmoids, groups and a shared expert
+    num_layers=3,
+    first_dense=1,
+    num_kv_heads=4,
+    latent=Latent(kv_rank=8, rope_dim=2, value_dim=5, query_rank=3),
+    experts=Experts(
+        *(8, 2, 12), scores="sigmoid", scale=2.5, corrected=True, groups=4, active_groups=2, shared_dim=10
+    ),
+)
 TOKENS = np.random.default_rng(0).integers(0, 64, (16, 6)).astype(np.int32)
 
 
@@ -87,9 +96,10 @@ def test_equal_experts_are_a_dense_layer(bias):
     np.testing.assert_allclose(ours, wanted, atol=1e-5)
 
 
-def test_through_json():
-    assert config_from_dict(json.loads(json.dumps(dataclasses.asdict(CONFIG)))) == CONFIG
-    assert hash(CONFIG) == hash(CONFIG.replace())
+@pytest.mark.parametrize("config", [CONFIG, DEEPSEEK])
+def test_through_json(config):
+    assert config_from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert hash(config) == hash(config.replace())
 
 
 def test_what_cannot_be():
@@ -152,9 +162,14 @@ MESHES = [
     pytest.param({"expert": 4, "tensor": 2}, marks=SLOW),
     pytest.param({"expert": 8}, marks=SLOW),
 ]
+CONFIGS = [
+    pytest.param(CONFIG, id="plain"),
+    pytest.param(BIASED, id="biased"),
+    pytest.param(DEEPSEEK, marks=SLOW, id="latent"),
+]
 
 
-@pytest.mark.parametrize("config", [CONFIG, BIASED], ids=["plain", "biased"])
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_eight_devices(sizes, config):
     """Logits in both phases, of rows that divide and rows that do not, and the gradient in all weights."""
@@ -201,7 +216,7 @@ def test_replayed_choices_on_eight_devices():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [CONFIG, BIASED], ids=["plain", "biased"])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_sampling_on_eight_devices(config):
     """The same rollouts, drawn through the caches of a tree."""
     m, b, n = np.ogrid[:2, :2, :4]

@@ -218,7 +218,9 @@ def test_yarn_of_gemma_is_as_transformers_reads_it():
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_what_a_file_may_leave_out(family):
     """transformers' own defaults are ours."""
-    given = {"gemma3": {}, "deepseek_v3": WIDE | {"num_hidden_layers": 4}}.get(family, WIDE)
+    heads = WIDE["num_attention_heads"]
+    deepseek = {"num_hidden_layers": 4, "num_key_value_heads": heads}  # the defaults fit the published model
+    given = {"gemma3": {}, "deepseek_v3": WIDE | deepseek}.get(family, WIDE)
     theirs = type(families.draw_hf_config(family, 0))(**given)
     bare = {"model_type": theirs.model_type} | given
     assert from_hf_config(bare) == from_hf_config(theirs.to_dict())

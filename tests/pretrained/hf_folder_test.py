@@ -224,10 +224,10 @@ class TestConfig:
 
     @pytest.mark.parametrize("inside", [False, True])
     def test_quantized(self, folder, inside):
-        fields = {"quantization_config": {"quant_method": "fp8"}}
+        fields = {"quantization_config": {"quant_method": "gptq"}}
         edit_json(folder / "config.json", **({"text_config": fields} if inside else fields))
         with pytest.raises(
-            ValueError, match=r"quant_method='fp8' is not supported.*use the unquantized model"
+            ValueError, match=r"quant_method='gptq' is not supported.*use the unquantized model"
         ):
             load_pretrained(folder)
 
