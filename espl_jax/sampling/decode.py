@@ -74,7 +74,7 @@ class Drawn(NamedTuple):
     count: jax.Array
     stopped: jax.Array
     steps: jax.Array
-    routing: jax.Array | None
+    routing: jax.Array | None = None
 
 
 def abstract_slots(

@@ -45,7 +45,7 @@ def qwen3(layers: int, embed: int, mlp: int, heads: int, tied: bool) -> dict[str
     }
 
 
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": qwen3(28, 1024, 3072, 16, True),
     "qwen3-1.7b": qwen3(28, 2048, 6144, 16, True),
     "qwen3-4b": qwen3(36, 2560, 9728, 32, True),
@@ -60,6 +60,28 @@ MODELS = {
         "num_experts_per_tok": 8,
         "moe_intermediate_size": 768,
         "norm_topk_prob": True,
+    },
+    "gpt-oss-120b": {"model_type": "gpt_oss", "eos_token_id": 200002},
+    "deepseek-v3.1": {
+        "model_type": "deepseek_v3",
+        "vocab_size": 129280,
+        "num_hidden_layers": 61,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "rope_theta": 10000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 40.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+        },
+        "max_position_embeddings": 163840,
+        "eos_token_id": 1,
     },
     "llama-3.1-8b": {
         "model_type": "llama",
