@@ -90,19 +90,15 @@ def attend(
     rows, steps = query.shape[:2]
 
     def by_node(x: jax.Array) -> jax.Array:
-        return sharding.constrain(
-            x.reshape(rows, steps, *x.shape[1:]), ("rows", None, "kv_heads", None), decoder.phase
-        )
+        """[.., N, x] -> [R, T, N, x], sharded for attention."""
+        x = x.reshape(rows, steps, *x.shape[-2:])
+        return sharding.constrain(x, ("rows", None, "kv_heads", None), decoder.phase)
 
     if absorbs(rows, steps, ancestors, decoder):
-        query = absorb(query.reshape(rows * steps, *query.shape[2:]), kv_up, decoder)
+        query = absorb(query.reshape(-1, *query.shape[2:]), kv_up, decoder)
         out = plainly(by_node(query), key, latent, ancestors)
-        out = values(out.reshape(rows * steps, *out.shape[2:]), kv_up, decoder)
-        return out.reshape(rows, steps, *out.shape[1:])
-    key, value = (
-        sharding.constrain(x, ("rows", None, "kv_heads", None), decoder.phase)
-        for x in expand(key, latent, kv_up, decoder)
-    )
+        return by_node(values(out.reshape(-1, *out.shape[2:]), kv_up, decoder))
+    key, value = map(by_node, expand(key, latent, kv_up, decoder))
     return plainly(query, key, value, [expand_source(source, kv_up, decoder) for source in ancestors])
 
 
