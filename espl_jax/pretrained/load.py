@@ -158,8 +158,9 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 def _with_adapter(folder: Path, dtype: DTypeLike, mesh: Mesh | None, **numerics: Any) -> Pretrained:
     """Loads the base model of an adapter, attaches the adapter and, if there is one, its tokenizer."""
     source = peft.base_of(folder)
+    peft.read_settings(folder)  # raises before gigabytes are read
     try:
-        peft.read_settings(folder, read_config(source))  # raises before gigabytes are read
+        peft.read_settings(folder, read_config(source))
         base = load_pretrained(source, dtype, mesh, **numerics)
     except OSError as error:  # no such file, no network, no access
         raise type(error)(

@@ -175,12 +175,12 @@ def load_adapter(
     return _read(folder / "adapter_model.safetensors", config, settings, mesh), scale
 
 
-def read_settings(folder: Path, config: DecoderConfig) -> dict[str, Any]:
+def read_settings(folder: Path, config: DecoderConfig | None = None) -> dict[str, Any]:
     """Reads adapter_config.json of a folder and checks that its settings are supported.
 
     Args:
       folder: folder of an adapter.
-      config: decoder of the base model.
+      config: decoder of the base model; None if it is not known yet, which skips checks that depend on it.
 
     Raises:
       FileNotFoundError: if it does not exist.
@@ -188,7 +188,7 @@ def read_settings(folder: Path, config: DecoderConfig) -> dict[str, Any]:
     """
     path = folder / "adapter_config.json"
     settings = read_json(path)
-    skipped = _OF_PARAMETERS if config.family == "gpt_oss" else ()
+    skipped = _OF_PARAMETERS if config is None or config.family == "gpt_oss" else ()
     for field, computed in _COMPUTED.items():
         if field not in skipped and (value := settings.get(field, computed[0])) not in computed:
             raise ValueError(
@@ -202,7 +202,7 @@ def read_settings(folder: Path, config: DecoderConfig) -> dict[str, Any]:
                 f"{path}: {field}={value!r}: must be a number of at least {least}; set the value that the "
                 "adapter was trained with"
             )
-    if skipped and not fused_adapters.fits(settings, _scale(settings)):
+    if config is not None and skipped and not fused_adapters.fits(settings, _scale(settings)):
         raise ValueError(
             f"{path}: rank_pattern={settings.get('rank_pattern')}, alpha_pattern="
             f"{settings.get('alpha_pattern')}: only gate_up_proj may have another rank, and all adapters "
