@@ -160,6 +160,7 @@ def _with_adapter(folder: Path, dtype: DTypeLike, mesh: Mesh | None, **numerics:
     source = peft.base_of(folder)
     peft.read_settings(folder)  # raises before gigabytes are read
     try:
+        peft.read_settings(folder, read_config(source))
         base = load_pretrained(source, dtype, mesh, **numerics)
     except OSError as error:  # no such file, no network, no access
         raise type(error)(
