@@ -78,6 +78,7 @@ TASKS = {
             "data.validation": "",
             "data.test": "experiments/methods/prices-test.jsonl",
             "environment.name": "experiments.methods.prices:Prices",
+            "sampling.max_new_tokens": 48,  # in fewer, replies are cut off, and reflection is about that
             "num_iterations": 6,
         },
         hard="experiments/methods/prices-hard.jsonl",
