@@ -13,9 +13,13 @@ only the weights (GRPO), 40.0% when evolving only the prompts, and 45.1% with bo
 from configs import hmmt
 
 
-def get_config():
-    """Returns the settings of configs/hmmt.py with different problems."""
-    c = hmmt.get_config()
+def get_config(model="qwen3-8b"):
+    """Returns the settings of configs/hmmt.py with different problems.
+
+    Args:
+      model: one of `hmmt.MODELS`.
+    """
+    c = hmmt.get_config(model)
     c.data.train = "hub:AI-MO/aimo-validation-aime"
     c.data.test = "hub:ByteDance-Seed/BeyondAIME:split=test"
     return c

@@ -15,9 +15,13 @@ only the weights (GRPO), 57.3% when evolving only the prompts, and 60.6% with bo
 from configs import hmmt
 
 
-def get_config():
-    """Returns the settings of configs/hmmt.py with different problems and fewer iterations."""
-    c = hmmt.get_config()
+def get_config(model="qwen3-8b"):
+    """Returns the settings of configs/hmmt.py with different problems and fewer iterations.
+
+    Args:
+      model: one of `hmmt.MODELS`.
+    """
+    c = hmmt.get_config(model)
     c.num_iterations = 16
     c.data.train = (
         "hub:BytedTsinghua-SIA/DAPO-Math-17k:count=100,shuffle=42,repeats=first,"

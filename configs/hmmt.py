@@ -1,6 +1,9 @@
 r"""Trains on HMMT February 2023 to 2025, tests on HMMT November 2025; the paper's settings for a TPU VM.
 
     python -m espl_jax.main --config=configs/hmmt.py --workdir=runs/hmmt
+    python -m espl_jax.main --config=configs/hmmt.py:deepseek-v3.1 --workdir=runs/hmmt   # SLICE_DEEPSEEK
+    python -m espl_jax.main --config=configs/hmmt.py:qwen3-30b-a3b --workdir=runs/hmmt   # SLICE_QWEN
+    python -m espl_jax.main --config=configs/hmmt.py:gpt-oss-120b --workdir=runs/hmmt    # SLICE_GPT
 
 The problem texts are licensed CC BY-NC-SA and are not shipped with this package. They are downloaded from
 the Hub (30 problems per contest). To use local files, with one JSON object per line (fields `problem` and
@@ -14,12 +17,34 @@ only the weights (GRPO), 48.6% when evolving only the prompts, and 52.7% with bo
 
 from configs import common
 
+MODELS = {
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
+    "gpt-oss-120b": "openai/gpt-oss-120b",
+    "deepseek-v3.1": "deepseek-ai/DeepSeek-V3.1",
+}
+"""Presets; the paper trains DeepSeek-V3.1 on its math tasks, and gpt-oss-120b on search."""
 
-def get_config():
-    """Returns the paper's settings for its math tasks, repeating those that are defaults already."""
+SETTINGS = {
+    "qwen3-30b-a3b": {"mesh.expert": 4},
+    "gpt-oss-120b": {"mesh.expert": 8},
+    "deepseek-v3.1": {"mesh.expert": 32},
+}
+"""Mesh and memory of the presets on the slices above."""
+
+
+def get_config(model="qwen3-8b"):
+    """Returns the paper's settings for its math tasks, repeating those that are defaults already.
+
+    Args:
+      model: one of `MODELS`.
+    """
+    if model not in MODELS:
+        raise ValueError(f"model={model!r}: choose one of {', '.join(MODELS)}")
     c = common.get_config()
     c.num_iterations = 30
-    c.model.source = "Qwen/Qwen3-8B"
+    c.model.source = MODELS[model]
+    c.update_from_flattened_dict(SETTINGS.get(model, {}))
     c.data.train = " + ".join(f"hub:MathArena/hmmt_feb_{year}" for year in (2023, 2024, 2025))
     c.data.test = "hub:MathArena/hmmt_nov_2025"
     c.environment.name = "math"

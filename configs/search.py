@@ -3,6 +3,9 @@ r"""Trains a search agent on Natural Questions and HotpotQA, the paper's fourth 
     python -m espl_jax.main --config=configs/search.py --workdir=runs/search \
         --config.environment.search.retriever=http://localhost:8000/retrieve
 
+`--config=configs/search.py:gpt-oss-120b` and `--config=configs/search.py:qwen3-30b-a3b` train other models,
+on the slices that configs/hmmt.py names.
+
 You provide the retriever: a server that implements Search-R1's protocol (as the common Wikipedia indexes do),
 or a file of passages, one JSON object per line with `title` and `text`. To run without a retriever and
 without the Hub, use the generated encyclopedia, which has questions and passages:
@@ -15,16 +18,28 @@ training only the weights (GRPO), 34.0% when evolving only the prompts, and 48.6
 
 from configs import hmmt
 
+TEMPLATE_ARGUMENTS = {
+    "qwen3-8b": '{"enable_thinking": false}',
+    "qwen3-30b-a3b": '{"enable_thinking": false}',
+    "gpt-oss-120b": '{"reasoning_effort": "low"}',
+    "deepseek-v3.1": '{"thinking": false}',
+}
+"""Little or no thinking between searches, as each model's chat template has it."""
+
 
 def _questions(config: str, split: str, count: int) -> str:
     options = f"config={config},split={split},answer=golden_answers,repeats=first,shuffle=0,count={count}"
     return f"hub:RUC-NLPIR/FlashRAG_datasets:{options}"
 
 
-def get_config():
-    """Returns the settings of configs/hmmt.py for search, with half of the questions from each data set."""
-    c = hmmt.get_config()
-    c.model.chat_template_kwargs = '{"enable_thinking": false}'
+def get_config(model="qwen3-8b"):
+    """Returns the settings of configs/hmmt.py for search, with half of the questions from each data set.
+
+    Args:
+      model: one of `hmmt.MODELS`.
+    """
+    c = hmmt.get_config(model)
+    c.model.chat_template_kwargs = TEMPLATE_ARGUMENTS[model]
     c.data.train = f"{_questions('nq', 'train', 98)} + {_questions('hotpotqa', 'train', 98)}"
     c.data.test = f"{_questions('nq', 'test', 32)} + {_questions('hotpotqa', 'dev', 32)}"
     c.environment.name = "search"

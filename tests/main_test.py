@@ -73,7 +73,7 @@ class TestConfigFiles:
             ("configs", f"is a folder; {CONFIGS}"),
             ("", f"file not found; {CONFIGS}"),
             (
-                "configs/hmmt.py:small",
+                "configs/gsm8k.py:small",
                 "get_config cannot be called (too many positional arguments); leave out :small",
             ),
             ("LICENSE", "LICENSE, line 2: IndentationError: unexpected indent; correct the file"),
