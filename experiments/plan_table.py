@@ -2,10 +2,12 @@ r"""Finds the smallest TPU slices on which configs/hmmt.py fits, by model and ch
 
     python -m experiments.plan_table --out=plans.jsonl
     python -m experiments.plan_table --out=plans.jsonl --models=qwen3-8b --chips=v5e,v6e
+    python -m experiments.plan_table --out=plans.jsonl --models=deepseek-v3.1 --chips=v5p --trained=LoRA
 
 For each model, for LoRA and for full fine-tuning, slices are tried from the smallest up, each with `remat`
 full, rounded and offload and with more and more devices on the mesh axis `tensor`, until every program
-compiles and fits; see espl_jax/plan/__main__.py. Settings whose weights and optimizer state alone do not fit
+compiles and fits; see espl_jax/plan/__main__.py. In a mixture, the other devices are on the axis `expert`; in
+a dense model, on `fsdp`. Settings whose weights and optimizer state alone do not fit
 are skipped without compiling. Results are appended to the file as they come, and results already in the file
 are not computed again. Takes a minute or two per result.
 """
@@ -25,6 +27,7 @@ from configs import hmmt
 from espl_jax.console.tables import table
 from espl_jax.plan import costs
 from espl_jax.plan.chips import CHIPS
+from espl_jax.pretrained.load import read_config
 from espl_jax.run.workloads import Lengths
 from experiments.bench.tpu_shapes import MODELS
 
@@ -36,6 +39,7 @@ TABLE_MODELS = "qwen3-0.6b,qwen3-4b,qwen3-8b,qwen3-32b,llama-3.1-8b"
 
 def candidates(model: Path, trained: str, chip: str) -> Iterator[tuple[Any, str]]:
     """Yields configs with the topology to run on, smallest slices first."""
+    has_experts = read_config(model).experts is not None
     for shape in CHIPS[chip].slices:
         devices = math.prod(map(int, shape.split("x")))
         for remat, tensor in itertools.product(("full", "rounded", "offload"), (1, 2, 4, 8)):
@@ -44,6 +48,7 @@ def candidates(model: Path, trained: str, chip: str) -> Iterator[tuple[Any, str]
                 c.model.source, c.model.remat = str(model), remat
                 c.lora.rank = 32 if trained == "LoRA" else 0
                 c.mesh.tensor = tensor
+                c.mesh.expert = devices // tensor if has_experts else 1
                 yield c, f"{chip}:{shape}"
 
 
@@ -52,7 +57,8 @@ def smallest(model: Path, trained: str, chip: str) -> dict[str, Any] | None:
     for c, topology in candidates(model, trained, chip):
         if costs.least_memory(c, topology, LENGTHS) > 0.97 * CHIPS[chip].memory:
             continue
-        where = f"{model.name}, {trained}, {topology}, tensor={c.mesh.tensor}, remat={c.model.remat}"
+        axes = f"expert={c.mesh.expert}, tensor={c.mesh.tensor}"
+        where = f"{model.name}, {trained}, {topology}, {axes}, remat={c.model.remat}"
         # The update first: it nearly always needs the most memory.
         update = costs.plan(c, topology, LENGTHS, phases=["update"], say=quiet)
         error = update.error or update.costs[-1].error
@@ -67,6 +73,7 @@ def smallest(model: Path, trained: str, chip: str) -> dict[str, Any] | None:
         return {
             "topology": topology,
             "tensor": c.mesh.tensor,
+            "expert": c.mesh.expert,
             "remat": c.model.remat,
             "largest": max(update.largest, rollouts.largest),
             "memory": CHIPS[chip].memory,
@@ -94,10 +101,12 @@ def lines(results: list[dict[str, Any]]) -> str:
             if fit is None:
                 cells.append("none" if found else "-")
                 continue
-            shape, tensor = fit["topology"].split(":")[1], fit["tensor"]
+            shape = fit["topology"].split(":")[1]
+            axes = [f"{axis}={fit[axis]}" for axis in ("expert", "tensor") if fit.get(axis, 1) > 1]
             remat = "" if fit["remat"] == "full" else f", {fit['remat']}"
             bounds = f"{fit['rollouts']:.0f} + {fit['update']:.0f} s"
-            cells.append(f"{shape}, tensor={tensor}{remat}: {fit['largest'] / 2**30:.1f}, {bounds}")
+            settings = ", ".join([shape, *axes])
+            cells.append(f"{settings}{remat}: {fit['largest'] / 2**30:.1f}, {bounds}")
         rows.append([model, trained, *cells])
     return table(rows)
 
@@ -113,13 +122,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON lines file for results")
     parser.add_argument("--models", default=TABLE_MODELS, help="model names, comma-separated")
     parser.add_argument("--chips", default=",".join(CHIPS_SHOWN), help="chip names, comma-separated")
+    parser.add_argument("--trained", default="LoRA,all", help="LoRA, all weights, or both")
     args = parser.parse_args()
     args.out.touch()
     results = [json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()]
     done = {(x["model"], x["trained"], x["chip"]) for x in results}
     with tempfile.TemporaryDirectory() as folder:
         names, chips = args.models.split(","), args.chips.split(",")
-        for chip, name, trained in itertools.product(chips, names, ("LoRA", "all")):
+        for chip, name, trained in itertools.product(chips, names, args.trained.split(",")):
             if (name, trained, chip) in done:
                 continue
             model = Path(folder) / name
