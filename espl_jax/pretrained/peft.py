@@ -51,7 +51,7 @@ _COMPUTED: dict[str, tuple[Any, ...]] = {
 }
 
 # Those that are also supported where all experts are in one parameter, if they satisfy `fused_adapters.fits`.
-_OF_PARAMETERS = ("target_parameters", "rank_pattern", "alpha_pattern")
+_OF_PARAMETERS = ("rank_pattern", "alpha_pattern")
 
 # PEFT settings that do not: names, training, and arguments of initializations.
 _OF_NO_EFFECT = {
@@ -203,7 +203,8 @@ def read_settings(folder: Path, config: DecoderConfig | None = None) -> dict[str
                 f"{path}: {field}={value!r} is not supported; merge the adapter into its base with PEFT "
                 "(merge_and_unload), save the model and load its folder"
             )
-    if fused := [x for x in settings.get("target_parameters") or () if not x.endswith(".weight")]:
+    fused = [each for each in settings.get("target_parameters") or () if not each.endswith(".weight")]
+    if fused and not skipped:
         raise ValueError(
             f"{path}: target_parameters={fused!r}: only weights of linear layers are supported; merge the "
             "adapter into its base with PEFT (merge_and_unload), save the model and load its folder"
