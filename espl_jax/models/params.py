@@ -90,16 +90,48 @@ def stacks(decoder: DecoderConfig) -> dict[str, range]:
 def abstract(decoder: DecoderConfig) -> Params:
     """Returns the params pytree with a `Weight` declaration at every leaf."""
     params = {}
-    for stack in stacks(decoder):
-        params |= _with_stack(decoder, stack)
+    for stack, numbers in stacks(decoder).items():
+        has_experts = decoder.experts is not None and numbers.stop > decoder.first_dense
+        params[stack] = _layers(_Declare(decoder, numbers), decoder, has_experts)
+    declare = _Declare(decoder, range(0))
+    params |= {"embedding": {"weight": declare("vocab embed", "embed")}, "final_norm": declare.norm("embed")}
+    if not decoder.tied_head:
+        params["head"] = {"weight": declare("vocab embed", "embed")}
     return params
 
 
-def _with_stack(decoder: DecoderConfig, stack: str) -> Params:
-    """Returns the params with one of the stacks of layers."""
-    numbers = stacks(decoder)[stack]
+class _Declare:
+    """Declares weights by the names of their axes."""
+
+    def __init__(self, decoder: DecoderConfig, numbers: range):
+        """`numbers` are those of the layers that are stacked along the axis `layers`."""
+        self._decoder, self._first = decoder, numbers.start
+        self._sizes = _sizes(decoder) | {"layers": len(numbers)}
+
+    def __call__(self, axes: str, inputs: str = "", fill: float = 0.0, dtype: str = "") -> Weight:
+        names = tuple(axes.split())
+        shape = tuple(self._sizes[axis] for axis in names)
+        first = self._first if names[0] == "layers" else 0
+        return Weight(names, tuple(inputs.split()), shape, dtype or self._decoder.param_dtype, fill, first)
+
+    def linear(self, inputs: str, outputs: str, bias: bool = False, stack: str = "layers") -> Params:
+        layer = {"weight": self(f"{stack} {inputs} {outputs}", inputs)}
+        return layer | ({"bias": self(f"{stack} {outputs}")} if bias else {})
+
+    def norm(self, axes: str) -> Params:
+        return {"scale": self(axes, fill=1.0 - self._decoder.norm_offset)}
+
+    def mlp(self, width: str, bias: bool = False, stack: str = "layers") -> Params:
+        return {
+            "gate": self.linear("embed", width, bias, stack),
+            "up": self.linear("embed", width, bias, stack),
+            "down": self.linear(width, "embed", bias, stack),
+        }
+
+
+def _sizes(decoder: DecoderConfig) -> dict[str, int]:
+    """Returns the size of every logical axis but `layers`."""
     sizes = {
-        "layers": len(numbers),
         "embed": decoder.embed_dim,
         "heads": decoder.num_heads,
         "kv_heads": decoder.num_kv_heads,
@@ -107,97 +139,79 @@ def _with_stack(decoder: DecoderConfig, stack: str) -> Params:
         "mlp": decoder.mlp_dim,
         "vocab": decoder.vocab_size,
     }
-
-    def declare(axes: str, inputs: str = "", fill: float = 0.0, dtype: str = "") -> Weight:
-        names = tuple(axes.split())
-        shape = tuple(sizes[axis] for axis in names)
-        first = numbers.start if names[0] == "layers" else 0
-        return Weight(names, tuple(inputs.split()), shape, dtype or decoder.param_dtype, fill, first)
-
-    def linear(inputs: str, outputs: str, bias: bool = False, stack: str = "layers") -> Params:
-        layer = {"weight": declare(f"{stack} {inputs} {outputs}", inputs)}
-        return layer | ({"bias": declare(f"{stack} {outputs}")} if bias else {})
-
-    def norm(axes: str) -> Params:
-        return {"scale": declare(axes, fill=1.0 - decoder.norm_offset)}
-
-    attention = {
-        "query": linear("embed", "heads head", decoder.qkv_bias),
-        "key": linear("embed", "kv_heads head", decoder.qkv_bias),
-        "value": linear("embed", "kv_heads head", decoder.qkv_bias),
-        "out": linear("heads head", "embed", decoder.out_bias),
-    }
-    if decoder.qk_norm:
-        attention |= {"query_norm": norm("layers head"), "key_norm": norm("layers head")}
-    if decoder.attention_sinks:
-        attention["sinks"] = {"logit": declare("layers heads")}
-    if decoder.latent:
+    if latent := decoder.latent:
         sizes |= {
-            "latent": decoder.latent.kv_rank,
-            "latent_and_rope": decoder.latent.kv_rank + decoder.latent.rope_dim,
-            "query_latent": decoder.latent.query_rank,
-            "key_and_value": decoder.head_dim - decoder.latent.rope_dim + decoder.latent.value_dim,
-            "value": decoder.latent.value_dim,
+            "latent": latent.kv_rank,
+            "latent_and_rope": latent.kv_rank + latent.rope_dim,
+            "query_latent": latent.query_rank,
+            "key_and_value": decoder.head_dim - latent.rope_dim + latent.value_dim,
+            "value": latent.value_dim,
         }
-        attention = {
-            "kv_down": linear("embed", "latent_and_rope", decoder.qkv_bias),
-            "kv_norm": norm("layers latent"),
-            "kv_up": linear("latent", "heads key_and_value"),
-            "out": linear("heads value", "embed", decoder.out_bias),
-        }
-        if decoder.latent.query_rank:
-            attention |= {
-                "query_down": linear("embed", "query_latent", decoder.qkv_bias),
-                "query_norm": norm("layers query_latent"),
-                "query_up": linear("query_latent", "heads head"),
-            }
-        else:
-            attention |= {"query": linear("embed", "heads head")}
-    if decoder.experts and stack == "layers":
-        bias = decoder.experts.bias
+    if experts := decoder.experts:
         sizes |= {
-            "experts": decoder.experts.count,
-            "scores": decoder.experts.count,  # an output of the router, which no mesh axis splits
-            "expert_mlp": decoder.experts.mlp_dim,
+            "experts": experts.count,
+            "scores": experts.count,  # an output of the router, which no mesh axis splits
+            "expert_mlp": experts.mlp_dim,
+            "shared_mlp": experts.shared_dim,
         }
-        mlp = {
-            "router": linear("embed", "scores", bias),
-            "gate": linear("embed", "expert_mlp", bias, "layers experts"),
-            "up": linear("embed", "expert_mlp", bias, "layers experts"),
-            "down": linear("expert_mlp", "embed", bias, "layers experts"),
-        }
-        if decoder.experts.corrected:
-            # In float32 whatever the dtype of weights: rounding it would change the choice of experts.
-            mlp["router"]["correction"] = declare("layers scores", dtype="float32")
-        if decoder.experts.shared_dim:
-            sizes |= {"shared_mlp": decoder.experts.shared_dim}
-            mlp["shared"] = {
-                "gate": linear("embed", "shared_mlp"),
-                "up": linear("embed", "shared_mlp"),
-                "down": linear("shared_mlp", "embed"),
-            }
-    else:
-        mlp = {
-            "gate": linear("embed", "mlp", decoder.mlp_bias),
-            "up": linear("embed", "mlp", decoder.mlp_bias),
-            "down": linear("mlp", "embed", decoder.mlp_bias),
-        }
+    return sizes
+
+
+def _layers(declare: _Declare, decoder: DecoderConfig, has_experts: bool) -> Params:
     layer = {
-        "attention_norm": norm("layers embed"),
-        "attention": attention,
-        "mlp_norm": norm("layers embed"),
-        "mlp": mlp,
+        "attention_norm": declare.norm("layers embed"),
+        "attention": (_latent_attention if decoder.latent else _attention)(declare, decoder),
+        "mlp_norm": declare.norm("layers embed"),
+        "mlp": _mixture(declare, decoder) if has_experts else declare.mlp("mlp", decoder.mlp_bias),
     }
     if decoder.post_norms:
-        layer |= {"post_attention_norm": norm("layers embed"), "post_mlp_norm": norm("layers embed")}
-    params = {
-        "embedding": {"weight": declare("vocab embed", "embed")},
-        stack: layer,
-        "final_norm": norm("embed"),
+        names = ("post_attention_norm", "post_mlp_norm")
+        layer |= {name: declare.norm("layers embed") for name in names}
+    return layer
+
+
+def _attention(declare: _Declare, decoder: DecoderConfig) -> Params:
+    attention = {
+        "query": declare.linear("embed", "heads head", decoder.qkv_bias),
+        "key": declare.linear("embed", "kv_heads head", decoder.qkv_bias),
+        "value": declare.linear("embed", "kv_heads head", decoder.qkv_bias),
+        "out": declare.linear("heads head", "embed", decoder.out_bias),
     }
-    if not decoder.tied_head:
-        params["head"] = {"weight": declare("vocab embed", "embed")}
-    return params
+    if decoder.qk_norm:
+        attention |= {name: declare.norm("layers head") for name in ("query_norm", "key_norm")}
+    if decoder.attention_sinks:
+        attention["sinks"] = {"logit": declare("layers heads")}
+    return attention
+
+
+def _latent_attention(declare: _Declare, decoder: DecoderConfig) -> Params:
+    assert decoder.latent is not None
+    attention = {
+        "kv_down": declare.linear("embed", "latent_and_rope", decoder.qkv_bias),
+        "kv_norm": declare.norm("layers latent"),
+        "kv_up": declare.linear("latent", "heads key_and_value"),
+        "out": declare.linear("heads value", "embed", decoder.out_bias),
+    }
+    if not decoder.latent.query_rank:
+        return attention | {"query": declare.linear("embed", "heads head")}
+    return attention | {
+        "query_down": declare.linear("embed", "query_latent", decoder.qkv_bias),
+        "query_norm": declare.norm("layers query_latent"),
+        "query_up": declare.linear("query_latent", "heads head"),
+    }
+
+
+def _mixture(declare: _Declare, decoder: DecoderConfig) -> Params:
+    experts = decoder.experts
+    assert experts is not None
+    mlp = declare.mlp("expert_mlp", experts.bias, "layers experts")
+    mlp["router"] = declare.linear("embed", "scores", experts.bias)
+    if experts.corrected:
+        # In float32 whatever the dtype of weights: rounding it would change the choice of experts.
+        mlp["router"]["correction"] = declare("layers scores", dtype="float32")
+    if experts.shared_dim:
+        mlp["shared"] = declare.mlp("shared_mlp")
+    return mlp
 
 
 def init(key: jax.Array, decoder: DecoderConfig) -> Params:
