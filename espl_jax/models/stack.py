@@ -22,9 +22,14 @@ def run_layers(
 ) -> Any:
     """Runs layers, each with its window and slice of `stacked`. Returns x and their stacked outputs."""
 
-    def checkpointed(window: int | None) -> Callable[..., Any]:
-        """Returns the layer with remat; its window is static, or with None, passed for each layer."""
+    def checkpointed(window: int | None, place: int | None = None) -> Callable[..., Any]:
+        """Returns the layer with remat; its window is static, or with None, passed for each layer.
+
+        With a `place`, the layer takes its part of what is given for all layers of a period. It does so inside,
+        so that the backward pass keeps what was given, and no copy of a part.
+        """
         known = layer if window is None else functools.partial(layer, window=window)
+        known = known if place is None else functools.partial(_at, known, place)
         if decoder.remat == "none":
             return known
         if decoder.remat == "rounded":
@@ -37,10 +42,10 @@ def run_layers(
             return jax.lax.scan(lambda x, xs: body(x, *xs), x, stacked)
         period, sampling = _period(windows), decoder.phase == "sampling"
         if period <= LONGEST_PERIOD and (sampling or len(windows) % period == 0):
-            layers = [checkpointed(window) for window in windows[:period]]
             if sampling:
+                layers = [checkpointed(window) for window in windows[:period]]
                 return _scan_in_place(layers, len(windows), x, stacked)
-            return _scan_slices(layers, x, stacked)
+            return _scan_slices([checkpointed(windows[i], i) for i in range(period)], x, stacked)
         body = checkpointed(None)
         return jax.lax.scan(
             lambda x, xs: body(x, *xs[0], window=xs[1]), x, (stacked, jnp.array(windows, jnp.int32))
@@ -59,11 +64,16 @@ def _period(windows: Sequence[int]) -> int:
     return next(n for n in range(1, len(windows) + 1) if windows[n:] == windows[:-n])
 
 
+def _at(layer: Callable[..., Any], place: int, x: jax.Array, *given: Any) -> Any:
+    """Runs a layer with its part of what is given for all layers of a period."""
+    return layer(x, *jax.tree.map(lambda leaf: leaf[place], given))
+
+
 def _scan_slices(period: Sequence[Callable[..., Any]], x: jax.Array, stacked: Any) -> Any:
     """Runs the layers of `period` over and over, in a scan over slices of `stacked`."""
 
     def run(x: jax.Array, given: Any) -> Any:
-        return _in_turn(period, x, lambda i: jax.tree.map(lambda leaf: leaf[i], given))
+        return _in_turn(period, x, lambda _: given)
 
     grouped = jax.tree.map(lambda leaf: leaf.reshape(-1, len(period), *leaf.shape[1:]), stacked)
     return _flattened(*jax.lax.scan(run, x, grouped))

@@ -251,19 +251,3 @@ class TestLogits:
         exact = dtype == "float32" and precision != "bfloat16"
         assert tiny.relative_error(logits, expected) < (1e-5 if exact else 0.05)
         assert exact or tiny.relative_error(logits, expected) > 1e-5
-
-
-@pytest.mark.parametrize("windows", [(3, 0, 3, 0, 3), (2, 2, 4, 2, 2)])
-def test_patterns_of_windows_while_sampling(windows):
-    """Whole and incomplete last periods, through a cache, against layers that are not scanned."""
-    config = tiny.CONFIG.replace(num_layers=5, windows=windows, phase="sampling")
-    params = tiny.params(config)
-    tokens = jnp.arange(1, 13).reshape(2, 6)
-    for level in (tokens, tokens[:, :1]):
-        _, cache, _ = tiny.forward(params, config, tokens)
-        ours, wanted = (
-            tiny.forward(params, config.replace(scan_layers=scan), level, ancestors=[cache])
-            for scan in (True, False)
-        )
-        np.testing.assert_allclose(ours.hidden, wanted.hidden, atol=1e-5)
-        tiny.assert_trees_close(ours.cache, wanted.cache, 1e-5)
