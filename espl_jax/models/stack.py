@@ -25,8 +25,8 @@ def run_layers(
     def checkpointed(window: int | None, place: int | None = None) -> Callable[..., Any]:
         """Returns the layer with remat; its window is static, or with None, passed for each layer.
 
-        With a `place`, the layer takes its part of what is given for all layers of a period. It does so inside,
-        so that the backward pass keeps what was given, and no copy of a part.
+        With a `place`, the layer takes its part of what is given for all layers of a period. It does so
+        inside, so that the backward pass keeps what was given, and no copy of a part.
         """
         known = layer if window is None else functools.partial(layer, window=window)
         known = known if place is None else functools.partial(_at, known, place)
