@@ -17,7 +17,6 @@ from espl_jax.parallel import sharding
 from espl_jax.pretrained.hf_config import from_hf_config, to_hf_config
 from espl_jax.pretrained.load import load_pretrained
 from espl_jax.pretrained.save import save_pretrained
-from espl_jax.sampling.generate import generate
 from tests.support import fakes, families, tiny
 
 PUBLISHED = {  # DeepSeek-V3 and R1, without fields that do not matter here
@@ -279,20 +278,4 @@ def test_layers_that_predict_further_tokens_are_not_read(plain, tmp_path):
 
 @pytest.mark.slow
 def test_greedy_decoding(plain):
-    """200 tokens are those of transformers."""
-    from transformers import AutoModelForCausalLM
-
-    path, params = plain
-    model = AutoModelForCausalLM.from_pretrained(
-        path, attn_implementation="eager", experts_implementation="eager"
-    )
-    prompt = [5, 99, 17, 42]
-    ours = generate(
-        params, CONFIG, [prompt], key=jax.random.key(0), group_size=1, max_new_tokens=200, temperature=0.0
-    )
-    ids = torch.tensor([prompt])
-    with torch.no_grad():
-        for _ in range(200):
-            last = model(input_ids=ids, use_cache=False).logits[:, -1]
-            ids = torch.cat([ids, last.argmax(-1, keepdim=True)], 1)
-    np.testing.assert_array_equal(ours.tokens.reshape(-1), ids[0, len(prompt) :].numpy())
+    families.assert_decodes_as_transformers(*plain, CONFIG)

@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file
 
 from espl_jax.models.params import abstract
@@ -12,7 +11,6 @@ from espl_jax.pretrained.hf_config import from_hf_config, to_hf_config
 from espl_jax.pretrained.load import load_pretrained
 from espl_jax.pretrained.peft import save_adapter
 from espl_jax.pretrained.save import save_pretrained
-from espl_jax.sampling.generate import generate
 from tests.support import fakes, families, tiny
 
 PUBLISHED = {  # Qwen3-30B-A3B, without fields that do not matter here
@@ -101,21 +99,4 @@ def test_adapters_of_gate_without_up_are_refused(folder, tmp_path):
 
 @pytest.mark.slow
 def test_greedy_decoding(folder):
-    """200 tokens are those of transformers."""
-    from transformers import AutoModelForCausalLM
-
-    path, params, config = folder
-    config = config.replace(max_positions=512)
-    model = AutoModelForCausalLM.from_pretrained(
-        path, attn_implementation="eager", experts_implementation="eager"
-    )
-    prompt = [5, 99, 17, 42]
-    ours = generate(
-        params, config, [prompt], key=jax.random.key(0), group_size=1, max_new_tokens=200, temperature=0.0
-    )
-    ids = torch.tensor([prompt])
-    with torch.no_grad():
-        for _ in range(200):
-            last = model(input_ids=ids, use_cache=False).logits[:, -1]
-            ids = torch.cat([ids, last.argmax(-1, keepdim=True)], 1)
-    np.testing.assert_array_equal(ours.tokens.reshape(-1), ids[0, len(prompt) :].numpy())
+    families.assert_decodes_as_transformers(*folder)

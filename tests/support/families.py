@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from espl_jax.models.params import abstract
 from espl_jax.pretrained import hf_names, layout
 from espl_jax.pretrained.hf_config import from_hf_config
+from espl_jax.sampling.generate import generate
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "qwen3_moe", "gpt_oss", "deepseek_v3")
 
@@ -244,3 +245,20 @@ def torch_logits(model, tokens):
     """[B, T] -> [B, T, V], a torch tensor."""
     ids = torch.as_tensor(np.asarray(tokens), dtype=torch.long)
     return model(input_ids=ids, use_cache=False).logits
+
+
+def assert_decodes_as_transformers(folder, params, config):
+    """200 greedy tokens are those of transformers, which reads the model from its folder."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", experts_implementation="eager"
+    )
+    prompt = [5, 99, 17, 42]
+    config = config.replace(max_positions=512)
+    settings = {"group_size": 1, "max_new_tokens": 200, "temperature": 0.0}
+    ours = generate(params, config, [prompt], key=jax.random.key(0), **settings)
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        for _ in range(200):
+            last = model(input_ids=ids, use_cache=False).logits[:, -1]
+            ids = torch.cat([ids, last.argmax(-1, keepdim=True)], 1)
+    np.testing.assert_array_equal(ours.tokens.reshape(-1), ids[0, len(prompt) :].numpy())
