@@ -58,6 +58,7 @@ def test_thinking_has_the_tags_of_other_models():
     assert decode_reply(tokenizer(), tokens, opened=True) == "Let me see.</think>\nIt is 4."
     assert visible("Let me see.<|end|>" + FINAL, opened=True) == "It is 4."
     assert visible("Let me", opened=True) == ""
+    assert visible("<|end|>" + FINAL, opened=True) == "It is 4."  # it thought nothing
 
 
 def test_other_models_are_not_affected():
