@@ -61,8 +61,8 @@ def messages(text: str, opened: bool = False) -> Iterator[Written]:
     """
     for number, piece in enumerate(_BETWEEN.split(text)):
         header, mark, content = piece.partition(MESSAGE)
-        if mark:
-            channel, recipient = _CHANNEL.search(header), _RECIPIENT.search(header)
+        channel, recipient = _CHANNEL.search(header), _RECIPIENT.search(header)
+        if mark or (channel and recipient):  # without a mark, a call that has no arguments
             name = recipient[1].removeprefix("functions.") if recipient else ""
             yield Written(channel[1] if channel else "final", name, content)
         elif number == 0 and (piece or opened) and CHANNEL not in piece:

@@ -96,6 +96,14 @@ def test_calls_that_cannot_be_read(content, error):
     assert set(call) == {"error"} and error in call["error"]
 
 
+def test_a_call_without_arguments():
+    """Answered with an error, as other calls that cannot be read."""
+    header = CALL.partition("<|message|>")[0]
+    for text in (f"{header}<|call|>", header, f"{ANALYSIS}{header}<|call|>"):
+        (call,) = calls_in(text, "harmony")
+        assert "not JSON" in call["error"]
+
+
 def test_calls_in_analysis_or_in_the_reply_are_none():
     quoted = 'commentary to=functions.search json {"q": 1}'
     assert calls_in(f"<|channel|>analysis<|message|>{quoted}<|end|>{FINAL}", "harmony") == []
