@@ -29,9 +29,10 @@ def block_of(fields: Mapping[str, Any]) -> tuple[int, int] | None:
     Raises:
       ValueError: for quantization that cannot be read: other than FP8, and the MXFP4 of gpt-oss.
     """
-    text_fields = fields.get("text_config") or {}
-    quantization = fields.get("quantization_config") or text_fields.get("quantization_config")
-    method, block = (quantization or {}).get("quant_method"), (quantization or {}).get("weight_block_size")
+    quantization = _object(fields, "quantization_config") or _object(
+        _object(fields, "text_config"), "quantization_config"
+    )
+    method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
     if not quantization or (fields.get("model_type"), method) == ("gpt_oss", "mxfp4"):
         return None
     if method != "fp8" or quantization.get("fmt", "e4m3") != "e4m3":
@@ -45,6 +46,14 @@ def block_of(fields: Mapping[str, Any]) -> tuple[int, int] | None:
             "a block, such as [128, 128]; use the unquantized model"
         )
     return block[0], block[1]
+
+
+def _object(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Returns a field that is a JSON object, {} if it is missing or empty."""
+    value = fields.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name}={value!r}: must be a JSON object; use config.json of the original model")
+    return value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -115,7 +115,7 @@ def split(tensors: Mapping[str, StoredTensor]) -> dict[str, Stored]:
     parts: dict[str, Stored] = {}
     for name, whole in tensors.items():
         found = _FUSED.fullmatch(name)
-        if found is None:
+        if found is None or not whole.shape:
             parts[name] = whole
             continue
         kind, matrix = found["kind"], f"{found['experts']}.{found['matrix']}"
@@ -135,7 +135,7 @@ def split(tensors: Mapping[str, StoredTensor]) -> dict[str, Stored]:
 
 def _check(name: str, blocks: StoredTensor, scales: StoredTensor) -> None:
     for found, shape in ((scales, scales.shape), (blocks, (*scales.shape, BLOCK // 2))):
-        if found.dtype != "U8" or found.shape != shape:
+        if found.dtype != "U8" or found.shape != shape or len(scales.shape) != 3:
             raise ValueError(
                 f"{found.path}: {name} and its scales are {blocks.dtype} {list(blocks.shape)} and "
                 f"{scales.dtype} {list(scales.shape)}, but MXFP4 needs U8, and {BLOCK // 2} bytes for each "

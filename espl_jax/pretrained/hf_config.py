@@ -124,6 +124,22 @@ SUPPORTED = (*_FAMILIES, "gemma3")
 
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
+_LEAST = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"), 1),
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "max_position_embeddings"), 1),
+    **dict.fromkeys(("num_experts", "n_routed_experts", "num_experts_per_tok"), 1),
+    **dict.fromkeys(("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 1),
+    "sliding_window_pattern": 1,
+    # Of these, 0 means none, or the default.
+    **dict.fromkeys(("num_key_value_heads", "head_dim", "num_local_experts", "n_group", "topk_group"), 0),
+    **dict.fromkeys(("sliding_window", "max_window_layers", "q_lora_rank"), 0),
+    **dict.fromkeys(("first_k_dense_replace", "n_shared_experts"), 0),
+}
+"""Fields that are integers -> their least value."""
+
+_POSITIVE = ("rms_norm_eps", "query_pre_attn_scalar", "routed_scaling_factor", "swiglu_limit", "swiglu_alpha")
+"""Fields that are numbers above 0."""
+
 
 def from_hf_config(hf: dict[str, Any], **numerics: Any) -> DecoderConfig:
     """Returns the DecoderConfig for a parsed `config.json`.
@@ -139,12 +155,13 @@ def from_hf_config(hf: dict[str, Any], **numerics: Any) -> DecoderConfig:
     if model_type == "gemma3":
         hf = {"tie_word_embeddings": hf.get("tie_word_embeddings", True), **hf.get("text_config", {})}
         model_type = "gemma3_text"
-    if model_type not in _FAMILIES:
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise ValueError(f"model_type={model_type!r} is not supported; supported: {', '.join(SUPPORTED)}")
     family, _, defaults = _FAMILIES[model_type]
     if family == "gpt_oss" and not (hf.get("rope_parameters") or hf.get("rope_scaling")):
         defaults = defaults | {"rope_scaling": _GPT_OSS_ROPE}
         hf = {name: value for name, value in hf.items() if name != "rope_scaling"}
+    _check_types({**defaults, **hf})
     c = _Fields(model_type, {**defaults, **hf})
     gemma, gpt_oss = family == "gemma3", family == "gpt_oss"
     activation = c.get("hidden_activation" if gemma else "hidden_act") or "silu"
@@ -190,6 +207,27 @@ def from_hf_config(hf: dict[str, Any], **numerics: Any) -> DecoderConfig:
         **numerics,
     )
     return hf_deepseek.completed(config, c) if family == "deepseek_v3" else config
+
+
+def _check_types(fields: Mapping[str, Any]) -> None:
+    """Raises for a field that is present and of another type than the family computes with."""
+
+    def refuse(name: str, wanted: str) -> None:
+        raise ValueError(f"{name}={fields[name]!r}: must be {wanted}; use config.json of the original model")
+
+    given = {name: value for name, value in fields.items() if value is not None}
+    for name in given.keys() & _LEAST.keys():
+        if type(given[name]) is not int or given[name] < _LEAST[name]:
+            refuse(name, f"an integer of at least {_LEAST[name]}")
+    for name in given.keys() & set(_POSITIVE):
+        if type(given[name]) not in (int, float) or not given[name] > 0:
+            refuse(name, "a number above 0")
+    for name in given.keys() & {"hidden_act", "hidden_activation"}:
+        if not isinstance(given[name], str):
+            refuse(name, "the name of an activation")
+    kinds = given.get("layer_types", [])
+    if not isinstance(kinds, list | tuple) or not all(isinstance(kind, str) for kind in kinds):
+        refuse("layer_types", "a list of names")
 
 
 class _Fields:

@@ -217,6 +217,8 @@ def _has_another_head(folder: Path, config: DecoderConfig) -> bool:
     head, embedding = tensors.get(_HEAD), tensors.get(_EMBEDDING)
     if head is None or embedding is None or head.shape != embedding.shape:
         return False
+    if {head.dtype, embedding.dtype} - DTYPES.keys():
+        return True  # not compared: `decoder_tensors` dequantizes both, or refuses them
     one, other = head.view(), embedding.view()
     return any(
         not np.array_equal(one[row : row + _BLOCK], other[row : row + _BLOCK])

@@ -203,6 +203,7 @@ def read_settings(folder: Path, config: DecoderConfig | None = None) -> dict[str
                 f"{path}: {field}={value!r} is not supported; merge the adapter into its base with PEFT "
                 "(merge_and_unload), save the model and load its folder"
             )
+    _check_types(path, settings)
     fused = [each for each in settings.get("target_parameters") or () if not each.endswith(".weight")]
     if fused and not skipped:
         raise ValueError(
@@ -223,6 +224,21 @@ def read_settings(folder: Path, config: DecoderConfig | None = None) -> dict[str
             "must have one scale; merge the adapter into its base with PEFT (merge_and_unload)"
         )
     return settings
+
+
+def _check_types(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raises for a setting of parameters whose value PEFT does not write."""
+    names = settings.get("target_parameters") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: target_parameters={names!r}: must be a list of names; save it again")
+    for field, least in (("rank_pattern", 1), ("alpha_pattern", 0)):
+        pattern = settings.get(field) or {}
+        numbers = pattern.values() if isinstance(pattern, dict) else [None]
+        if not all(isinstance(number, int | float) and number >= least for number in numbers):
+            raise ValueError(
+                f"{path}: {field}={pattern!r}: must give a number of at least {least} for each name; save it "
+                "again"
+            )
 
 
 def _scale(settings: Mapping[str, Any]) -> Callable[[float, float], float]:

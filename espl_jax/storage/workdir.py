@@ -237,9 +237,12 @@ class WorkDir:
     def _check_config(self, config: dict[str, Any], may_change: Collection[str]) -> None:
         there = json.loads(self._storage.read("config.json") or "null")
         if there is not None and (lines := differences(there, config, may_change)):
+            its_own = "its own configuration"
+            if any("(absent)" in line for line in lines):
+                its_own += ", and with the version of espl_jax that began it if that has other fields"
             raise ValueError(
                 f"{self.path} holds a run with a different configuration:\n" + "\n".join(lines) + "\n"
-                "Use another --workdir, or resume the run with its own configuration."
+                f"Use another --workdir, or resume the run with {its_own}."
             )
 
     def _recover(self) -> None:

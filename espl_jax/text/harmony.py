@@ -56,16 +56,16 @@ def messages(text: str, opened: bool = False) -> Iterator[Written]:
 
     Args:
       text: what the model wrote, with special tokens.
-      opened: whether the prompt ended inside a message of the channel analysis. Text that comes before all
-        markers otherwise belongs to `final`.
+      opened: whether the prompt ended inside a message of the channel analysis, which is then the first one
+        even if nothing was added to it. Text that comes before all markers otherwise belongs to `final`.
     """
     for number, piece in enumerate(_BETWEEN.split(text)):
         header, mark, content = piece.partition(MESSAGE)
-        if mark:
-            channel, recipient = _CHANNEL.search(header), _RECIPIENT.search(header)
+        channel, recipient = _CHANNEL.search(header), _RECIPIENT.search(header)
+        if mark or (channel and recipient):  # without a mark, a call that has no arguments
             name = recipient[1].removeprefix("functions.") if recipient else ""
             yield Written(channel[1] if channel else "final", name, content)
-        elif number == 0 and piece and CHANNEL not in piece:
+        elif number == 0 and (piece or opened) and CHANNEL not in piece:
             yield Written("analysis" if opened else "final", "", piece)
 
 

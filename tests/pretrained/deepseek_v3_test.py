@@ -265,6 +265,18 @@ def test_damaged_fp8(plain, tmp_path):
         load_pretrained(folder)
 
 
+def test_a_head_in_fp8_is_read_though_the_config_ties_it(plain, tmp_path):
+    head = load_torch(plain[0] / "model.safetensors")["lm_head.weight"]
+    scales = torch.full([-(-size // part) for size, part in zip(head.shape, BLOCK, strict=True)], 2.0)
+    extra = {"lm_head.weight": head.to(torch.float8_e4m3fn), "lm_head.weight_scale_inv": scales}
+    folder = written_in_fp8(tmp_path / "tied", plain[0], extra=extra)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"tie_word_embeddings": True}))
+    back = load_pretrained(folder)
+    assert not back.config.tied_head
+    np.testing.assert_array_equal(back.params["head"]["weight"], 2 * extra["lm_head.weight"].float().numpy())
+
+
 def test_layers_that_predict_further_tokens_are_not_read(plain, tmp_path):
     """The published files have one after the last layer; any other layer too many is an error."""
     last = {f"model.layers.3.{name}": torch.ones(2, 2) for name in ("eh_proj.weight", "mlp.up_proj.weight")}

@@ -200,6 +200,15 @@ def break_shape(tensors, name):
     tensors[f"{name}_scales"] = tensors[f"{name}_scales"][:, :-1]
 
 
+def break_rank(tensors, name):
+    for kind in ("blocks", "scales"):
+        tensors[f"{name}_{kind}"] = tensors[f"{name}_{kind}"][None]
+
+
+def break_bias(tensors, name):
+    tensors[f"{name}_bias"] = np.ones((), np.float32)
+
+
 def break_count(tensors, name):
     for kind in ("blocks", "scales"):
         tensors[f"{name}_{kind}"] = tensors[f"{name}_{kind}"][:-1]
@@ -210,6 +219,8 @@ def break_count(tensors, name):
     [
         (break_scales, "1 tensors .model.layers.0.mlp.experts.down_proj. are missing"),
         (break_shape, r"down_proj_blocks and its scales are U8 \[4, 64, 3, 16\] and U8 \[4, 63, 3\]"),
+        (break_rank, r"U8 \[1, 4, 64, 3, 16\] and U8 \[1, 4, 64, 3\], but MXFP4 needs U8"),
+        (break_bias, "1 tensors .model.layers.0.mlp.experts.down_proj_bias. are missing"),
         (break_count, "1 tensors .model.layers.0.mlp.experts.down_proj. are missing"),
     ],
 )
@@ -222,10 +233,17 @@ def test_a_damaged_checkpoint_is_refused(folder, tmp_path, change, error):
         load_pretrained(path)
 
 
-def test_other_quantizations_are_refused(folder, tmp_path):
-    fields = published("gpt-oss-20b") | {"quantization_config": {"quant_method": "awq"}}
-    (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match="quant_method='awq' is not supported"):
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"quantization_config": {"quant_method": "awq"}}, "quant_method='awq' is not supported"),
+        ({"quantization_config": "mxfp4"}, "quantization_config='mxfp4': must be a JSON object; use"),
+        ({"quantization_config": None, "text_config": [1]}, r"text_config=\[1\]: must be a JSON object; use"),
+    ],
+)
+def test_other_quantizations_are_refused(tmp_path, change, error):
+    (tmp_path / "config.json").write_text(json.dumps(published("gpt-oss-20b") | change))
+    with pytest.raises(ValueError, match=error):
         hf_folder.described(tmp_path)
 
 

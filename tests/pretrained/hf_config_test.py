@@ -130,6 +130,21 @@ def test_what_is_not_computed_is_refused(change, message):
         from_hf_config(HF | change)
 
 
+@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.filterwarnings("ignore:config.json")
+def test_fields_of_another_type_or_size_are_named(family):
+    """All that `to_hf_config` writes as a number, but for those that take any value or are not read."""
+    written = to_hf_config(from_hf_config(families.draw_hf_config(family, 0).to_dict()))
+    free = {"rope_theta", "rope_local_base_freq", "num_nextn_predict_layers"}
+    numbers = {name for name, value in written.items() if type(value) in (int, float)} - free
+    assert {"vocab_size", "intermediate_size", "rms_norm_eps"} <= numbers
+    for name in sorted(numbers | {"layer_types", "hidden_act", "model_type"} & written.keys()):
+        for value in ("8", [8], {"8": 8}, -1):
+            with pytest.raises(ValueError) as error:
+                from_hf_config(written | {name: value})
+            assert str(error.value).startswith(f"{name}={value!r}")
+
+
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 

@@ -129,6 +129,17 @@ class TestWeights:
         ours = tiny.logits(model.params, model.config, tokens)
         np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
 
+    @pytest.mark.parametrize("dtype", [np.int32, np.float64])
+    @pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
+    def test_a_tied_head_of_an_unsupported_dtype_is_refused(self, folder, name, dtype):
+        def change(tensors):
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+            tensors[name] = tensors[name].astype(dtype)
+
+        rewrite(folder, change)
+        with pytest.raises(ValueError, match=f"{name} is stored as .*, and only BF16, F16, F32"):
+            load_pretrained(folder)
+
     def test_either_name_of_a_tied_embedding_will_do(self, folder):
         before = load_pretrained(folder).params["embedding"]["weight"]
         rewrite(folder, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))

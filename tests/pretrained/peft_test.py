@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from espl_jax.choices import LORA_TARGETS
 from espl_jax.pretrained.load import load_pretrained
-from espl_jax.pretrained.peft import base_of, load_adapter, save_adapter
+from espl_jax.pretrained.peft import base_of, load_adapter, read_settings, save_adapter
 from espl_jax.text.chat import render
 from tests.support import fakes, tiny
 
@@ -93,12 +93,23 @@ class TestReading:
             ("r", None),
             ("r", 0),
             ("lora_alpha", "16"),
+            ("target_parameters", 5),
+            ("target_parameters", [1]),
         ],
     )
     def test_settings_that_are_not_computed(self, folder, field, value):
         self.settings(folder, **{field: value})
         with pytest.raises(ValueError, match=f"adapter_config.json: {field}="):
             load_adapter(folder, CONFIG)
+
+    @pytest.mark.parametrize("pattern", [5, ["gate_up_proj"], {"gate_up_proj": "4"}, {"gate_up_proj": -1}])
+    @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+    def test_patterns_of_the_wrong_kind(self, folder, field, pattern):
+        """They are supported for gpt-oss, and checked before the base is known."""
+        self.settings(folder, **{field: pattern})
+        for config in (None, CONFIG.replace(family="gpt_oss")):
+            with pytest.raises(ValueError, match=f"{field}=.*: must give a number of at least"):
+                read_settings(folder, config)
 
     @pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal", "mica"])
     def test_initializations_that_leave_the_base_alone(self, folder, start):

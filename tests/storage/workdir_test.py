@@ -174,9 +174,12 @@ def test_other_configuration_is_refused_and_costs_nothing(tmp_path):
     message = str(error.value)
     assert "optimizer.learning_rate: 0.001 saved, 0.002 now" in message and "seed: 0 saved, 1 now" in message
     assert "new: (absent) saved, [1] now" in message and "--workdir" in message
+    assert "with the version of espl_jax that began it" in message
     assert "clip" not in message and "num_iterations" not in message
     assert lines(tmp_path / "metrics.jsonl") == [{"iteration": 1}]
     assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+    with pytest.raises(ValueError, match=r"resume the run with its own configuration[.]$"):
+        WorkDir(tmp_path, CONFIG | {"seed": 1})
 
 
 def test_permitted_changes_are_written_down(tmp_path):

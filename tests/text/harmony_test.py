@@ -58,6 +58,7 @@ def test_thinking_has_the_tags_of_other_models():
     assert decode_reply(tokenizer(), tokens, opened=True) == "Let me see.</think>\nIt is 4."
     assert visible("Let me see.<|end|>" + FINAL, opened=True) == "It is 4."
     assert visible("Let me", opened=True) == ""
+    assert visible("<|end|>" + FINAL, opened=True) == "It is 4."  # it thought nothing
 
 
 def test_other_models_are_not_affected():
@@ -93,6 +94,14 @@ def test_calls(text):
 def test_calls_that_cannot_be_read(content, error):
     (call,) = calls_in(CALL.replace('{"q": ["Ada"]}', content), "harmony")
     assert set(call) == {"error"} and error in call["error"]
+
+
+def test_a_call_without_arguments():
+    """Answered with an error, as other calls that cannot be read."""
+    header = CALL.partition("<|message|>")[0]
+    for text in (f"{header}<|call|>", header, f"{ANALYSIS}{header}<|call|>"):
+        (call,) = calls_in(text, "harmony")
+        assert "not JSON" in call["error"]
 
 
 def test_calls_in_analysis_or_in_the_reply_are_none():
