@@ -125,7 +125,9 @@ class RowsView:
             slots_of_part = slots[0].shape[2] // parts
             slot = jnp.arange(len(first)).reshape(parts, -1)
             slot += (slots_of_part - slot.shape[1]) * jnp.arange(parts)[:, None]
-            return jax.vmap(of_row, out_axes=2)(slot.reshape(-1), first)
+            # One row after another: TPUs would copy the caches of all layers for a gather.
+            rows = jax.lax.map(lambda each: of_row(*each), (slot.reshape(-1), first))
+            return tuple(jnp.moveaxis(x, 0, 2) for x in rows)
 
         mesh = sharding.mesh_of(first)
         parts = self.shards if mesh is None else 1
