@@ -53,7 +53,10 @@ def run(folder, **changes):
     train(config, folder, Console(file=io.StringIO()))
 
 
-@pytest.fixture(params=["qwen3_moe", "gpt_oss", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(params=["qwen3_moe", *(pytest.param(x, marks=SLOW) for x in ("gpt_oss", "deepseek_v3"))])
 def mixture(request, monkeypatch):
     fakes.model.cache_clear()
     config = MIXTURES[request.param]

@@ -6,9 +6,8 @@ No choice is dropped, and no expert has a capacity.
 On a mesh, each device holds E / `expert` experts (`sharding.RULES`). An all-gather along `expert` brings it
 the tokens of the other devices, it computes its own experts for them, and a reduce-scatter sums the results.
 How many tokens chose its experts is known only at run time, so its arrays have room for all choices of the
-gathered tokens, and only the real ones are multiplied. With `tensor` (and in sampling `fsdp`), every
-expert is split along F, as dense layers are.
-
+gathered tokens, and only the real ones are multiplied. Long levels are gathered in chunks (`ROW_BYTES`). With
+`tensor` (and in sampling `fsdp`), every expert is split along F, as dense layers are.
 
 Shape letters: T tokens, D model width, E experts, A active experts of a token, F width of an expert.
 """
@@ -16,6 +15,8 @@ Shape letters: T tokens, D model width, E experts, A active experts of a token, 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,10 @@ from espl_jax.models import grouped, layers
 from espl_jax.models.config import DecoderConfig, Experts
 from espl_jax.models.params import ADAPTER, Params
 from espl_jax.parallel import sharding
+
+ROW_BYTES = 2**30
+"""Most bytes of one array with a row for each choice of the gathered tokens; longer levels take several
+chunks."""
 
 EXPERTS = ("gate", "up", "down")
 """Names of the linear layers that every expert has; the other one is the `router`."""
@@ -115,7 +120,8 @@ def mixture(
     mesh = sharding.mesh_of(x)
     if mesh is None:
         routing = route(x, weights["router"], decoder, replay)
-        return _of_experts(x, routing.used, routing.weights, experts, decoder, 0), routing
+        of_tokens = functools.partial(_of_experts, experts=experts, decoder=decoder)
+        return _in_chunks(of_tokens, x, routing, decoder), routing
 
     def axes(names: tuple[str | None, ...], shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
         return sharding.axes_of(mesh, names, shape, decoder.phase)
@@ -132,21 +138,23 @@ def mixture(
         x: jax.Array, replay: jax.Array | None, router: layers.Linear, experts: Params
     ) -> tuple[jax.Array, Routing]:
         routing = route(x, router, decoder, replay)
-        choices, shares, first = routing.used, routing.weights, 0
-        if by_expert:
-            first = jax.lax.axis_index(by_expert) * _count(experts)
-        if gathered:
-            x, choices, shares = (
-                jax.lax.all_gather(each, gathered, tiled=True) for each in (x, choices, shares)
-            )
-        # The devices that share an expert's width sum their parts of its output: one of them adds the bias.
-        adds_bias = not by_width or jax.lax.axis_index(by_width) == 0
-        out = _of_experts(x, choices, shares, experts, decoder, first, adds_bias)
-        if summed:
-            out = jax.lax.psum(out, summed)
-        if scattered:
-            out = jax.lax.psum_scatter(out, scattered, tiled=True)
-        return out, routing
+
+        def of_tokens(x: jax.Array, choices: jax.Array, shares: jax.Array) -> jax.Array:
+            first = jax.lax.axis_index(by_expert) * _count(experts) if by_expert else 0
+            if gathered:
+                x, choices, shares = (
+                    jax.lax.all_gather(each, gathered, tiled=True) for each in (x, choices, shares)
+                )
+            # The devices that share an expert's width sum their parts of its output: one adds the bias.
+            adds_bias = not by_width or jax.lax.axis_index(by_width) == 0
+            out = _of_experts(x, choices, shares, experts, decoder, first, adds_bias)
+            if summed:
+                out = jax.lax.psum(out, summed)
+            return jax.lax.psum_scatter(out, scattered, tiled=True) if scattered else out
+
+        devices = math.prod(mesh.shape[axis] for axis in gathered)
+        parts = math.prod(mesh.shape[axis] for axis in scattered) // devices
+        return _in_chunks(of_tokens, x, routing, decoder, devices, parts), routing
 
     by_tokens = P(tokens or None)
     whole_router = jax.tree.map(lambda _: P(), weights["router"])
@@ -155,6 +163,46 @@ def mixture(
     return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)(
         x, replay, weights["router"], experts
     )
+
+
+def _in_chunks(
+    of_tokens: Callable[..., jax.Array],
+    x: jax.Array,
+    routing: Routing,
+    decoder: DecoderConfig,
+    devices: int = 1,
+    parts: int = 1,
+) -> jax.Array:
+    """Applies experts to chunks of tokens, so that a device has at most `ROW_BYTES` of their rows at a time.
+
+    The backward pass computes each chunk again.
+
+    Args:
+      of_tokens: applied to [t, D], choices [t, A] and weights [t, A]; returns [t / parts, D].
+      x: [T, D].
+      routing: of the T tokens.
+      decoder: the model's configuration.
+      devices: number of devices whose tokens are gathered.
+      parts: number of devices that the result is split over.
+
+    Returns:
+      [T / parts, D], of adjacent tokens.
+    """
+    given = x, routing.used, routing.weights
+    rows, width = devices * routing.used.size, max(x.shape[1], decoder.experts.mlp_dim)
+    least = -(-rows * width * jnp.dtype(decoder.dtype).itemsize // ROW_BYTES)
+    each = len(x) // parts
+    chunks = next((n for n in range(least, each + 1) if each % n == 0), each)
+    if chunks == 1:
+        return of_tokens(*given)
+
+    def split(x: jax.Array) -> jax.Array:
+        """[T, ...] -> [chunks, T / chunks, ...], where every chunk has tokens of all parts."""
+        by_part = x.reshape(parts, chunks, -1, *x.shape[1:])
+        return by_part.swapaxes(0, 1).reshape(chunks, -1, *x.shape[1:])
+
+    out = jax.lax.map(lambda chunk: jax.checkpoint(of_tokens)(*chunk), jax.tree.map(split, given))
+    return out.reshape(-1, out.shape[-1])
 
 
 def _count(experts: Params) -> int:
@@ -186,7 +234,7 @@ def _of_experts(
     weights: jax.Array,
     experts: Params,
     decoder: DecoderConfig,
-    first: jax.Array | int,
+    first: jax.Array | int = 0,
     adds_bias: jax.Array | bool = True,
 ) -> jax.Array:
     """Sums the outputs of the experts on this device, which are those from number `first` on.

@@ -163,7 +163,7 @@ MESHES = [
     pytest.param({"expert": 8}, marks=SLOW),
 ]
 CONFIGS = [
-    pytest.param(CONFIG, id="plain"),
+    pytest.param(CONFIG, marks=SLOW, id="plain"),
     pytest.param(BIASED, id="biased"),
     pytest.param(DEEPSEEK, marks=SLOW, id="latent"),
 ]
@@ -198,6 +198,23 @@ def test_no_choice_is_dropped_if_all_go_to_one_device():
     spread = sharding.place(params, abstract(CONFIG), mesh)
     ours = tiny.logits(spread, CONFIG, sharding.place_rows(TOKENS, mesh))
     np.testing.assert_allclose(ours, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, pytest.param({"expert": 2, "fsdp": 2, "tensor": 2}, marks=SLOW)], ids=str
+)
+def test_chunks_of_tokens(sizes, monkeypatch):
+    """As many chunks as there can be: the same logits and gradients, tokens in their order."""
+    monkeypatch.setattr(experts, "ROW_BYTES", 1)
+    config = BIASED.replace(max_positions=1999)  # compiled for this test alone
+    mesh = sharding.make_mesh(sizes) if sizes else None
+    params = placed(config, mesh, "training")
+    jaxpr = str(jax.make_jaxpr(lambda: transformer.logits(params, config, TOKENS))())
+    assert jaxpr.count("scan[") > 1
+    (_, ours), our_grads = value_and_grads(params, config, sharding.place_rows(TOKENS, mesh))
+    logits, grads = alone(BIASED)
+    np.testing.assert_allclose(ours, logits, atol=1e-5)
+    tiny.assert_trees_close(our_grads, grads, 1e-5)
 
 
 def test_replayed_choices_on_eight_devices():

@@ -34,8 +34,10 @@ def test_interleaved_rotation_by_hand():
     ("widths", "precision", "adapted"),
     [
         (CONFIG.latent, "default", True),
-        (Latent(30, 4, 3), "bfloat16", False),
-        pytest.param(Latent(30, 4, 3), "bfloat16", True, marks=pytest.mark.slow),
+        *(
+            pytest.param(Latent(30, 4, 3), "bfloat16", adapted, marks=pytest.mark.slow)
+            for adapted in (False, True)
+        ),
     ],
 )
 def test_absorbed_is_expanded(widths, precision, adapted, monkeypatch):
@@ -89,7 +91,7 @@ def test_the_cache_holds_latents_and_rotated_keys():
     numbers = config.num_layers * (7 + 2)
     slots = decode.abstract_slots(config, 3, 10, None)
     assert sum(x.size * x.dtype.itemsize for x in slots) == 3 * 10 * numbers * 2
-    _, cache = tiny.forward(tiny.params(config), config, np.zeros((3, 10), np.int32))
+    cache = tiny.forward(tiny.params(config), config, np.zeros((3, 10), np.int32)).cache
     assert cache.key.shape == (2, 1, 3, 2, 10) and cache.value.shape == (2, 1, 3, 10, 7)
     assert cache.key.nbytes + cache.value.nbytes == 3 * 10 * numbers * 2
     memory = int((100 + 0.1) * (10 + 4) * numbers * 2 / sizes.SHARE + 100 * 12 * 61 / sizes.SHARE)
@@ -101,7 +103,7 @@ def test_what_cannot_be():
         CONFIG.replace(num_kv_heads=2)
     with pytest.raises(ValueError, match="latent rope_dim=2: is a part of a head; give less than head_dim=2"):
         CONFIG.replace(head_dim=2)
-    with pytest.raises(ValueError, match="supports neither qk_norm nor windows"):
+    with pytest.raises(ValueError, match="supports neither qk_norm, nor windows, nor attention_sinks"):
         CONFIG.replace(qk_norm=True)
     with pytest.raises(ValueError, match=r"first_dense=1: .* or 0 without experts"):
         CONFIG.replace(first_dense=1)

@@ -50,8 +50,6 @@ def batch(model):
     assert rollouts.drawn.sum() < rollouts.lengths.sum()
     assert ((rollouts.routing >= 0).all((-1, -2)) == rollouts.drawn).all()
     assert ((rollouts.routing < 0).all((-1, -2)) == ~rollouts.drawn).all()
-    plain = collect_rollouts(*given, **settings | {"routing": False})
-    np.testing.assert_array_equal(plain.tokens, rollouts.tokens)
     (batch,) = train_batches(rollouts, np.ones(rollouts.rewards.shape, np.float32))
     return batch
 
@@ -71,6 +69,7 @@ def test_the_trainer_chooses_as_the_sampler_did(model, batch):
     tiny.assert_trees_close(replayed, grads, 1e-6)
 
 
+@pytest.mark.slow
 def test_replayed_experts_process_the_tokens(model, batch):
     """Where experts 3 and 4 are replayed, only they have gradients, and the logprobs are theirs."""
     forced = np.where(batch.routing < 0, -1, np.array([3, 4], np.int16))

@@ -63,7 +63,7 @@ def test_epochs_and_minibatches_are_updates_each(tmp_path):
     assert 0 <= record["clip_fraction"] <= 1 and record["log_ratio_abs"] > 0
 
 
-@pytest.mark.parametrize("rows", [0, 2])
+@pytest.mark.parametrize("rows", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_trainer_logprobs_are_those_of_the_weights_before_the_update(rows, tmp_path):
     changes = {"logs__trainer_logprobs": True, "loss__microbatch_rows": rows}
     run(tmp_path, mode="espl", num_iterations=2, **changes)
