@@ -3,8 +3,8 @@ r"""Trains a search agent on Natural Questions and HotpotQA, the paper's fourth 
     python -m espl_jax.main --config=configs/search.py --workdir=runs/search \
         --config.environment.search.retriever=http://localhost:8000/retrieve
 
-`--config=configs/search.py:gpt-oss-120b` and `--config=configs/search.py:qwen3-30b-a3b` train other models,
-on the slices that configs/hmmt.py names.
+`--config=configs/search.py:gpt-oss-120b` and `--config=configs/search.py:qwen3-30b-a3b` train other models;
+configs/hmmt.py has their meshes.
 
 You provide the retriever: a server that implements Search-R1's protocol (as the common Wikipedia indexes do),
 or a file of passages, one JSON object per line with `title` and `text`. To run without a retriever and
