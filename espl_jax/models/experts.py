@@ -188,6 +188,7 @@ def _in_chunks(
     Returns:
       [T / parts, D], of adjacent tokens.
     """
+    assert decoder.experts is not None
     given = x, routing.used, routing.weights
     rows, width = devices * routing.used.size, max(x.shape[1], decoder.experts.mlp_dim)
     least = -(-rows * width * jnp.dtype(decoder.dtype).itemsize // ROW_BYTES)
