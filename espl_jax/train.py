@@ -26,6 +26,7 @@ from espl_jax.rollouts.collect import collect_rollouts
 from espl_jax.rollouts.keys import stable_hash, stream_key
 from espl_jax.rollouts.records import means
 from espl_jax.run import logs, machine
+from espl_jax.run.check_groups import records_routing
 from espl_jax.run.config import Config
 from espl_jax.run.finish import evaluate_on, finish
 from espl_jax.run.job import Job
@@ -120,7 +121,7 @@ def iterate(job: Job, run: Run, make_reflect: MakeReflect) -> Run:
             parts.environment,
             key=stream_key(config.seed, "train", iteration),
             group_size=config.num_prompts * config.group_size // len(prompts),
-            sampling=parts.sampling,
+            sampling=dataclasses.replace(parts.sampling, record_routing=records_routing(config)),
             chat=parts.chat,
             capacity=parts.capacity,
         )

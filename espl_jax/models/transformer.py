@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
@@ -256,7 +255,6 @@ def _layer(
         x, layers.rms_norm(out, weights["post_attention_norm"], decoder) if decoder.post_norms else out
     )
     y = normalized(x, weights["mlp_norm"])
-    routing = None
     if "router" in weights["mlp"]:
         out, routing = experts.mixture(y, weights["mlp"], declared["mlp"], decoder, replay)
         if "shared" in weights["mlp"]:

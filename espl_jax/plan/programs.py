@@ -283,7 +283,7 @@ def sampling_programs(
             greedy=sampling.greedy,
             truncation=sampling.truncation,
             aligned=aligned,
-            routing=sampling.routing,
+            record_routing=sampling.record_routing,
         )
 
     filled = lengths.problem - 1

@@ -23,12 +23,11 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from espl_jax.pretrained.safetensors_files import Stored, StoredTensor
+from espl_jax.pretrained.safetensors_files import PartOf, Stored, StoredTensor
 from espl_jax.pretrained.shards import Tensor
 
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -105,7 +104,7 @@ def _joined(name: str, factor: str, kinds: int, places: Sequence[tuple[int, int,
 
 
 @dataclasses.dataclass(frozen=True)
-class OfExpert:
+class FactorOfExpert(PartOf):
     """A factor of the adapter of a part of an expert; a `Stored`.
 
     Attributes:
@@ -117,21 +116,12 @@ class OfExpert:
       count: E.
     """
 
-    whole: StoredTensor
     factor: str
     number: int
     kind: int
     kinds: int
     rank: int
     count: int
-
-    @property
-    def path(self) -> Path:
-        return self.whole.path
-
-    @property
-    def dtype(self) -> str:
-        return self.whole.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -185,7 +175,7 @@ def split(
         for kind, part in enumerate(kinds):
             for number in range(count):
                 place = f"{found['experts']}.{number}.{part}.lora_{found['factor']}.weight"
-                parts[place] = OfExpert(whole, found["factor"], number, kind, len(kinds), rank, count)
+                parts[place] = FactorOfExpert(whole, found["factor"], number, kind, len(kinds), rank, count)
     return parts
 
 

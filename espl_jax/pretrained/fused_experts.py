@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from espl_jax.pretrained.mxfp4 import BLOCK, Mxfp4
-from espl_jax.pretrained.safetensors_files import Stored, StoredTensor
+from espl_jax.pretrained.safetensors_files import PartOf, Stored, StoredTensor
 from espl_jax.pretrained.shards import Tensor
 
 _PARTS = {
@@ -45,7 +45,7 @@ _PART = re.compile(r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<part>\w+_pro
 
 
 @dataclasses.dataclass(frozen=True)
-class OfExpert:
+class OfExpert(PartOf):
     """A part of a tensor that holds all experts; a `Stored`.
 
     Attributes:
@@ -54,17 +54,8 @@ class OfExpert:
       outputs: the outputs that belong to the part.
     """
 
-    whole: StoredTensor
     expert: int
     outputs: slice
-
-    @property
-    def path(self) -> Path:
-        return self.whole.path
-
-    @property
-    def dtype(self) -> str:
-        return self.whole.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:

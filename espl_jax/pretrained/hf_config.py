@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from espl_jax.models.config import NUMERICS, DecoderConfig, Experts, Rope
-from espl_jax.models.rope import yarn_attention_factor
-from espl_jax.pretrained import hf_deepseek
+from espl_jax.pretrained import hf_deepseek, hf_rope
 
 _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": (
@@ -175,7 +173,7 @@ def from_hf_config(hf: dict[str, Any], **numerics: Any) -> DecoderConfig:
             raise ValueError(f"{field}={value!r} is not supported for {model_type}; supported: {supported}")
 
     width, heads = c["hidden_size"], c["num_attention_heads"]
-    rope, local_rope = _ropes(c, gemma)
+    rope, local_rope = hf_rope.read_ropes(c, gemma)
     # The other families ignore these fields.
     bias = family in _WITH_ATTENTION_BIAS and bool(c.get("attention_bias"))
     config = DecoderConfig(
@@ -257,7 +255,7 @@ def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
         if family == config.family
     )
     gemma = config.family == "gemma3"
-    rope = _rope_parameters(config.rope)
+    rope = hf_rope.rope_parameters(config.rope)
     fields: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "num_hidden_layers": config.num_layers,
@@ -310,7 +308,7 @@ def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
             "mlp_only_layers": [],
         }
     if gemma:
-        local = _rope_parameters(config.local_rope or config.rope)
+        local = hf_rope.rope_parameters(config.local_rope or config.rope)
         fields["query_pre_attn_scalar"] = round((config.query_scale or config.head_dim**-0.5) ** -2)
         fields["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
         fields["rope_local_base_freq"] = local["rope_theta"]
@@ -341,8 +339,7 @@ def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
 def _experts(c: _Fields) -> Experts:
     """Returns the mixture of experts of every layer of a Qwen3-MoE.
 
-    Layers are stacked and scanned, so all have the same weights. A model whose first layers are dense would
-    need two stacks.
+    Dense layers are supported before those with experts (`DecoderConfig.first_dense`), and not between them.
     """
     for field, uniform in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
         if (value := c.get(field)) not in (None, uniform):
@@ -428,139 +425,6 @@ def _windows(c: _Fields, family: str) -> tuple[int, ...]:
     else:
         local = [i >= (c.get("max_window_layers") or 0) for i in range(layers)]
     return tuple(window if each else 0 for each in local) if any(local) else ()
-
-
-def _ropes(c: _Fields, gemma: bool) -> tuple[Rope, Rope | None]:
-    """Returns the RoPE of the model and, for Gemma 3, of its layers with a window. Reads three formats:
-    `rope_parameters` (by layer type for Gemma), or `rope_theta` with or without `rope_scaling`."""
-    positions = c["max_position_embeddings"]
-    given, scaling = c.get("rope_parameters") or {}, c.get("rope_scaling") or {}
-    for name, value in (("rope_parameters", given), ("rope_scaling", scaling)):
-        if not isinstance(value, Mapping):
-            raise ValueError(
-                f"{name}={value!r}: must be a JSON object; use config.json of the original model"
-            )
-    # The place in older files; transformers reads it too.
-    beside = (
-        {}
-        if c.get("partial_rotary_factor") is None
-        else {"partial_rotary_factor": c["partial_rotary_factor"]}
-    )
-    if not gemma:
-        rope = {"rope_theta": c.get("rope_theta") or 10_000.0, **beside, **scaling, **given}
-        if c.get("original_max_position_embeddings") and _kind(rope) in ("llama3", "yarn"):
-            rope["original_max_position_embeddings"] = c["original_max_position_embeddings"]
-        return _rope(rope, positions), None
-    _warn_unknown("rope_parameters", given.keys() - {"full_attention", "sliding_attention", "truncate"})
-    full = {
-        "rope_theta": c.get("rope_theta") or 1e6,
-        **beside,
-        **scaling,
-        **(given.get("full_attention") or {}),
-    }
-    if _kind(full) == "yarn":
-        # transformers reads this field next to the layer types, not inside them.
-        full["truncate"] = given.get("truncate", True)
-    local = {
-        "rope_theta": c.get("rope_local_base_freq") or 10_000.0,
-        **beside,
-        **(given.get("sliding_attention") or {}),
-    }
-    return _rope(full, positions), _rope(local, positions)
-
-
-_ROPE_NEEDS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor",),
-}
-"""Supported kinds of RoPE -> required parameters."""
-
-_ROPE_ALSO = {
-    "llama3": ("original_max_position_embeddings",),
-    "yarn": (
-        *("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
-        *("mscale", "mscale_all_dim", "truncate"),
-    ),
-}
-"""Kind of RoPE -> optional parameters."""
-
-
-def _kind(p: Mapping[str, Any]) -> str:
-    return p.get("rope_type") or p.get("type") or "default"
-
-
-def _rope(p: dict[str, Any], max_positions: int) -> Rope:
-    kind = _kind(p)
-    if kind not in _ROPE_NEEDS:
-        raise ValueError(f"rope_type={kind!r} is not supported; supported: {', '.join(_ROPE_NEEDS)}")
-    if (share := p.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ValueError(f"partial_rotary_factor={share!r} is not supported; only 1.0 is")
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    _warn_unknown(
-        f"rope_parameters of rope_type={kind!r}",
-        p.keys() - {*known, *_ROPE_NEEDS[kind], *_ROPE_ALSO.get(kind, ())},
-    )
-
-    def number(name: str) -> float:
-        value = p.get(name)
-        if not isinstance(value, int | float) or not value > 0:
-            raise ValueError(
-                f"rope_parameters.{name}={value!r}: rope_type={kind!r} needs a number above 0; use "
-                "config.json of the original model"
-            )
-        return float(value)
-
-    fields: dict[str, Any] = {"theta": number("rope_theta")}
-    if kind == "default":
-        return Rope(**fields)
-    fields["scaling"] = kind
-    if kind in ("llama3", "yarn"):
-        p.setdefault("original_max_position_embeddings", max_positions)
-        fields["original_positions"] = int(number("original_max_position_embeddings"))
-    if kind == "yarn" and "factor" in p and p["factor"] is None:  # as DeepSeek has it
-        p["factor"] = max_positions / fields["original_positions"]
-    fields["factor"] = number("factor")
-    if kind == "llama3":
-        fields |= {name: number(name) for name in ("low_freq_factor", "high_freq_factor")}
-    if kind == "yarn":
-        fields |= {name: number(name) for name in ("beta_fast", "beta_slow") if p.get(name)}
-        given = p.get("attention_factor") is not None
-        fields["attention_factor"] = number("attention_factor") if given else _yarn_attention(p)
-        fields["truncate"] = p.get("truncate", True)
-    return Rope(**fields)
-
-
-def _warn_unknown(where: str, keys: Collection[str]) -> None:
-    """Warns about unknown keys, which transformers ignores too."""
-    if keys:
-        warnings.warn(
-            f"config.json: {where} has unknown keys {sorted(keys)}, which are ignored", stacklevel=2
-        )
-
-
-def _yarn_attention(p: Mapping[str, Any]) -> float:
-    """Returns the default attention factor of YaRN."""
-    if p.get("mscale") and p.get("mscale_all_dim"):
-        weights = p["mscale"], p["mscale_all_dim"]
-        return yarn_attention_factor(p["factor"], weights[0]) / yarn_attention_factor(p["factor"], weights[1])
-    return yarn_attention_factor(p["factor"])
-
-
-def _rope_parameters(rope: Rope) -> dict[str, Any]:
-    parameters: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": "default"}
-    if rope.scaling == "none":
-        return parameters
-    parameters |= {"rope_type": rope.scaling, "factor": rope.factor}
-    if rope.scaling in ("llama3", "yarn"):
-        parameters["original_max_position_embeddings"] = rope.original_positions
-    if rope.scaling == "llama3":
-        parameters |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
-    if rope.scaling == "yarn":
-        names = ("beta_fast", "beta_slow", "truncate", "attention_factor")
-        parameters |= {name: getattr(rope, name) for name in names}
-    return parameters
 
 
 def _same(wanted: Any, got: Any, config: DecoderConfig) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from espl_jax.models.config import DecoderConfig, Experts, Latent
 from espl_jax.models.rope import yarn_attention_factor
+from espl_jax.pretrained.hf_rope import Fields
 
 DEFAULTS = {
     "rms_norm_eps": 1e-6,
@@ -36,14 +37,6 @@ _COMPUTED = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_fr
 """Fields that transformers does not read -> the value that the family computes."""
 
 
-class Fields(Protocol):
-    """Fields of a file: `get` returns None for a missing one, `[]` raises an error with its name."""
-
-    def get(self, name: str, /) -> Any: ...
-
-    def __getitem__(self, name: str, /) -> Any: ...
-
-
 def completed(config: DecoderConfig, c: Fields) -> DecoderConfig:
     """Returns the config with what only this family has.
 
@@ -59,8 +52,8 @@ def completed(config: DecoderConfig, c: Fields) -> DecoderConfig:
             raise ValueError(f"{field}={value!r} is not supported for deepseek_v3; supported: {computed!r}")
     if config.num_kv_heads != config.num_heads:
         raise ValueError(
-            f"num_key_value_heads={config.num_kv_heads}: every head has keys and values of its own in latent "
-            f"attention; set it to num_attention_heads={config.num_heads}"
+            f"num_key_value_heads={config.num_kv_heads}: in latent attention each head has its own keys and "
+            f"values; set it to num_attention_heads={config.num_heads}"
         )
     rope, head_dim = config.rope, c["qk_nope_head_dim"] + c["qk_rope_head_dim"]
     scaling: Mapping[str, Any] = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}

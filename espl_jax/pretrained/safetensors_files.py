@@ -74,6 +74,27 @@ class StoredTensor:
         return np.memmap(self.path, _READ[self.dtype], "r", self.offset, self.shape)
 
 
+@dataclasses.dataclass(frozen=True)
+class PartOf:
+    """Base of a part of a tensor; with `shape` and `view`, a `Stored`.
+
+    Attributes:
+      whole: the tensor.
+    """
+
+    whole: StoredTensor
+
+    @property
+    def path(self) -> Path:
+        """The file of the tensor."""
+        return self.whole.path
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the tensor."""
+        return self.whole.dtype
+
+
 def weight_files(folder: Path) -> list[str]:
     """Returns the names of a folder's weight files: those in its index, or the single file without an index.
 

@@ -23,9 +23,9 @@ _TILE = 128
 def load_weight(weight: Weight, stored: Sequence[Stored], mesh: Mesh | None) -> jax.Array:
     """Reads one weight onto its devices.
 
-    Besides the memory-mapped files, the host holds one shard at a time, in the dtype of the weight, and in
-    float32 one tensor if it is dequantized. Each process reads only the shards of its own devices, and each
-    shard once, even if several devices have it.
+    Besides the memory-mapped files, the host holds one shard at a time, in the dtype of the weight, and at
+    most one dequantized tensor in float32. Each process reads only the shards of its devices, and each shard
+    once, even if several devices have it.
 
     Args:
       weight: declaration of the weight.

@@ -23,7 +23,7 @@ from espl_jax.rl.losses import Loss
 from espl_jax.rl.objective import Objective
 from espl_jax.rollouts.encode import longest_conversation, longest_problem
 from espl_jax.run import inputs
-from espl_jax.run.check_groups import records_routing, trains
+from espl_jax.run.check_groups import trains
 from espl_jax.run.config import Config
 from espl_jax.run.context import context_of, fitting, least_budget
 from espl_jax.run.tasks import environment_of, load_splits
@@ -168,7 +168,6 @@ def sampling_of(config: Config) -> Sampling:
         temperature=config.sampling.temperature,
         truncation=Truncation(config.sampling.top_k, config.sampling.top_p, config.sampling.min_p),
         context_limit=config.sampling.context_limit or None,
-        routing=records_routing(config),
     )
 
 

@@ -42,7 +42,7 @@ class Workload:
       constrained: whether decoding is constrained by a grammar.
       reasoning: most tokens sampled freely before the grammar applies.
       context_limit, max_rows: as in `choose_sizes`.
-      routing: whether the choices of experts are recorded.
+      record_routing: whether the choices of experts are recorded.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Workload:
     reasoning: int = 0
     context_limit: int | None = None
     max_rows: int | None = None
-    routing: bool = False
+    record_routing: bool = False
 
     @property
     def rows(self) -> int:
@@ -124,8 +124,8 @@ def workloads(
     group = config.num_prompts // lanes * config.group_size
     greedy = config.sampling.temperature == 0
     given = lanes, config.batch_size, group, lengths
-    routing = records_routing(config) and decoder.experts is not None
-    found = [workload("rollouts", "rollouts", *given, greedy=greedy, routing=routing)]
+    recorded = records_routing(config) and decoder.experts is not None
+    found = [workload("rollouts", "rollouts", *given, greedy=greedy, record_routing=recorded)]
     # Another model than the policy has programs of its own.
     if evolves and config.reflection.reflector == "local" and not config.reflection.source:
         found += _reflection(config, decoder, instructions, limits)

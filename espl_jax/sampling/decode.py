@@ -250,7 +250,9 @@ def extend(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("decoder", "columns", "steps", "greedy", "truncation", "aligned", "routing", "mesh"),
+    static_argnames=(
+        *("decoder", "columns", "steps", "greedy", "truncation", "aligned", "record_routing", "mesh"),
+    ),
     donate_argnames="slots",
 )
 def decode_chunk(
@@ -268,7 +270,7 @@ def decode_chunk(
     greedy: bool = False,
     truncation: Truncation = UNTRUNCATED,
     aligned: bool = False,
-    routing: bool = False,
+    record_routing: bool = False,
     mesh: Mesh | None = None,
 ) -> tuple[Slots, Drawn]:
     """Runs up to `steps` decode steps for every row; stops early when all rows are done.
@@ -293,7 +295,7 @@ def decode_chunk(
       aligned: rows are ordered by lane, with equally many for each. The attention then compares a system
         prompt with its own rows only; otherwise with all rows, which needs the same memory traffic but M
         times the arithmetic.
-      routing: record the choices of experts; requires a model with experts.
+      record_routing: record the choices of experts; requires a model with experts.
       mesh: the mesh that the slots are sharded over, or None.
 
     Returns:
@@ -324,7 +326,7 @@ def decode_chunk(
         jnp.zeros(count, jnp.int32),
         jnp.zeros(count, bool),
         jnp.int32(0),
-        jnp.zeros((count, steps, *decoder.routing_shape), jnp.int32) if routing else None,
+        jnp.zeros((count, steps, *decoder.routing_shape), jnp.int32) if record_routing else None,
     )
 
     def proceed(carry):
@@ -370,7 +372,7 @@ def decode_chunk(
             drawn.count + ~done,
             drawn.stopped | stop,
             step + 1,
-            put(drawn.routing, chosen(level)) if routing else None,
+            put(drawn.routing, chosen(level)) if record_routing else None,
         )
         done = done | stop | (rows.position + drawn.count >= rows.limit)
         return staging, token, done, drawn

@@ -44,7 +44,7 @@ class Samples(NamedTuple):
       drawn: bool [..., T], True for tokens that the model sampled, False for those that `respond` appended.
       row_steps: total decode steps times rows per step, idle rows included; a single number.
       routing: int16 [..., T, L, A], experts that the routers chose when each token was drawn, for the token
-        before it; -1 for tokens that were not drawn. None if not recorded (`Sampling.routing`).
+        before it; -1 for tokens that were not drawn. None if not recorded (`Sampling.record_routing`).
     """
 
     tokens: np.ndarray

@@ -92,7 +92,7 @@ class Scheduler:
         self.cutoffs = np.full((count, max_new_tokens), -np.inf, np.float32)
         self.drawn = np.zeros((count, max_new_tokens), bool)
         self.routing = None
-        if sampling.routing and decoder.experts:
+        if sampling.record_routing and decoder.experts:
             self.routing = np.full((count, max_new_tokens, *decoder.routing_shape), -1, np.int16)
         self.row_steps = 0
 
@@ -185,7 +185,7 @@ class Scheduler:
             greedy=self.temperature == 0,
             truncation=self.truncation,
             aligned=self._aligned(numbers, live),
-            routing=self.routing is not None,
+            record_routing=self.routing is not None,
             mesh=self.mesh,
         )
         in_slots = self.table.row[self.table.row >= 0]

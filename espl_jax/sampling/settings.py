@@ -25,7 +25,7 @@ class Sampling:
       context_limit: most tokens of a prompt and its row together; None for the model's `max_positions`.
       max_first_turn: most tokens of a row before anything is appended to it; a row that reaches it ends,
         truncated. None for no such limit.
-      routing: record the choices of experts, if the model has experts.
+      record_routing: record the choices of experts, if the model has experts.
     """
 
     max_new_tokens: int | np.ndarray
@@ -34,7 +34,7 @@ class Sampling:
     stop_ids: tuple[int, ...] | None = None
     context_limit: int | None = None
     max_first_turn: int | None = None
-    routing: bool = False
+    record_routing: bool = False
 
     def __post_init__(self) -> None:
         if self.temperature < 0:

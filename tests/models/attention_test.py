@@ -238,7 +238,7 @@ def test_a_view_reads_the_window_alone(parts):
     """The last filled columns of every row; shorter rows are read from their start."""
     key, value = normal(0, 3, KV, 8, HEAD, 16), normal(1, 3, KV, 8, 16, HEAD)
     length, start = jnp.array([9, 5, 0, 3], jnp.int32), jnp.array([7, 0, 1, 2], jnp.int32)
-    view = RowsView(key, value, start, length, columns=12, shards=parts)
+    view = RowsView(key, value, start, length, columns=13, shards=parts)
     slots = [0, 1, 2, 3] if parts == 1 else [0, 1, 4, 5]
     for index in (0, jnp.int32(2)):
         source = view.source(index, 4)
@@ -248,8 +248,8 @@ def test_a_view_reads_the_window_alone(parts):
             np.testing.assert_array_equal(source.value[:, row], value[index][:, slot, columns])
         np.testing.assert_array_equal(source.start, [12, 1, 1, 2])
         np.testing.assert_array_equal(source.filled.sum(1), [4, 4, 0, 3])
-    for window in (0, 12, jnp.int32(4)):
-        assert view.source(0, window).key.shape == (KV, 4, HEAD, 12)
+    for window in (0, 5, 13, jnp.int32(4)):
+        assert view.source(0, window).key.shape == (KV, 4, HEAD, 13)
 
 
 def test_scores_can_have_another_factor():

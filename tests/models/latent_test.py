@@ -81,7 +81,7 @@ def test_the_cheaper_way():
     assert absorbs(1000, 1, held(1, 100)), "a decode step"
     assert not absorbs(1, 1000), "prefill: nothing to expand but its own tokens"
     assert absorbs(1, 150, held(1, 10_000)) and not absorbs(1, 170, held(1, 10_000))
-    assert absorbs(8, 150, held(8, 10_000)), "each row over a cache of its own"
+    assert absorbs(8, 150, held(8, 10_000)), "each row has its own cache"
     assert not absorbs(8, 150, held(1, 10_000)), "eight rows over a shared one"
 
 

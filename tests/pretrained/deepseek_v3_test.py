@@ -121,7 +121,7 @@ def test_as_published():
         ({"scoring_func": "softmax"}, "scoring_func='softmax' is not supported for deepseek_v3"),
         ({"topk_method": "greedy"}, "topk_method='greedy' is not supported"),
         ({"moe_layer_freq": 2}, "moe_layer_freq=2 is not supported"),
-        ({"num_key_value_heads": 64}, "num_key_value_heads=64: every head"),
+        ({"num_key_value_heads": 64}, "num_key_value_heads=64: in latent attention each head"),
         ({"first_k_dense_replace": 61}, "first_dense=61: give .* at most num_layers-1=60"),
         ({"n_group": 7}, "experts groups=7: count=256 must divide into equal groups"),
         ({"topk_group": 9}, "experts active_groups=9: give at least 1, and at most groups=8"),

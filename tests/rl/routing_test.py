@@ -43,7 +43,7 @@ def model():
 def batch(model):
     """Of conversations whose rows lose their slots, and whose turns are cut back at stop strings."""
     settings = {"key": jax.random.key(7), "group_size": 3, "max_new_tokens": 48, "max_rows": 2}
-    settings |= {"stop_strings": ("e", "1"), "routing": True}
+    settings |= {"stop_strings": ("e", "1"), "record_routing": True}
     given = model, fakes.PROMPTS, fakes.PROBLEMS, fakes.Talker()
     rollouts = collect_rollouts(*given, **settings)
     assert rollouts.routing.shape == (*rollouts.tokens.shape, 2, 2)
@@ -82,4 +82,4 @@ def test_replayed_experts_process_the_tokens(model, batch):
     assert (moved[:3] == 0).all() and (moved[3:] > 0).all()
     some, _ = scored(model, batch, replay_routing=True)
     moved = np.abs(some["layers"]["mlp"]["up"]["weight"]).max((0, 2, 3))
-    assert (moved > 0).all()  # what the environment said keeps the experts of its own
+    assert (moved > 0).all()  # tokens of the environment keep the routers' choice

@@ -118,11 +118,7 @@ def test_numerics_and_sampling_reach_their_places():
     assert (parts.capacity.max_rows, parts.capacity.mesh) == (7, None)
     assert parts.capacity.longest_problem > 5
     assert parts.sampling == Sampling(
-        max_new_tokens=6,
-        temperature=1.0,
-        truncation=Truncation(top_p=0.9),
-        context_limit=200,
-        routing=True,
+        max_new_tokens=6, temperature=1.0, truncation=Truncation(top_p=0.9), context_limit=200
     )
     assert parts.chat == ChatFormat(template_arguments={"thinking": False}, stop_strings=("User:",))
     assert assemble(fakes.config()).capacity.max_rows is None

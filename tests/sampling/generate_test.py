@@ -142,7 +142,7 @@ class TestLayout:
     """Samples depend on their keys, not on rows, chunks, capacities or devices."""
 
     def test_windows_on_eight_devices(self):
-        """Every device reads the windows of its own rows."""
+        """Each device reads the windows of its rows."""
         mesh = sharding.make_mesh({"data": 4, "tensor": 2})
         params = tiny.params(WINDOWED)
         spread = sharding.place(params, abstract(WINDOWED), mesh)
