@@ -65,6 +65,32 @@ class KVCache:
         """bool [A, C], which columns are filled."""
         return jnp.arange(self.value.shape[3]) < self.length[:, None]
 
+    @property
+    def positions(self) -> jax.Array:
+        """int32 [A, C], position of each column."""
+        return self.start[:, None] + jnp.arange(self.value.shape[3])
+
+
+@struct.dataclass
+class GappedCache:
+    """Keys and values of rows, with columns in between that hold nothing.
+
+    Attributes:
+      key: [L, K, R, H, C], rotated.
+      value: [L, K, R, C, H].
+      filled: bool [R, C], which columns are filled.
+      positions: int32 [R, C], position of each filled column.
+      end: int32 [R], the position after the last filled column.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    filled: jax.Array
+    positions: jax.Array
+    end: jax.Array
+    owner: None = struct.field(pytree_node=False, default=None)
+    parts: int = struct.field(pytree_node=False, default=1)
+
 
 @struct.dataclass
 class RowsView:
@@ -105,10 +131,12 @@ class RowsView:
         A window is copied before it is read, so it costs the traffic of three times its columns.
         """
         if not isinstance(window, int) or not 0 < 3 * window < self.columns:
-            return Source(*self.layer(index), self.filled, self.start)
+            positions = self.start[:, None] + jnp.arange(self.columns)
+            return Source(*self.layer(index), self.filled, positions)
         first = jnp.maximum(self.length - window, 0)
-        filled = first[:, None] + jnp.arange(window) < self.length[:, None]
-        return Source(*self._last(index, first, window), filled, self.start + first)
+        columns = first[:, None] + jnp.arange(window)
+        filled = columns < self.length[:, None]
+        return Source(*self._last(index, first, window), filled, self.start[:, None] + columns)
 
     def _last(self, index: jax.Array | int, first: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
         """Returns `count` columns of one layer, from column `first` of each row on."""
@@ -158,7 +186,7 @@ class Source(NamedTuple):
       key: [K, A, H, C], rotated.
       value: [K, A, C, H].
       filled: bool [A, C], which columns are filled.
-      start: int32 [A], position of column 0.
+      positions: int32 [A, C], position of each column.
       owner: int32 [R] or None, as in `KVCache`.
       parts: as in `KVCache`.
     """
@@ -166,7 +194,7 @@ class Source(NamedTuple):
     key: jax.Array
     value: jax.Array
     filled: jax.Array
-    start: jax.Array
+    positions: jax.Array
     owner: jax.Array | None = None
     parts: int = 1
 
@@ -175,8 +203,8 @@ class Source(NamedTuple):
         if self.owner is None:
             return self
         key, value = (of_owners(x, self.owner, self.parts, axis=1) for x in (self.key, self.value))
-        filled, start = (of_owners(x, self.owner, self.parts) for x in (self.filled, self.start))
-        return Source(key, value, filled, start)
+        filled, positions = (of_owners(x, self.owner, self.parts) for x in (self.filled, self.positions))
+        return Source(key, value, filled, positions)
 
 
 def of_owners(x: jax.Array, owner: jax.Array, parts: int = 1, axis: int = 0) -> jax.Array:
@@ -216,6 +244,15 @@ def _looked_up(x: jax.Array, owner: jax.Array, parts: int, axis: int) -> jax.Arr
     return taken.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
 
+DECODED = 16
+"""Most tokens of a row that a decode step runs at once: the last token, and drafts of those after it."""
+
+
+def is_decoding(steps: int, decoder: DecoderConfig) -> bool:
+    """Returns whether a level of `steps` tokens per row is a decode step, bound by reading the cache."""
+    return steps == 1 or (decoder.phase == "sampling" and steps <= DECODED)
+
+
 def attend(
     query: jax.Array,
     key: jax.Array,
@@ -247,9 +284,10 @@ def attend(
     """
     rows, steps, _, head = query.shape
     width = value.shape[-1]
-    # Copy keys and values per row, unless there is a single query and a single part: only then is it cheaper
-    # to score every row against every node.
-    ancestors = [source.by_row() if steps > 1 or source.parts > 1 else source for source in ancestors]
+    # Copy keys and values per row, unless there are few queries and a single part: only then is it cheaper to
+    # score every row against every node.
+    few = is_decoding(steps, decoder)
+    ancestors = [source if few and source.parts == 1 else source.by_row() for source in ancestors]
     kv, groups = decoder.num_kv_heads, decoder.num_heads // decoder.num_kv_heads
     query = query.reshape(rows, steps, kv, groups, head).transpose(2, 0, 1, 3, 4)  # [K, R, T, G, H]
     own = key.transpose(2, 0, 3, 1), value.transpose(2, 0, 1, 3)  # [K, R, H, T], [K, R, T, H]
@@ -297,7 +335,7 @@ def _visible(
     source: Source, start: jax.Array, columns: jax.Array, groups: int, window: jax.Array | int
 ) -> jax.Array:
     """Returns the mask of an ancestor's columns, bool [A, Q, C]; Q = 1 if it is equal for all queries."""
-    nodes, capacity = source.filled.shape
+    nodes = len(source.filled)
     mask = source.filled[:, None, :]
     if source.owner is not None:
         mine = source.owner == jnp.arange(nodes)[:, None]  # [A, R]
@@ -306,7 +344,7 @@ def _visible(
         return mask
     positions = start[:, None] + columns  # [R, t]
     positions = positions.reshape(nodes if source.owner is None else 1, -1, 1)
-    back = positions - (source.start[:, None] + jnp.arange(capacity))[:, None, :]
+    back = positions - source.positions[:, None, :]
     return mask & jnp.repeat(_within(back, window), groups, axis=1)
 
 

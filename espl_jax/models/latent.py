@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from espl_jax.models import layers, rope
-from espl_jax.models.attention import Source
+from espl_jax.models.attention import Source, is_decoding
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.params import Params
 from espl_jax.parallel import sharding
@@ -105,14 +105,14 @@ def attend(
 def absorbs(rows: int, steps: int, ancestors: Sequence[Source], decoder: DecoderConfig) -> bool:
     """Returns whether a level of `rows` nodes with `steps` tokens each should attend absorbed.
 
-    A decode step always does: it reads every cached latent once for one query, and expanding would write and
+    A decode step always does: it reads every cached latent once for few queries, and expanding would write and
     read N heads for each. Longer levels take what needs less arithmetic. Per head, absorbing costs
     2 C - U - V multiply-adds more for every pair of a query and a column, and expanding C (U + V) for every
     column of an ancestor node; on the level's own tokens, they need the same up-projections.
     """
     latent = decoder.latent
     assert latent is not None
-    if steps == 1:
+    if is_decoding(steps, decoder):
         return True
     expanded = _unrotated(decoder) + latent.value_dim
     columns = steps + sum(source.filled.shape[1] for source in ancestors)

@@ -16,11 +16,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from espl_jax.models import experts, grouped, latent, layers, rope, splash
-from espl_jax.models.attention import ATTENTION, KVCache, RowsView, Source, attend, of_owners
+from espl_jax.models.attention import ATTENTION, GappedCache, KVCache, RowsView, Source, attend, of_owners
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.params import ADAPTER, Params, Weight, abstract, stacks
 from espl_jax.models.stack import LAYER_INPUT, run_layers
 from espl_jax.parallel import sharding
+
+
+Cache = KVCache | GappedCache | RowsView
+"""Keys and values of a level above."""
 
 
 class Level(NamedTuple):
@@ -42,7 +46,7 @@ def forward(
     decoder: DecoderConfig,
     tokens: jax.Array,
     lengths: jax.Array | None = None,
-    ancestors: Sequence[KVCache | RowsView] = (),
+    ancestors: Sequence[Cache] = (),
     replay: jax.Array | None = None,
 ) -> Level:
     """Runs one level of the tree, given its ancestors' caches.
@@ -169,7 +173,7 @@ def _with_whole(
     return sliced(weights, declared), complete
 
 
-def _start(ancestors: Sequence[KVCache | RowsView], nodes: int) -> jax.Array:
+def _start(ancestors: Sequence[Cache], nodes: int) -> jax.Array:
     """Returns int32 [R], the position after the last token of the last ancestor."""
     if not ancestors:
         return jnp.zeros(nodes, jnp.int32)
@@ -197,7 +201,7 @@ def _layer(
     rotations: Sequence[Any],
     shape: tuple[int, int],
     start: jax.Array,
-    ancestors: Sequence[KVCache | RowsView],
+    ancestors: Sequence[Cache],
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, experts.Routing | None]]:
     """Runs one decoder layer on the flattened tokens of a level. Returns x and the level's key, value and
     routing.
@@ -240,7 +244,7 @@ def _layer(
             sources.append(cache.source(index, window))
         else:
             assert arrays is not None
-            sources.append(Source(*arrays, cache.filled, cache.start, cache.owner, cache.parts))
+            sources.append(Source(*arrays, cache.filled, cache.positions, cache.owner, cache.parts))
     sinks = attention["sinks"]["logit"] if decoder.attention_sinks else None
     attending = functools.partial(_attend, decoder=decoder, start=start, window=window, sinks=sinks)
     if decoder.latent:

@@ -197,6 +197,11 @@ def row_shards(mesh: Mesh | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in _ROWS)
 
 
+def replicas(mesh: Mesh | None) -> int:
+    """Returns how many copies of the weights there are while sampling; each multiplies its part of the rows."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["expert"]
+
+
 def place_rows(tree: Any, mesh: Mesh | None) -> Any:
     """Shards the first dimension of arrays over the axes of `rows`; the identity without a mesh."""
     if mesh is None:

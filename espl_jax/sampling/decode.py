@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from espl_jax.models.attention import KVCache, RowsView
+from espl_jax.models.attention import GappedCache, KVCache, RowsView
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.transformer import Level, forward, unembed
+from espl_jax.models.transformer import forward, unembed
 from espl_jax.parallel import sharding
 from espl_jax.sampling import draw
+from espl_jax.sampling.drafts import Texts, propose
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
 
 Slots = tuple[jax.Array, jax.Array]
@@ -53,17 +54,18 @@ class Rows(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Tokens sampled by one chunk.
+    """Tokens sampled by one chunk, in S = steps * (drafted + 1) columns.
 
     Attributes:
-      tokens: int32 [R, steps], valid in the first `count` columns.
-      logprobs: float32 [R, steps], under the sampling distribution (after truncation).
-      untruncated_logprobs: float32 [R, steps], under softmax(logits / temperature).
-      cutoffs: float32 [R, steps], untruncated logprob below which tokens were cut.
+      tokens: int32 [R, S], valid in the first `count` columns.
+      logprobs: float32 [R, S], under the sampling distribution (after truncation).
+      untruncated_logprobs: float32 [R, S], under softmax(logits / temperature).
+      cutoffs: float32 [R, S], untruncated logprob below which tokens were cut.
       count: int32 [R], tokens sampled for each row.
       stopped: bool [R], whether the row sampled a stop token.
       steps: int32 [], decode steps run.
-      routing: int32 [R, steps, L, A], experts that the routers chose for the token that was fed to draw each
+      hits, misses: int32 [R], drafted tokens that were drawn, and the first ones that were not.
+      routing: int32 [R, S, L, A], experts that the routers chose for the token that was fed to draw each
         token; None if not recorded.
     """
 
@@ -74,6 +76,8 @@ class Drawn(NamedTuple):
     count: jax.Array
     stopped: jax.Array
     steps: jax.Array
+    hits: jax.Array
+    misses: jax.Array
     routing: jax.Array | None = None
 
 
@@ -251,7 +255,8 @@ def extend(
 @functools.partial(
     jax.jit,
     static_argnames=(
-        *("decoder", "columns", "steps", "greedy", "truncation", "aligned", "record_routing", "mesh"),
+        *("decoder", "columns", "steps", "drafted", "greedy", "truncation", "aligned", "record_routing"),
+        "mesh",
     ),
     donate_argnames="slots",
 )
@@ -264,9 +269,11 @@ def decode_chunk(
     stop_ids: jax.Array,
     temperature: jax.Array,
     allowed: jax.Array | None = None,
+    texts: Texts | None = None,
     *,
     columns: int,
     steps: int,
+    drafted: int = 0,
     greedy: bool = False,
     truncation: Truncation = UNTRUNCATED,
     aligned: bool = False,
@@ -275,21 +282,29 @@ def decode_chunk(
 ) -> tuple[Slots, Drawn]:
     """Runs up to `steps` decode steps for every row; stops early when all rows are done.
 
-    The loop only reads the slots. New keys and values go to a staging buffer, one column per step, which is
-    written once per step for all layers and folded into the slots at the end of the chunk.
+    A step runs the last token of each row and a draft of `drafted` tokens after it, draws a token at each of
+    these positions, and keeps those up to and including the first that differs from the draft (see `drafts`).
+
+    The loop only reads the slots. New keys and values go to a staging buffer, with the same columns for all
+    rows: those of draft tokens that were not drawn stay empty. At the end of the chunk, the filled columns are
+    folded into the slots.
 
     Args:
       params: with or without adapters.
       decoder: the model's configuration.
       system: cache of the system prompts, M nodes, read once for all rows.
-      slots: donated; every slot has at least `steps` free columns.
+      slots: donated; every slot has at least S = steps * (drafted + 1) free columns.
       rows: the state of R rows.
       stop_ids: int32 [any]; a row ends after sampling one of these, and keeps the token.
       temperature: float32 []; unused when greedy.
       allowed: uint32 [R, ceil(V / 32)], bit mask of the tokens that each row may sample (see `Constraint`);
-        None allows all. Probabilities are renormalized over the allowed tokens. Requires `steps=1`.
+        None allows all. Probabilities are renormalized over the allowed tokens. Requires `steps=1` and
+        `drafted=0`.
+      texts: where drafts are looked up; required for `drafted`. Without drafts, what would have been the first
+        token of each is still compared with the token drawn.
       columns: how many columns of each slot are attended to; at least the longest `rows.length`.
       steps: most decode steps of the chunk.
+      drafted: tokens of a draft; 0 for none.
       greedy: take the most likely token instead of sampling.
       truncation: top-k, top-p, min-p.
       aligned: rows are ordered by lane, with equally many for each. The attention then compares a system
@@ -299,47 +314,61 @@ def decode_chunk(
       mesh: the mesh that the slots are sharded over, or None.
 
     Returns:
-      (slots, drawn): the updated slots, and the sampled tokens in `steps` columns.
+      (slots, drawn): the updated slots, and the sampled tokens in S columns.
 
     Raises:
-      ValueError: if `allowed` is given and `steps` is not 1.
+      ValueError: if `allowed` is given and `steps` is not 1 or `drafted` not 0, or `drafted` without texts.
     """
-    if allowed is not None and steps != 1:
-        raise ValueError(f"steps={steps}: `allowed` is valid for a single step; pass steps=1")
-    count = rows.token.shape[0]
+    if allowed is not None and (steps, drafted) != (1, 0):
+        raise ValueError(
+            f"steps={steps}, drafted={drafted}: `allowed` is valid for a single token; pass steps=1, drafted=0"
+        )
+    if drafted and texts is None:
+        raise ValueError(f"drafted={drafted}: drafts need texts to be looked up in; pass texts")
+    count, fed = rows.token.shape[0], drafted + 1
     shards = sharding.row_shards(mesh)
     held = RowsView(*slots, rows.start, rows.length, columns, shards)
     system = system if aligned else dataclasses.replace(system, owner=rows.lane)
     heads, of_key, of_value = decoder.cache_shape
-    shape = (decoder.num_layers, heads, count)
-    staging = (
-        jnp.zeros((*shape, of_key, steps), decoder.dtype),
-        jnp.zeros((*shape, steps, of_value), decoder.dtype),
+    shape, width = (decoder.num_layers, heads, count), steps * fed
+    keys_and_values = (
+        jnp.zeros((*shape, of_key, width), decoder.dtype),
+        jnp.zeros((*shape, width, of_value), decoder.dtype),
     )
-    staging = tuple(sharding.constrain_cache(x, mesh) for x in staging)
-    zeros = jnp.zeros((count, steps), jnp.float32)
+    key, value = (sharding.constrain_cache(x, mesh) for x in keys_and_values)
+    staging = GappedCache(
+        key, value, jnp.zeros((count, width), bool), jnp.zeros((count, width), jnp.int32), held.end
+    )
+    zeros, none = jnp.zeros((count, width), jnp.float32), jnp.zeros(count, jnp.int32)
     drawn = Drawn(
-        jnp.zeros((count, steps), jnp.int32),
+        jnp.zeros((count, width), jnp.int32),
         zeros,
         zeros,
         zeros,
-        jnp.zeros(count, jnp.int32),
+        none,
         jnp.zeros(count, bool),
         jnp.int32(0),
-        jnp.zeros((count, steps, *decoder.routing_shape), jnp.int32) if record_routing else None,
+        none,
+        none,
+        jnp.zeros((count, width, *decoder.routing_shape), jnp.int32) if record_routing else None,
     )
+    offsets = jnp.arange(fed)
+    others = None if texts is None else sharding.constrain(texts.shared[texts.problem], _OF_ROWS, "sampling")
 
     def proceed(carry):
-        _, _, done, drawn = carry
+        _, _, done, drawn, _ = carry
         return (drawn.steps < steps) & ~done.all()
 
     def body(carry):
-        (key, value), token, done, drawn = carry
-        step = drawn.steps
-        staged = KVCache(key, value, held.end, jnp.full(count, step, jnp.int32))
-        level = forward(params, decoder, token[:, None], ancestors=(system, held, staged))
+        staging, token, done, drawn, own = carry
+        step, before = drawn.steps, drawn.count
+        tokens, draft = token[:, None], None
+        if texts is not None:
+            draft = propose(others, own, texts.length + before, max(drafted, 1))
+            tokens = jnp.concatenate([tokens, jnp.maximum(draft[:, :drafted], 0)], axis=1)
+        level = forward(params, decoder, tokens, ancestors=(system, held, staging))
         # Sampling is sharded by rows, however the head's matmul was sharded.
-        logits = unembed(params, decoder, level.hidden[:, 0])
+        logits = unembed(params, decoder, level.hidden.reshape(count * fed, -1))
         logits = sharding.constrain(logits, ("rows", "vocab"), decoder.phase)
         if allowed is not None:
             logits = draw.only_allowed(logits, allowed)
@@ -347,49 +376,127 @@ def decode_chunk(
             token, untruncated = draw.greedy(logits)
             logprob, cutoff = jnp.zeros_like(untruncated), jnp.full_like(untruncated, -jnp.inf)
         else:
-            uniform = draw.uniforms(rows.key, rows.position + step)
+            positions = (rows.position + before)[:, None] + offsets
+            uniform = draw.uniforms(jnp.repeat(rows.key, fed, axis=0), positions.reshape(-1))
             token, logprob, untruncated, cutoff = draw.draw(logits, uniform, temperature, truncation)
-        staging = tuple(
-            jax.lax.dynamic_update_slice_in_dim(old, x, step, axis)
-            for old, x, axis in zip((key, value), (level.cache.key, level.cache.value), (4, 3), strict=True)
+        token, logprob, untruncated, cutoff = (
+            x.reshape(count, fed) for x in (token, logprob, untruncated, cutoff)
         )
 
-        def put(column: jax.Array, x: jax.Array) -> jax.Array:
-            live = jnp.where(done.reshape(-1, *(1,) * (x.ndim - 1)), 0, x)
-            return jax.lax.dynamic_update_slice_in_dim(column, live[:, None], step, axis=1)
+        # The tokens up to and including the first that differs from the draft, stops the row, or reaches its
+        # limit.
+        agrees = token[:, :-1] == tokens[:, 1:]
+        goes_on = agrees & ~_among(token[:, :-1], stop_ids)
+        kept = 1 + jnp.cumprod(goes_on, axis=1, dtype=jnp.int32).sum(axis=1)
+        kept = jnp.minimum(kept, rows.limit - rows.position - before)
+        kept = jnp.where(done, 0, kept)
+        last = jnp.take_along_axis(token, jnp.maximum(kept - 1, 0)[:, None], axis=1)[:, 0]
+        stop = ~done & _among(last, stop_ids)
 
-        def chosen(level: Level) -> jax.Array:
-            """Returns the experts of each row, [R, L, A]."""
+        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            return _put(old, new, before, kept)
+
+        hits, misses = drawn.hits, drawn.misses
+        if draft is not None:
+            matched = jnp.cumprod(token[:, : draft.shape[1]] == draft, axis=1, dtype=jnp.int32).sum(axis=1)
+            hits += jnp.minimum(matched, kept)
+            misses += ~done & (matched < draft.shape[1])
+            own = _put(own, token, texts.length + before, kept)
+        filled = offsets < kept[:, None]
+        positions = staging.end[:, None] + offsets
+        staging = GappedCache(
+            *(
+                jax.lax.dynamic_update_slice_in_dim(old, x, step * fed, axis)
+                for old, x, axis in (
+                    (staging.key, level.cache.key, 4),
+                    (staging.value, level.cache.value, 3),
+                    (staging.filled, filled, 1),
+                    (staging.positions, positions, 1),
+                )
+            ),
+            staging.end + kept,
+        )
+        routing = None
+        if record_routing:
             assert level.routing is not None
-            return level.routing.choices[:, :, 0].swapaxes(0, 1)
-
-        stop = ~done & (token[:, None] == stop_ids).any(axis=1)
+            routing = put(drawn.routing, jnp.moveaxis(level.routing.choices, 0, 2))
         drawn = Drawn(
             put(drawn.tokens, token),
             put(drawn.logprobs, logprob),
             put(drawn.untruncated_logprobs, untruncated),
             put(drawn.cutoffs, cutoff),
-            drawn.count + ~done,
+            before + kept,
             drawn.stopped | stop,
             step + 1,
-            put(drawn.routing, chosen(level)) if record_routing else None,
+            hits,
+            misses,
+            routing,
         )
         done = done | stop | (rows.position + drawn.count >= rows.limit)
-        return staging, token, done, drawn
+        return staging, last, done, drawn, own
 
-    carry = (staging, rows.token, rows.position >= rows.limit, drawn)
-    staging, _, _, drawn = jax.lax.while_loop(proceed, body, carry)
+    carry = (staging, rows.token, rows.position >= rows.limit, drawn, None if texts is None else texts.own)
+    staging, _, _, drawn, _ = jax.lax.while_loop(proceed, body, carry)
 
-    def fold(slots: Slots, staging: Slots, length: jax.Array) -> Slots:
+    def fold(slots: Slots, staged: Slots, length: jax.Array, filled: jax.Array) -> Slots:
         # Row by row, in place: a single scatter for all rows would copy the caches.
         def put(row: jax.Array, slots: Slots) -> Slots:
-            return _write(slots, _row(staging, row), row, length[row])
+            new = _row(staged, row)
+            return _write(slots, _without_gaps(new, filled[row]) if drafted else new, row, length[row])
 
         return jax.lax.fori_loop(0, length.shape[0], put, slots)
 
-    folded = sharding.over_parts(fold, mesh, ("slots", "slots", "rows"), "slots")(slots, staging, rows.length)
+    kinds = ("slots", "slots", "rows", "rows")
+    folded = sharding.over_parts(fold, mesh, kinds, "slots")(
+        slots, (staging.key, staging.value), rows.length, staging.filled
+    )
     # Replicated: every process reads all sampled tokens and makes the same scheduling decisions.
     return folded, sharding.constrain_everywhere(drawn, mesh)
+
+
+_OF_ROWS = ("rows", None)
+"""Logical axes of an array with one line per row."""
+
+
+def _among(tokens: jax.Array, stop_ids: jax.Array) -> jax.Array:
+    """Returns which tokens are stop tokens. int32 [...] -> bool [...]."""
+    return (tokens[..., None] == stop_ids).any(axis=-1)
+
+
+def _put(old: jax.Array, new: jax.Array, column: jax.Array, count: jax.Array) -> jax.Array:
+    """Writes the first `count` entries of each row from its `column` on.
+
+    Without a scatter, which TPUs run entry by entry: the few new columns are selected one after another.
+
+    Args:
+      old: [R, C, ...].
+      new: [R, n, ...].
+      column, count: int32 [R].
+    """
+    place = jnp.arange(old.shape[1]) - column[:, None]
+    place = jnp.where(place < count[:, None], place, -1).reshape(*place.shape, *(1,) * (old.ndim - 2))
+    for i in range(new.shape[1]):
+        old = jnp.where(place == i, new[:, i : i + 1], old)
+    return old
+
+
+def _without_gaps(arrays: Slots, filled: jax.Array) -> Slots:
+    """Moves the filled columns of one row to the front, in order. Columns behind them become zero.
+
+    As a product with a matrix of zeros and ones, which is exact; TPUs are slow to gather columns.
+
+    Args:
+      arrays: [L, K, 1, H, C] and [L, K, 1, C, H].
+      filled: bool [C].
+    """
+    columns = jnp.arange(len(filled))
+    moves = filled[:, None] & ((jnp.cumsum(filled) - 1)[:, None] == columns)  # [from, to]
+
+    def moved(spec: str, x: jax.Array) -> jax.Array:
+        return jnp.einsum(spec, x, moves.astype(x.dtype), precision=jax.lax.Precision.HIGHEST)
+
+    key, value = arrays
+    return moved("lkrhc,ct->lkrht", key), moved("lkrch,ct->lkrth", value)
 
 
 def _row(arrays: Slots, row: jax.Array) -> Slots:

@@ -75,6 +75,7 @@ def generate(
     top_k: int = 0,
     min_p: float = 0.0,
     stop_ids: Sequence[int] = (),
+    draft_tokens: int = 0,
 ) -> Samples:
     """Samples `group_size` continuations of every prompt; the common prefix of prompts is prefilled once.
 
@@ -90,6 +91,7 @@ def generate(
       temperature: 0 takes the most likely token.
       top_p, top_k, min_p: see `Truncation`.
       stop_ids: token ids that end a row.
+      draft_tokens: see `Sampling`.
 
     Returns:
       Samples with leading axes [P, N] or [M, B, N].
@@ -103,6 +105,7 @@ def generate(
         temperature=temperature,
         truncation=Truncation(top_k, top_p, min_p),
         stop_ids=tuple(stop_ids),
+        draft_tokens=draft_tokens,
     )
     flat = bool(prompts) and all(isinstance(token, int | np.integer) for token in prompts[0])
     lanes = cast(Sequence[Sequence[Sequence[int]]], [prompts] if flat else prompts)
@@ -149,6 +152,7 @@ def sample_tree(
     respond: Respond | None = None,
     finished: Finished | None = None,
     constraint: Constraint | None = None,
+    past: Sequence[Sequence[Sequence[int]]] | None = None,
 ) -> Samples:
     """Samples the rollouts of a prefix tree under its system prompts and problems.
 
@@ -174,6 +178,7 @@ def sample_tree(
       finished: called with each row that is done, while others still run.
       constraint: masks tokens on the host before every step (see `Constraint`). While any row is constrained,
         chunks have one step; logprobs are renormalized over the allowed tokens.
+      past: earlier texts on each of the B problems, in which drafts are looked up, the latest last.
 
     Returns:
       Samples with leading axes [M, B, N]; T is the largest `max_new_tokens`.
@@ -214,6 +219,7 @@ def sample_tree(
         chunk=1 if constraint is not None and respond is None else capacity.chunk,
         turns=respond is not None,
         coarse=capacity.coarse or constraint is not None,
+        draft_tokens=sampling.draft_tokens,
         max_rows=capacity.max_rows,
         held=held_bytes,
         mesh=mesh,
@@ -229,6 +235,7 @@ def sample_tree(
         dataclasses.replace(sampling, max_new_tokens=most, stop_ids=stop_ids),
         constraint=constraint,
         mesh=mesh,
+        past=past,
     )
     truncated = _run(scheduler, limits.shape, sampling.max_first_turn, find_end, respond, finished)
     arrays = scheduler.tokens, scheduler.position, scheduler.logprobs, scheduler.untruncated_logprobs
@@ -294,7 +301,7 @@ def _run(
                 truncated[row] = bool(appended.pop(row))
                 done.append(row)
         for row in done:
-            scheduler.release(row)
+            scheduler.finish(row)
             if finished is not None:
                 finished(*so_far(row))
         for answer in appended.values():

@@ -21,6 +21,8 @@ from espl_jax.parallel import sharding
 from espl_jax.sampling import decode
 from espl_jax.sampling.buckets import pad_right
 from espl_jax.sampling.constraint import Constraint
+from espl_jax.sampling.draft_lengths import Acceptance
+from espl_jax.sampling.draft_texts import DraftTexts
 from espl_jax.sampling.problem_blocks import ProblemBlocks
 from espl_jax.sampling.settings import Sampling
 from espl_jax.sampling.sizes import EXTENDED_TOKENS, SMALLEST, Sizes
@@ -55,6 +57,7 @@ class Scheduler:
         *,
         constraint: Constraint | None,
         mesh: Mesh | None,
+        past: Sequence[Sequence[Sequence[int]]] | None = None,
     ):
         """Prefills the system prompts and allocates the slots of the first stage.
 
@@ -67,6 +70,7 @@ class Scheduler:
           sampling: temperature, truncation and stop tokens; `max_new_tokens` is an int, T.
           constraint: masks tokens before every step, or None.
           mesh: the mesh, or None.
+          past: earlier texts on each of the B problems, in which drafts are looked up, the latest last.
         """
         max_new_tokens = sampling.max_new_tokens
         self.params, self.decoder, self.mesh = params, decoder, mesh
@@ -96,7 +100,19 @@ class Scheduler:
             self.routing = np.full((count, max_new_tokens, *decoder.routing_shape), -1, np.int16)
         self.row_steps = 0
 
-        self.system = decode.prefill(params, decoder, *pad_right(system_tokens), mesh=mesh)
+        padded, lengths = pad_right(system_tokens)
+        self.system = decode.prefill(params, decoder, padded, lengths, mesh=mesh)
+        self.texts, self.acceptance = None, Acceptance(count)
+        if sampling.draft_tokens:
+            prompts_of = [[*system_tokens[n // self.blocks.problems], *prompt] for n, prompt in enumerate(prompts)]
+            self.texts = DraftTexts(
+                [prompts_of[node] for node in self.node],
+                self.node % self.blocks.problems,
+                past or [()] * self.blocks.problems,
+                own_columns=padded.shape[1] + stages[-1].longest,
+                new_tokens=max_new_tokens,
+                mesh=mesh,
+            )
         self.stages = collections.deque(stages)
         self._begin_stage()
         self.queue = collections.deque(row for row in self.blocks.rows(group) if limits[row])
@@ -171,6 +187,10 @@ class Scheduler:
         numbers = self.table.first(width)
         live = (numbers >= 0) & self.running[numbers]
         constrained = self._constrained(numbers, live)
+        drafted = 0
+        if self.texts is not None and not constrained.any():
+            tokens_per_step = len(numbers) // sharding.replicas(self.mesh)
+            drafted = self.acceptance.choose(numbers[live], tokens_per_step, self.sizes.drafts)
         self.slots, drawn = decode.decode_chunk(
             self.params,
             self.decoder,
@@ -180,8 +200,10 @@ class Scheduler:
             self.stop_ids,
             jnp.float32(self.temperature or 1.0),
             self._allowed(numbers, constrained),
+            self.texts.of_rows(numbers) if self.texts is not None else None,
             columns=self._columns(numbers[live]),
-            steps=1 if constrained.any() else self.sizes.steps,
+            steps=1 if constrained.any() else self.sizes.steps_for(drafted),
+            drafted=drafted,
             greedy=self.temperature == 0,
             truncation=self.truncation,
             aligned=self._aligned(numbers, live),
@@ -192,6 +214,7 @@ class Scheduler:
         self.idle[in_slots] = np.where(self.running[in_slots], 0, self.idle[in_slots] + 1)
         drawn = jax.device_get(drawn)
         self.row_steps += int(drawn.steps) * len(numbers)
+        self.acceptance.add(numbers[live], drawn.hits[live], drawn.misses[live])
         ran = []
         for i in np.flatnonzero(live):
             row, count = int(numbers[i]), int(drawn.count[i])
@@ -233,6 +256,7 @@ class Scheduler:
             # becomes the row's last token.
             fed = [int(self.token[row]), *answer[:-1]]
             self.tokens[row, self.position[row] : self.position[row] + len(answer)] = answer
+            self._write_text(row, answer)
             self.position[row] += len(answer)
             self.token[row] = answer[-1]
             if self._too_long(self._filled(row)):
@@ -283,6 +307,12 @@ class Scheduler:
                 if not left[row]:
                     del left[row]
 
+    def finish(self, row: int) -> None:
+        """Releases a row that is done, and looks up drafts of other rows in its text."""
+        self.release(row)
+        if self.texts is not None:
+            self.texts.share(row, self.tokens[row, : self.position[row]])
+
     def release(self, row: int) -> None:
         """Takes a row out of its slot, if it has one."""
         self.running[row] = False
@@ -308,9 +338,15 @@ class Scheduler:
         return len(self.prompts[self.node[row]]) - 1 + int(self.position[row])
 
     def _move(self, row: int, count: int) -> None:
+        self._write_text(row, self.tokens[row, self.position[row] : self.position[row] + count], min(count, 0))
         self.position[row] += count
         self.length[row] += count
         self.token[row] = self.tokens[row, self.position[row] - 1]
+
+    def _write_text(self, row: int, tokens: Sequence[int] | np.ndarray, behind: int = 0) -> None:
+        """Writes tokens to the text of a row, `behind` tokens after those so far."""
+        if self.texts is not None:
+            self.texts.write(row, int(self.position[row]) + behind, tokens)
 
     def _rows(self, numbers: np.ndarray, live: np.ndarray) -> decode.Rows:
         """Returns the `Rows` of a call; where `live` is False there is nothing to decode.

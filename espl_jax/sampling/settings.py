@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from espl_jax.models.attention import DECODED
 from espl_jax.sampling.sizes import CHUNK
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
 
@@ -26,6 +27,8 @@ class Sampling:
       max_first_turn: most tokens of a row before anything is appended to it; a row that reaches it ends,
         truncated. None for no such limit.
       record_routing: record the choices of experts, if the model has experts.
+      draft_tokens: most tokens of a draft, which a decode step checks at once (see `drafts`); 0 for no drafts.
+        Drafts save decode steps. They do not change which tokens are drawn, rounding apart.
     """
 
     max_new_tokens: int | np.ndarray
@@ -35,8 +38,13 @@ class Sampling:
     context_limit: int | None = None
     max_first_turn: int | None = None
     record_routing: bool = False
+    draft_tokens: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.draft_tokens < DECODED:
+            raise ValueError(
+                f"draft_tokens={self.draft_tokens}: give at most {DECODED - 1}, or 0 for no drafts"
+            )
         if self.temperature < 0:
             raise ValueError(
                 f"temperature={self.temperature}: give 0 for the most likely token, or a positive number"

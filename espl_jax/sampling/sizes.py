@@ -78,9 +78,10 @@ class Sizes:
       capacity: columns of a slot.
       longest: most columns that a row of this stage may have filled when a chunk starts.
       problem: columns that hold any problem.
-      steps: decode steps of a chunk.
+      steps: decode steps of a chunk without drafts.
       coarse: use few chunk widths and column counts. For short runs of sampling, where compiling more
         programs takes longer than they save.
+      draft_tokens: most tokens of a draft; 0 for no drafts.
     """
 
     shards: int
@@ -90,6 +91,7 @@ class Sizes:
     problem: int
     steps: int
     coarse: bool = False
+    draft_tokens: int = 0
 
     @property
     def slots(self) -> int:
@@ -114,6 +116,15 @@ class Sizes:
             widths.insert(0, widths[0] // 2)
         return widths
 
+    @property
+    def drafts(self) -> list[int]:
+        """Possible numbers of tokens of a chunk's drafts, ascending: 0, and `draft_tokens` halved repeatedly."""
+        return draft_lengths(self.draft_tokens, self.coarse)
+
+    def steps_for(self, drafted: int) -> int:
+        """Returns the decode steps of a chunk with drafts of `drafted` tokens."""
+        return steps_for(self.steps, drafted)
+
     def columns_for(self, filled: int) -> int:
         """Returns the columns that a chunk attends to when its longest row fills `filled` columns."""
         if self.coarse:
@@ -134,9 +145,31 @@ class Sizes:
 
     @property
     def programs(self) -> int:
-        """Most decode programs that can be compiled: every width and column count, full width twice
-        (`aligned` or not)."""
-        return (len(self.widths) + 1) * len(self.columns)
+        """Most decode programs that can be compiled: every width, column count and length of drafts, full width
+        twice (`aligned` or not)."""
+        return (len(self.widths) + 1) * len(self.columns) * len(self.drafts)
+
+
+def draft_lengths(most: int, coarse: bool = False) -> list[int]:
+    """Returns the lengths of drafts: 0, and most, 1/2, 1/4, ... of it, at least 2. If coarse, 0 and most."""
+    lengths = {0, most}
+    while not coarse and most >= 4:
+        most //= 2
+        lengths.add(most)
+    return sorted(lengths)
+
+
+def steps_for(steps: int, drafted: int) -> int:
+    """Returns the decode steps of a chunk with drafts, about as long as one of `steps` steps without.
+
+    On text where drafts pay, a step with a draft draws two to three tokens.
+    """
+    return max(1, 2 * steps // (drafted + 1)) if drafted else steps
+
+
+def staged_columns(steps: int, most: int) -> int:
+    """Returns the most columns that a chunk writes, with drafts of up to `most` tokens."""
+    return max(steps_for(steps, drafted) * (drafted + 1) for drafted in draft_lengths(most))
 
 
 def _unit(capacity: int) -> int:
@@ -166,6 +199,7 @@ def choose_sizes(
     chunk: int = CHUNK,
     turns: bool = False,
     coarse: bool = False,
+    draft_tokens: int = 0,
     max_rows: int | None = None,
     held: int = 0,
     memory: int | None = None,
@@ -182,7 +216,7 @@ def choose_sizes(
       context_limit: most tokens of a prompt and its row together; the model's `max_positions` by default.
       chunk: decode steps of a chunk.
       turns: whether tokens may be appended to rows.
-      coarse: see `Sizes`.
+      coarse, draft_tokens: see `Sizes`.
       max_rows: allocate M * max_rows slots for all lanes together, in a single stage; by default as many as
         fit into memory.
       held: bytes per device that are not available to rows, params included.
@@ -194,21 +228,29 @@ def choose_sizes(
     """
     shards = sharding.row_shards(mesh)
     steps = min(chunk, max_new_tokens)
+    staged = staged_columns(steps, draft_tokens)
     context = min(context_limit or decoder.max_positions, decoder.max_positions)
     problem = bucket(longest_problem, SMALLEST)
 
     def stage(longest: int, extended: bool) -> Sizes:
         # A chunk or an extension always writes all its columns, even if few of them are valid.
-        behind = max(steps, EXTENDED_TOKENS if extended else 0)
+        behind = max(staged, EXTENDED_TOKENS if extended else 0)
         unit = _unit(longest + behind)
         capacity = -(-(longest + behind) // unit) * unit
         if max_rows is None:
             wanted = slots_that_fit(
-                decoder, capacity, steps, extended, held, device_memory() if memory is None else memory, mesh
+                decoder,
+                capacity,
+                staged,
+                extended,
+                held,
+                device_memory() if memory is None else memory,
+                mesh,
+                draft_tokens + 1,
             )
         else:
             wanted = lanes * max_rows
-        return Sizes(shards, -(-min(wanted, rows) // shards), capacity, longest, problem, steps, coarse)
+        return Sizes(shards, -(-min(wanted, rows) // shards), capacity, longest, problem, steps, coarse, draft_tokens)
 
     longest = min(problem + max_new_tokens, max(problem, context))
     stages = [stage(longest, turns)]
@@ -224,11 +266,12 @@ def choose_sizes(
 def slots_that_fit(
     decoder: DecoderConfig,
     capacity: int,
-    steps: int,
+    staged: int,
     extended: bool,
     held: int,
     memory: int,
     mesh: Mesh | None,
+    fed: int = 1,
 ) -> int:
     """Returns how many slots of `capacity` columns fit into memory, over all shards; at least one per shard.
 
@@ -238,11 +281,12 @@ def slots_that_fit(
     Args:
       decoder: the model's configuration.
       capacity: columns of a slot.
-      steps: decode steps of a chunk.
+      staged: columns that a chunk writes.
       extended: whether `decode.extend` will be used.
       held: bytes per device that are not available to slots.
       memory: total bytes of a device.
       mesh: the mesh, or None.
+      fed: most tokens of a row in a decode step.
 
     Raises:
       ValueError: if not even one slot fits.
@@ -253,7 +297,7 @@ def slots_that_fit(
     if mesh is not None:
         shape = sharding.cache_sharding(mesh, shape).shard_shape(shape)
     column = math.prod(shape) * jnp.dtype(decoder.dtype).itemsize
-    slot = (capacity + steps) * column + _LOGITS * decoder.vocab_size
+    slot = (capacity + staged) * column + _LOGITS * fed * decoder.vocab_size
     if memory < held + slot:
         raise ValueError(
             f"no rollout fits: {held / 2**30:.2f} of a device's {memory / 2**30:.2f} GiB are in use, and one "

@@ -34,7 +34,8 @@ def inputs():
             jnp.where(filled[None, :, :, None], normal(seed, KV, nodes, capacity, HEAD), 50.0)
             for seed in (3 + 2 * i, 4 + 2 * i)
         )
-        ancestors.append(Source(key.swapaxes(2, 3), value, jnp.asarray(filled), jnp.asarray(start)))
+        positions = jnp.asarray(start[:, None] + np.arange(capacity))
+        ancestors.append(Source(key.swapaxes(2, 3), value, jnp.asarray(filled), positions))
     return level, ancestors, jnp.asarray(end)
 
 
@@ -50,8 +51,7 @@ def one_by_one(level, ancestors, start, window=0, sinks=None):
         keys, values = [key[row, own : step + 1, shared]], [value[row, own : step + 1, shared]]
         for source in ancestors:
             node = row // (ROWS // source.filled.shape[0])
-            columns = np.arange(source.filled.shape[1])
-            seen = np.asarray(source.filled)[node] & (int(source.start[node]) + columns >= first)
+            seen = np.asarray(source.filled)[node] & (np.asarray(source.positions)[node] >= first)
             keys.append(np.asarray(source.key)[shared, node].T[seen])
             values.append(np.asarray(source.value)[shared, node][seen])
         scores = np.concatenate(keys) @ query[row, step, head] / np.sqrt(HEAD)
@@ -104,7 +104,7 @@ def test_a_sink_takes_its_share():
     np.testing.assert_allclose(out.reshape(-1), [16 / 5, (16 + 3 * 8) / 8], rtol=1e-6)
 
     # The first token in an ancestor: still one softmax, and one sink in it.
-    above = Source(*(x[:, :1].reshape(1, 1, 1, 1) for x in (key, value)), jnp.array([[True]]), jnp.array([0]))
+    above = Source(*(x[:, :1].reshape(1, 1, 1, 1) for x in (key, value)), jnp.array([[True]]), jnp.array([[0]]))
     last = query[:, 1:], key[:, 1:], value[:, 1:]
     out = attend(*last, [above], config, jnp.array([1]), sinks=sink)
     np.testing.assert_allclose(out.reshape(-1), [5.0], rtol=1e-6)
@@ -172,7 +172,7 @@ def test_gradients_are_summed_over_blocks_of_queries_in_float32(monkeypatch):
     @jax.jit
     def gradients(query, keys_and_values):
         def out(key, value, *above):
-            source = Source(*above, jnp.ones((1, 5), bool), jnp.array([0]))
+            source = Source(*above, jnp.ones((1, 5), bool), jnp.arange(5)[None])
             return attend(query, key, value, [source], config, start)
 
         return jax.vjp(out, *keys_and_values)[1](jnp.abs(query))
@@ -200,9 +200,9 @@ def test_owners_within_parts_are_copies_of_their_nodes(steps, window):
         for i, ((key, value), source) in enumerate(zip(arrays, ancestors, strict=True)):
             row = rows[i]
             if copied:
-                given.append(Source(key[:, row], value[:, row], source.filled[row], source.start[row]))
+                given.append(Source(key[:, row], value[:, row], source.filled[row], source.positions[row]))
             else:
-                given.append(Source(key, value, source.filled, source.start, owners[i], parts[i]))
+                given.append(Source(key, value, source.filled, source.positions, owners[i], parts[i]))
         return attend(*level, given, tiny.CONFIG, start, window)
 
     @functools.partial(jax.jit, static_argnums=2)
@@ -246,7 +246,7 @@ def test_a_view_reads_the_window_alone(parts):
             columns = slice(first, first + 4)
             np.testing.assert_array_equal(source.key[:, row], key[index][:, slot, :, columns])
             np.testing.assert_array_equal(source.value[:, row], value[index][:, slot, columns])
-        np.testing.assert_array_equal(source.start, [12, 1, 1, 2])
+        np.testing.assert_array_equal(source.positions, np.array([[12], [1], [1], [2]]) + np.arange(4))
         np.testing.assert_array_equal(source.filled.sum(1), [4, 4, 0, 3])
     for window in (0, 5, 13, jnp.int32(4)):
         assert view.source(0, window).key.shape == (KV, 4, HEAD, 13)

@@ -73,7 +73,7 @@ def test_the_cheaper_way():
 
     def held(nodes, columns):
         filled = jnp.ones((nodes, columns), bool)
-        return Source(jnp.zeros(0), jnp.zeros(0), filled, jnp.zeros(nodes, jnp.int32))
+        return Source(jnp.zeros(0), jnp.zeros(0), filled, jnp.zeros(filled.shape, jnp.int32))
 
     def absorbs(rows, steps, *ancestors):
         return latent.absorbs(rows, steps, ancestors, config)

@@ -47,7 +47,8 @@ def ancestors(owners=(None, None)):
         # What is not filled holds numbers that would show.
         key, value = (jnp.asarray(np.where(filled[..., None], x, 50.0), jnp.float32) for x in (key, value))
         owner = None if owner is None else jnp.array(owner)
-        sources.append(Source(key.swapaxes(2, 3), value, jnp.asarray(filled), jnp.asarray(start), owner))
+        positions = jnp.asarray(start[:, None] + np.arange(capacity))
+        sources.append(Source(key.swapaxes(2, 3), value, jnp.asarray(filled), positions, owner))
     return sources, jnp.asarray(end)
 
 
