@@ -124,6 +124,7 @@ def iterate(job: Job, run: Run, make_reflect: MakeReflect) -> Run:
             sampling=dataclasses.replace(parts.sampling, record_routing=records_routing(config)),
             chat=parts.chat,
             capacity=parts.capacity,
+            past=run.past.on(problems),
         )
     ids, values = list(rollouts.slots()), rollouts.score_matrix().mean(axis=1)
 
@@ -181,6 +182,7 @@ def iterate(job: Job, run: Run, make_reflect: MakeReflect) -> Run:
         skipped=skipped,
         not_finite_in_row=not_finite,
         rejected=tuple(dict.fromkeys(refused))[-REMEMBERED:],
+        past=run.past.with_rollouts(rollouts) if parts.sampling.draft_tokens else run.past,
     )
 
 

@@ -105,8 +105,8 @@ def attend(
 def absorbs(rows: int, steps: int, ancestors: Sequence[Source], decoder: DecoderConfig) -> bool:
     """Returns whether a level of `rows` nodes with `steps` tokens each should attend absorbed.
 
-    A decode step always does: it reads every cached latent once for few queries, and expanding would write and
-    read N heads for each. Longer levels take what needs less arithmetic. Per head, absorbing costs
+    A decode step always does: it reads every cached latent once for few queries, and expanding would write
+    and read N heads for each. Longer levels take what needs less arithmetic. Per head, absorbing costs
     2 C - U - V multiply-adds more for every pair of a query and a column, and expanding C (U + V) for every
     column of an ancestor node; on the level's own tokens, they need the same up-projections.
     """

@@ -22,7 +22,6 @@ from espl_jax.models.params import ADAPTER, Params, Weight, abstract, stacks
 from espl_jax.models.stack import LAYER_INPUT, run_layers
 from espl_jax.parallel import sharding
 
-
 Cache = KVCache | GappedCache | RowsView
 """Keys and values of a level above."""
 

@@ -198,7 +198,7 @@ def row_shards(mesh: Mesh | None) -> int:
 
 
 def replicas(mesh: Mesh | None) -> int:
-    """Returns how many copies of the weights there are while sampling; each multiplies its part of the rows."""
+    """Returns how many copies of dense weights there are while sampling; each serves its part of the rows."""
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["expert"]
 
 

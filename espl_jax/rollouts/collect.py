@@ -40,6 +40,7 @@ def collect_rollouts(
     sampling: Sampling,
     chat: ChatFormat = ChatFormat(),
     capacity: Capacity = Capacity(),
+    past: Sequence[Sequence[np.ndarray]] | None = None,
 ) -> Rollouts:
     """Samples `group_size` rollouts of every prompt on every problem, and grades the replies.
 
@@ -59,6 +60,7 @@ def collect_rollouts(
       chat: chat template arguments, stop strings, and the handling of thinking and tool calls.
       capacity: memory and devices that rows may use. Set its `longest_problem` to that of the whole run (see
         `encode.longest_problem`), so that all batches share compiled programs.
+      past: tokens of earlier rollouts on each problem, in which drafts are looked up, the latest last.
 
     Returns:
       Rollouts, with arrays of shape [M, B, N, ...].
@@ -104,6 +106,7 @@ def collect_rollouts(
         find_end=stop_finder(tokenizer, chat.stop_strings) if chat.stop_strings else None,
         respond=turns and turns.respond,
         finished=finished,
+        past=past,
     )
     shape = samples.lengths.shape
 

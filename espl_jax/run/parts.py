@@ -168,6 +168,7 @@ def sampling_of(config: Config) -> Sampling:
         temperature=config.sampling.temperature,
         truncation=Truncation(config.sampling.top_k, config.sampling.top_p, config.sampling.min_p),
         context_limit=config.sampling.context_limit or None,
+        draft_tokens=config.sampling.draft_tokens,
     )
 
 

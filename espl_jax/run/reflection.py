@@ -50,7 +50,11 @@ def open_reflectors(config: Config, parts: Parts, workdir: AnyPath) -> Iterator[
             return local_reflector(
                 parts.reflector or (policy if r.policy == "current" else parts.reference),
                 key=stream_key(config.seed, "reflection", iteration),
-                sampling=Sampling(max_new_tokens=r.max_new_tokens, temperature=r.temperature),
+                sampling=Sampling(
+                    max_new_tokens=r.max_new_tokens,
+                    temperature=r.temperature,
+                    draft_tokens=config.sampling.draft_tokens,
+                ),
                 max_input_tokens=r.max_input_tokens,
                 reasoning_tokens=r.reasoning_tokens,
                 template_arguments=arguments,

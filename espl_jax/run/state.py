@@ -18,6 +18,7 @@ from espl_jax.evolution.reflection import Rejected
 from espl_jax.models import lora
 from espl_jax.parallel import processes
 from espl_jax.rollouts.keys import stream_key
+from espl_jax.rollouts.past import Past
 from espl_jax.run.config import Config
 from espl_jax.run.context import check_first_prompts
 from espl_jax.run.inputs import Fingerprints, changes
@@ -60,6 +61,8 @@ class Run:
       not_finite_in_row: consecutive updates skipped because their loss or gradient was not finite.
       rejected: edits that evolution rejected lately, newest last.
       inputs: fingerprints of the inputs.
+      past: rollouts so far in which drafts are looked up; empty without drafts. Not saved, but read from the
+        log of rollouts.
     """
 
     iteration: int
@@ -71,6 +74,7 @@ class Run:
     not_finite_in_row: int = 0
     rejected: tuple[Rejected, ...] = ()
     inputs: Fingerprints = dataclasses.field(default_factory=dict)
+    past: Past = dataclasses.field(default_factory=Past)
 
 
 def save(workdir: WorkDir, run: Run) -> None:
@@ -130,6 +134,7 @@ def restore(workdir: WorkDir, config: Config, parts: Parts) -> Run:
         state["not_finite_in_row"],
         tuple(Rejected(*each) for each in state.get("rejected", ())),
         state["inputs"] | parts.inputs,
+        workdir.reduce("rollouts", Past.of_records) if parts.sampling.draft_tokens else Past(),
     )
 
 

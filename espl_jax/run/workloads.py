@@ -43,6 +43,7 @@ class Workload:
       reasoning: most tokens sampled freely before the grammar applies.
       context_limit, max_rows: as in `choose_sizes`.
       record_routing: whether the choices of experts are recorded.
+      draft_tokens: most tokens of a draft.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Workload:
     context_limit: int | None = None
     max_rows: int | None = None
     record_routing: bool = False
+    draft_tokens: int = 0
 
     @property
     def rows(self) -> int:
@@ -80,6 +82,7 @@ class Workload:
             chunk=1 if self.constrained and not self.reasoning else CHUNK,
             turns=self.turns,
             coarse=self.phase == "reflection",
+            draft_tokens=self.draft_tokens,
             max_rows=self.max_rows,
             held=held,
             memory=memory,
@@ -112,7 +115,10 @@ def workloads(
       ValueError: if the limits of reflection leave no room for its instructions.
     """
     lanes, evolves = lanes_of(config), config.mode != "rl"
-    limits = {"max_rows": config.sampling.max_rows or None}
+    limits = {
+        "max_rows": config.sampling.max_rows or None,
+        "draft_tokens": config.sampling.draft_tokens,
+    }
     workload = functools.partial(
         Workload,
         longest_problem=longest_problem,

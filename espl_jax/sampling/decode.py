@@ -286,8 +286,8 @@ def decode_chunk(
     these positions, and keeps those up to and including the first that differs from the draft (see `drafts`).
 
     The loop only reads the slots. New keys and values go to a staging buffer, with the same columns for all
-    rows: those of draft tokens that were not drawn stay empty. At the end of the chunk, the filled columns are
-    folded into the slots.
+    rows: those of draft tokens that were not drawn stay empty. At the end of the chunk, the filled columns
+    are folded into the slots.
 
     Args:
       params: with or without adapters.
@@ -300,8 +300,8 @@ def decode_chunk(
       allowed: uint32 [R, ceil(V / 32)], bit mask of the tokens that each row may sample (see `Constraint`);
         None allows all. Probabilities are renormalized over the allowed tokens. Requires `steps=1` and
         `drafted=0`.
-      texts: where drafts are looked up; required for `drafted`. Without drafts, what would have been the first
-        token of each is still compared with the token drawn.
+      texts: where drafts are looked up; required for `drafted`. Without drafts, what would have been the
+        first token of each is still compared with the token drawn.
       columns: how many columns of each slot are attended to; at least the longest `rows.length`.
       steps: most decode steps of the chunk.
       drafted: tokens of a draft; 0 for none.
@@ -321,7 +321,7 @@ def decode_chunk(
     """
     if allowed is not None and (steps, drafted) != (1, 0):
         raise ValueError(
-            f"steps={steps}, drafted={drafted}: `allowed` is valid for a single token; pass steps=1, drafted=0"
+            f"steps={steps}, drafted={drafted}: `allowed` is for a single token; pass steps=1 and drafted=0"
         )
     if drafted and texts is None:
         raise ValueError(f"drafted={drafted}: drafts need texts to be looked up in; pass texts")

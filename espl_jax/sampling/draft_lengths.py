@@ -7,12 +7,15 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-FREE_TOKENS = {"cpu": 16}
+FREE_TOKENS = {"cpu": 20}
 """Tokens per decode step whose arithmetic takes as long as reading the weights, by platform."""
 
 FREE_TOKENS_ELSEWHERE = 160
-"""The same for accelerators: peak bfloat16 flops per byte of bandwidth are 166 on a TPU v5p, 240 on a v5e and 560
-on a v6e."""
+"""The same for accelerators: peak bfloat16 flops per byte of bandwidth are 166 on a TPU v5p, 240 on a v5e and
+560 on a v6e."""
+
+WORTH_IT = 1.1
+"""Expected gain in speed below which nothing is drafted."""
 
 DECAY = 0.5
 """Weight of what was counted before a chunk, against the chunk."""
@@ -50,7 +53,7 @@ class Acceptance:
         Args:
           rows: int [R], the rows that run.
           width: tokens of a step without drafts for each copy of the weights, idle rows included.
-          lengths: the possible lengths.
+          lengths: the possible lengths, 0 among them.
         """
         rates, free = self.rates(rows), FREE_TOKENS.get(jax.default_backend(), FREE_TOKENS_ELSEWHERE)
 
@@ -58,4 +61,5 @@ class Acceptance:
             drawn = sum(float((rates**i).sum()) for i in range(length + 1))
             return drawn / (1.0 + width * (length + 1) / free)
 
-        return max(lengths, key=speed)
+        best = max(lengths, key=speed)
+        return best if speed(best) > WORTH_IT * speed(0) else 0

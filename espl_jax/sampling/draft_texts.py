@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from espl_jax.parallel import sharding
 from espl_jax.sampling.buckets import bucket
-from espl_jax.sampling.drafts import NOTHING, Texts
+from espl_jax.sampling.drafts import NGRAM, NOTHING, Texts
 
 MOST_SHARED = 65_536
 """Most tokens of other texts that are searched for a row; of longer ones, the latest."""
@@ -18,7 +18,7 @@ MOST_SHARED = 65_536
 
 def shared_columns(rows: int, new_tokens: int) -> int:
     """Returns the columns of the texts on a problem with this many rows: theirs, and as many earlier ones."""
-    return bucket(min(2 * rows * (new_tokens + 1), MOST_SHARED))
+    return bucket(min(2 * rows * (NGRAM + new_tokens + 1), MOST_SHARED))
 
 
 class DraftTexts:
@@ -50,6 +50,10 @@ class DraftTexts:
         self._length = self._prompt.copy()
         for row, prompt in zip(self._own, prompts, strict=True):
             row[: len(prompt)] = prompt
+        # The last tokens of a prompt, from which drafts find the beginning of a text.
+        self._ends = {
+            problem: list(prompt[-NGRAM:]) for problem, prompt in zip(problems.tolist(), prompts, strict=True)
+        }
         columns = shared_columns(len(prompts) // len(past), new_tokens)
         self._shared = np.full((len(past), columns), NOTHING, np.int32)
         self._filled = np.zeros(len(past), int)
@@ -71,7 +75,8 @@ class DraftTexts:
         self._add(int(self._problem[row]), tokens)
 
     def _add(self, problem: int, tokens: Sequence[int] | np.ndarray) -> None:
-        text, shared = [*tokens, NOTHING][-self._shared.shape[1] :], self._shared[problem]
+        shared = self._shared[problem]
+        text = [*self._ends[problem], *tokens, NOTHING][-len(shared) :]
         excess = self._filled[problem] + len(text) - len(shared)
         if excess > 0:  # drop the oldest
             shared[:-excess] = shared[excess:].copy()

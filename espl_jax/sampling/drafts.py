@@ -2,10 +2,10 @@
 
 A draft continues the latest occurrence of the longest n-gram that ends a row (prompt lookup decoding, Saxena
 2023; He et al. 2023, arXiv 2311.08252), in the row's own text or in other texts on its problem. No model is
-asked. A decode step runs a row's last token and its draft at once and draws a token at each of these positions,
-with the random number that belongs to the position. As long as drawn tokens equal the draft, they are the
-tokens that would have been drawn one at a time. A draft therefore changes how many tokens a step draws, and
-never which ones, whatever it contains.
+asked. A decode step runs a row's last token and its draft at once and draws a token at each of these
+positions, with the random number that belongs to the position. As long as drawn tokens equal the draft, they
+are the tokens that would have been drawn one at a time. A draft therefore changes how many tokens a step
+draws, and never which ones, whatever it contains.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-NGRAM = 4
+NGRAM = 8
 """Longest n-gram that is looked up."""
 
 NOTHING = -1
@@ -58,7 +58,10 @@ def propose(others: jax.Array, own: jax.Array, length: jax.Array, count: int) ->
     last = jnp.where(back >= 0, _take(own, back), NOTHING - 1)  # matches nothing
     (most, place), (own_most, own_place) = (_longest_match(text, last) for text in (others, own))
     following = jnp.arange(count)
-    from_others, from_own = _take(others, place[:, None] + following), _take(own, own_place[:, None] + following)
+    from_others, from_own = (
+        _take(others, place[:, None] + following),
+        _take(own, own_place[:, None] + following),
+    )
     draft = jnp.where((own_most >= most)[:, None], from_own, from_others)
     return jnp.where(jnp.maximum(most, own_most)[:, None] > 0, draft, NOTHING)
 
@@ -71,8 +74,8 @@ def _longest_match(text: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Arr
       last: int32 [R, NGRAM], the last tokens of the row, the very last first.
 
     Returns:
-      (length, place): int32 [R] each: the number of tokens that match, 0 for none, and the column of the token
-      that follows the latest match of that length.
+      (length, place): int32 [R] each: the number of tokens that match, 0 for none, and the column of the
+      token that follows the latest match of that length.
     """
     matched, so_far = jnp.zeros_like(text), True
     for i in range(NGRAM):

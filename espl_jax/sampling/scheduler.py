@@ -104,7 +104,9 @@ class Scheduler:
         self.system = decode.prefill(params, decoder, padded, lengths, mesh=mesh)
         self.texts, self.acceptance = None, Acceptance(count)
         if sampling.draft_tokens:
-            prompts_of = [[*system_tokens[n // self.blocks.problems], *prompt] for n, prompt in enumerate(prompts)]
+            prompts_of = [
+                [*system_tokens[n // self.blocks.problems], *prompt] for n, prompt in enumerate(prompts)
+            ]
             self.texts = DraftTexts(
                 [prompts_of[node] for node in self.node],
                 self.node % self.blocks.problems,
@@ -338,7 +340,9 @@ class Scheduler:
         return len(self.prompts[self.node[row]]) - 1 + int(self.position[row])
 
     def _move(self, row: int, count: int) -> None:
-        self._write_text(row, self.tokens[row, self.position[row] : self.position[row] + count], min(count, 0))
+        self._write_text(
+            row, self.tokens[row, self.position[row] : self.position[row] + count], min(count, 0)
+        )
         self.position[row] += count
         self.length[row] += count
         self.token[row] = self.tokens[row, self.position[row] - 1]

@@ -27,8 +27,8 @@ class Sampling:
       max_first_turn: most tokens of a row before anything is appended to it; a row that reaches it ends,
         truncated. None for no such limit.
       record_routing: record the choices of experts, if the model has experts.
-      draft_tokens: most tokens of a draft, which a decode step checks at once (see `drafts`); 0 for no drafts.
-        Drafts save decode steps. They do not change which tokens are drawn, rounding apart.
+      draft_tokens: most tokens of a draft, which a decode step checks at once (see `drafts`); 0 for no
+        drafts. They save decode steps, and do not change which tokens are drawn, rounding apart.
     """
 
     max_new_tokens: int | np.ndarray

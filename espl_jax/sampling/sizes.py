@@ -118,7 +118,7 @@ class Sizes:
 
     @property
     def drafts(self) -> list[int]:
-        """Possible numbers of tokens of a chunk's drafts, ascending: 0, and `draft_tokens` halved repeatedly."""
+        """Possible lengths of a chunk's drafts, ascending: 0, and `draft_tokens` halved repeatedly."""
         return draft_lengths(self.draft_tokens, self.coarse)
 
     def steps_for(self, drafted: int) -> int:
@@ -145,8 +145,8 @@ class Sizes:
 
     @property
     def programs(self) -> int:
-        """Most decode programs that can be compiled: every width, column count and length of drafts, full width
-        twice (`aligned` or not)."""
+        """Most decode programs that can be compiled: every width, column count and length of drafts, full
+        width twice (`aligned` or not)."""
         return (len(self.widths) + 1) * len(self.columns) * len(self.drafts)
 
 
@@ -250,7 +250,9 @@ def choose_sizes(
             )
         else:
             wanted = lanes * max_rows
-        return Sizes(shards, -(-min(wanted, rows) // shards), capacity, longest, problem, steps, coarse, draft_tokens)
+        return Sizes(
+            shards, -(-min(wanted, rows) // shards), capacity, longest, problem, steps, coarse, draft_tokens
+        )
 
     longest = min(problem + max_new_tokens, max(problem, context))
     stages = [stage(longest, turns)]

@@ -29,7 +29,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -163,7 +163,11 @@ class WorkDir:
 
     def read(self, log: str) -> list[dict[str, Any]]:
         """Returns the records of a log so far."""
-        return self._first(lambda: [json.loads(line) for line in self._logs[log].lines()])
+        return self.reduce(log, list)
+
+    def reduce(self, log: str, make: Callable[[Iterator[dict[str, Any]]], T]) -> T:
+        """Returns what `make` makes of the records of a log so far; it is called in the first process."""
+        return self._first(lambda: make(json.loads(line) for line in self._logs[log].lines()))
 
     def save(self, iteration: int, arrays: Any, state: dict[str, Any]) -> None:
         """Saves a checkpoint of the state after `iteration` iterations, and makes the logs permanent.

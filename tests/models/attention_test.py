@@ -104,7 +104,9 @@ def test_a_sink_takes_its_share():
     np.testing.assert_allclose(out.reshape(-1), [16 / 5, (16 + 3 * 8) / 8], rtol=1e-6)
 
     # The first token in an ancestor: still one softmax, and one sink in it.
-    above = Source(*(x[:, :1].reshape(1, 1, 1, 1) for x in (key, value)), jnp.array([[True]]), jnp.array([[0]]))
+    above = Source(
+        *(x[:, :1].reshape(1, 1, 1, 1) for x in (key, value)), jnp.array([[True]]), jnp.array([[0]])
+    )
     last = query[:, 1:], key[:, 1:], value[:, 1:]
     out = attend(*last, [above], config, jnp.array([1]), sinks=sink)
     np.testing.assert_allclose(out.reshape(-1), [5.0], rtol=1e-6)

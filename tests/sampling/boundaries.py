@@ -1,8 +1,11 @@
 """Truncated distributions by a plain sort in float64, and how near a draw came to another token."""
 
+import jax.numpy as jnp
 import numpy as np
 
-from espl_jax.sampling.truncation import Truncation
+from espl_jax.sampling import draw
+from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
+from tests.support import tiny
 
 
 def kept_tokens(logprobs, truncation):
@@ -66,3 +69,36 @@ def cut_distance(logits, temperature, top_p):
     gap = -np.diff(np.log(probs), axis=-1)
     apart = np.take_along_axis(gap, np.minimum(last, gap.shape[-1] - 1), axis=-1)[:, 0]
     return np.minimum(np.abs(held - top_p).min(axis=-1), apart).astype(np.float32)
+
+
+def same_row(first, other, params, config, prompt, key, place, temperature=1.0, truncation=UNTRUNCATED):
+    """Whether a row has the same tokens in two `Samples`. Asserts that it has, or that it first differs where
+    its uniform is so near a boundary between tokens that rounding decides.
+
+    Args:
+      first, other: the samples.
+      params, config: the model.
+      prompt: the tokens of the row's prompt.
+      key: uint32 [2], key data of the row.
+      place: (m, b, n) of the row.
+      temperature, truncation: of both samples; a temperature of 0 is greedy.
+    """
+    if np.array_equal(first.tokens[place], other.tokens[place]):
+        assert first.lengths[place] == other.lengths[place]
+        assert first.truncated[place] == other.truncated[place]
+        pair = first.untruncated_logprobs[place], other.untruncated_logprobs[place]
+        np.testing.assert_allclose(*pair, atol=1e-4)
+        return True
+    at = int(np.argmax(first.tokens[place] != other.tokens[place]))
+    tokens = np.array([*prompt, *first.tokens[place]])[None]
+    scores = tiny.logits(params, config, tokens)[0, len(prompt) - 1 + at]
+    if not temperature:
+        second, best = np.sort(np.asarray(scores))[-2:]
+        assert best - second < 1e-4
+        return False
+    uniform = draw.uniforms(jnp.asarray(key)[None], jnp.array([at]))
+    near = boundary_distance(scores[None], uniform, temperature, truncation)[0]
+    if truncation:  # rounding also decides which is the last token kept
+        near = min(near, cut_distance(scores[None], temperature, truncation.top_p)[0])
+    assert near < 1e-4
+    return False

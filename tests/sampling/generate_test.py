@@ -1,5 +1,4 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
@@ -11,7 +10,7 @@ from espl_jax.parallel import sharding
 from espl_jax.sampling import draw
 from espl_jax.sampling.generate import generate
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
-from tests.sampling.boundaries import boundary_distance, cut_distance, distribution
+from tests.sampling.boundaries import distribution, same_row
 from tests.support import tiny
 from tests.support.flat import sample_tree
 
@@ -187,22 +186,9 @@ class TestLayout:
             other = run(*layout)
             for place in np.ndindex(shape):
                 compared += 1
-                if np.array_equal(first.tokens[place], other.tokens[place]):
-                    assert first.lengths[place] == other.lengths[place]
-                    assert first.truncated[place] == other.truncated[place]
-                    pair = first.untruncated_logprobs[place], other.untruncated_logprobs[place]
-                    np.testing.assert_allclose(*pair, atol=1e-4)
-                    continue
-                differing += 1
-                at = int(np.argmax(first.tokens[place] != other.tokens[place]))
                 prompt = systems[place[0]] + problems[place[0]][place[1]]
-                tokens = np.array([*prompt, *first.tokens[place]])[None]
-                scores = tiny.logits(params, config, tokens)[0, len(prompt) - 1 + at]
-                uniform = draw.uniforms(keys[place][None], jnp.array([at]))
-                near = boundary_distance(scores[None], uniform, 1.0, truncation)[0]
-                if truncation:  # rounding also decides which is the last token kept
-                    near = min(near, cut_distance(scores[None], 1.0, truncation.top_p)[0])
-                assert near < 1e-4
+                given = params, config, prompt, keys[place], place
+                differing += not same_row(first, other, *given, truncation=truncation)
         print(f"{differing} of {compared} rows differ, each first at a boundary")
         record_property(f"rows that differ under another layout, {truncation}", f"{differing} of {compared}")
         # A near tie at the cut of one row in the first layout counts in each of the others.
