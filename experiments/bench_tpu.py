@@ -11,6 +11,7 @@ For each program, the table shows per device: HBM traffic (counted from the opti
 espl_jax/plan/hlo) and flops, per decode step for decode chunks; the least possible traffic, which reads
 weights and filled caches once; memory; and the seconds to compile. No weights are allocated.
 
+`drafts` are decode chunks with drafts of 0, 2, 4 and 8 tokens.
 `full` is an update of all weights on 16 sequences of 2,048 tokens without shared prefixes, with `--remat`.
 Its flops are compared with the usual estimate, 6 x params x tokens plus attention.
 `tree` is an update of adapters on 150 rollouts of 500 tokens, of 10 problems of 150 tokens under 3 system
@@ -46,6 +47,8 @@ from espl_jax.plan import tpu_compiler
 from espl_jax.plan.hlo.traffic import breakdown, traffic
 from espl_jax.pretrained.hf_config import from_hf_config
 from espl_jax.sampling import decode
+from espl_jax.sampling.drafts import Texts
+from espl_jax.sampling.sizes import steps_for
 from espl_jax.sampling.truncation import HALVINGS, UNTRUNCATED, Truncation
 from espl_jax.training.optimizer import make_optimizer
 from espl_jax.training.step import policy_gradient_step
@@ -53,7 +56,9 @@ from espl_jax.types import TrainBatch
 from experiments.bench import peers
 from experiments.bench.tpu_shapes import MODELS, Shapes
 
-PROGRAMS = ["decode", "prefill", "train", "full", "tree"]
+PROGRAMS = ["decode", "prefill", "train", "drafts", "full", "tree"]
+TEXTS = 8, 16_384
+"""Problems, and tokens of the texts on each, in which `drafts` are looked up."""
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("topology", "v5e:2x4", "TPU to compile for, e.g. v5e:2x4, v4:2x2x2, v6e:4x4.")
@@ -100,24 +105,35 @@ def decode_case(
     shared: int,
     aligned: bool = True,
     truncation: Truncation = UNTRUNCATED,
+    drafted: int = 0,
 ) -> Case:
     """Returns a decode chunk whose rows share `shared` filled positions, `aligned` by lane or not."""
-    rows, own, steps = FLAGS.rows, FLAGS.filled - shared, FLAGS.steps
+    rows, own, steps = FLAGS.rows, FLAGS.filled - shared, steps_for(FLAGS.steps, drafted)
     filled = [shapes.keys_and_values(rows, own, False)]
     if shared:
         filled.append(shapes.keys_and_values(lanes, shared, True))
+
+    texts = None
+    if drafted:
+        given = (
+            shapes.array(shape, jnp.int32, ("rows",)) for shape in ((rows,), (rows, FLAGS.filled), (rows,))
+        )
+        texts = Texts(shapes.array(TEXTS, jnp.int32), *given)
 
     def lower() -> Any:
         return decode.decode_chunk.lower(
             shapes.params(),
             shapes.sampling(),
             shapes.shared_level(lanes, shared or 64),  # a nearly empty level
-            shapes.keys_and_values(rows, max(FLAGS.capacity, own + steps), False),
+            shapes.keys_and_values(rows, max(FLAGS.capacity, own + steps * (drafted + 1)), False),
             shapes.rows(rows),
             shapes.array((2,), jnp.int32),
             shapes.array((), jnp.float32),
+            None,
+            texts,
             columns=own,
             steps=steps,
+            drafted=drafted,
             aligned=aligned,
             truncation=truncation,
             mesh=shapes.mesh,
@@ -203,6 +219,9 @@ def cases(shapes: Shapes) -> Iterator[Case]:
             yield decode_case(shapes, name, lanes, half, aligned=False)
             yield decode_case(shapes, f"{name}, top-p {sampling.top_p}", lanes, half, False, cut)
         yield decode_case(shapes, f"{half} shared by 1 lane", 1, half)
+    if "drafts" in FLAGS.programs:
+        for drafted in (0, 2, 4, 8):
+            yield decode_case(shapes, f"{drafted} drafted", 1, 0, drafted=drafted)
     if "prefill" in FLAGS.programs:
         yield prefill_case(shapes, 4, 1536)
         yield prefill_case(shapes, 1, 8192)

@@ -43,6 +43,7 @@ RULES: dict[str, dict[str, tuple[tuple[str, ...], ...]]] = {
         "shared_mlp": (("tensor", "fsdp"), ("tensor",)),
         "vocab": (("tensor", "fsdp"), ("tensor",)),
         "lookup": (("data", "expert"),),
+        "draws": ((*_ROWS, "tensor"), _ROWS),
     },
 }
 """For each phase, logical axis -> choices of mesh axes. An axis takes the first choice that divides its size
@@ -51,7 +52,8 @@ An axis without a rule is replicated.
 
 Besides the axes of weights there are `rows` (rollouts and their caches), `tokens` (activations in matmuls),
 `residual` (the residual stream, which is stored for every layer and therefore sharded further between
-matmuls) and `lookup` (embeddings just looked up, whose `embed` axis is sharded like the table's).
+matmuls), `lookup` (embeddings just looked up, whose `embed` axis is sharded like the table's) and `draws`
+(the logits that tokens are drawn from, of all rows and positions).
 
 In training, weights are sharded over `fsdp` and all-gathered layer by layer. Sampling would have to gather
 them for every token, so there `fsdp` acts as additional tensor parallelism, and small activations are moved

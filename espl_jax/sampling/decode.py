@@ -367,9 +367,10 @@ def decode_chunk(
             draft = propose(others, own, texts.length + before, max(drafted, 1))
             tokens = jnp.concatenate([tokens, jnp.maximum(draft[:, :drafted], 0)], axis=1)
         level = forward(params, decoder, tokens, ancestors=(system, held, staging))
-        # Sampling is sharded by rows, however the head's matmul was sharded.
+        # First sharded like the head, then resharded: every device draws some of the tokens.
         logits = unembed(params, decoder, level.hidden.reshape(count * fed, -1))
-        logits = sharding.constrain(logits, ("rows", "vocab"), decoder.phase)
+        logits = sharding.constrain(logits, ("tokens", "vocab"), decoder.phase)
+        logits = sharding.constrain(logits, ("draws", None), decoder.phase)
         if allowed is not None:
             logits = draw.only_allowed(logits, allowed)
         if greedy:
@@ -380,7 +381,8 @@ def decode_chunk(
             uniform = draw.uniforms(jnp.repeat(rows.key, fed, axis=0), positions.reshape(-1))
             token, logprob, untruncated, cutoff = draw.draw(logits, uniform, temperature, truncation)
         token, logprob, untruncated, cutoff = (
-            x.reshape(count, fed) for x in (token, logprob, untruncated, cutoff)
+            sharding.constrain(x.reshape(count, fed), _OF_ROWS, decoder.phase)
+            for x in (token, logprob, untruncated, cutoff)
         )
 
         # The tokens up to and including the first that differs from the draft, stops the row, or reaches its
@@ -438,18 +440,15 @@ def decode_chunk(
     carry = (staging, rows.token, rows.position >= rows.limit, drawn, None if texts is None else texts.own)
     staging, _, _, drawn, _ = jax.lax.while_loop(proceed, body, carry)
 
-    def fold(slots: Slots, staged: Slots, length: jax.Array, filled: jax.Array) -> Slots:
+    def fold(slots: Slots, staged: Slots, length: jax.Array) -> Slots:
         # Row by row, in place: a single scatter for all rows would copy the caches.
         def put(row: jax.Array, slots: Slots) -> Slots:
-            new = _row(staged, row)
-            return _write(slots, _without_gaps(new, filled[row]) if drafted else new, row, length[row])
+            return _write(slots, _row(staged, row), row, length[row])
 
         return jax.lax.fori_loop(0, length.shape[0], put, slots)
 
-    kinds = ("slots", "slots", "rows", "rows")
-    folded = sharding.over_parts(fold, mesh, kinds, "slots")(
-        slots, (staging.key, staging.value), rows.length, staging.filled
-    )
+    staged = _without_gaps(staging) if drafted else (staging.key, staging.value)
+    folded = sharding.over_parts(fold, mesh, ("slots", "slots", "rows"), "slots")(slots, staged, rows.length)
     # Replicated: every process reads all sampled tokens and makes the same scheduling decisions.
     return folded, sharding.constrain_everywhere(drawn, mesh)
 
@@ -480,23 +479,19 @@ def _put(old: jax.Array, new: jax.Array, column: jax.Array, count: jax.Array) ->
     return old
 
 
-def _without_gaps(arrays: Slots, filled: jax.Array) -> Slots:
-    """Moves the filled columns of one row to the front, in order. Columns behind them become zero.
+def _without_gaps(staging: GappedCache) -> Slots:
+    """Moves the filled columns of every row to the front, in order. Columns behind them become zero.
 
     As a product with a matrix of zeros and ones, which is exact; TPUs are slow to gather columns.
-
-    Args:
-      arrays: [L, K, 1, H, C] and [L, K, 1, C, H].
-      filled: bool [C].
     """
-    columns = jnp.arange(len(filled))
-    moves = filled[:, None] & ((jnp.cumsum(filled) - 1)[:, None] == columns)  # [from, to]
+    columns = jnp.arange(staging.filled.shape[1])
+    place = jnp.cumsum(staging.filled, axis=1) - 1
+    moves = staging.filled[:, :, None] & (place[:, :, None] == columns)  # [R, from, to]
 
     def moved(spec: str, x: jax.Array) -> jax.Array:
         return jnp.einsum(spec, x, moves.astype(x.dtype), precision=jax.lax.Precision.HIGHEST)
 
-    key, value = arrays
-    return moved("lkrhc,ct->lkrht", key), moved("lkrch,ct->lkrth", value)
+    return moved("lkrhc,rct->lkrht", staging.key), moved("lkrch,rct->lkrth", staging.value)
 
 
 def _row(arrays: Slots, row: jax.Array) -> Slots:

@@ -25,7 +25,7 @@ from espl_jax.sampling.draft_lengths import Acceptance
 from espl_jax.sampling.draft_texts import DraftTexts
 from espl_jax.sampling.problem_blocks import ProblemBlocks
 from espl_jax.sampling.settings import Sampling
-from espl_jax.sampling.sizes import EXTENDED_TOKENS, SMALLEST, Sizes
+from espl_jax.sampling.sizes import EXTENDED_TOKENS, SMALLEST, Sizes, column_bytes
 from espl_jax.sampling.slots import SlotTable
 
 
@@ -103,6 +103,9 @@ class Scheduler:
         padded, lengths = pad_right(system_tokens)
         self.system = decode.prefill(params, decoder, padded, lengths, mesh=mesh)
         self.texts, self.acceptance = None, Acceptance(count)
+        # Filled columns of the cache with as many bytes as the weights.
+        weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+        self.columns_as_weights = weights / column_bytes(decoder)
         if sampling.draft_tokens:
             prompts_of = [
                 [*system_tokens[n // self.blocks.problems], *prompt] for n, prompt in enumerate(prompts)
@@ -191,8 +194,10 @@ class Scheduler:
         constrained = self._constrained(numbers, live)
         drafted = 0
         if self.texts is not None and not constrained.any():
-            tokens_per_step = len(numbers) // sharding.replicas(self.mesh)
-            drafted = self.acceptance.choose(numbers[live], tokens_per_step, self.sizes.drafts)
+            copies = sharding.replicas(self.mesh)
+            read = 1.0 + float(self.length[numbers[live]].sum()) / copies / self.columns_as_weights
+            width = len(numbers) // copies
+            drafted = self.acceptance.choose(numbers[live], width, read, self.sizes.drafts)
         self.slots, drawn = decode.decode_chunk(
             self.params,
             self.decoder,

@@ -265,6 +265,12 @@ def choose_sizes(
     return tuple(stages)
 
 
+def column_bytes(decoder: DecoderConfig) -> int:
+    """Returns the bytes of one column of a slot, over all devices."""
+    heads, of_key, of_value = decoder.cache_shape
+    return decoder.num_layers * heads * (of_key + of_value) * jnp.dtype(decoder.dtype).itemsize
+
+
 def slots_that_fit(
     decoder: DecoderConfig,
     capacity: int,

@@ -67,7 +67,7 @@ def plain(params):
 @pytest.fixture
 def always(monkeypatch):
     """Makes every chunk draft as much as it may."""
-    monkeypatch.setattr(Acceptance, "choose", lambda self, rows, width, lengths: lengths[-1])
+    monkeypatch.setattr(Acceptance, "choose", lambda self, rows, width, read, lengths: lengths[-1])
 
 
 def assert_same(first, other, params, config=tiny.CONFIG, temperature=1.0, truncation=UNTRUNCATED):
@@ -282,12 +282,12 @@ class TestLengths:
 
     LENGTHS = (0, 2, 4, 8)
 
-    def choose(self, hits, misses, width):
+    def choose(self, hits, misses, width, read=1.0):
         acceptance = Acceptance(4)
         rows = np.arange(4)
         for _ in range(10):
             acceptance.add(rows, np.full(4, hits), np.full(4, misses))
-        return acceptance.choose(rows, width, self.LENGTHS)
+        return acceptance.choose(rows, width, read, self.LENGTHS)
 
     def test_more_where_drafts_are_right(self):
         lengths = [self.choose(hits, 10 - hits, 4) for hits in range(11)]
@@ -296,6 +296,13 @@ class TestLengths:
     def test_more_for_the_last_rows(self):
         lengths = [self.choose(7, 3, width) for width in (1, 4, 16, 64, 1024)]
         assert lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[-1] == 0
+
+    def test_more_where_much_is_read(self):
+        assert self.choose(6, 4, 16, read=1.0) < self.choose(6, 4, 16, read=4.0)
+
+    def test_an_accelerator_computes_while_it_reads(self, monkeypatch):
+        monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+        assert self.choose(6, 4, 60) > 0 and self.choose(6, 4, 2000) == 0
 
     def test_a_row_without_counts_is_like_the_others(self):
         acceptance = Acceptance(3)
