@@ -164,7 +164,10 @@ def main(_: Sequence[str]) -> None:
     )
     print(table(lines), flush=True)
     if _ROWS.value:
-        measured = [speeds(parts, prompts[:1], problems, past[-2], int(rows)) for rows in _ROWS.value]
+        measured = []
+        for rows in _ROWS.value:
+            measured.append(speeds(parts, prompts[:1], problems, past[-2], int(rows)))
+            print(" ".join(measured[-1]), flush=True)
         print(table([["rows", "tokens/s", "with drafts", "ratio"], *measured]))
 
 

@@ -17,6 +17,8 @@ from espl_jax.evolution import lineage
 from espl_jax.evolution import population as populations
 from espl_jax.reflectors.local import local_reflector
 from espl_jax.run import parts, reflection, tasks, update
+from espl_jax.sampling import scheduler
+from espl_jax.sampling.draft_lengths import Acceptance
 from espl_jax.storage import status
 from espl_jax.storage.workdir import read_checkpoint
 from espl_jax.train import train
@@ -269,6 +271,27 @@ def test_a_run_that_fell_over_repeats_what_was_not_saved(straight, tmp_path, mon
     run(tmp_path, num_iterations=4, checkpoint_every=2)
     assert calls["step"] == 5
     assert outcome(tmp_path) == straight[1]
+
+
+def test_a_resumed_run_drafts_the_same(tmp_path, monkeypatch):
+    """Drafts are looked up in earlier rollouts, which a resumed run reads from its log."""
+    seen, texts = [], scheduler.DraftTexts
+
+    def listen(prompts, problems, past, **settings):
+        seen.append([[text.tolist() for text in of_problem] for of_problem in past])
+        return texts(prompts, problems, past, **settings)
+
+    monkeypatch.setattr(scheduler, "DraftTexts", listen)
+    monkeypatch.setattr(Acceptance, "choose", lambda self, rows, width, read, lengths: lengths[-1])
+    settings = {"sampling__draft_tokens": 2, "batch_size": 6, "evaluation__every": 0, "mode": "rl"}
+    run(tmp_path / "straight", num_iterations=3, **settings)
+    begun, seen[:] = seen[:3], []
+    assert [sum(map(len, past)) for past in begun] == [0, 36, 72]
+    run(tmp_path / "resumed", num_iterations=2, **settings)
+    seen.clear()
+    run(tmp_path / "resumed", num_iterations=3, **settings)
+    assert seen[0] == begun[2]
+    assert outcome(tmp_path / "resumed") == outcome(tmp_path / "straight")
 
 
 def test_every_rating_follows_from_the_logs(straight, tmp_path):
