@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from espl_jax.models import experts, grouped, lora, transformer
+from espl_jax.models import experts, grouped, grouped_int8, lora, transformer
 from espl_jax.models.config import Experts, Latent, config_from_dict
 from espl_jax.models.params import abstract
 from espl_jax.parallel import sharding
@@ -67,6 +67,40 @@ def test_grouped_products(sizes, precision):
     np.testing.assert_array_equal(x_bar, np.einsum("ro,rio->ri", 2 * wanted, each))
     outer = np.einsum("ri,ro->rio", x, 2 * wanted)
     np.testing.assert_array_equal(weight_bar, np.stack([outer[of == e].sum(0) for e in range(3)]))
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 4), (0, 0, 0), (0, 9, 0), (2, 3, 4)])
+@pytest.mark.parametrize("precision", ["default", "bfloat16"])
+def test_grouped_products_of_int8(sizes, precision):
+    """With scales of powers of two, exact; the same by the TPU kernel, which is interpreted here."""
+    rng = np.random.default_rng(1)
+    config = CONFIG.replace(matmul_precision=precision)
+    x = rng.integers(-4, 5, (9, 5)).astype(np.float32)
+    weight, scale = rng.integers(-127, 128, (3, 5, 2), np.int8), 2.0 ** rng.integers(-3, 4, (3, 2))
+    scale, g = scale.astype(np.float32), rng.integers(-4, 5, (9, 2)).astype(np.float32)
+    of = np.repeat(np.arange(4), [*sizes, 9 - sum(sizes)])
+    each = np.concatenate([weight * scale[:, None], np.zeros((1, 5, 2), np.float32)])[of]
+    arguments, given = jnp.array(sizes, jnp.int32), (jnp.asarray(weight), jnp.asarray(scale))
+
+    def ours(x):
+        return grouped.product(x, given[0], arguments, config, given[1])
+
+    out, pull_back = jax.vjp(ours, jnp.asarray(x))
+    wanted, x_bar = np.einsum("ri,rio->ro", x, each), np.einsum("ro,rio->ri", g, each)
+    np.testing.assert_array_equal(out, wanted)
+    np.testing.assert_array_equal(pull_back(jnp.asarray(g))[0], x_bar)
+    stacks = [grouped.InStack(jnp.stack([0 * each, each]), jnp.int32(1)) for each in given]
+    out = jax.jit(lambda x, *stacks: grouped.product(x, stacks[0], arguments, config, stacks[1]))(x, *stacks)
+    np.testing.assert_array_equal(out, wanted)
+
+    # Of the second of two layers; tiles that divide neither rows, inputs nor outputs.
+    every = jnp.concatenate([0 * arguments, arguments])
+    both = jnp.concatenate([given[0], given[0]])
+    for rows, transposed, expected in ((x, False, wanted), (g, True, x_bar)):
+        padded = jnp.pad(rows, ((0, 7), (0, 0)))
+        kernel = functools.partial(grouped_int8.product, transposed=transposed, interpret=True)
+        out = kernel(padded, both, given[1], every, "float32", (8, 3, 1 if transposed else 2))[:9]
+        np.testing.assert_array_equal(np.where((of < 3)[:, None], out, 0), expected)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
