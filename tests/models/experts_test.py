@@ -2,7 +2,12 @@
 
 import dataclasses
 import functools
+import importlib.util
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +22,7 @@ from espl_jax.sampling import draw
 from tests.support import tiny
 from tests.support.flat import sample_tree
 
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = tiny.CONFIG.replace(vocab_size=64, experts=Experts(count=8, active=2, mlp_dim=12))
 DEEPSEEK = CONFIG.replace(  # latent attention, dense layers first, sigmoids, groups and a shared expert
     num_layers=3,
@@ -101,6 +107,44 @@ def test_grouped_products_of_int8(sizes, precision):
         kernel = functools.partial(grouped_int8.product, transposed=transposed, interpret=True)
         out = kernel(padded, both, given[1], every, "float32", (8, 3, 1 if transposed else 2))[:9]
         np.testing.assert_array_equal(np.where((of < 3)[:, None], out, 0), expected)
+
+
+TPU_PROGRAM = """
+from espl_jax.plan import tpu_compiler
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from espl_jax.models import grouped
+from tests.support import tiny
+
+mesh = Mesh(np.array(tpu_compiler.devices("v5e:2x2")[:1]), ("data",))
+config = tiny.CONFIG.replace(dtype="bfloat16")
+
+def run(x, weight, scale, stack, scales, sizes, layer):
+    out, pull_back = jax.vjp(lambda x: grouped.product(x, weight, sizes, config, scale), x)
+    stacks = (grouped.InStack(each, layer) for each in (stack, scales))
+    return pull_back(out), grouped.product(x, next(stacks), sizes, config, next(stacks))
+
+shapes = [((64, 2880), "bfloat16"), ((4, 2880, 768), "int8"), ((4, 768), "float32")]
+shapes += [((3, *shapes[1][0]), "int8"), ((3, 4, 768), "float32"), ((4,), "int32"), ((), "int32")]
+given = [jax.ShapeDtypeStruct(*each, sharding=NamedSharding(mesh, PartitionSpec())) for each in shapes]
+compiled = jax.jit(run).lower(*given).compile()
+assert compiled.memory_analysis().temp_size_in_bytes < 2**20, "a copy of matrices"
+print(compiled.as_text().count('custom_call_target="tpu_custom_call"'))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed; pip install libtpu"
+)
+def test_the_kernel_for_int8_compiles_for_a_tpu():
+    """Forward, backward and in a stack, without a copy of matrices in another dtype."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    command = [sys.executable, "-c", TPU_PROGRAM]
+    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.split() == ["3"]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
