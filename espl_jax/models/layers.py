@@ -78,7 +78,12 @@ def check_ids(name: str, ids: Any, decoder: DecoderConfig, lengths: Any = None) 
 
 
 def einsum(
-    spec: str, x: jax.Array, linear: Linear, decoder: DecoderConfig, out_dtype: str | None = None
+    spec: str,
+    x: jax.Array,
+    linear: Linear,
+    decoder: DecoderConfig,
+    out_dtype: str | None = None,
+    contracts: str = "",
 ) -> jax.Array:
     """Applies a linear layer. Every use of a linear weight goes through this function.
 
@@ -93,6 +98,7 @@ def einsum(
         result...].
       decoder: numerics and `lora_scale`.
       out_dtype: dtype of the result, where rounding to `decoder.dtype` would lose too much.
+      contracts: logical axis of the contracted dims of which devices may each hold a part.
 
     Returns:
       The result; in float32 if `matmul_precision` is `bfloat16`, else in `out_dtype` or `decoder.dtype`.
@@ -101,7 +107,10 @@ def einsum(
     left, right = inputs.split(",")
     contracted = "".join(c for c in right if c in left)
     kept = "".join(c for c in right if c not in left)
-    scale = linear.get(SCALE)
+    scale, accumulated = linear.get(SCALE), "float32"
+    if contracts and sharding.splits(x, left.index(contracted[0]), contracts, decoder.phase):
+        # Devices sum their parts of the result in this dtype, before it is scaled.
+        accumulated = decoder.dtype
     if OUTPUTS_FIRST in linear:
         weights, layer = linear[OUTPUTS_FIRST]
         multiply = functools.partial(product, f"{left},{kept}{contracted}->{result}", x)
@@ -109,7 +118,7 @@ def einsum(
         branches = [functools.partial(multiply, w, decoder, out_dtype, scale) for w in weights]
         out = jax.lax.switch(layer, branches)
     else:
-        out = product(spec, x, linear["weight"], decoder, out_dtype, scale)
+        out = product(spec, x, linear["weight"], decoder, out_dtype, scale, accumulated)
     if "lora_a" in linear:
         batch = "".join(c for c in left if c not in contracted)
         low = product(f"{left},{contracted}r->{batch}r", x, linear["lora_a"], decoder)
@@ -129,15 +138,16 @@ def product(
     decoder: DecoderConfig,
     out_dtype: str | None = None,
     scale: jax.Array | None = None,
+    accumulated: str = "float32",
 ) -> jax.Array:
     """Computes `einsum` without adapter and bias, with the dtypes and precision of `decoder`.
 
-    An int8 weight is multiplied in the compute dtype, which holds its values exactly, and its `scale`
-    multiplies the float32 result. Such a weight has no gradient.
+    An int8 weight is multiplied in the compute dtype, which holds its values exactly. The result, in the
+    dtype `accumulated`, is multiplied by its `scale` in float32. Such a weight has no gradient.
     """
     if scale is None:
         return _product(spec, x, weight, decoder, out_dtype)
-    return _scaled(_product, spec, decoder, out_dtype, x, weight, scale)
+    return _scaled(_product, spec, decoder, (accumulated, out_dtype), x, weight, scale)
 
 
 def _product(
@@ -166,7 +176,7 @@ def product_by_head(
     """Computes `product` with one matrix per head: the letter of heads is in both operands and the result."""
     if scale is None:
         return _product_by_head(spec, x, weight, decoder)
-    return _scaled(_product_by_head, spec, decoder, None, x, weight, scale)
+    return _scaled(_product_by_head, spec, decoder, ("float32", None), x, weight, scale)
 
 
 def _product_by_head(
@@ -184,13 +194,17 @@ def _scaled(
     multiply: Callable[..., jax.Array],
     spec: str,
     decoder: DecoderConfig,
-    out_dtype: str | None,
+    dtypes: tuple[str, str | None],
     x: jax.Array,
     weight: jax.Array,
     scale: jax.Array,
 ) -> jax.Array:
-    """Multiplies by an int8 weight with the function `multiply`, scales the result, and then rounds it."""
-    out = multiply(spec, x, weight, decoder, "float32").astype(jnp.float32)
+    """Multiplies by an int8 weight with the function `multiply`, scales the result, and then rounds it.
+
+    `dtypes` are `accumulated` and `out_dtype` of `product`.
+    """
+    accumulated, out_dtype = dtypes
+    out = multiply(spec, x, weight, decoder, accumulated).astype(jnp.float32)
     rounds = decoder.matmul_precision == "bfloat16"
     return (out * _spread(scale, spec)).astype("float32" if rounds else out_dtype or decoder.dtype)
 
@@ -204,12 +218,12 @@ def _spread(scale: jax.Array, spec: str) -> jax.Array:
     return ordered.reshape([next(sizes) if c in letters else 1 for c in result])
 
 
-def _scaled_forward(multiply, spec, decoder, out_dtype, x, weight, scale):
-    out = _scaled(multiply, spec, decoder, out_dtype, x, weight, scale)
+def _scaled_forward(multiply, spec, decoder, dtypes, x, weight, scale):
+    out = _scaled(multiply, spec, decoder, dtypes, x, weight, scale)
     return out, (jnp.empty(0, x.dtype), weight, scale)
 
 
-def _scaled_backward(multiply, spec, decoder, out_dtype, residuals, g: jax.Array):
+def _scaled_backward(multiply, spec, decoder, dtypes, residuals, g: jax.Array):
     # The scale belongs to what this product contracts, so it joins the cotangent, in whose dtype the product
     # is computed as it would be for a float weight.
     like, weight, scale = residuals
@@ -294,7 +308,7 @@ def gated_mlp(x: jax.Array, weights: dict[str, Any], decoder: DecoderConfig) -> 
 
     gate = placed(einsum("td,df->tf", x, weights["gate"], decoder))
     up = placed(einsum("td,df->tf", x, weights["up"], decoder))
-    return einsum("tf,fd->td", placed(gated(gate, up, decoder)), weights["down"], decoder)
+    return einsum("tf,fd->td", placed(gated(gate, up, decoder)), weights["down"], decoder, contracts="mlp")
 
 
 def gated(gate: jax.Array, up: jax.Array, decoder: DecoderConfig) -> jax.Array:

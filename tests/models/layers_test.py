@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from espl_jax.models import int8, layers
+from espl_jax.parallel import sharding
 from tests.support import tiny
 
 SIZES = {"t": 5, "d": 12, "n": 3, "k": 2, "h": 4, "f": 7, "v": 11, "r": 2}
@@ -177,6 +178,23 @@ class TestInt8:
         logits = layers.einsum("td,vd->tv", hidden, table, config, "float32")
         assert logits.dtype == jnp.float32
         np.testing.assert_allclose(logits, [[-0.1, -131 * 0.3]], rtol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("sizes", "accumulated"), [({"tensor": 8}, "bfloat16"), ({"data": 8}, "float32")]
+    )
+    def test_devices_sum_their_parts_in_the_compute_dtype(self, sizes, accumulated):
+        """Devices on `data` hold all of what is contracted: nothing is rounded before the scale."""
+        config = tiny.CONFIG.replace(dtype="bfloat16", phase="training")
+        x, weight = normal("td", 0), np.random.default_rng(1).normal(size=(12, 16)).astype(np.float32)
+        x = np.concatenate([x, x], axis=1)[:, :16]
+        values, scale, floats = rounded_to_int8("tf,fd->td", weight.T)
+        x = sharding.replicate(jnp.asarray(x, jnp.bfloat16), sharding.make_mesh(sizes))
+        linear = {"weight": values, "weight_scale": scale}
+        run = jax.jit(lambda x: layers.einsum("tf,fd->td", x, linear, config, contracts="mlp"))
+        assert f"preferred_element_type={accumulated}" in str(run.trace(x).jaxpr)
+        out = run(x)
+        assert out.dtype == jnp.bfloat16
+        assert tiny.relative_error(out, np.asarray(x, np.float32) @ floats) < 1e-2
 
 
 class TestOutputsFirst:
