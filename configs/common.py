@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     c.model.source = "smollm2"  # or qwen2.5-coder-0.5b, a .gguf file, a safetensors folder, org/name (Hub)
     # "auto" is resolved for the machine. The resolved values are recorded, and a resumed run keeps them.
     c.model.dtype = "auto"  # dtype of the KV cache and of matmul operands: float32 or bfloat16
-    c.model.param_dtype = "auto"  # storage dtype of frozen weights; trained weights are always float32
+    c.model.param_dtype = "auto"  # dtype of frozen weights: float32, bfloat16, int8; trained ones are float32
     c.model.matmul_precision = (
         "auto"  # default (follows dtype), highest, or bfloat16 (rounds matmul operands)
     )

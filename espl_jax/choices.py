@@ -2,6 +2,10 @@
 
 MODES = ("espl", "rl", "evolution", "reflection")
 
+DTYPES = ("float32", "bfloat16")
+PARAM_DTYPES = (*DTYPES, "int8")
+"""Storage dtypes of weights; int8 is for weights that are not trained."""
+
 MATMUL_PRECISIONS = ("default", "highest", "bfloat16")
 REMATS = ("none", "attention", "products", "full", "rounded", "offload")
 SAMPLING_LAYOUTS = ("auto", "stacked", "unstacked")

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from configs import hmmt
-from espl_jax.choices import REMATS
+from espl_jax.choices import PARAM_DTYPES, REMATS
 from espl_jax.console.tables import table
 from espl_jax.parallel import sharding
 from espl_jax.parallel.memory import bytes_per_device
@@ -64,6 +64,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("topology", "v5e:2x4", "TPU to compile for, e.g. v5e:2x4, v4:2x2x2, v6e:4x4.")
 flags.DEFINE_list("mesh", ["tensor=-1"], "Devices by axis, e.g. fsdp=2,tensor=4; one may be -1.")
 flags.DEFINE_enum("model", "qwen3-8b", sorted(MODELS), "Model whose shapes to use.")
+flags.DEFINE_enum("param_dtype", "bfloat16", PARAM_DTYPES, "Storage dtype of frozen weights.")
 flags.DEFINE_enum("remat", "full", REMATS, "Activation checkpointing of updates.")
 flags.DEFINE_list("programs", PROGRAMS[:3], f"Our programs to compile, some of {', '.join(PROGRAMS)}.")
 flags.DEFINE_bool("tunix", True, "Compile google-tunix's decode step too.")
@@ -311,7 +312,7 @@ def main(_: list[str]) -> None:
         )
     if importlib.util.find_spec("libtpu") is None:
         raise app.UsageError("libtpu, the TPU compiler, is missing; pip install libtpu")
-    numerics = {"dtype": "bfloat16", "param_dtype": "bfloat16", "remat": FLAGS.remat}
+    numerics = {"dtype": "bfloat16", "param_dtype": FLAGS.param_dtype, "remat": FLAGS.remat}
     config = from_hf_config(MODELS[FLAGS.model], **numerics)
     peer = tunix() if FLAGS.tunix else None
     devices = tpu_compiler.devices(FLAGS.topology)

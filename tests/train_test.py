@@ -167,6 +167,17 @@ def test_copies_of_a_prompt_are_one_player(tmp_path):
 
 
 @pytest.mark.slow
+def test_adapters_of_int8_weights(tmp_path):
+    """Sampler and trainer, and the reference of the KL, use the same rounded weights."""
+    changes = {"model__param_dtype": "int8", "model__sampling_layout": "unstacked", "loss__kl_coef": 0.1}
+    run(tmp_path, mode="rl", **changes)
+    first, second = lines(tmp_path, "metrics")
+    assert max(first["log_ratio_abs"], second["log_ratio_abs"]) < 1e-4
+    assert first["grad_norm"] > 0 and 0 <= first["kl"] < 1e-6 < second["kl"]
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["param_dtype"] == "int8"
+
+
+@pytest.mark.slow
 def test_full_fine_tuning_leaves_the_reference_alone(tmp_path):
     before = jax.device_get(fakes.model(remat="none", param_dtype="float32", dtype="float32").params)
     settings = {

@@ -13,12 +13,10 @@ import sys
 
 from absl import app, flags
 
-from espl_jax.choices import ENVIRONMENTS, MATMUL_PRECISIONS
+from espl_jax.choices import DTYPES, ENVIRONMENTS, MATMUL_PRECISIONS, PARAM_DTYPES
 from espl_jax.console import command_line
 from espl_jax.evaluate.request import read_request
 from espl_jax.text.tool_calls import FORMATS
-
-DTYPES = ("float32", "bfloat16")
 
 flags.DEFINE_multi_string(
     "model", None, "smollm2, qwen2.5-coder-0.5b, a .gguf file, a folder, a name on the Hub, or a workdir."
@@ -73,7 +71,7 @@ flags.DEFINE_string(
 )
 flags.DEFINE_bool("show_thinking", None, "Grade thinking blocks too; default: as in the run, else no.")
 flags.DEFINE_enum("dtype", None, DTYPES, "Dtype of the KV cache and of matmul operands; default: auto.")
-flags.DEFINE_enum("param_dtype", None, DTYPES, "Storage dtype of weights; default: auto.")
+flags.DEFINE_enum("param_dtype", None, PARAM_DTYPES, "Storage dtype of weights; default: auto.")
 flags.DEFINE_enum("matmul_precision", None, MATMUL_PRECISIONS, "Precision of matmul operands; default: auto.")
 flags.DEFINE_list("mesh", [], "Mesh axes: data=1,fsdp=-1,tensor=2; -1: all remaining devices.")
 flags.DEFINE_multi_string(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from espl_jax.choices import MATMUL_PRECISIONS, REMATS, SAMPLING_LAYOUTS
+from espl_jax.choices import DTYPES, MATMUL_PRECISIONS, PARAM_DTYPES, REMATS, SAMPLING_LAYOUTS
 
 ACTIVATIONS = ("silu", "gelu_tanh", "clamped_swiglu")
 PHASES = ("training", "sampling")
@@ -209,7 +209,9 @@ class DecoderConfig:
       dtype: dtype of the KV cache and of matmul operands, `float32` or `bfloat16`. The residual stream is
         always float32: rounding it in every layer would put sampler and trainer 0.03 nats per token apart.
         jax and numpy dtypes are accepted and converted to their names.
-      param_dtype: storage dtype of the weights; same choices.
+      param_dtype: storage dtype of the weights; same choices, or `int8` for weights that are not trained.
+        Matmul weights are then int8 with one float32 scale per output channel (`models.int8`), and
+        everything else (norms, biases, sinks, the router) has `dtype`.
       matmul_precision: `default` multiplies in `dtype`; `highest` requests full float32 products on
         accelerators that would otherwise round; `bfloat16` rounds operands and cotangents to bfloat16 and
         accumulates in float32, which is fast on CPUs with AMX.
@@ -313,12 +315,17 @@ class DecoderConfig:
             "remat": REMATS,
             "phase": PHASES,
             "sampling_layout": SAMPLING_LAYOUTS,
-            "dtype": ("float32", "bfloat16"),
-            "param_dtype": ("float32", "bfloat16"),
+            "dtype": DTYPES,
+            "param_dtype": PARAM_DTYPES,
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}={getattr(self, field)!r} is unknown; choose one of {allowed}")
+
+    @property
+    def float_dtype(self) -> str:
+        """Storage dtype of the weights that are not in int8."""
+        return self.dtype if self.param_dtype == "int8" else self.param_dtype
 
     @property
     def routing_shape(self) -> tuple[int, int]:

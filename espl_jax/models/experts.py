@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from espl_jax.models import grouped, layers
 from espl_jax.models.config import DecoderConfig, Experts
-from espl_jax.models.params import ADAPTER, Params
+from espl_jax.models.params import ADAPTER, SCALE, Params
 from espl_jax.parallel import sharding
 
 ROW_BYTES = 2**30
@@ -270,7 +270,7 @@ def _linear(
 
     `number`, int32 [R], is the expert of each row. [R, inputs] -> [R, outputs].
     """
-    out = grouped.product(x, linear["weight"], sizes, decoder)
+    out = grouped.product(x, linear["weight"], sizes, decoder, linear.get(SCALE))
     if "lora_a" in linear:
         low = grouped.product(x, linear["lora_a"], sizes, decoder)
         out = out + decoder.lora_scale * grouped.product(low, linear["lora_b"], sizes, decoder)

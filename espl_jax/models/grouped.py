@@ -6,8 +6,9 @@ Per backend:
   rows. They compute the products of the rows, and read the matrices of these groups alone. The program that
   libtpu 0.0.52 compiles from `lax.ragged_dot` reads the matrices of all groups, and has a product of all rows
   with each of them, under a mask.
+  For int8 matrices, which these kernels refuse, the kernel of `grouped_int8` converts each part on chip.
 - Elsewhere: `lax.ragged_dot`. On CPU this is a product of all rows with all groups as well: correct, and E /
-  active times as expensive as needed.
+  active times as expensive as needed. Int8 matrices are converted as a whole.
 
 Shape letters: R rows, E groups, I inputs, O outputs.
 """
@@ -16,12 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
+from espl_jax.models import grouped_int8
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.splash import on_tpu
 
@@ -35,7 +37,7 @@ can visit, which the shapes of a stack do not show."""
 
 
 class InStack(NamedTuple):
-    """The matrices of one layer, or its biases, read in place from those of all layers.
+    """The matrices of one layer, or its biases or scales, read in place from those of all layers.
 
     Attributes:
       weights: [L, E, I, O], or [L, E, O].
@@ -56,16 +58,23 @@ class _How:
     kernel: bool
 
 
-def product(x: jax.Array, weight: jax.Array | InStack, sizes: jax.Array, decoder: DecoderConfig) -> jax.Array:
+def product(
+    x: jax.Array,
+    weight: jax.Array | InStack,
+    sizes: jax.Array,
+    decoder: DecoderConfig,
+    scale: jax.Array | InStack | None = None,
+) -> jax.Array:
     """Multiplies each group of rows by its matrix.
 
-    Differentiable in `x`, and in `weight` unless it is `InStack`.
+    Differentiable in `x` unless `weight` is `InStack`, and in a float `weight`.
 
     Args:
       x: [R, I], sorted by group.
       weight: [E, I, O], or one layer of such a stack.
       sizes: int32 [E], number of rows of each group; their sum may be less than R.
       decoder: `dtype`, `matmul_precision`.
+      scale: float32 [E, O], the scales of the outputs of int8 matrices, or one layer of a stack of them.
 
     Returns:
       [R, O], zero for rows that are in no group; float32 if `matmul_precision` is `bfloat16` (operands and
@@ -82,12 +91,17 @@ def product(x: jax.Array, weight: jax.Array | InStack, sizes: jax.Array, decoder
     total = decoder.experts.count if decoder.experts else len(sizes)
     with jax.named_scope(SCOPE.format(len(sizes), total)):
         if not isinstance(weight, InStack):
-            return _product(how, x, weight, sizes)
-        stack, layer = weight
+            assert not isinstance(scale, InStack)
+            return _product(how, x, weight, sizes) if scale is None else _scaled(how, x, weight, scale, sizes)
+        (stack, layer), of_layer = weight, None if scale is None else _of_layer(scale)
         if not how.kernel:
-            return _forward(how, x, jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False), sizes)
+            return _forward(how, x, _of_layer(weight), sizes, of_layer)
         every = jnp.zeros(stack.shape[:2], jnp.int32).at[layer].set(sizes).reshape(-1)
-        return _forward(how, x, stack.reshape(-1, *stack.shape[2:]), every)
+        return _forward(how, x, stack.reshape(-1, *stack.shape[2:]), every, of_layer)
+
+
+def _of_layer(given: Any) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(given.weights, given.layer, keepdims=False)
 
 
 def add_bias(x: jax.Array, bias: jax.Array | InStack, group: jax.Array) -> jax.Array:
@@ -151,19 +165,59 @@ def _product_backward(how: _How, operands: tuple[jax.Array, jax.Array, jax.Array
 _product.defvjp(_product_forward, _product_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scaled(how: _How, x: jax.Array, weight: jax.Array, scale: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Multiplies by int8 matrices, which have no gradient."""
+    return _forward(how, x, weight, sizes, scale)
+
+
+def _scaled_forward(how: _How, x: jax.Array, weight: jax.Array, scale: jax.Array, sizes: jax.Array):
+    return _forward(how, x, weight, sizes, scale), (jnp.empty(0, x.dtype), weight, scale, sizes)
+
+
+def _scaled_backward(how: _How, residuals: tuple[jax.Array, ...], g: jax.Array):
+    like, weight, scale, sizes = residuals
+    x_bar = _forward(how, g, weight, sizes, scale, transposed=True)
+    return x_bar.astype(like.dtype), None, None, None
+
+
+_scaled.defvjp(_scaled_forward, _scaled_backward)
+
+
 def _forward(
-    how: _How, x: jax.Array, weight: jax.Array, sizes: jax.Array, transposed: bool = False
+    how: _How,
+    x: jax.Array,
+    weight: jax.Array,
+    sizes: jax.Array,
+    scale: jax.Array | None = None,
+    transposed: bool = False,
 ) -> jax.Array:
-    """Multiplies groups of rows [R, I] by [E, I, O], or by the transpose of [E, O, I]. Returns [R, O]."""
-    x, weight = x.astype(how.operands), weight.astype(how.operands)
-    if not how.kernel:
-        weight = weight.swapaxes(1, 2) if transposed else weight
-        return jax.lax.ragged_dot(x, weight, sizes, how.precision, how.results)
+    """Multiplies groups of rows [R, I] by [E, I, O], or by the transpose of [E, O, I]. Returns [R, O].
+
+    The scales of int8 matrices belong to their last axis.
+    """
     rows = x.shape[0]
+    if not how.kernel:
+        if scale is not None:
+            # Rows that are in no group get some scale; their products are 0.
+            scale = jnp.repeat(scale, sizes, axis=0, total_repeat_length=rows)
+        if scale is not None and transposed:
+            x = x.astype(jnp.float32) * scale
+        x, weight = x.astype(how.operands), weight.astype(how.operands)
+        weight = weight.swapaxes(1, 2) if transposed else weight
+        if scale is None or transposed:
+            return jax.lax.ragged_dot(x, weight, sizes, how.precision, how.results)
+        out = jax.lax.ragged_dot(x, weight, sizes, how.precision, jnp.float32)
+        return (out * scale).astype(how.results)
+    x = x.astype(how.operands)
     inputs, outputs = weight.shape[1:][:: -1 if transposed else 1]
-    tiles = _tiles(rows, inputs, outputs, weight.dtype.itemsize)
+    tiles = _tiles(rows, inputs, outputs, x.dtype.itemsize)
     x = jnp.pad(x, ((0, -rows % tiles[0]), (0, 0)))
-    out = gmm(x, weight, sizes, jnp.dtype(how.results), tiles, transpose_rhs=transposed)[:rows]
+    if scale is None:
+        weight = weight.astype(how.operands)
+        out = gmm(x, weight, sizes, jnp.dtype(how.results), tiles, transpose_rhs=transposed)[:rows]
+    else:
+        out = grouped_int8.product(x, weight, scale, sizes, how.results, tiles, transposed)[:rows]
     # The kernel does not write rows that are in no group.
     return jnp.where(jnp.arange(rows)[:, None] < sizes.sum(), out, 0)
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from espl_jax.models import layers, rope
 from espl_jax.models.attention import Source, is_decoding
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.params import Params
+from espl_jax.models.params import SCALE, Params
 from espl_jax.parallel import sharding
 
 
@@ -124,7 +124,9 @@ def absorb(query: jax.Array, kv_up: layers.Linear, decoder: DecoderConfig) -> ja
     """Returns queries that are compared with rotated keys and latents: [T, N, U + P] -> [T, N, P + C]."""
     plain, turned = jnp.split(query, [_unrotated(decoder)], axis=-1)
     keys = _columns(kv_up, slice(None, plain.shape[-1]))
-    out = layers.product_by_head("tnh,cnh->tnc", plain, keys["weight"], decoder)
+    # The outputs of the map from latents to keys are contracted here, so their scales belong to the queries.
+    scaled = plain.astype(jnp.float32) * keys[SCALE] if SCALE in keys else plain
+    out = layers.product_by_head("tnh,cnh->tnc", scaled.astype(plain.dtype), keys["weight"], decoder)
     if "lora_a" in keys:
         low = layers.product_by_head("tnh,rnh->tnr", plain, keys["lora_b"], decoder)
         out = out + decoder.lora_scale * layers.product("tnr,cr->tnc", low, keys["lora_a"], decoder)
@@ -134,7 +136,7 @@ def absorb(query: jax.Array, kv_up: layers.Linear, decoder: DecoderConfig) -> ja
 def values(attended: jax.Array, kv_up: layers.Linear, decoder: DecoderConfig) -> jax.Array:
     """Returns the values that belong to averaged latents, [T, N, C] -> [T, N, V]."""
     up = _columns(kv_up, slice(_unrotated(decoder), None))
-    out = layers.product_by_head("tnc,cnh->tnh", attended, up["weight"], decoder)
+    out = layers.product_by_head("tnc,cnh->tnh", attended, up["weight"], decoder, up.get(SCALE))
     if "lora_a" in up:
         low = layers.product("tnc,cr->tnr", attended, up["lora_a"], decoder)
         out = out + decoder.lora_scale * layers.product_by_head("tnr,rnh->tnh", low, up["lora_b"], decoder)

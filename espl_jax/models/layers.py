@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from espl_jax.models.config import DecoderConfig
+from espl_jax.models.params import SCALE
 from espl_jax.parallel import sharding
 
 Linear = dict[str, jax.Array]
-"""Arrays of a linear layer: `weight` (or `outputs_first`), optionally `bias`, and `lora_a` and `lora_b` with
-an adapter."""
+"""Arrays of a linear layer: `weight` (or `outputs_first`), `weight_scale` if that is int8, optionally `bias`,
+and `lora_a` and `lora_b` with an adapter."""
 
 OUTPUTS_FIRST = "outputs_first"
 """Name of an `Unstacked` weight, in place of `weight`: its output axes come before its input axes."""
@@ -76,7 +78,12 @@ def check_ids(name: str, ids: Any, decoder: DecoderConfig, lengths: Any = None) 
 
 
 def einsum(
-    spec: str, x: jax.Array, linear: Linear, decoder: DecoderConfig, out_dtype: str | None = None
+    spec: str,
+    x: jax.Array,
+    linear: Linear,
+    decoder: DecoderConfig,
+    out_dtype: str | None = None,
+    contracts: str = "",
 ) -> jax.Array:
     """Applies a linear layer. Every use of a linear weight goes through this function.
 
@@ -86,10 +93,12 @@ def einsum(
     Args:
       spec: einsum subscripts `x,weight->out`; the letter `r` is reserved for the adapter's rank.
       x: activations.
-      linear: `weight`; optionally `lora_a` [contracted dims of the weight..., r], `lora_b` [r, other dims...]
-        and `bias` [last dims of the result...].
+      linear: `weight`; `weight_scale` [other dims of the weight...] if that is int8; optionally `lora_a`
+        [contracted dims of the weight..., r], `lora_b` [r, other dims...] and `bias` [last dims of the
+        result...].
       decoder: numerics and `lora_scale`.
       out_dtype: dtype of the result, where rounding to `decoder.dtype` would lose too much.
+      contracts: logical axis of the contracted dims of which devices may each hold a part.
 
     Returns:
       The result; in float32 if `matmul_precision` is `bfloat16`, else in `out_dtype` or `decoder.dtype`.
@@ -98,14 +107,19 @@ def einsum(
     left, right = inputs.split(",")
     contracted = "".join(c for c in right if c in left)
     kept = "".join(c for c in right if c not in left)
+    scale, accumulated = linear.get(SCALE), "float32"
+    if scale is not None and contracts:
+        if sharding.splits(x, left.index(contracted[0]), contracts, decoder.phase):
+            # Devices sum their parts of the result in this dtype, before it is scaled.
+            accumulated = decoder.dtype
     if OUTPUTS_FIRST in linear:
         weights, layer = linear[OUTPUTS_FIRST]
         multiply = functools.partial(product, f"{left},{kept}{contracted}->{result}", x)
         # Switch between matmuls, not between weights: selecting a weight would copy it.
-        branches = [functools.partial(multiply, w, decoder, out_dtype) for w in weights]
+        branches = [functools.partial(multiply, w, decoder, out_dtype, scale) for w in weights]
         out = jax.lax.switch(layer, branches)
     else:
-        out = product(spec, x, linear["weight"], decoder, out_dtype)
+        out = product(spec, x, linear["weight"], decoder, out_dtype, scale, accumulated)
     if "lora_a" in linear:
         batch = "".join(c for c in left if c not in contracted)
         low = product(f"{left},{contracted}r->{batch}r", x, linear["lora_a"], decoder)
@@ -119,9 +133,27 @@ def einsum(
 
 
 def product(
+    spec: str,
+    x: jax.Array,
+    weight: jax.Array,
+    decoder: DecoderConfig,
+    out_dtype: str | None = None,
+    scale: jax.Array | None = None,
+    accumulated: str = "float32",
+) -> jax.Array:
+    """Computes `einsum` without adapter and bias, with the dtypes and precision of `decoder`.
+
+    An int8 weight is multiplied in the compute dtype, which holds its values exactly. The result, in the
+    dtype `accumulated`, is multiplied by its `scale` in float32. Such a weight has no gradient.
+    """
+    if scale is None:
+        return _product(spec, x, weight, decoder, out_dtype)
+    return _scaled(_product, spec, decoder, (accumulated, out_dtype), x, weight, scale)
+
+
+def _product(
     spec: str, x: jax.Array, weight: jax.Array, decoder: DecoderConfig, out_dtype: str | None = None
 ) -> jax.Array:
-    """Computes `einsum` without adapter and bias, with the dtypes and precision of `decoder`."""
     if decoder.matmul_precision == "bfloat16":
         return _bfloat16_product(spec, x, weight)
     precision = jax.lax.Precision.HIGHEST if decoder.matmul_precision == "highest" else None
@@ -139,14 +171,71 @@ def product(
     return multiply(spec, x, weight)
 
 
-def product_by_head(spec: str, x: jax.Array, weight: jax.Array, decoder: DecoderConfig) -> jax.Array:
+def product_by_head(
+    spec: str, x: jax.Array, weight: jax.Array, decoder: DecoderConfig, scale: jax.Array | None = None
+) -> jax.Array:
     """Computes `product` with one matrix per head: the letter of heads is in both operands and the result."""
+    if scale is None:
+        return _product_by_head(spec, x, weight, decoder)
+    return _scaled(_product_by_head, spec, decoder, ("float32", None), x, weight, scale)
+
+
+def _product_by_head(
+    spec: str, x: jax.Array, weight: jax.Array, decoder: DecoderConfig, out_dtype: str | None = None
+) -> jax.Array:
     rounds = decoder.matmul_precision == "bfloat16"
     precision = jax.lax.Precision.HIGHEST if decoder.matmul_precision == "highest" else None
     x, weight = (each.astype("bfloat16" if rounds else decoder.dtype) for each in (x, weight))
-    return jnp.einsum(
-        spec, x, weight, precision=precision, preferred_element_type="float32" if rounds else None
-    )
+    out_dtype = "float32" if rounds else out_dtype
+    return jnp.einsum(spec, x, weight, precision=precision, preferred_element_type=out_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _scaled(
+    multiply: Callable[..., jax.Array],
+    spec: str,
+    decoder: DecoderConfig,
+    dtypes: tuple[str, str | None],
+    x: jax.Array,
+    weight: jax.Array,
+    scale: jax.Array,
+) -> jax.Array:
+    """Multiplies by an int8 weight with the function `multiply`, scales the result, and then rounds it.
+
+    `dtypes` are `accumulated` and `out_dtype` of `product`.
+    """
+    accumulated, out_dtype = dtypes
+    out = multiply(spec, x, weight, decoder, accumulated).astype(jnp.float32)
+    rounds = decoder.matmul_precision == "bfloat16"
+    return (out * _spread(scale, spec)).astype("float32" if rounds else out_dtype or decoder.dtype)
+
+
+def _spread(scale: jax.Array, spec: str) -> jax.Array:
+    """Returns the scales of a weight with an axis for each letter of the result, of size 1 if it has none."""
+    inputs, result = spec.split("->")
+    letters = [c for c in inputs.split(",")[1] if c in result]
+    ordered = scale.transpose([letters.index(c) for c in result if c in letters])
+    sizes = iter(ordered.shape)
+    return ordered.reshape([next(sizes) if c in letters else 1 for c in result])
+
+
+def _scaled_forward(multiply, spec, decoder, dtypes, x, weight, scale):
+    out = _scaled(multiply, spec, decoder, dtypes, x, weight, scale)
+    return out, (jnp.empty(0, x.dtype), weight, scale)
+
+
+def _scaled_backward(multiply, spec, decoder, dtypes, residuals, g: jax.Array):
+    # The scale belongs to what this product contracts, so it joins the cotangent, in whose dtype the product
+    # is computed as it would be for a float weight.
+    like, weight, scale = residuals
+    inputs, result = spec.split("->")
+    left, right = inputs.split(",")
+    g = (g.astype(jnp.float32) * _spread(scale, spec)).astype(g.dtype)
+    x_bar = multiply(f"{result},{right}->{left}", g, weight, decoder.replace(dtype=g.dtype))
+    return x_bar.astype(like.dtype), None, None
+
+
+_scaled.defvjp(_scaled_forward, _scaled_backward)
 
 
 def rounded(weight: jax.Array, decoder: DecoderConfig) -> jax.Array:
@@ -220,7 +309,7 @@ def gated_mlp(x: jax.Array, weights: dict[str, Any], decoder: DecoderConfig) -> 
 
     gate = placed(einsum("td,df->tf", x, weights["gate"], decoder))
     up = placed(einsum("td,df->tf", x, weights["up"], decoder))
-    return einsum("tf,fd->td", placed(gated(gate, up, decoder)), weights["down"], decoder)
+    return einsum("tf,fd->td", placed(gated(gate, up, decoder)), weights["down"], decoder, contracts="mlp")
 
 
 def gated(gate: jax.Array, up: jax.Array, decoder: DecoderConfig) -> jax.Array:
@@ -245,6 +334,8 @@ def embed(tokens: jax.Array, embedding: Linear, decoder: DecoderConfig) -> jax.A
     # First sharded like the table, then resharded: this moves the looked-up rows and never the table.
     x = sharding.constrain(embedding["weight"][tokens], ("lookup", "embed"), decoder.phase)
     x = rounded(x, decoder).astype(jnp.float32) * decoder.embed_scale
+    if SCALE in embedding:
+        x *= sharding.constrain(embedding[SCALE][tokens], ("lookup",), decoder.phase)[:, None]
     # Resharding takes two steps, each of which is one collective for the compiler.
     x = sharding.constrain(x, ("tokens", None), decoder.phase)
     return sharding.constrain(x, ("residual", None), decoder.phase)

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from espl_jax.choices import LATENT_TARGETS, LORA_TARGETS
+from espl_jax.models import int8
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.params import ADAPTER, Params, Weight, abstract
+from espl_jax.models.params import ADAPTER, SCALE, Params, Weight, abstract
 
 _STANDS_FOR = {"query": LATENT_TARGETS[:2], "key": LATENT_TARGETS[2:], "value": LATENT_TARGETS[2:]}
 """Targets -> those of latent attention."""
@@ -111,22 +112,28 @@ def detach(params: Params) -> tuple[Params, Params]:
 
 
 def merge(params: Params, decoder: DecoderConfig) -> Params:
-    """Returns equivalent params without adapters, W + lora_scale * A B, rounded to W's dtype; for export."""
+    """Returns equivalent params without adapters: W + lora_scale * A B, rounded to the storage of W.
 
-    def fold(weight: Weight, node: Params) -> jax.Array:
+    Int8 weights get new scales.
+    """
+
+    def fold(weight: Weight, node: Params) -> Params:
         product = jnp.tensordot
         for _ in weight.stack:
             product = jax.vmap(product, in_axes=(0, 0, None))
         update = product(node["lora_a"], node["lora_b"], 1)  # [stack..., inputs..., outputs...]
         order = [*weight.stack, *weight.inputs]
         order += [a for a in weight.axes if a not in order]
-        update = update.transpose([order.index(a) for a in weight.axes])
-        return (node["weight"] + decoder.lora_scale * update).astype(node["weight"].dtype)
+        update = decoder.lora_scale * update.transpose([order.index(a) for a in weight.axes])
+        if SCALE not in node:
+            return {"weight": (node["weight"] + update).astype(node["weight"].dtype)}
+        whole = int8.dequantize(node["weight"], node[SCALE], weight.input_axes) + update
+        return dict(zip(("weight", SCALE), int8.quantize(whole, weight.input_axes), strict=True))
 
     def walk(declared: Params, node: Params) -> Params:
         if "lora_a" in node:
             kept = {name: leaf for name, leaf in node.items() if name not in ADAPTER}
-            return kept | {"weight": fold(declared["weight"], node)}
+            return kept | fold(declared["weight"], node)
         return {k: walk(declared[k], v) if isinstance(v, dict) else v for k, v in node.items()}
 
     return walk(abstract(decoder), params)

@@ -11,12 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from espl_jax.models import int8
 from espl_jax.models.config import DecoderConfig
 
 Params = dict[str, Any]
 
 ADAPTER = ("lora_a", "lora_b")
 """Names of the two factors of an adapter, stored next to the `weight` that it adapts."""
+
+SCALE = "weight_scale"
+"""Name of the scales of an int8 weight, stored next to the `weight`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +30,8 @@ class Weight:
     Attributes:
       axes: logical name of each dimension; `layers` first for the stacked weights of all layers, then
         `experts` for those of all experts.
-      inputs: the axes that a matmul contracts; empty for norm scales, biases and attention sinks.
+      inputs: the axes that a matmul contracts; empty for norm scales, biases, attention sinks and the scales
+        of int8 weights.
       shape: size of each dimension.
       dtype: storage dtype.
       fill: initial value of a weight without inputs.
@@ -63,19 +68,33 @@ class Weight:
             size for axis, size in zip(self.axes, self.shape, strict=True) if axis in self.inputs
         )
 
+    @property
+    def input_axes(self) -> tuple[int, ...]:
+        """Positions of `inputs`, counted from the end, so that they also hold for one weight of the stack."""
+        return tuple(i - len(self.axes) for i, axis in enumerate(self.axes) if axis in self.inputs)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The axes that are neither stacked nor contracted."""
+        return tuple(axis for axis in self.axes if axis not in (*self.stack, *self.inputs))
+
+    @property
+    def scale(self) -> Weight:
+        """Declares the scales of an int8 weight, one per output: [outputs...], in float32."""
+        return self._beside((*self.stack, *self.outputs), ())
+
     def adapter(self, rank: int) -> dict[str, Weight]:
         """Declares the two factors of its adapter, [inputs..., rank] and [rank, outputs...], in float32."""
-        sizes = dict(zip(self.axes, self.shape, strict=True)) | {"lora": rank}
-        outputs = tuple(axis for axis in self.axes if axis not in (*self.stack, *self.inputs))
-
-        def declare(axes: tuple[str, ...], inputs: tuple[str, ...]) -> Weight:
-            return Weight(axes, inputs, tuple(sizes[axis] for axis in axes), "float32", first=self.first)
-
         factors = (
-            declare((*self.stack, *self.inputs, "lora"), self.inputs),
-            declare((*self.stack, "lora", *outputs), ("lora",)),
+            self._beside((*self.stack, *self.inputs, "lora"), self.inputs, lora=rank),
+            self._beside((*self.stack, "lora", *self.outputs), ("lora",), lora=rank),
         )
         return dict(zip(ADAPTER, factors, strict=True))
+
+    def _beside(self, axes: tuple[str, ...], inputs: tuple[str, ...], **sizes: int) -> Weight:
+        """Declares a float32 array of some of its axes, or of others with their `sizes`."""
+        sizes = dict(zip(self.axes, self.shape, strict=True)) | sizes
+        return Weight(axes, inputs, tuple(sizes[axis] for axis in axes), "float32", first=self.first)
 
 
 def stacks(decoder: DecoderConfig) -> dict[str, range]:
@@ -94,9 +113,9 @@ def abstract(decoder: DecoderConfig) -> Params:
         has_experts = decoder.experts is not None and numbers.stop > decoder.first_dense
         params[stack] = _layers(_Declare(decoder, numbers), decoder, has_experts)
     declare = _Declare(decoder, range(0))
-    params |= {"embedding": {"weight": declare("vocab embed", "embed")}, "final_norm": declare.norm("embed")}
+    params |= {"embedding": declare.matrix("vocab embed", "embed"), "final_norm": declare.norm("embed")}
     if not decoder.tied_head:
-        params["head"] = {"weight": declare("vocab embed", "embed")}
+        params["head"] = declare.matrix("vocab embed", "embed")
     return params
 
 
@@ -112,10 +131,19 @@ class _Declare:
         names = tuple(axes.split())
         shape = tuple(self._sizes[axis] for axis in names)
         first = self._first if names[0] == "layers" else 0
-        return Weight(names, tuple(inputs.split()), shape, dtype or self._decoder.param_dtype, fill, first)
+        return Weight(names, tuple(inputs.split()), shape, dtype or self._decoder.float_dtype, fill, first)
 
-    def linear(self, inputs: str, outputs: str, bias: bool = False, stack: str = "layers") -> Params:
-        layer = {"weight": self(f"{stack} {inputs} {outputs}", inputs)}
+    def matrix(self, axes: str, inputs: str) -> Params:
+        """Declares a matmul weight, with its scales if it is stored in int8."""
+        weight = self(axes, inputs, dtype=self._decoder.param_dtype)
+        return {"weight": weight} | ({SCALE: weight.scale} if weight.dtype == "int8" else {})
+
+    def linear(
+        self, inputs: str, outputs: str, bias: bool = False, stack: str = "layers", exact: bool = False
+    ) -> Params:
+        """Declares a linear layer; an `exact` one is never stored in int8."""
+        axes = f"{stack} {inputs} {outputs}"
+        layer = {"weight": self(axes, inputs)} if exact else self.matrix(axes, inputs)
         return layer | ({"bias": self(f"{stack} {outputs}")} if bias else {})
 
     def norm(self, axes: str) -> Params:
@@ -205,9 +233,9 @@ def _mixture(declare: _Declare, decoder: DecoderConfig) -> Params:
     experts = decoder.experts
     assert experts is not None
     mlp = declare.mlp("expert_mlp", experts.bias, "layers experts")
-    mlp["router"] = declare.linear("embed", "scores", experts.bias)
+    # Rounding the router to int8, or the correction at all, would change the choice of experts.
+    mlp["router"] = declare.linear("embed", "scores", experts.bias, exact=True)
     if experts.corrected:
-        # In float32 whatever the dtype of weights: rounding it would change the choice of experts.
         mlp["router"]["correction"] = declare("layers scores", dtype="float32")
     if experts.shared_dim:
         mlp["shared"] = declare.mlp("shared_mlp")
@@ -221,7 +249,7 @@ def init(key: jax.Array, decoder: DecoderConfig) -> Params:
 
     Consumes `key`.
     """
-    leaves, tree = jax.tree.flatten(abstract(decoder))
+    leaves, tree = jax.tree.flatten(abstract(decoder.replace(param_dtype=decoder.float_dtype)))
     keys = jax.random.split(key, len(leaves))
 
     def draw(weight: Weight, key: jax.Array) -> jax.Array:
@@ -229,4 +257,27 @@ def init(key: jax.Array, decoder: DecoderConfig) -> Params:
             return jnp.full(weight.shape, weight.fill, weight.dtype)
         return (weight.fan_in**-0.5 * jax.random.normal(key, weight.shape)).astype(weight.dtype)
 
-    return jax.tree.unflatten(tree, [draw(w, k) for w, k in zip(leaves, keys, strict=True)])
+    params = jax.tree.unflatten(tree, [draw(w, k) for w, k in zip(leaves, keys, strict=True)])
+    return to_storage(params, decoder)
+
+
+def to_storage(params: Params, decoder: DecoderConfig) -> Params:
+    """Returns float params in the storage dtypes of the decoder, with scales next to int8 weights.
+
+    Args:
+      params: without adapters, jax or numpy arrays in any float dtype.
+      decoder: the model's configuration.
+    """
+
+    def walk(declared: Params, node: Params) -> Params:
+        kept: Params = {}
+        for name, child in node.items():
+            if isinstance(child, dict):
+                kept[name] = walk(declared[name], child)
+            elif name == "weight" and SCALE in declared:
+                kept[name], kept[SCALE] = int8.quantize(child, declared[name].input_axes)
+            else:
+                kept[name] = child.astype(jnp.dtype(declared[name].dtype), copy=False)
+        return kept
+
+    return walk(abstract(decoder), params)

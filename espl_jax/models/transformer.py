@@ -253,7 +253,7 @@ def _layer(
 
     out = by_node(out).reshape(-1, *out.shape[-2:])
     out = sharding.constrain(out, ("tokens", "heads", None), decoder.phase)
-    out = layers.einsum("tnh,nhd->td", out, attention["out"], decoder)
+    out = layers.einsum("tnh,nhd->td", out, attention["out"], decoder, contracts="heads")
     x = joined(
         x, layers.rms_norm(out, weights["post_attention_norm"], decoder) if decoder.post_norms else out
     )

@@ -132,6 +132,15 @@ def axes_of(
     return tuple((each,) if isinstance(each, str) else tuple(each or ()) for each in spec)
 
 
+def splits(x: jax.Array, dimension: int, axis: str, phase: str) -> bool:
+    """Returns whether a dimension of a traced array, of this logical axis, is sharded in a phase."""
+    mesh = mesh_of(x)
+    if mesh is None:
+        return False
+    (names,) = axes_of(mesh, (axis,), (x.shape[dimension],), phase)
+    return any(mesh.shape[name] > 1 for name in names)
+
+
 def constrain(x: jax.Array, axes: Sequence[str | None], phase: str) -> jax.Array:
     """Constrains the sharding of a traced array; the identity without a mesh."""
     mesh = mesh_of(x)

@@ -13,13 +13,13 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.params import Params, Weight, abstract
+from espl_jax.models.params import Params, abstract
 from espl_jax.pretrained import fp8, fused_experts, hf_names
 from espl_jax.pretrained.fused_experts import in_files
 from espl_jax.pretrained.hf_config import from_hf_config
 from espl_jax.pretrained.layout import file_shape
 from espl_jax.pretrained.safetensors_files import DTYPES, Stored, open_checkpoint
-from espl_jax.pretrained.stream import load_weight
+from espl_jax.pretrained.stream import load_int8, load_weight
 from espl_jax.storage import json_values
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -67,16 +67,22 @@ def described(folder: Path, **numerics: Any) -> DecoderConfig:
 def read_params(folder: Path, config: DecoderConfig, mesh: Mesh | None) -> Params:
     """Loads the folder's weights onto their devices, in the config's `param_dtype`, streamed by shard.
 
+    Weights are rounded to int8 on the way in.
+
     Raises:
       FileNotFoundError: if files are missing.
       ValueError: if a file is truncated or damaged, or its tensors do not match the config.
     """
     stored = decoder_tensors(folder, config)
-
-    def load(path: tuple[Any, ...], weight: Weight) -> jax.Array:
-        return load_weight(weight, stored["/".join(key.key for key in path)], mesh)
-
-    return jax.tree_util.tree_map_with_path(load, abstract(config))
+    tree = abstract(config)
+    declared, loaded = hf_names.by_path(tree), {}
+    for path, tensors in stored.items():
+        weight = declared[path]
+        if weight.dtype == "int8":
+            loaded[path], loaded[hf_names.scale_path(path)] = load_int8(weight, tensors, mesh)
+        else:
+            loaded[path] = load_weight(weight, tensors, mesh)
+    return jax.tree.unflatten(jax.tree.structure(tree), [loaded[path] for path in declared])
 
 
 def decoder_tensors(folder: Path, config: DecoderConfig) -> dict[str, list[Stored]]:

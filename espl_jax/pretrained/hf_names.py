@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.params import Params, Weight, abstract
+from espl_jax.models.params import SCALE, Params, Weight, abstract
 
 _MODULES = {
     "embedding": "model.embed_tokens",
@@ -67,11 +67,15 @@ def module(path: str, config: DecoderConfig) -> str:
 
 
 def names(config: DecoderConfig) -> dict[str, str]:
-    """Returns path of each weight (`layers/mlp/up/weight`) -> name, with {} for the indices, as `module`."""
+    """Returns path of each weight (`layers/mlp/up/weight`) -> name, with {} for the indices, as `module`.
+
+    Scales of int8 weights are not in files.
+    """
     named = {}
     for path in by_path(abstract(config)):
         parent, _, leaf = path.rpartition("/")
-        named[path] = f"{module(parent, config)}{_LEAVES[leaf]}"
+        if leaf != SCALE:
+            named[path] = f"{module(parent, config)}{_LEAVES[leaf]}"
     return named
 
 
@@ -95,3 +99,8 @@ def by_path(tree: Params) -> dict[str, Any]:
     """Returns the leaves of a params-like tree by path, joined with `/`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {"/".join(key.key for key in path): leaf for path, leaf in leaves}
+
+
+def scale_path(path: str) -> str:
+    """Returns the path of the scales of the int8 weight at `path`."""
+    return f"{path.rpartition('/')[0]}/{SCALE}"

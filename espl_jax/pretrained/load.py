@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from transformers import PreTrainedTokenizerBase
 
 from espl_jax.models import lora
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.params import abstract
+from espl_jax.models.params import abstract, to_storage
 from espl_jax.parallel import processes, sharding
 from espl_jax.pretrained import fetch, hf_folder, hub, peft, smollm2
 from espl_jax.pretrained.gguf import cache as gguf_cache
@@ -33,7 +32,7 @@ class Pretrained:
     """A loaded model.
 
     Attributes:
-      params: nested dict of jax arrays in the config's `param_dtype`.
+      params: nested dict of jax arrays, as declared by `params.abstract` of the config.
       config: its decoder.
       loaded_tokenizer: its tokenizer, with the chat template if there is one; if the source has no tokenizer,
         the error to raise when it is used.
@@ -259,11 +258,10 @@ def _from_gguf(source: str, dtype: DTypeLike, mesh: Mesh | None, **numerics: Any
     path = find_gguf(source)
     if source == smollm2.NAME:
         params, config, metadata = gguf_cache.unpack_cached(path)
+        config = config.replace(dtype=dtype, **numerics)
+        params = to_storage(params, config)
     else:  # larger ones would fill the cache with gigabytes to save seconds
         params, config, metadata = gguf_cache.unpack(os.fspath(path), dtype=dtype, **numerics)
-    config = config.replace(dtype=dtype, **numerics)
-    param_dtype = jnp.dtype(config.param_dtype)
-    params = jax.tree.map(lambda weight: weight.astype(param_dtype, copy=False), params)
     if mesh is None:
         params = jax.device_put(params)
     else:

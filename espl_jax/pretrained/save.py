@@ -16,7 +16,7 @@ from espl_jax.models.config import DecoderConfig, dtype_name
 from espl_jax.models.params import Params, Weight, abstract
 from espl_jax.pretrained import fused_experts
 from espl_jax.pretrained.hf_config import to_hf_config
-from espl_jax.pretrained.hf_names import by_path, names
+from espl_jax.pretrained.hf_names import by_path, names, scale_path
 from espl_jax.pretrained.layout import file_shape, to_file
 from espl_jax.pretrained.new_folder import new_folder
 from espl_jax.pretrained.peft import declare_like
@@ -40,8 +40,8 @@ def save_pretrained(
 ) -> None:
     """Writes a model as a folder in Hugging Face's format, with adapters merged into the weights.
 
-    Weights are merged in float32 and written one tensor of one layer at a time, and rounded once. Those of
-    gpt-oss are written unquantized.
+    Weights are merged in float32 and written one tensor of one layer at a time, and rounded once. Those in
+    int8, and those of gpt-oss, are written unquantized.
 
     Args:
       folder: output folder, written atomically; must be new or empty.
@@ -50,7 +50,7 @@ def save_pretrained(
       tokenizer: also saved; None saves no tokenizer.
       system_prompt: becomes the default system message of the chat template, and `system_prompt.txt`.
       dtype: dtype of the saved weights, float32 or bfloat16, as a name or a jax or numpy dtype; by default
-        `config.param_dtype`.
+        `config.param_dtype`, or bfloat16 if that is int8.
       max_shard_bytes: maximum bytes of weights per file.
       generation: fields of generation_config.json besides the special token ids.
       model_card: contents of README.md.
@@ -62,7 +62,8 @@ def save_pretrained(
         unknown, or there is a system prompt but no chat template.
       OSError: if the disk is full.
     """
-    stored: str = config.param_dtype if dtype is None else dtype_name(dtype)
+    held = "bfloat16" if config.param_dtype == "int8" else config.param_dtype
+    stored: str = held if dtype is None else dtype_name(dtype)
     if stored not in DTYPES:
         raise ValueError(f"dtype={stored!r}: choose one of {', '.join(DTYPES)}")
     ids, padding = {}, {}
@@ -118,6 +119,8 @@ def _reader(
     def read() -> np.ndarray:
         weight = in_file(path)
         module, _, leaf = path.rpartition("/")
+        if leaf == "weight" and scale_path(path) in leaves:
+            weight *= in_file(scale_path(path))[:, None]
         if leaf == "weight" and f"{module}/lora_a" in leaves:
             weight = weight + np.float32(scale) * (in_file(f"{module}/lora_b") @ in_file(f"{module}/lora_a"))
         return weight

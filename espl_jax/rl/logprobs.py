@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from espl_jax.models import layers
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.params import Params
+from espl_jax.models.params import SCALE, Params
 from espl_jax.models.transformer import forward, head
 from espl_jax.parallel import sharding
 from espl_jax.rl import vocab_chunks
@@ -141,13 +141,17 @@ def _kept(scores, columns, wanted, bounds):
 def _backward(decoder, residuals, cotangents):
     flat, linear, wanted, bounds, normalizer, temperature = residuals
     chunks = vocab_chunks.chunks(linear, len(flat))
+    # An int8 weight and its scales have no gradient.
+    frozen = {"weight", SCALE} if SCALE in linear else set()
+    trained = {name: x for name, x in linear.items() if name not in frozen}
 
     def body(carry, first):
         of_flat, of_linear = carry
+        whole = chunks.cut(linear, first)
         scores, pull_back = jax.vjp(
-            lambda flat, part: vocab_chunks.scores(flat, part, temperature, decoder),
+            lambda flat, part: vocab_chunks.scores(flat, whole | part, temperature, decoder),
             flat,
-            chunks.cut(linear, first),
+            {name: whole[name] for name in trained},
         )
         columns, fresh = chunks.columns(first)
         kept = fresh if bounds is None else _kept(scores, columns, wanted, bounds) & fresh
@@ -156,9 +160,11 @@ def _backward(decoder, residuals, cotangents):
         more, part = pull_back(cotangents.logprobs[:, None] * (is_target - probability))
         return (of_flat + more.astype(jnp.float32), chunks.add(of_linear, part, first)), None
 
-    zeros = jnp.zeros(flat.shape, jnp.float32), jax.tree.map(jnp.zeros_like, linear)
-    zeros[1]["weight"] = sharding.constrain(zeros[1]["weight"], vocab_chunks.axes(decoder), decoder.phase)
+    zeros = jnp.zeros(flat.shape, jnp.float32), jax.tree.map(jnp.zeros_like, trained)
+    if "weight" in trained:
+        zeros[1]["weight"] = sharding.constrain(zeros[1]["weight"], vocab_chunks.axes(decoder), decoder.phase)
     (of_flat, of_linear), _ = jax.lax.scan(body, zeros, chunks.firsts)
+    of_linear |= dict.fromkeys(frozen)
     return of_flat.astype(flat.dtype), of_linear, None, None, jnp.zeros_like(temperature)
 
 

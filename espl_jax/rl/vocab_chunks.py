@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from espl_jax.models import layers
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.params import Weight, abstract
+from espl_jax.models.params import SCALE, Weight, abstract
 from espl_jax.models.transformer import head
 from espl_jax.parallel import sharding
 
@@ -24,7 +24,7 @@ LARGEST = 8192
 SCORES = 2**24
 """Most scores of a chunk that a device holds; with many tokens, chunks get fewer columns."""
 
-_VOCAB_AXIS = {"weight": 0, "lora_b": 1}
+_VOCAB_AXIS = {"weight": 0, SCALE: 0, "lora_b": 1}
 
 
 @dataclasses.dataclass(frozen=True)

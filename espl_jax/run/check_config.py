@@ -7,6 +7,7 @@ from typing import Any
 from espl_jax.choices import (
     AGGREGATIONS,
     BASELINES,
+    DTYPES,
     EDIT_FORMATS,
     KL_ESTIMATORS,
     LOSSES,
@@ -15,6 +16,7 @@ from espl_jax.choices import (
     NORMALIZATIONS,
     OPTIMIZERS,
     OUTPUTS,
+    PARAM_DTYPES,
     REASONINGS,
     REFLECTED_PROBLEMS,
     REFLECTORS,
@@ -35,8 +37,8 @@ SEARCH_LIMITS = ("passages", "max_turns", "max_passage_words", "concurrency")
 
 _CHOICES = {
     "mode": MODES,
-    "model.dtype": ("auto", "float32", "bfloat16"),
-    "model.param_dtype": ("auto", "float32", "bfloat16"),
+    "model.dtype": ("auto", *DTYPES),
+    "model.param_dtype": ("auto", *PARAM_DTYPES),
     "model.matmul_precision": ("auto", *MATMUL_PRECISIONS),
     "model.sampling_layout": SAMPLING_LAYOUTS,
     "model.remat": REMATS,

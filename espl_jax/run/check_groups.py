@@ -125,6 +125,13 @@ def _check_model(config: Config) -> None:
         _refuse(
             "lora.targets", targets, f"{sorted(unknown)} are not LoRA targets; choose from {LORA_TARGETS}"
         )
+    if config.model.param_dtype == "int8" and trains(config) and not config.lora.rank:
+        _refuse(
+            "model.param_dtype",
+            config.model.param_dtype,
+            "lora.rank=0 trains all weights, and only frozen weights can be int8; train adapters, e.g. "
+            "lora.rank=32, or use bfloat16",
+        )
     if config.lora.rank and not targets:
         _refuse(
             "lora.targets", targets, "no targets; name at least one, or set lora.rank=0 to train all weights"

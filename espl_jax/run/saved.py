@@ -15,7 +15,7 @@ from espl_jax.evolution.deployment import deployed
 from espl_jax.evolution.population import Population, from_json, prompt_from_json
 from espl_jax.models import lora
 from espl_jax.models.config import NUMERICS
-from espl_jax.models.params import Params
+from espl_jax.models.params import Params, to_storage
 from espl_jax.pretrained.load import Pretrained
 from espl_jax.run import inputs
 from espl_jax.run.check_groups import trains
@@ -162,7 +162,10 @@ def read_run(
     if adapters is not None:
         model = dataclasses.replace(model, params=lora.attach(model.params, adapters))
     elif trains(config):
-        model = dataclasses.replace(model, params=train_state.trainable)
+        params = train_state.trainable
+        if model.config.param_dtype == "int8":  # asked for by `numerics`
+            params = jax.jit(to_storage, static_argnames="decoder")(params, model.config)
+        model = dataclasses.replace(model, params=params)
     try:
         root, population = prompt_from_json(state["root"]), from_json(state["population"])
     except (KeyError, ValueError) as error:

@@ -71,17 +71,18 @@ def load_reference(config: Config, mesh: jax.sharding.Mesh | None, **changes: An
 
 
 def load_reflector(config: Config, mesh: jax.sharding.Mesh | None) -> Pretrained | None:
-    """The model of `reflection.source`; None where the policy or the reference reflects."""
+    """The model of `reflection.source`, with the numerics of the policy; None where the policy or the
+    reference reflects."""
     if not config.reflection.source or config.mode == "rl":
         return None
     return load_pretrained(config.reflection.source, mesh=mesh, **numerics(config))
 
 
 def declared_trainable(config: Config, decoder: DecoderConfig) -> Any:
-    """Returns declarations of the trained weights: adapters, or all weights if the rank is 0."""
+    """Returns declarations of the trained weights: adapters, or all weights, in float, if the rank is 0."""
     if config.lora.rank:
         return lora.abstract_adapters(decoder, config.lora.rank, tuple(config.lora.targets))
-    return abstract(decoder)
+    return abstract(decoder.replace(param_dtype=decoder.float_dtype))
 
 
 def abstract_trainable(config: Config, decoder: DecoderConfig, mesh: jax.sharding.Mesh | None) -> Any:

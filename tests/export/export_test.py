@@ -111,6 +111,21 @@ def test_all_weights(tmp_path):
         export(workdir, tmp_path / "adapter", format="adapter", say=lambda line: None)
 
 
+def test_adapters_of_int8_weights(tmp_path):
+    """Merged into the weights that int8 stands for; adapters alone are as they were trained."""
+    workdir = fakes.workdir(tmp_path / "run", mode="rl", model__param_dtype="int8")
+    export(workdir, tmp_path / "out", dtype="float32", say=lambda line: None)
+    run = read_run(workdir)
+    assert run.model.params["embedding"]["weight"].dtype == np.int8
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ours = np.asarray(tiny.logits(run.model.params, run.model.config, TOKENS))
+    theirs = families.torch_logits(model, TOKENS).detach().numpy()
+    assert np.abs(ours - theirs).max() < 1e-4 * np.abs(ours).max()
+    export(workdir, tmp_path / "adapter", format="adapter", base="org/tiny", say=lambda line: None)
+    read, _ = load_adapter(tmp_path / "adapter", run.model.config)
+    tiny.assert_trees_close(read, run.adapters, 1e-6)
+
+
 def test_beside_the_run(workdir, tmp_path):
     config = fakes.config().to_dict()
     with WorkDir(workdir, config) as folder:

@@ -2,14 +2,19 @@
 
 import dataclasses
 import functools
+import importlib.util
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from espl_jax.models import experts, grouped, lora, transformer
+from espl_jax.models import experts, grouped, grouped_int8, lora, transformer
 from espl_jax.models.config import Experts, Latent, config_from_dict
 from espl_jax.models.params import abstract
 from espl_jax.parallel import sharding
@@ -17,6 +22,7 @@ from espl_jax.sampling import draw
 from tests.support import tiny
 from tests.support.flat import sample_tree
 
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = tiny.CONFIG.replace(vocab_size=64, experts=Experts(count=8, active=2, mlp_dim=12))
 DEEPSEEK = CONFIG.replace(  # latent attention, dense layers first, sigmoids, groups and a shared expert
     num_layers=3,
@@ -67,6 +73,78 @@ def test_grouped_products(sizes, precision):
     np.testing.assert_array_equal(x_bar, np.einsum("ro,rio->ri", 2 * wanted, each))
     outer = np.einsum("ri,ro->rio", x, 2 * wanted)
     np.testing.assert_array_equal(weight_bar, np.stack([outer[of == e].sum(0) for e in range(3)]))
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 4), (0, 0, 0), (0, 9, 0), (2, 3, 4)])
+@pytest.mark.parametrize("precision", ["default", "bfloat16"])
+def test_grouped_products_of_int8(sizes, precision):
+    """With scales of powers of two, exact; the same by the TPU kernel, which is interpreted here."""
+    rng = np.random.default_rng(1)
+    config = CONFIG.replace(matmul_precision=precision)
+    x = rng.integers(-4, 5, (9, 5)).astype(np.float32)
+    weight, scale = rng.integers(-127, 128, (3, 5, 2), np.int8), 2.0 ** rng.integers(-3, 4, (3, 2))
+    scale, g = scale.astype(np.float32), rng.integers(-4, 5, (9, 2)).astype(np.float32)
+    of = np.repeat(np.arange(4), [*sizes, 9 - sum(sizes)])
+    each = np.concatenate([weight * scale[:, None], np.zeros((1, 5, 2), np.float32)])[of]
+    arguments, given = jnp.array(sizes, jnp.int32), (jnp.asarray(weight), jnp.asarray(scale))
+
+    def ours(x):
+        return grouped.product(x, given[0], arguments, config, given[1])
+
+    out, pull_back = jax.vjp(ours, jnp.asarray(x))
+    wanted, x_bar = np.einsum("ri,rio->ro", x, each), np.einsum("ro,rio->ri", g, each)
+    np.testing.assert_array_equal(out, wanted)
+    np.testing.assert_array_equal(pull_back(jnp.asarray(g))[0], x_bar)
+    stacks = [grouped.InStack(jnp.stack([0 * each, each]), jnp.int32(1)) for each in given]
+    out = jax.jit(lambda x, *stacks: grouped.product(x, stacks[0], arguments, config, stacks[1]))(x, *stacks)
+    np.testing.assert_array_equal(out, wanted)
+
+    # Of the second of two layers; tiles that divide neither rows, inputs nor outputs.
+    every = jnp.concatenate([0 * arguments, arguments])
+    both = jnp.concatenate([given[0], given[0]])
+    for rows, transposed, expected in ((x, False, wanted), (g, True, x_bar)):
+        padded = jnp.pad(rows, ((0, 7), (0, 0)))
+        kernel = functools.partial(grouped_int8.product, transposed=transposed, interpret=True)
+        out = kernel(padded, both, given[1], every, "float32", (8, 3, 1 if transposed else 2))[:9]
+        np.testing.assert_array_equal(np.where((of < 3)[:, None], out, 0), expected)
+
+
+TPU_PROGRAM = """
+from espl_jax.plan import tpu_compiler
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from espl_jax.models import grouped
+from tests.support import tiny
+
+mesh = Mesh(np.array(tpu_compiler.devices("v5e:2x2")[:1]), ("data",))
+config = tiny.CONFIG.replace(dtype="bfloat16")
+
+def run(x, weight, scale, stack, scales, sizes, layer):
+    out, pull_back = jax.vjp(lambda x: grouped.product(x, weight, sizes, config, scale), x)
+    stacks = (grouped.InStack(each, layer) for each in (stack, scales))
+    return pull_back(out), grouped.product(x, next(stacks), sizes, config, next(stacks))
+
+shapes = [((64, 2880), "bfloat16"), ((4, 2880, 768), "int8"), ((4, 768), "float32")]
+shapes += [((3, *shapes[1][0]), "int8"), ((3, 4, 768), "float32"), ((4,), "int32"), ((), "int32")]
+given = [jax.ShapeDtypeStruct(*each, sharding=NamedSharding(mesh, PartitionSpec())) for each in shapes]
+compiled = jax.jit(run).lower(*given).compile()
+assert compiled.memory_analysis().temp_size_in_bytes < 2**20, "a copy of matrices"
+print(compiled.as_text().count('custom_call_target="tpu_custom_call"'))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed; pip install libtpu"
+)
+def test_the_kernel_for_int8_compiles_for_a_tpu():
+    """Forward, backward and in a stack, without a copy of matrices in another dtype."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    command = [sys.executable, "-c", TPU_PROGRAM]
+    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.split() == ["3"]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

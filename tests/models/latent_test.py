@@ -31,21 +31,21 @@ def test_interleaved_rotation_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("widths", "precision", "adapted"),
+    ("widths", "precision", "adapted", "stored"),
     [
-        (CONFIG.latent, "default", True),
+        (CONFIG.latent, "default", True, "float32"),
+        (CONFIG.latent, "default", True, "int8"),
         *(
-            pytest.param(Latent(30, 4, 3), "bfloat16", adapted, marks=pytest.mark.slow)
-            for adapted in (False, True)
+            pytest.param(Latent(30, 4, 3), "bfloat16", adapted, stored, marks=pytest.mark.slow)
+            for adapted, stored in ((False, "float32"), (True, "float32"), (True, "int8"))
         ),
     ],
 )
-def test_absorbed_is_expanded(widths, precision, adapted, monkeypatch):
+def test_absorbed_is_expanded(widths, precision, adapted, stored, monkeypatch):
     """Hidden states of a tree and their gradients, whichever way all levels attend."""
-    config = CONFIG.replace(latent=widths, matmul_precision=precision, remat="none")
-    params = tiny.params(config)
-    if adapted:
-        params = lora.attach(params, tiny.adapters(config))
+    config = CONFIG.replace(latent=widths, matmul_precision=precision, remat="none", param_dtype=stored)
+    base, adapters = tiny.params(config), tiny.adapters(config) if adapted else {}
+    trained = lora.attach(base, adapters) if stored == "float32" else adapters
     rng = np.random.default_rng(0)
     levels = [rng.integers(0, 61, shape).astype(np.int32) for shape in ((1, 5), (2, 4), (4, 6))]
     lengths = [np.array([5]), np.array([4, 2]), np.array([6, 3, 5, 6])]
@@ -55,11 +55,12 @@ def test_absorbed_is_expanded(widths, precision, adapted, monkeypatch):
 
         @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
         @functools.partial(jax.grad, has_aux=True)
-        def out(params):
+        def out(trained):
+            params = trained if stored == "float32" else lora.attach(base, trained)
             hidden, _ = tiny.forward_tree(params, config, levels, lengths)
             return jnp.sin(hidden[2][:, :3]).sum(), hidden[2][:, :3]
 
-        return out(params)
+        return out(trained)
 
     (grads, hidden), (wanted_grads, wanted) = run(True), run(False)
     exact = precision == "default"

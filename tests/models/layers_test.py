@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from espl_jax.models import layers
+from espl_jax.models import int8, layers
+from espl_jax.parallel import sharding
 from tests.support import tiny
 
 SIZES = {"t": 5, "d": 12, "n": 3, "k": 2, "h": 4, "f": 7, "v": 11, "r": 2}
@@ -126,13 +127,84 @@ class TestEinsum:
         assert tiny.relative_error(out, expected) < (1e-2 if precision == "bfloat16" else 1e-6)
 
 
+def rounded_to_int8(spec, weight):
+    """The int8 weight and its scales, and the float weight that they stand for."""
+    left, right = spec.split("->")[0].split(",")
+    inputs = [axis - len(right) for axis, letter in enumerate(right) if letter in left]
+    values, scale = int8.quantize(weight, inputs)
+    return jnp.asarray(values), jnp.asarray(scale), int8.dequantize(values, scale, inputs)
+
+
+class TestInt8:
+    @pytest.mark.parametrize("spec", [spec for spec in SPECS if "r" not in spec])
+    @pytest.mark.parametrize("precision", ["default", "bfloat16"])
+    def test_value_and_gradient(self, spec, precision):
+        """Those of the float weight that it stands for; int8 is exact in bfloat16, where scales are not."""
+        config = tiny.CONFIG.replace(matmul_precision=precision)
+        x, weight = operands(spec)
+        values, scale, floats = rounded_to_int8(spec, weight)
+        inputs, result = spec.split("->")
+        left, right = inputs.split(",")
+        g = normal(result, 2)
+        linear = {"weight": values, "weight_scale": scale}
+        out, pull_back = jax.vjp(lambda x: layers.einsum(spec, x, linear, config), jnp.asarray(x))
+        exact = precision == "default"
+        x = x if exact else rounded(x)
+        np.testing.assert_allclose(out, np.einsum(spec, x, floats), rtol=1e-5, atol=1e-5)
+        x_bar = np.einsum(f"{result},{right}->{left}", g, floats)
+        assert tiny.relative_error(pull_back(jnp.asarray(g))[0], x_bar) < (1e-6 if exact else 1e-2)
+
+    def test_by_hand(self):
+        """Of the result 1 * 3 + 2 * 4 = 11, 0.1 times; the cotangent 1 comes back as 0.1 times the weight."""
+        linear = {"weight": jnp.array([[3], [4]], jnp.int8), "weight_scale": jnp.array([0.1])}
+        x = jnp.array([[1.0, 2.0]], jnp.bfloat16)
+        config = tiny.CONFIG.replace(dtype="bfloat16")
+        out, pull_back = jax.vjp(lambda x: layers.einsum("td,df->tf", x, linear, config), x)
+        assert (out.dtype, out.item()) == (jnp.bfloat16, jnp.bfloat16(1.1))
+        (x_bar,) = pull_back(out / out)
+        assert x_bar.dtype == jnp.bfloat16
+        # The cotangent in bfloat16, as for a float weight, is 0.1 rounded.
+        np.testing.assert_array_equal(x_bar, (jnp.bfloat16(0.1) * jnp.array([[3, 4]])).astype(jnp.bfloat16))
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_embeddings(self, dtype):
+        """One scale per row of the vocabulary, which lookup and head share."""
+        table = {"weight": jnp.array([[1, 2], [-127, 4]], jnp.int8), "weight_scale": jnp.array([0.1, 0.3])}
+        config = tiny.CONFIG.replace(embed_scale=0.5, dtype=dtype, param_dtype="int8")
+        out = layers.embed(jnp.array([1, 0]), table, config)
+        assert out.dtype == jnp.float32
+        np.testing.assert_allclose(out, [[-127 * 0.15, 4 * 0.15], [0.05, 0.1]], rtol=1e-6)
+        hidden = jnp.array([[1.0, -1.0]])
+        logits = layers.einsum("td,vd->tv", hidden, table, config, "float32")
+        assert logits.dtype == jnp.float32
+        np.testing.assert_allclose(logits, [[-0.1, -131 * 0.3]], rtol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("sizes", "accumulated"), [({"tensor": 8}, "bfloat16"), ({"data": 8}, "float32")]
+    )
+    def test_devices_sum_their_parts_in_the_compute_dtype(self, sizes, accumulated):
+        """Devices on `data` hold all of what is contracted: nothing is rounded before the scale."""
+        config = tiny.CONFIG.replace(dtype="bfloat16", phase="training")
+        x, weight = normal("td", 0), np.random.default_rng(1).normal(size=(12, 16)).astype(np.float32)
+        x = np.concatenate([x, x], axis=1)[:, :16]
+        values, scale, floats = rounded_to_int8("tf,fd->td", weight.T)
+        x = sharding.replicate(jnp.asarray(x, jnp.bfloat16), sharding.make_mesh(sizes))
+        linear = {"weight": values, "weight_scale": scale}
+        run = jax.jit(lambda x: layers.einsum("tf,fd->td", x, linear, config, contracts="mlp"))
+        assert f"preferred_element_type={accumulated}" in str(run.trace(x).jaxpr)
+        out = run(x)
+        assert out.dtype == jnp.bfloat16
+        assert tiny.relative_error(out, np.asarray(x, np.float32) @ floats) < 1e-2
+
+
 class TestOutputsFirst:
     """While sampling on a CPU: another order of axes and, for few rows, of the product."""
 
     @pytest.mark.parametrize("precision", ["default", "bfloat16"])
     @pytest.mark.parametrize("rows", [1, 5, 200])
     @pytest.mark.parametrize("spec", ["td,dnh->tnh", "tnh,nhd->td", "td,df->tf"])
-    def test_multiplies_as_the_weight_does(self, spec, rows, precision):
+    @pytest.mark.parametrize("stored", ["float32", "int8"])
+    def test_multiplies_as_the_weight_does(self, spec, rows, precision, stored):
         config = tiny.CONFIG.replace(
             phase="sampling", sampling_layout="unstacked", matmul_precision=precision, lora_scale=0.5
         )
@@ -150,9 +222,13 @@ class TestOutputsFirst:
             "lora_a": draw([right[axis] for axis in contracted] + ["r"]),
             "lora_b": draw(["r"] + [right[axis] for axis in kept]),
         }
-        x, transposed = draw(left), jnp.asarray(weight.transpose(kept + contracted))
+        x, values, scales = draw(left), weight, {}
+        if stored == "int8":
+            values, scale, weight = rounded_to_int8(spec, weight)
+            scales = {"weight_scale": scale}
+        transposed = jnp.asarray(values).transpose(kept + contracted)
         unstacked = layers.Unstacked((0 * transposed, transposed), jnp.int32(1))
-        out = layers.einsum(spec, x, {layers.OUTPUTS_FIRST: unstacked} | adapter, config)
+        out = layers.einsum(spec, x, {layers.OUTPUTS_FIRST: unstacked} | scales | adapter, config)
         expected = layers.einsum(
             spec, x, {"weight": jnp.asarray(weight)} | adapter, tiny.CONFIG.replace(lora_scale=0.5)
         )

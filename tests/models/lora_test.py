@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,7 @@ import pytest
 
 from espl_jax.choices import LORA_TARGETS
 from espl_jax.models import lora
+from espl_jax.models.config import Experts
 from tests.support import tiny
 
 CONFIG = tiny.CONFIG.replace(tied_head=False, lora_scale=0.5)
@@ -114,3 +117,23 @@ def test_biases_stay_beside_adapters():
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     expected = tiny.logits(attached, config, TOKENS)
     np.testing.assert_allclose(tiny.logits(merged, config, TOKENS), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("experts", [None, Experts(count=3, active=2, mlp_dim=5)])
+def test_merged_int8_weights_are_rounded_again(experts):
+    """Their error is at most half a scale of the sum; weights without an adapter are the same arrays."""
+    config = CONFIG.replace(param_dtype="int8", experts=experts)
+    params = tiny.params(config)
+    attached = lora.attach(params, tiny.adapters(config, targets=("down", "query", "head")))
+    merged = lora.merge(attached, config)
+    assert jax.tree.map(jnp.dtype, merged) == jax.tree.map(jnp.dtype, params)
+    float_config = config.replace(param_dtype="float32")
+    exact = lora.merge(lora.attach(tiny.in_float(params, config), lora.detach(attached)[1]), float_config)
+    for path, inputs in ((("layers", "mlp", "down"), -2), (("head",), -1)):
+        ours, wanted = (functools.reduce(dict.get, path, x) for x in (tiny.in_float(merged, config), exact))
+        node = functools.reduce(dict.get, path, merged)
+        scale = np.expand_dims(np.abs(wanted["weight"]).max(inputs) / 127, inputs)
+        np.testing.assert_allclose(np.expand_dims(node["weight_scale"], inputs), scale, rtol=1e-5)
+        assert (np.abs(ours["weight"] - wanted["weight"]) <= 0.501 * scale).all()
+    up = "layers", "mlp", "up", "weight_scale"
+    assert functools.reduce(dict.get, up, merged) is functools.reduce(dict.get, up, params)

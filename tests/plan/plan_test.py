@@ -102,6 +102,19 @@ def test_mxfp4_is_counted_as_dequantized():
     assert sizes["weights"] == pytest.approx(2 * 20.91e9, rel=1e-3)
 
 
+def test_int8_is_counted_with_its_scales():
+    """A byte for each number of a matrix, and four for each output; norms in the compute dtype."""
+    c = common.get_config()
+    c.lora.rank = 4
+    config = tiny.CONFIG.replace(param_dtype="int8", dtype="bfloat16")
+    sizes = programs.held(c, config, make_optimizer(1e-3), None).sizes()
+    matrices = 2 * (16 * 24 * 2 + 2 * 16 * 12 + 3 * 16 * 20) + 61 * 16
+    outputs, norms = 2 * (24 + 12 + 12 + 16 + 20 + 20 + 16) + 61, 2 * 2 * 16 + 16
+    assert sizes["weights"] == matrices + 4 * outputs + 2 * norms
+    plain = programs.held(c, config.replace(param_dtype="bfloat16"), make_optimizer(1e-3), None).sizes()
+    assert {**sizes, "weights": 0} == {**plain, "weights": 0}
+
+
 def shapes(config):
     return jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.dtype(w.dtype)), abstract(config))
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
 from espl_jax.models.config import DecoderConfig, Experts, Latent, Rope
-from espl_jax.models.params import abstract
+from espl_jax.models.params import abstract, to_storage
 from espl_jax.parallel import sharding
 from espl_jax.pretrained.hf_config import from_hf_config, to_hf_config
 from espl_jax.pretrained.load import load_pretrained
@@ -247,6 +247,14 @@ def test_fp8_is_loaded_by_shards(quantized):
     jax.tree.map(np.testing.assert_array_equal, back.params, whole.params)
     gate = back.params["layers"]["mlp"]["gate"]["weight"]
     assert {shard.data.shape for shard in gate.addressable_shards} == {(2, 2, 32, 4)}
+
+
+def test_fp8_to_int8(quantized):
+    """Dequantized, and then rounded."""
+    mesh = sharding.make_mesh({"expert": 2, "fsdp": 2, "tensor": 2})
+    back, whole = load_pretrained(quantized, mesh=mesh, param_dtype="int8"), load_pretrained(quantized)
+    wanted = to_storage(jax.device_get(whole.params), back.config)
+    jax.tree.map(np.testing.assert_array_equal, back.params, wanted)
 
 
 def test_damaged_fp8(plain, tmp_path):

@@ -13,7 +13,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from espl_jax.models import lora, rope
-from espl_jax.models.params import abstract
+from espl_jax.models.params import abstract, to_storage
 from espl_jax.parallel import sharding
 from espl_jax.pretrained import hf_folder
 from espl_jax.pretrained.hf_config import from_hf_config, to_hf_config
@@ -173,6 +173,16 @@ def test_mxfp4_is_dequantized_as_by_transformers(folder, tmp_path, sizes):
         for kind, matrix in pairs.items():
             theirs = dequantized[f"{name}{kind}"].contiguous().view(torch.int16).numpy()
             np.testing.assert_array_equal(np.asarray(matrix).view(np.int16), theirs)
+
+
+@pytest.mark.parametrize("sizes", [None, {"expert": 2, "tensor": 2, "fsdp": 2}], ids=str)
+def test_mxfp4_to_int8(folder, tmp_path, sizes):
+    """Dequantized, and then rounded."""
+    path, _ = quantized(folder, tmp_path)
+    mesh = sizes and sharding.make_mesh(sizes)
+    model, whole = load_pretrained(path, param_dtype="int8", mesh=mesh), load_pretrained(path)
+    wanted = to_storage(jax.device_get(whole.params), model.config)
+    jax.tree.map(np.testing.assert_array_equal, model.params, wanted)
 
 
 def test_mxfp4_logits_and_export(folder, tmp_path):

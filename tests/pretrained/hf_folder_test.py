@@ -15,6 +15,7 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM
 
 from espl_jax.models import transformer
+from espl_jax.models.params import abstract, to_storage
 from espl_jax.parallel.sharding import make_mesh
 from espl_jax.pretrained import hf_folder
 from espl_jax.pretrained.load import Pretrained, load_pretrained
@@ -64,6 +65,18 @@ class TestWeights:
         assert config == families.our_config(hf_config, matmul_precision="highest")
         params = hf_folder.read_params(tmp_path, config, None)
         jax.tree.map(np.testing.assert_array_equal, params, families.our_params(model, config))
+
+    @pytest.mark.parametrize("family", ["gemma3", "gpt_oss", "deepseek_v3"])
+    @pytest.mark.parametrize("sizes", [None, {"expert": 2, "fsdp": 2, "tensor": 2}])
+    def test_int8(self, family, sizes, tmp_path):
+        """The params of float32, rounded; the rest stays float32."""
+        families.torch_model(families.draw_hf_config(family, 3), 0).save_pretrained(tmp_path)
+        config = hf_folder.read_config(tmp_path, param_dtype="int8")
+        params = hf_folder.read_params(tmp_path, config, sizes and make_mesh(sizes))
+        plain = hf_folder.read_params(tmp_path, config.replace(param_dtype="float32"), None)
+        jax.tree.map(np.testing.assert_array_equal, params, to_storage(jax.device_get(plain), config))
+        dtypes = jax.tree.map(lambda x: str(x.dtype), params)
+        assert dtypes == jax.tree.map(lambda weight: weight.dtype, abstract(config))
 
     @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
     @pytest.mark.parametrize("wanted", ["float32", "bfloat16"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from espl_jax.pretrained import stream
 from tests.pretrained import synthetic_checkpoint
 
 MB = 10**6
@@ -28,19 +29,22 @@ def load(folder, config, stored, param_dtype):
     return figures
 
 
-def test_a_small_one(tmp_path):
+@pytest.mark.parametrize("param_dtype", ["bfloat16", "int8"])
+def test_a_small_one(tmp_path, param_dtype):
     config = synthetic_checkpoint.hf_config(num_layers=4, width=1024, mlp=4096, vocabulary=32768)
-    figures = load(tmp_path, config, "BF16", "bfloat16")
-    assert figures["sharded_total"] > 250 * MB
-    # A tenth of the model beside a tensor and a half, over what the process needs for itself.
-    bound = figures["before"] + figures["sharded_total"] + 1.5 * figures["largest_tensor"] + 30 * MB
+    figures = load(tmp_path, config, "BF16", param_dtype)
+    assert figures["sharded_total"] > (250 if param_dtype == "bfloat16" else 125) * MB
+    # A tenth of the model beside a tensor and a half, over what the process needs for itself. Int8 is rounded
+    # in blocks: of each, there are some float32 arrays.
+    blocks = 5 * 4 * stream.BLOCK if param_dtype == "int8" else 0
+    bound = figures["before"] + figures["sharded_total"] + 1.5 * figures["largest_tensor"] + 30 * MB + blocks
     assert figures["most"] < bound
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stored", "param_dtype"),
-    [("BF16", "bfloat16"), ("BF16", "float32"), ("F32", "bfloat16"), ("F32", "float32")],
+    [("BF16", "bfloat16"), ("BF16", "float32"), ("F32", "bfloat16"), ("F32", "float32"), ("BF16", "int8")],
 )
 def test_three_gigabytes(tmp_path, stored, param_dtype):
     layers, vocabulary = (16, 128256) if stored == "BF16" else (8, 64128)

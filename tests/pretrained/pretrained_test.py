@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from espl_jax.models import transformer
+from espl_jax.models.params import to_storage
 from espl_jax.parallel.sharding import make_mesh
 from espl_jax.pretrained import smollm2
 from espl_jax.pretrained.gguf import cache as gguf_cache
@@ -94,6 +95,13 @@ class TestLoadPretrained:
             np.testing.assert_array_equal(weight, expected.astype(jnp.bfloat16))
         tokens = model.tokenizer.encode("abcab")
         assert transformer.logits(model.params, model.config, jnp.array([tokens])).shape == (1, 2, 40)
+
+    def test_a_file_in_int8(self, tiny):
+        model = load_pretrained(tiny, dtype="bfloat16", param_dtype="int8")
+        assert (model.config.dtype, model.config.param_dtype) == ("bfloat16", "int8")
+        unpacked, _, _ = gguf_cache.unpack(tiny)
+        jax.tree.map(np.testing.assert_array_equal, model.params, to_storage(unpacked, model.config))
+        assert model.params["final_norm"]["scale"].dtype == jnp.bfloat16
 
     def test_dtypes_as_jax_has_them(self, tiny):
         model = load_pretrained(tiny, dtype=jnp.bfloat16, param_dtype=np.dtype("float32"))

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from espl_jax.choices import LORA_TARGETS
 from espl_jax.models import lora
 from espl_jax.pretrained import save
 from espl_jax.pretrained.hf_config import from_hf_config
+from espl_jax.pretrained.load import load_pretrained
 from espl_jax.pretrained.save import save_pretrained
 from espl_jax.text.chat import render
 from espl_jax.text.chat_template import template_file, template_for
@@ -140,6 +142,27 @@ def test_merging_rounds_once(tmp_path):
             assert rounded.dtype == torch.bfloat16
             assert torch.equal(rounded, torch.tensor(exact[name]).bfloat16())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_int8_is_dequantized(family, tmp_path):
+    """Merged in float32, as the weights that int8 stands for are; without adapters, back to the same int8."""
+    config = families.our_config(families.draw_hf_config(family, 0), param_dtype="int8", lora_scale=0.5)
+    config = config.replace(vocab_size=fakes.CONFIG.vocab_size)
+    params, plain = adapted(config), config.replace(param_dtype="float32")
+    floats = tiny.in_float(params, config)
+    save_pretrained(tmp_path / "ours", params, config, fakes.tokenizer(), dtype="float32")
+    save_pretrained(tmp_path / "floats", floats, plain, fakes.tokenizer())
+    ours, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "floats"))
+    assert ours.keys() == wanted.keys()
+    assert all(np.array_equal(ours[name], wanted[name]) for name in wanted)
+    save_pretrained(tmp_path / "rounded", params, config, fakes.tokenizer())
+    assert json.loads((tmp_path / "rounded" / "config.json").read_text())["dtype"] == "bfloat16"
+
+    base, _ = lora.detach(params)
+    save_pretrained(tmp_path / "base", base, config, fakes.tokenizer(), dtype="float32")
+    back = load_pretrained(tmp_path / "base", param_dtype="int8").params
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), back, base)
 
 
 class TestRefusals:

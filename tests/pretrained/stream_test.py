@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from espl_jax.models import int8
 from espl_jax.models.params import Weight
 from espl_jax.parallel.sharding import make_mesh
 from espl_jax.pretrained import stream
@@ -34,6 +35,7 @@ class Counted:
 
     array: np.ndarray
     views: int = 0
+    path: Path = Path("a/model.safetensors")
 
     def view(self):
         self.views += 1
@@ -67,6 +69,45 @@ def test_values_placement_and_reads(name, sizes):
     # Each part once, however many devices hold it.
     parts = collections.Counter(str(shard.index) for shard in array.addressable_shards)
     assert {each.views for each in stored} == {len(parts)}
+
+
+@pytest.mark.parametrize("name", ["query", "out", "embedding"])
+@pytest.mark.parametrize("block", [40, stream.BLOCK])
+@pytest.mark.parametrize("sizes", [None, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 4, "fsdp": 2}])
+def test_int8(name, sizes, block, monkeypatch):
+    """Rounded in blocks and by shards, of which the first reads all inputs: the same as all at once."""
+    monkeypatch.setattr(stream, "BLOCK", block)
+    weight, mesh = dataclasses.replace(WEIGHTS[name], dtype="int8"), sizes and make_mesh(sizes)
+    stored = stored_for(weight)
+    values, scale = stream.load_int8(weight, stored, mesh)
+    whole = expected(dataclasses.replace(weight, dtype="float32"), stored)
+    for ours, wanted in zip((values, scale), int8.quantize(whole, weight.input_axes), strict=True):
+        assert ours.dtype == wanted.dtype
+        np.testing.assert_array_equal(ours, wanted)
+    parts = {str(shard.index) for shard in values.addressable_shards}
+    assert {each.views for each in stored} == {len(parts)}
+    if mesh is not None:
+        for array, declared in ((values, weight), (scale, weight.scale)):
+            placement = stream.sharding.named(mesh, declared.axes, declared.shape, "sampling")
+            assert array.sharding == placement
+
+
+def test_scales_alone():
+    """As where a process has shards of the scales but not of the weights."""
+    weight = dataclasses.replace(WEIGHTS["out"], dtype="int8")
+    stored = stored_for(weight)
+    scale = stream._Int8(weight, stored).scales((slice(1, 3), slice(4, 8)))
+    whole = expected(dataclasses.replace(weight, dtype="float32"), stored)
+    np.testing.assert_array_equal(scale, int8.scales(whole, weight.input_axes)[1:3, 4:8])
+    assert [each.views for each in stored] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+def test_int8_of_numbers_that_are_not_finite(odd):
+    weight = Weight(("vocab", "embed"), ("embed",), (3, 2), "int8")
+    values = np.array([[1, 2], [3, odd], [5, 6]], np.float32)
+    with pytest.raises(ValueError, match=r"a/model.safetensors: holds a number that is not finite"):
+        stream.load_int8(weight, [Counted(values)], None)
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=3).filter(lambda shape: np.prod(shape) < 1e6))
@@ -103,8 +144,10 @@ IN_TWO_PROCESSES = """
 import sys
 import jax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import dataclasses
 import numpy as np
-from espl_jax.pretrained.load import stream
+from espl_jax.models import int8
+from espl_jax.pretrained import stream
 from espl_jax.parallel.sharding import make_mesh
 from tests.pretrained.stream_test import WEIGHTS, expected, stored_for
 mesh = make_mesh({"data": 2, "fsdp": 4}) if sys.argv[3] == "data" else make_mesh({"fsdp": 8})
@@ -116,6 +159,14 @@ for weight in WEIGHTS.values():
     for shard in array.addressable_shards:
         np.testing.assert_array_equal(shard.data, whole[shard.index])
     assert {each.views for each in stored} == {len({str(s.index) for s in array.addressable_shards})}
+    if weight.inputs:
+        weight = dataclasses.replace(weight, dtype="int8")
+        whole = expected(dataclasses.replace(weight, dtype="float32"), stored)
+        wanted = int8.quantize(whole, weight.input_axes)
+        for array, each in zip(stream.load_int8(weight, stored, mesh), wanted, strict=True):
+            assert array.shape == each.shape
+            for shard in array.addressable_shards:
+                np.testing.assert_array_equal(shard.data, each[shard.index])
 """
 
 

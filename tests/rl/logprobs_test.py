@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from espl_jax.models import lora
+from espl_jax.models import int8, lora
 from espl_jax.models.transformer import unembed
 from espl_jax.rl import vocab_chunks
 from espl_jax.rl.logprobs import target_logprobs, token_kl, token_logprobs
@@ -121,6 +121,30 @@ def test_gradient_of_truncated_logprobs(monkeypatch, chunk):
     ours = jax.jit(jax.grad(weighted(lambda *x: truncated_statistics(*x)[:1]), argnums=(0, 1)))(*arguments)
     expected = jax.jit(jax.grad(weighted(direct_truncated), argnums=(0, 1)))(*arguments)
     tiny.assert_trees_close(ours, expected, 1e-5)
+
+
+@pytest.mark.parametrize("chunk", [20, 61])
+def test_an_int8_head(monkeypatch, chunk):
+    """Statistics, and the gradient in the adapter and the hidden states; the head itself has none."""
+    monkeypatch.setattr(vocab_chunks, "LARGEST", chunk)
+    head, hidden = policy(0)["head"], hidden_states(1)
+    values, scale = int8.quantize(head["weight"], (-1,))
+    frozen = {"weight": values, "weight_scale": scale}
+    wide = {"weight": int8.dequantize(values, scale, (-1,))}
+    adapter = {name: head[name] for name in ("lora_a", "lora_b")}
+    cutoffs = cutoffs_of(wide | adapter, hidden)
+
+    def both(base):
+        def out(adapter, hidden):
+            stats = truncated_statistics(base | adapter, hidden, cutoffs)
+            return weighted(lambda: stats[:1])(), stats
+
+        return jax.jit(jax.value_and_grad(out, argnums=(0, 1), has_aux=True))(adapter, hidden)
+
+    (_, stats), grads = both(frozen)
+    (_, wanted), wanted_grads = both(wide)
+    tiny.assert_trees_close(stats, wanted, 1e-5)
+    tiny.assert_trees_close(grads, wanted_grads, 1e-5)
 
 
 def test_cutoffs_that_cut_nothing_change_nothing(monkeypatch):

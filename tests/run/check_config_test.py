@@ -58,6 +58,11 @@ def test_a_number_too_small_is_refused(field):
     )
 
 
+@pytest.mark.parametrize("changes", [{}, {"mode": "evolution", "lora__rank": 0}])
+def test_frozen_weights_can_be_int8(changes):
+    check_config(valid(model__param_dtype="int8", **changes))
+
+
 def test_every_table_names_fields_that_exist():
     fields = checked._flat(common.get_config())
     assert set(checked._CHOICES) | set(checked._AT_LEAST) <= set(fields)
@@ -101,6 +106,10 @@ def test_all_tokens_can_be_drawn_by_the_settings_that_say_so():
         ({"group_size": 1}, "group_size=1: the advantage is always 0 in a group of one"),
         ({"group_size": 1, "num_prompts": 1, "mode": "rl"}, "group_size=1: the advantage is always 0"),
         ({"optimizer.learning_rate": 0.0}, "optimizer.learning_rate=0.0: must be positive"),
+        (
+            {"model.param_dtype": "int8", "lora.rank": 0},
+            "model.param_dtype='int8': lora.rank=0 trains all weights, and only frozen weights can be int8",
+        ),
         (
             {"lora.targets": ("query", "nose")},
             "lora.targets=('query', 'nose'): ['nose'] are not LoRA targets",

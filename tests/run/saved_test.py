@@ -11,6 +11,7 @@ import pytest
 from espl_jax import train as loop
 from espl_jax.evolution.deployment import best_rated
 from espl_jax.models import lora
+from espl_jax.models.params import abstract, to_storage
 from espl_jax.parallel.sharding import make_mesh
 from espl_jax.run import parts as run_parts
 from espl_jax.run import saved, weights
@@ -115,6 +116,21 @@ def test_on_a_mesh_in_other_dtypes(tmp_path, rank):
     np.testing.assert_array_equal(ours, others)
     assert many.model.config.param_dtype == "bfloat16"
     assert many.model.params["embedding"]["weight"].dtype == (jnp.bfloat16 if rank else jnp.float32)
+
+
+@pytest.mark.parametrize("sizes", [None, {"tensor": 8}])
+def test_trained_weights_in_int8(tmp_path, sizes):
+    """They were trained in float32, and are rounded to be evaluated."""
+    workdir = fakes.workdir(tmp_path / "run", mode="rl", lora__rank=0)
+    exact, rounded = read_run(workdir), read_run(workdir, sizes and make_mesh(sizes), param_dtype="int8")
+    assert rounded.model.config.param_dtype == "int8"
+    wanted = to_storage(exact.model.params, rounded.model.config)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), rounded.model.params) == jax.tree.map(
+        lambda weight: (weight.shape, weight.dtype), abstract(rounded.model.config)
+    )
+    for ours, other in zip(*map(jax.tree.leaves, (rounded.model.params, wanted)), strict=True):
+        # Compiled together, the divisions may be rounded differently.
+        np.testing.assert_allclose(ours, other, rtol=1e-6, atol=ours.dtype == np.int8)
 
 
 def test_prompts_by_name(workdir):

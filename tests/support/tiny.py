@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from espl_jax.choices import LORA_TARGETS
-from espl_jax.models import lora, transformer
+from espl_jax.models import int8, lora, transformer
 from espl_jax.models.config import DecoderConfig, Rope
-from espl_jax.models.params import abstract
+from espl_jax.models.params import SCALE, abstract, to_storage
 from espl_jax.rl.logprobs import token_logprobs
 
 # The head dimension is not D / N, and the vocabulary a prime, so that no two axes pass for one another.
@@ -45,7 +45,9 @@ jitted_forward_tree = jax.jit(forward_tree, static_argnames="decoder")
 
 
 def params(config=CONFIG, seed=0):
-    """Random params whose norm scales differ from one too."""
+    """Random params whose norm scales differ from one too; int8 ones are those of float32, rounded."""
+    if config.param_dtype == "int8":
+        return to_storage(params(config.replace(param_dtype="float32"), seed), config)
     rng = np.random.default_rng(seed)
 
     def draw(weight):
@@ -53,6 +55,22 @@ def params(config=CONFIG, seed=0):
         return jnp.asarray(rng.normal(mean, deviation, weight.shape), weight.dtype)
 
     return jax.tree.map(draw, abstract(config))
+
+
+def in_float(params, config):
+    """Params whose int8 weights are replaced by the float32 weights that they stand for."""
+
+    def walk(declared, node):
+        kept = {
+            name: walk(declared[name], child) if isinstance(child, dict) else child
+            for name, child in node.items()
+            if name != SCALE
+        }
+        if SCALE in node:
+            kept["weight"] = int8.dequantize(node["weight"], node[SCALE], declared["weight"].input_axes)
+        return kept
+
+    return walk(abstract(config), params)
 
 
 def adapters(config=CONFIG, rank=3, seed=1, targets=LORA_TARGETS[:7]):

@@ -234,6 +234,9 @@ class _Counter:
                 needed += self.taken(fused, user.name, updated) * x.bytes // max(user.bytes, 1)
             elif user.opcode == "fusion":
                 inner = self.computations[user.called("calls")]
+                if places == [_relaid(inner)]:  # int8 weights in another tiling, of which a layer is sliced
+                    needed += self.taken(fused, user.name, False) * x.bytes // max(user.bytes, 1)
+                    continue
                 needed += sum(self.taken(inner, inner.parameters[i], in_place) for i in places)
             else:
                 return x.bytes
@@ -261,6 +264,14 @@ def _outputs(fused: Computation) -> list[str]:
     """Returns the names of the results of a fused computation."""
     root = fused.instructions[fused.root]
     return list(root.operands) if root.opcode == "tuple" else [root.name] * len(root.arrays)
+
+
+def _relaid(fused: Computation) -> int | None:
+    """Returns the number of the parameter that a fused computation only casts or lays out anew, or None."""
+    x = fused.instructions[fused.root]
+    while x.opcode in _ELEMENT_BY_ELEMENT:
+        x = fused.instructions[x.operands[0]]
+    return int(x.literal) if x.opcode == "parameter" else None
 
 
 def _parameter(fused: Computation, name: str) -> int | None:

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from espl_jax.models.config import DecoderConfig
-from espl_jax.models.params import Weight, abstract
+from espl_jax.models.params import SCALE, Weight, abstract
 from espl_jax.pretrained.gguf.file import GGUFFile
+from espl_jax.pretrained.hf_names import by_path, scale_path
 from espl_jax.pretrained.layout import file_shape, from_file
+from espl_jax.pretrained.stream import quantize
 
 Params = dict[str, Any]
 
@@ -57,20 +59,23 @@ def params_from_gguf(file: GGUFFile, config: DecoderConfig) -> Params:
     Raises:
       ValueError: if a tensor is missing, has a wrong shape, or is not part of this decoder.
     """
-    declared, tree = jax.tree_util.tree_flatten_with_path(abstract(config))
-    paths = ["/".join(key.key for key in path) for path, _ in declared]
-    names = [_names(path, config) for path in paths]
-    _check_complete(file, {name for layers in names for name in layers})
-    leaves = []
-    for path, (_, weight), layers in zip(paths, declared, names, strict=True):
-        # Copied one layer at a time, to save memory; not a view of the file, which may be replaced during the
-        # run.
-        leaf = np.empty(weight.shape, jnp.dtype(weight.dtype))
-        rows = leaf if path.startswith("layers/") else leaf[None]
-        for row, name in zip(rows, layers, strict=True):
-            row[...] = _layer(file, name, path, weight, config)
-        leaves.append(leaf)
-    return jax.tree.unflatten(tree, leaves)
+    declared = by_path(abstract(config))
+    names = {path: _names(path, config) for path in declared if not path.endswith(SCALE)}
+    _check_complete(file, {name for layers in names.values() for name in layers})
+    # Filled one layer at a time, to save memory; not views of the file, which may be replaced during the run.
+    leaves = {path: np.empty(weight.shape, jnp.dtype(weight.dtype)) for path, weight in declared.items()}
+
+    def rows(path: str) -> np.ndarray:
+        return leaves[path] if path.startswith("layers/") else leaves[path][None]
+
+    for path, layers in names.items():
+        weight = declared[path]
+        for number, name in enumerate(layers):
+            values = _layer(file, name, path, weight, config)
+            if weight.dtype == "int8":
+                values, rows(scale_path(path))[number] = quantize(weight, values, f"{file.path}: {name}")
+            rows(path)[number] = values
+    return jax.tree.unflatten(jax.tree.structure(abstract(config)), list(leaves.values()))
 
 
 def _names(path: str, config: DecoderConfig) -> list[str]:

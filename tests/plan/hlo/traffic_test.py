@@ -321,6 +321,29 @@ def test_a_call_costs_what_it_calls():
     ) == (80, 80)
 
 
+def test_a_slice_of_a_parameter_in_another_tiling():
+    """As of int8 weights: the fusion inside lays out what is read, which is a slice."""
+    others = """
+%relaid (p: s8[4,32,128]) -> s8[4,32,128] {
+  %p = s8[4,32,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %c = s8[4,32,128]{2,1,0:T(8,128)(4,1)} copy(%p)
+}
+
+%sliced (p: s8[4,32,128], i: s32[]) -> s8[1,32,128] {
+  %p.1 = s8[4,32,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %i = s32[] parameter(1)
+  %inner = s8[4,32,128]{2,1,0:T(8,128)(4,1)} fusion(%p.1), kind=kLoop, calls=%relaid
+  %zero = s32[] constant(0)
+  ROOT %cut = s8[1,32,128]{2,1,0:T(8,128)(4,1)} dynamic-slice(%inner, %i, %zero, %zero)
+}
+"""
+    body = """
+  %w = s8[4,32,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %i.1 = s32[] parameter(1)
+  ROOT %layer = s8[1,32,128]{2,1,0:T(8,128)(4,1)} fusion(%w, %i.1), kind=kLoop, calls=%sliced"""
+    assert moved(body, others) == (32 * 128 + 4, 32 * 128)
+
+
 def test_text_that_is_no_program():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         traffic("module @jit_f {}")

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from espl_jax.models.config import DecoderConfig, Rope
-from espl_jax.models.params import abstract
+from espl_jax.models.params import abstract, to_storage
 from espl_jax.pretrained.gguf.config import config_from_gguf
 from espl_jax.pretrained.gguf.file import open_gguf
 from espl_jax.pretrained.gguf.weights import params_from_gguf
@@ -166,6 +166,14 @@ def test_params_are_made_in_their_own_dtype(write_gguf, tensors):
     params, rounded = read(path)[0], read(path, param_dtype="bfloat16")[0]
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.astype(y.dtype), y), params, rounded)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(rounded)} == {"bfloat16"}
+
+
+def test_params_in_int8(write_gguf, tensors):
+    params, config = read(write_gguf(tensors), param_dtype="int8")
+    plain, _ = read(write_gguf(tensors))
+    jax.tree.map(np.testing.assert_array_equal, params, to_storage(plain, config))
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype.name), params)
+    assert shapes == jax.tree.map(lambda weight: (weight.shape, weight.dtype), abstract(config))
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
