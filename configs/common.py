@@ -92,6 +92,7 @@ def get_config() -> ConfigDict:
     c.sampling.stop_strings = ()  # strings that end a rollout, regardless of token boundaries
     c.sampling.context_limit = 0  # tokens per conversation; 0: the model's limit
     c.sampling.draft_tokens = 0  # most tokens drafted per decode step, which draw the same faster; 0: none
+    c.sampling.cache_dtype = "same"  # dtype of cached keys and values: same (model.dtype), or int8
     c.sampling.max_rows = 0  # concurrent rollouts are at most M times this; 0: limited by memory
 
     c.selection = ConfigDict()

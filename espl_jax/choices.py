@@ -4,6 +4,7 @@ MODES = ("espl", "rl", "evolution", "reflection")
 
 DTYPES = ("float32", "bfloat16")
 PARAM_DTYPES = (*DTYPES, "int8")
+CACHE_DTYPES = ("same", "int8")
 """Storage dtypes of weights; int8 is for weights that are not trained."""
 
 MATMUL_PRECISIONS = ("default", "highest", "bfloat16")

@@ -11,9 +11,9 @@ random numbers, without drafts. Prints two tables:
 1. Tokens per decode step, by the length of drafts and by where they are looked up. The steps are replayed
    with the recorded tokens in place of the model, so all lengths and sources are compared on the same
    rollouts: all rows of an epoch run side by side, and rows that have ended become texts for the others.
-2. For each number in --rows: tokens per second of the third epoch without drafts and with drafts of up to
-   --draft_tokens, whose lengths the sampler chooses. Both are called in turns, --repeats times, after a call
-   that compiles; medians.
+2. For each number in --rows, so many rows in flight: tokens per second of the third epoch without drafts and
+   with drafts of up to --draft_tokens, whose lengths the sampler chooses. Both are called in turns, --repeats
+   times, after a call that compiles; medians.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def collect(
     epoch: int,
     **settings,
 ) -> Rollouts:
-    """Draws the rollouts of an epoch. `settings` are `past` and `draft_tokens`."""
-    drafted = settings.get("draft_tokens", 0)
+    """Draws the rollouts of an epoch. `settings` are `past`, `draft_tokens`, and `rows` in flight."""
+    drafted, rows = settings.get("draft_tokens", 0), settings.get("rows")
     return collect_rollouts(
         parts.reference,
         prompts,
@@ -69,7 +69,7 @@ def collect(
         group_size=group,
         sampling=dataclasses.replace(parts.sampling, draft_tokens=drafted),
         chat=parts.chat,
-        capacity=parts.capacity,
+        capacity=dataclasses.replace(parts.capacity, max_rows=rows) if rows else parts.capacity,
         past=settings.get("past"),
     )
 
@@ -114,17 +114,28 @@ def tokens_per_step(rollouts: Rollouts, drafted: int, past: Past | None, share: 
 
 
 def speeds(
-    parts: Parts, prompts: Sequence[SystemPrompt], problems: Sequence[Problem], past: Past, rows: int
+    parts: Parts,
+    prompts: Sequence[SystemPrompt],
+    problems: Sequence[Problem],
+    group: int,
+    past: Past,
+    rows: int,
 ) -> list[str]:
     """Returns a line of the second table: tokens per second without and with drafts, and their ratio."""
-    count = max(n for n in range(1, len(problems) + 1) if rows % n == 0)
-    chosen, group = problems[:count], rows // count
+    group = max(group, -(-rows // len(problems)))
     taken: dict[int, list[float]] = {0: [], _DRAFT_TOKENS.value: []}
     for repeat in range(_REPEATS.value + 1):
         for drafted, measured in taken.items():
             began = time.perf_counter()
             rollouts = collect(
-                parts, prompts, chosen, group, EPOCHS - 1, draft_tokens=drafted, past=past.on(chosen)
+                parts,
+                prompts,
+                problems,
+                group,
+                EPOCHS - 1,
+                draft_tokens=drafted,
+                past=past.on(problems),
+                rows=rows,
             )
             seconds = time.perf_counter() - began
             if repeat:
@@ -132,7 +143,7 @@ def speeds(
     without, with_drafts = (statistics.median(each) for each in taken.values())
     pairs = [b / a for a, b in zip(*taken.values(), strict=True)]
     ratio = f"{statistics.median(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f})"
-    return [f"{rows} = {count} x {group}", f"{without:.1f}", f"{with_drafts:.1f}", ratio]
+    return [f"{rows} of {len(problems) * group}", f"{without:.1f}", f"{with_drafts:.1f}", ratio]
 
 
 def main(_: Sequence[str]) -> None:
@@ -166,9 +177,9 @@ def main(_: Sequence[str]) -> None:
     if _ROWS.value:
         measured = []
         for rows in _ROWS.value:
-            measured.append(speeds(parts, prompts[:1], problems, past[-2], int(rows)))
+            measured.append(speeds(parts, prompts[:1], problems, config.group_size, past[-2], int(rows)))
             print(" ".join(measured[-1]), flush=True)
-        print(table([["rows", "tokens/s", "with drafts", "ratio"], *measured]))
+        print(table([["rows in flight", "tokens/s", "with drafts", "ratio"], *measured]))
 
 
 if __name__ == "__main__":

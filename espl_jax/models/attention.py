@@ -106,6 +106,7 @@ class RowsView:
       length: int32 [R], columns filled.
       columns: number of columns read; at least the length of every row whose result is used.
       shards: number of parts of the slots.
+      scales: of int8 keys and of int8 values, float32 [L, K, W, C] each; None if they are not int8.
     """
 
     key: jax.Array
@@ -114,6 +115,7 @@ class RowsView:
     length: jax.Array
     columns: int = struct.field(pytree_node=False)
     shards: int = struct.field(pytree_node=False, default=1)
+    scales: tuple[jax.Array, jax.Array] | None = None
     owner: None = struct.field(pytree_node=False, default=None)
     parts: int = struct.field(pytree_node=False, default=1)
 
@@ -132,26 +134,32 @@ class RowsView:
         """
         if not isinstance(window, int) or not 0 < 3 * window < self.columns:
             positions = self.start[:, None] + jnp.arange(self.columns)
-            return Source(*self.layer(index), self.filled, positions)
+            key, value, *scales = self.layer(index)
+            return Source(key, value, self.filled, positions, scales=tuple(scales) or None)
         first = jnp.maximum(self.length - window, 0)
         columns = first[:, None] + jnp.arange(window)
-        filled = columns < self.length[:, None]
-        return Source(*self._last(index, first, window), filled, self.start[:, None] + columns)
+        filled, positions = columns < self.length[:, None], self.start[:, None] + columns
+        key, value, *scales = self._last(index, first, window)
+        return Source(key, value, filled, positions, scales=tuple(scales) or None)
 
-    def _last(self, index: jax.Array | int, first: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-        """Returns `count` columns of one layer, from column `first` of each row on."""
+    @property
+    def _arrays(self) -> list[tuple[jax.Array, int]]:
+        """The arrays of the slots, each with its axis of columns."""
+        return [(self.key, 4), (self.value, 3), *((x, 3) for x in self.scales or ())]
 
-        def gather(slots: tuple[jax.Array, jax.Array], first: jax.Array) -> tuple[jax.Array, ...]:
-            def of_row(slot: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:
-                (key, value), zero = slots, jnp.zeros_like(slot)
-                heads, width = key.shape[1], key.shape[3]
-                key = jax.lax.dynamic_slice(
-                    key, (index, zero, slot, zero, column), (1, heads, 1, width, count)
-                )
-                value = jax.lax.dynamic_slice(
-                    value, (index, zero, slot, column, zero), (1, heads, 1, count, value.shape[4])
-                )
-                return key[:, :, 0], value[:, :, 0]
+    def _last(self, index: jax.Array | int, first: jax.Array, count: int) -> list[jax.Array]:
+        """Returns `count` columns of one layer, from column `first` of each row on, of each array."""
+        axes = [axis for _, axis in self._arrays]
+
+        def gather(slots: tuple[jax.Array, ...], first: jax.Array) -> tuple[jax.Array, ...]:
+            def of_row(slot: jax.Array, column: jax.Array) -> tuple[jax.Array, ...]:
+                cut = []
+                for x, axis in zip(slots, axes, strict=True):
+                    start, size = [jnp.zeros_like(slot)] * x.ndim, list(x.shape)
+                    for at, place, length in ((0, index, 1), (2, slot, 1), (axis, column, count)):
+                        start[at], size[at] = jnp.asarray(place, slot.dtype), length
+                    cut.append(jax.lax.dynamic_slice(x, start, size)[:, :, 0])
+                return tuple(cut)
 
             slots_of_part = slots[0].shape[2] // parts
             slot = jnp.arange(len(first)).reshape(parts, -1)
@@ -163,20 +171,22 @@ class RowsView:
         mesh = sharding.mesh_of(first)
         parts = self.shards if mesh is None else 1
         gathered = sharding.over_parts(gather, mesh, ("slots", "rows"), "slots")
-        key, value = gathered((self.key, self.value), first)
-        return key[0], value[0]
+        return [x[0] for x in gathered(tuple(x for x, _ in self._arrays), first)]
 
-    def layer(self, index: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        """Returns the keys [K, R, H, columns] and values [K, R, columns, H] of one layer."""
+    def layer(self, index: jax.Array | int) -> list[jax.Array]:
+        """Returns the keys [K, R, H, columns] and values [K, R, columns, H] of one layer, and with int8 their
+        scales, [K, R, columns] each."""
         rows, heads = self.length.shape[0], self.value.shape[1]
 
-        def cut(x: jax.Array, sizes: tuple[int, int]) -> jax.Array:
+        def cut(x: jax.Array, axis: int) -> jax.Array:
             parts = x.reshape(*x.shape[:2], self.shards, -1, *x.shape[3:])
+            sizes = list(x.shape[3:])
+            sizes[axis - 3] = self.columns
             shape = (1, heads, self.shards, rows // self.shards, *sizes)
-            return jax.lax.dynamic_slice(parts, (index, 0, 0, 0, 0, 0), shape).reshape(heads, rows, *sizes)
+            start = (index, *(0,) * (len(shape) - 1))
+            return jax.lax.dynamic_slice(parts, start, shape).reshape(heads, rows, *sizes)
 
-        key, value = self.key.shape[3], self.value.shape[4]
-        return cut(self.key, (key, self.columns)), cut(self.value, (self.columns, value))
+        return [cut(x, axis) for x, axis in self._arrays]
 
 
 class Source(NamedTuple):
@@ -189,6 +199,7 @@ class Source(NamedTuple):
       positions: int32 [A, C], position of each column.
       owner: int32 [R] or None, as in `KVCache`.
       parts: as in `KVCache`.
+      scales: of int8 keys and of int8 values, float32 [K, A, C] each; None if they are not int8.
     """
 
     key: jax.Array
@@ -197,6 +208,7 @@ class Source(NamedTuple):
     positions: jax.Array
     owner: jax.Array | None = None
     parts: int = 1
+    scales: tuple[jax.Array, jax.Array] | None = None
 
     def by_row(self) -> Source:
         """Returns an equivalent source without `owner`, with one copy of the keys and values per row."""
@@ -301,8 +313,10 @@ def attend(
         columns = first + jnp.arange(size)
         back = columns[:, None] - jnp.arange(steps)  # [t, T], distance from query back to key
         seen = (back >= 0) & _within(back, window)
-        masks = [(_visible(s, start, columns, groups, window), s.owner is not None) for s in ancestors]
-        masks.append((jnp.repeat(seen, groups, axis=0)[None], False))  # [1, t*G, T]
+        masks = [
+            (_visible(s, start, columns, groups, window), s.owner is not None, s.scales) for s in ancestors
+        ]
+        masks.append((jnp.repeat(seen, groups, axis=0)[None], False, None))  # [1, t*G, T]
         masked = [(*arrays, *mask) for arrays, mask in zip(held, masks, strict=True)]
         logits = None if sinks is None else jnp.tile(sinks, size)[:, None, :, None]  # [K, 1, t*G, 1]
         flat = queries.reshape(kv, rows, size * groups, head)
@@ -361,6 +375,7 @@ def _attend_all(
 
     def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
         """Multiplies in float32 by keys or values y, [K, ...] or [1, ...]."""
+        y = y.astype(x.dtype) if y.dtype == jnp.int8 else y
         if y.shape[0] < kv:
             y, spec = y[0], spec.replace(",k", ",")
         return jnp.einsum(spec, x, y, precision=precision, preferred_element_type=jnp.float32)
@@ -375,24 +390,29 @@ def _attend_all(
         """Inverts `per_node`; if owned, joins over nodes, where nodes other than the row's add nothing."""
         return (join(x, axis=1) if owned else x).reshape(kv, rows, count, x.shape[-1])
 
+    def scaled(x: jax.Array, scales: tuple[jax.Array, jax.Array] | None, which: int) -> jax.Array:
+        """Multiplies [K, A, Q, C] by the scales of int8 keys or values, which belong to columns."""
+        return x if scales is None else x * scales[which][:, :, None]
+
     scores, tops = [], [] if sinks is None else [sinks]
-    for key, value, mask, owned in sources:
+    for key, value, mask, owned, scales in sources:
         nodes = key.shape[1]
         view = per_node(query, nodes, owned)
         view = jnp.broadcast_to(view, (kv, nodes, *view.shape[2:]))
         width = key.shape[2]
-        score = product("kaqh,kahc->kaqc", view[..., :width], key)
+        score = scaled(product("kaqh,kahc->kaqc", view[..., :width], key), scales, 0)
         if view.shape[-1] > width:
-            score += product("kaqh,kach->kaqc", view[..., width:], value)
+            score += scaled(product("kaqh,kach->kaqc", view[..., width:], value), scales, 1)
         scores.append(jnp.where(mask[None], score, _HIDDEN))
         tops.append(per_row(scores[-1].max(axis=-1, keepdims=True), owned, jnp.max))
 
     # The maximum only keeps exp in range; the result does not depend on it, so it needs no gradient.
     largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, tops))
     total, out = 0.0 if sinks is None else jnp.exp(sinks - largest), 0.0
-    for score, (_, value, _, owned) in zip(scores, sources, strict=True):
+    for score, (_, value, _, owned, scales) in zip(scores, sources, strict=True):
         weight = jnp.exp(score - per_node(largest, value.shape[1], owned))
         total += per_row(weight.sum(axis=-1, keepdims=True), owned, jnp.sum)
-        part = product("kaqc,kach->kaqh", weight.astype(value.dtype), value)
+        weight = scaled(weight, scales, 1).astype(query.dtype if value.dtype == jnp.int8 else value.dtype)
+        part = product("kaqc,kach->kaqh", weight, value)
         out += per_row(part, owned, jnp.sum)
     return jnp.divide(out, total).astype(query.dtype)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from espl_jax.choices import DTYPES, MATMUL_PRECISIONS, PARAM_DTYPES, REMATS, SAMPLING_LAYOUTS
+from espl_jax.choices import CACHE_DTYPES, DTYPES, MATMUL_PRECISIONS, PARAM_DTYPES, REMATS, SAMPLING_LAYOUTS
 
 ACTIVATIONS = ("silu", "gelu_tanh", "clamped_swiglu")
 PHASES = ("training", "sampling")
@@ -212,6 +212,8 @@ class DecoderConfig:
       param_dtype: storage dtype of the weights; same choices, or `int8` for weights that are not trained.
         Matmul weights are then int8 with one float32 scale per output channel (`models.int8`), and
         everything else (norms, biases, sinks, the router) has `dtype`.
+      cache_dtype: dtype of the cached keys and values of rows while sampling: `same` for `dtype`, or `int8`
+        with one float32 scale for each token and kv head. Levels that rows share have `dtype`.
       matmul_precision: `default` multiplies in `dtype`; `highest` requests full float32 products on
         accelerators that would otherwise round; `bfloat16` rounds operands and cotangents to bfloat16 and
         accumulates in float32, which is fast on CPUs with AMX.
@@ -260,6 +262,7 @@ class DecoderConfig:
     family: str = "llama"
     dtype: str = "float32"
     param_dtype: str = "float32"
+    cache_dtype: str = "same"
     matmul_precision: str = "default"
     scan_layers: bool = True
     sampling_layout: str = "auto"
@@ -317,6 +320,7 @@ class DecoderConfig:
             "sampling_layout": SAMPLING_LAYOUTS,
             "dtype": DTYPES,
             "param_dtype": PARAM_DTYPES,
+            "cache_dtype": CACHE_DTYPES,
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:

@@ -108,10 +108,10 @@ def einsum(
     contracted = "".join(c for c in right if c in left)
     kept = "".join(c for c in right if c not in left)
     scale, accumulated = linear.get(SCALE), "float32"
-    if scale is not None and contracts:
-        if sharding.splits(x, left.index(contracted[0]), contracts, decoder.phase):
-            # Devices sum their parts of the result in this dtype, before it is scaled.
-            accumulated = decoder.dtype
+    split = contracts and sharding.splits(x, left.index(contracted[0]), contracts, decoder.phase)
+    if scale is not None and split:
+        # Devices sum their parts of the result in this dtype, before it is scaled.
+        accumulated = decoder.dtype
     if OUTPUTS_FIRST in linear:
         weights, layer = linear[OUTPUTS_FIRST]
         multiply = functools.partial(product, f"{left},{kept}{contracted}->{result}", x)

@@ -221,12 +221,13 @@ def place_rows(tree: Any, mesh: Mesh | None) -> Any:
 
 
 def cache_sharding(mesh: Mesh, shape: tuple[int, ...], everywhere: bool = False) -> NamedSharding:
-    """Returns the sharding of keys or values [L, K, rows, ., .]: by kv heads, and by rows unless
-    `everywhere`.
+    """Returns the sharding of keys or values [L, K, rows, ., .], or of their scales [L, K, rows, .]: by kv
+    heads, and by rows unless `everywhere`.
 
     The rules are those of the training phase in both phases.
     """
-    return named(mesh, (None, "kv_heads", None if everywhere else "rows", None, None), shape)
+    axes = (None, "kv_heads", None if everywhere else "rows", None, None)
+    return named(mesh, axes[: len(shape)], shape)
 
 
 def constrain_cache(x: jax.Array, mesh: Mesh | None) -> jax.Array:

@@ -7,6 +7,7 @@ from typing import Any
 from espl_jax.choices import (
     AGGREGATIONS,
     BASELINES,
+    CACHE_DTYPES,
     DTYPES,
     EDIT_FORMATS,
     KL_ESTIMATORS,
@@ -61,6 +62,7 @@ _CHOICES = {
     "loss.normalize_advantages": NORMALIZATIONS,
     "loss.kl_estimator": ("exact", *KL_ESTIMATORS),
     "loss.sampler_routing": ROUTINGS,
+    "sampling.cache_dtype": CACHE_DTYPES,
     "optimizer.kind": OPTIMIZERS,
     "optimizer.schedule": SCHEDULES,
     "resume.changed_inputs": ("refuse", "allow"),

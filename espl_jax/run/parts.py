@@ -169,6 +169,7 @@ def sampling_of(config: Config) -> Sampling:
         truncation=Truncation(config.sampling.top_k, config.sampling.top_p, config.sampling.min_p),
         context_limit=config.sampling.context_limit or None,
         draft_tokens=config.sampling.draft_tokens,
+        cache_dtype=config.sampling.cache_dtype,
     )
 
 

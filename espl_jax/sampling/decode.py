@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from espl_jax.models import int8
 from espl_jax.models.attention import GappedCache, KVCache, RowsView
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.transformer import forward, unembed
@@ -25,8 +26,9 @@ from espl_jax.sampling import draw
 from espl_jax.sampling.drafts import Texts, propose
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
 
-Slots = tuple[jax.Array, jax.Array]
-"""Keys [L, K, W, H, C] and values [L, K, W, C, H] of W slots."""
+Slots = tuple[jax.Array, ...]
+"""Keys [L, K, W, H, C] and values [L, K, W, C, H] of W slots; if they are int8, also the scales of the keys
+and of the values, float32 [L, K, W, C] each."""
 
 
 class Rows(NamedTuple):
@@ -83,21 +85,24 @@ class Drawn(NamedTuple):
 
 def abstract_slots(
     decoder: DecoderConfig, slots: int, capacity: int, mesh: Mesh | None, everywhere: bool = False
-) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Returns shapes and shardings of slots with `capacity` columns each: sharded by rows, or replicated over
-    rows (`everywhere`) like the caches of shared levels."""
+    rows (`everywhere`) like the caches of shared levels, which are never int8."""
     heads, of_key, of_value = decoder.cache_shape
     shape = (decoder.num_layers, heads, slots)
-    shapes = (*shape, of_key, capacity), (*shape, capacity, of_value)
-    key, value = (
+    rounds = decoder.cache_dtype == "int8" and not everywhere
+    dtype = "int8" if rounds else decoder.dtype
+    arrays = [((*shape, of_key, capacity), dtype), ((*shape, capacity, of_value), dtype)]
+    if rounds:
+        arrays += [((*shape, capacity), "float32")] * 2
+    return tuple(
         jax.ShapeDtypeStruct(
             shape,
-            jnp.dtype(decoder.dtype),
+            jnp.dtype(dtype),
             sharding=None if mesh is None else sharding.cache_sharding(mesh, shape, everywhere),
         )
-        for shape in shapes
+        for shape, dtype in arrays
     )
-    return key, value
 
 
 def abstract_rows(count: int, mesh: Mesh | None) -> Rows:
@@ -110,8 +115,7 @@ def abstract_rows(count: int, mesh: Mesh | None) -> Rows:
 def reserve(decoder: DecoderConfig, slots: int, capacity: int, mesh: Mesh | None) -> Slots:
     """Allocates empty slots with `capacity` columns each."""
     shapes = abstract_slots(decoder, slots, capacity, mesh)
-    key, value = (jnp.zeros(x.shape, x.dtype, device=x.sharding) for x in shapes)
-    return key, value
+    return tuple(jnp.zeros(x.shape, x.dtype, device=x.sharding) for x in shapes)
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "mesh"))
@@ -172,7 +176,7 @@ def admit(
         return jax.lax.fori_loop(0, count[0], put, slots)
 
     over_parts = sharding.over_parts(local, mesh, ("slots", "everywhere", "rows", "rows", "rows"), "slots")
-    return over_parts(slots, (problems.key, problems.value), nodes, into, count)
+    return over_parts(slots, _stored((problems.key, problems.value), slots), nodes, into, count)
 
 
 @functools.partial(jax.jit, static_argnames="mesh", donate_argnames="slots")
@@ -230,8 +234,8 @@ def extend(
     count = at.shape[1]
 
     def gather(slots: Slots, at: jax.Array) -> Slots:
-        key, value = slots
-        return key[:, :, at[0], :, :columns], value[:, :, at[0], :columns]
+        key, value, *scales = (x[:, :, at[0]] for x in slots)
+        return key[..., :columns], value[:, :, :, :columns], *(x[..., :columns] for x in scales)
 
     def put_back(slots: Slots, new: Slots, at: jax.Array, length: jax.Array, number: jax.Array) -> Slots:
         def put(i: jax.Array, slots: Slots) -> Slots:
@@ -242,13 +246,14 @@ def extend(
 
         return jax.lax.fori_loop(0, count, put, slots)
 
-    key, value = sharding.over_parts(gather, mesh, ("slots", "rows"), "slots")(slots, at)
+    gathered = sharding.over_parts(gather, mesh, ("slots", "rows"), "slots")(slots, at)
+    key, value = _restored(gathered, decoder)
     own = KVCache(key, value, rows.start, rows.length)
     owned = dataclasses.replace(system, owner=rows.lane)
     new = forward(params, decoder, tokens, lengths, (owned, own)).cache
     kinds = ("slots", "slots", "rows", "rows", "rows")
     return sharding.over_parts(put_back, mesh, kinds, "slots")(
-        slots, (new.key, new.value), at, rows.length, lengths
+        slots, _stored((new.key, new.value), slots), at, rows.length, lengths
     )
 
 
@@ -327,7 +332,8 @@ def decode_chunk(
         raise ValueError(f"drafted={drafted}: drafts need texts to be looked up in; pass texts")
     count, fed = rows.token.shape[0], drafted + 1
     shards = sharding.row_shards(mesh)
-    held = RowsView(*slots, rows.start, rows.length, columns, shards)
+    key, value, *scales = slots
+    held = RowsView(key, value, rows.start, rows.length, columns, shards, tuple(scales) or None)
     system = system if aligned else dataclasses.replace(system, owner=rows.lane)
     heads, of_key, of_value = decoder.cache_shape
     shape, width = (decoder.num_layers, heads, count), steps * fed
@@ -447,7 +453,7 @@ def decode_chunk(
 
         return jax.lax.fori_loop(0, length.shape[0], put, slots)
 
-    staged = _without_gaps(staging) if drafted else (staging.key, staging.value)
+    staged = _stored(_without_gaps(staging) if drafted else (staging.key, staging.value), slots)
     folded = sharding.over_parts(fold, mesh, ("slots", "slots", "rows"), "slots")(slots, staged, rows.length)
     # Replicated: every process reads all sampled tokens and makes the same scheduling decisions.
     return folded, sharding.constrain_everywhere(drawn, mesh)
@@ -494,16 +500,36 @@ def _without_gaps(staging: GappedCache) -> Slots:
     return moved("lkrhc,rct->lkrht", staging.key), moved("lkrch,rct->lkrth", staging.value)
 
 
+def _stored(arrays: Slots, slots: Slots) -> Slots:
+    """Returns keys and values as `slots` hold them: the same, or in int8 with their scales."""
+    if slots[0].dtype != jnp.int8:
+        return arrays
+    (key, key_scale), (value, value_scale) = (
+        int8.quantize(x, (axis,)) for x, axis in zip(arrays, (-2, -1), strict=True)
+    )
+    return key, value, key_scale, value_scale
+
+
+def _restored(slots: Slots, decoder: DecoderConfig) -> Slots:
+    """Returns keys and values in `decoder.dtype`: the inverse of `_stored`."""
+    if slots[0].dtype != jnp.int8:
+        return slots
+    key, value, *scales = slots
+    return tuple(
+        int8.dequantize(x, scale, (axis,)).astype(decoder.dtype)
+        for x, scale, axis in zip((key, value), scales, (-2, -1), strict=True)
+    )
+
+
 def _row(arrays: Slots, row: jax.Array) -> Slots:
-    """Returns the keys and values of one node, [L, K, 1, H, C] and [L, K, 1, C, H]."""
-    key, value = (jax.lax.dynamic_slice_in_dim(x, row, 1, axis=2) for x in arrays)
-    return key, value
+    """Returns the arrays of one node, with 1 for the number of nodes."""
+    return tuple(jax.lax.dynamic_slice_in_dim(x, row, 1, axis=2) for x in arrays)
 
 
 def _write(slots: Slots, new: Slots, slot: jax.Array, column: jax.Array | int) -> Slots:
     """Writes the columns of one row, starting at `column`; in place if the slots are donated."""
-    (key, value), (new_key, new_value) = slots, new
-    return (
-        jax.lax.dynamic_update_slice(key, new_key, (0, 0, slot, 0, column)),
-        jax.lax.dynamic_update_slice(value, new_value, (0, 0, slot, column, 0)),
+    starts = (0, 0, slot, 0, column), (0, 0, slot, column, 0), (0, 0, slot, column), (0, 0, slot, column)
+    return tuple(
+        jax.lax.dynamic_update_slice(old, x, start)
+        for old, x, start in zip(slots, new, starts[: len(slots)], strict=True)
     )

@@ -22,6 +22,10 @@ WORTH_IT = 1.1
 DECAY = 0.5
 """Weight of what was counted before a chunk, against the chunk."""
 
+FIRST_RATE, FIRST_RATE_WITH_PAST = 0.4, 0.7
+"""Share of drafted tokens that are expected to be drawn before any are counted, without and with earlier
+rollouts on the same problems."""
+
 PRIOR = 4.0
 """Drafted tokens that the mean over all rows counts for in the estimate of one row."""
 
@@ -32,10 +36,10 @@ class Acceptance:
     All counts are numbers of tokens, and nothing is timed: the choices of a resumed run are the same.
     """
 
-    def __init__(self, rows: int):
-        """Begins with a rate of one half."""
+    def __init__(self, rows: int, first_rate: float = FIRST_RATE):
+        """Begins with this rate."""
         self._hits, self._misses = np.zeros((2, rows))
-        self._all = np.array([1.0, 1.0])
+        self._all = PRIOR * np.array([first_rate, 1.0 - first_rate])
 
     def add(self, rows: np.ndarray, hits: np.ndarray, misses: np.ndarray) -> None:
         """Counts the drafted tokens of a chunk: drawn, and not drawn. int [R] each."""
@@ -46,7 +50,7 @@ class Acceptance:
     def rates(self, rows: np.ndarray) -> np.ndarray:
         """Returns estimates of the probability that a drafted token is drawn. int [R] -> float [R]."""
         hits, misses = self._hits[rows], self._misses[rows]
-        mean = (self._all[0] + 1.0) / (self._all.sum() + 2.0)
+        mean = (self._all[0] + 0.5) / (self._all.sum() + 1.0)
         return (hits + PRIOR * mean) / (hits + misses + PRIOR)
 
     def choose(self, rows: np.ndarray, width: int, read: float, lengths: Sequence[int]) -> int:

@@ -202,6 +202,7 @@ def sample_tree(
     )
     check_ids("stop_ids", [stop for stop in stop_ids if stop >= 0], decoder)  # -1: no stop token
     laid_out, decoder = for_sampling(params, decoder, mesh)
+    decoder = decoder.replace(cache_dtype=sampling.cache_dtype)
     held_bytes = capacity.held_bytes
     if held_bytes is None:
         arrays = {id(x): x for x in jax.tree.leaves((params, laid_out))}

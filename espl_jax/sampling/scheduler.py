@@ -21,7 +21,7 @@ from espl_jax.parallel import sharding
 from espl_jax.sampling import decode
 from espl_jax.sampling.buckets import pad_right
 from espl_jax.sampling.constraint import Constraint
-from espl_jax.sampling.draft_lengths import Acceptance
+from espl_jax.sampling.draft_lengths import FIRST_RATE, FIRST_RATE_WITH_PAST, Acceptance
 from espl_jax.sampling.draft_texts import DraftTexts
 from espl_jax.sampling.problem_blocks import ProblemBlocks
 from espl_jax.sampling.settings import Sampling
@@ -102,7 +102,8 @@ class Scheduler:
 
         padded, lengths = pad_right(system_tokens)
         self.system = decode.prefill(params, decoder, padded, lengths, mesh=mesh)
-        self.texts, self.acceptance = None, Acceptance(count)
+        self.texts = None
+        self.acceptance = Acceptance(count, FIRST_RATE_WITH_PAST if past and all(past) else FIRST_RATE)
         # Filled columns of the cache with as many bytes as the weights.
         weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
         self.columns_as_weights = weights / column_bytes(decoder)

@@ -29,6 +29,7 @@ class Sampling:
       record_routing: record the choices of experts, if the model has experts.
       draft_tokens: most tokens of a draft, which a decode step checks at once (see `drafts`); 0 for no
         drafts. They save decode steps, and do not change which tokens are drawn, rounding apart.
+      cache_dtype: see `DecoderConfig`; "int8" halves the cache, and moves logprobs away from the trainer's.
     """
 
     max_new_tokens: int | np.ndarray
@@ -39,6 +40,7 @@ class Sampling:
     max_first_turn: int | None = None
     record_routing: bool = False
     draft_tokens: int = 0
+    cache_dtype: str = "same"
 
     def __post_init__(self) -> None:
         if not 0 <= self.draft_tokens < DECODED:

@@ -268,7 +268,14 @@ def choose_sizes(
 def column_bytes(decoder: DecoderConfig) -> int:
     """Returns the bytes of one column of a slot, over all devices."""
     heads, of_key, of_value = decoder.cache_shape
-    return decoder.num_layers * heads * (of_key + of_value) * jnp.dtype(decoder.dtype).itemsize
+    return decoder.num_layers * heads * _head_bytes(decoder, of_key + of_value)
+
+
+def _head_bytes(decoder: DecoderConfig, width: int) -> int:
+    """Returns the bytes of one kv head in a column of a slot: numbers in int8 have two scales."""
+    if decoder.cache_dtype == "int8":
+        return width + 2 * 4
+    return width * jnp.dtype(decoder.dtype).itemsize
 
 
 def slots_that_fit(
@@ -304,8 +311,10 @@ def slots_that_fit(
     shape = (decoder.num_layers, heads, shards, 1, of_key + of_value)
     if mesh is not None:
         shape = sharding.cache_sharding(mesh, shape).shard_shape(shape)
-    column = math.prod(shape) * jnp.dtype(decoder.dtype).itemsize
-    slot = (capacity + staged) * column + _LOGITS * fed * decoder.vocab_size
+    each = math.prod(shape) // (of_key + of_value)
+    column = each * (of_key + of_value) * jnp.dtype(decoder.dtype).itemsize
+    slot = capacity * each * _head_bytes(decoder, of_key + of_value) + staged * column
+    slot += _LOGITS * fed * decoder.vocab_size
     if memory < held + slot:
         raise ValueError(
             f"no rollout fits: {held / 2**30:.2f} of a device's {memory / 2**30:.2f} GiB are in use, and one "
