@@ -93,7 +93,7 @@ def quantize(
         wide = part[block].astype(np.float32)
         kept[cut] = int8.scales(wide, weight.input_axes) if scale is None else scale[cut]
         if not np.isfinite(kept[cut]).all():
-            raise ValueError(f"{name}: a number is not finite, and int8 has none such; download it again")
+            raise ValueError(f"{name}: holds a number that is not finite; download it again")
         _copy(values[block], int8.rounded(wide, kept[cut], weight.input_axes))
     return values, kept
 

@@ -106,7 +106,7 @@ def test_scales_alone():
 def test_int8_of_numbers_that_are_not_finite(odd):
     weight = Weight(("vocab", "embed"), ("embed",), (3, 2), "int8")
     values = np.array([[1, 2], [3, odd], [5, 6]], np.float32)
-    with pytest.raises(ValueError, match=r"a/model.safetensors: a number is not finite"):
+    with pytest.raises(ValueError, match=r"a/model.safetensors: holds a number that is not finite"):
         stream.load_int8(weight, [Counted(values)], None)
 
 
@@ -144,8 +144,10 @@ IN_TWO_PROCESSES = """
 import sys
 import jax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import dataclasses
 import numpy as np
-from espl_jax.pretrained.load import stream
+from espl_jax.models import int8
+from espl_jax.pretrained import stream
 from espl_jax.parallel.sharding import make_mesh
 from tests.pretrained.stream_test import WEIGHTS, expected, stored_for
 mesh = make_mesh({"data": 2, "fsdp": 4}) if sys.argv[3] == "data" else make_mesh({"fsdp": 8})
@@ -157,6 +159,14 @@ for weight in WEIGHTS.values():
     for shard in array.addressable_shards:
         np.testing.assert_array_equal(shard.data, whole[shard.index])
     assert {each.views for each in stored} == {len({str(s.index) for s in array.addressable_shards})}
+    if weight.inputs:
+        weight = dataclasses.replace(weight, dtype="int8")
+        whole = expected(dataclasses.replace(weight, dtype="float32"), stored)
+        wanted = int8.quantize(whole, weight.input_axes)
+        for array, each in zip(stream.load_int8(weight, stored, mesh), wanted, strict=True):
+            assert array.shape == each.shape
+            for shard in array.addressable_shards:
+                np.testing.assert_array_equal(shard.data, each[shard.index])
 """
 
 
