@@ -108,8 +108,8 @@ def einsum(
     contracted = "".join(c for c in right if c in left)
     kept = "".join(c for c in right if c not in left)
     scale, accumulated = linear.get(SCALE), "float32"
-    split = contracts and sharding.splits(x, left.index(contracted[0]), contracts, decoder.phase)
-    if scale is not None and split:
+    scaled = scale is not None and contracts
+    if scaled and sharding.splits(x, left.index(contracted[0]), contracts, decoder.phase):
         # Devices sum their parts of the result in this dtype, before it is scaled.
         accumulated = decoder.dtype
     if OUTPUTS_FIRST in linear:
