@@ -39,7 +39,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from configs import hmmt
-from espl_jax.choices import PARAM_DTYPES, REMATS
+from espl_jax.choices import CACHE_DTYPES, PARAM_DTYPES, REMATS
 from espl_jax.console.tables import table
 from espl_jax.parallel import sharding
 from espl_jax.parallel.memory import bytes_per_device
@@ -66,6 +66,7 @@ flags.DEFINE_list("mesh", ["tensor=-1"], "Devices by axis, e.g. fsdp=2,tensor=4;
 flags.DEFINE_enum("model", "qwen3-8b", sorted(MODELS), "Model whose shapes to use.")
 flags.DEFINE_enum("param_dtype", "bfloat16", PARAM_DTYPES, "Storage dtype of frozen weights.")
 flags.DEFINE_enum("remat", "full", REMATS, "Activation checkpointing of updates.")
+flags.DEFINE_enum("cache_dtype", "same", CACHE_DTYPES, "Dtype of the cached keys and values of rows.")
 flags.DEFINE_list("programs", PROGRAMS[:3], f"Our programs to compile, some of {', '.join(PROGRAMS)}.")
 flags.DEFINE_bool("tunix", True, "Compile google-tunix's decode step too.")
 flags.DEFINE_integer("rows", 64, "Rows of a decode chunk.")
@@ -313,6 +314,7 @@ def main(_: list[str]) -> None:
     if importlib.util.find_spec("libtpu") is None:
         raise app.UsageError("libtpu, the TPU compiler, is missing; pip install libtpu")
     numerics = {"dtype": "bfloat16", "param_dtype": FLAGS.param_dtype, "remat": FLAGS.remat}
+    numerics["cache_dtype"] = FLAGS.cache_dtype
     config = from_hf_config(MODELS[FLAGS.model], **numerics)
     peer = tunix() if FLAGS.tunix else None
     devices = tpu_compiler.devices(FLAGS.topology)

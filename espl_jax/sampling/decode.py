@@ -24,6 +24,7 @@ from espl_jax.models.transformer import forward, unembed
 from espl_jax.parallel import sharding
 from espl_jax.sampling import draw
 from espl_jax.sampling.drafts import Texts, propose
+from espl_jax.sampling.sizes import TPU_LANES
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
 
 Slots = tuple[jax.Array, ...]
@@ -528,8 +529,32 @@ def _row(arrays: Slots, row: jax.Array) -> Slots:
 
 def _write(slots: Slots, new: Slots, slot: jax.Array, column: jax.Array | int) -> Slots:
     """Writes the columns of one row, starting at `column`; in place if the slots are donated."""
-    starts = (0, 0, slot, 0, column), (0, 0, slot, column, 0), (0, 0, slot, column), (0, 0, slot, column)
-    return tuple(
-        jax.lax.dynamic_update_slice(old, x, start)
-        for old, x, start in zip(slots, new, starts[: len(slots)], strict=True)
+    key, *others = (
+        functools.partial(jax.lax.dynamic_update_slice, old, x) for old, x in zip(slots, new, strict=True)
     )
+    starts = (0, 0, slot, column, 0), (0, 0, slot, column), (0, 0, slot, column)
+    written = tuple(write(start) for write, start in zip(others, starts[: len(others)], strict=True))
+    if slots[0].dtype == jnp.int8 and not isinstance(column, int) and slots[0].shape[4] % TPU_LANES == 0:
+        return _write_in_tiles(slots[0], new[0], slot, column), *written
+    return key((0, 0, slot, 0, column)), *written
+
+
+def _write_in_tiles(slots: jax.Array, new: jax.Array, slot: jax.Array, column: jax.Array) -> jax.Array:
+    """Writes the int8 keys of one row as whole tiles of columns. TPUs would copy all slots to another layout
+    to write at any other column, and back.
+
+    Args:
+      slots: int8 [L, K, W, H, C], C a multiple of `TPU_LANES`.
+      new: int8 [L, K, 1, H, c].
+      slot, column: int32 [], where to write.
+    """
+    tiles = -(-(new.shape[4] + TPU_LANES - 1) // TPU_LANES)
+    tiles = min(tiles, slots.shape[4] // TPU_LANES)
+    first = jnp.minimum(column // TPU_LANES, slots.shape[4] // TPU_LANES - tiles) * TPU_LANES
+    start = (0, 0, slot, 0, first)
+    old = jax.lax.dynamic_slice(slots, start, (*slots.shape[:2], 1, slots.shape[3], tiles * TPU_LANES))
+    # Selected, because the compiler would merge two updates into one.
+    shifted = jax.lax.dynamic_update_slice(jnp.zeros_like(old), new, (0, 0, 0, 0, column - first))
+    back = jnp.arange(old.shape[4]) - (column - first)
+    merged = jnp.where((back >= 0) & (back < new.shape[4]), shifted, old)
+    return jax.lax.dynamic_update_slice(slots, merged, start)

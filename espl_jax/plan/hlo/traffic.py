@@ -209,13 +209,29 @@ class _Counter:
             found = self.update(inner, inner.root)
             if found is None:
                 return None
-            target = _parameter(fused, x.operands[found[1]])
+            target = self.parameter(fused, x.operands[found[1]])
             return None if target is None else (found[0], target)
         if x.opcode in _UPDATES:
-            target = _parameter(fused, x.operands[0])
+            target = self.parameter(fused, x.operands[0])
             update = fused.instructions[x.operands[_UPDATES[x.opcode]]]
             return None if target is None else (update.bytes, target)
         return None
+
+    def parameter(self, fused: Computation, name: str) -> int | None:
+        """Returns the number of the parameter that a value aliases, or is in another tiling; else None."""
+        x = fused.instructions[name]
+        while True:
+            if x.opcode == "bitcast":
+                x = fused.instructions[x.operands[0]]
+            elif (
+                x.opcode == "fusion" and (number := _relaid(self.computations[x.called("calls")])) is not None
+            ):
+                source = fused.instructions[x.operands[number]]
+                if source.bytes != x.bytes:
+                    return None
+                x = source
+            else:
+                return int(x.literal) if x.opcode == "parameter" else None
 
     def taken(self, fused: Computation, name: str, in_place: bool) -> int:
         """Returns the bytes of a value that its users in a fusion read; an in-place update reads none."""
@@ -234,8 +250,9 @@ class _Counter:
                 needed += self.taken(fused, user.name, updated) * x.bytes // max(user.bytes, 1)
             elif user.opcode == "fusion":
                 inner = self.computations[user.called("calls")]
-                if places == [_relaid(inner)]:  # int8 weights in another tiling, of which a layer is sliced
-                    needed += self.taken(fused, user.name, False) * x.bytes // max(user.bytes, 1)
+                if places == [_relaid(inner)]:  # int8 in another tiling, of which a part is sliced or updated
+                    updated = in_place and user.bytes == x.bytes
+                    needed += self.taken(fused, user.name, updated) * x.bytes // max(user.bytes, 1)
                     continue
                 needed += sum(self.taken(inner, inner.parameters[i], in_place) for i in places)
             else:
@@ -270,13 +287,5 @@ def _relaid(fused: Computation) -> int | None:
     """Returns the number of the parameter that a fused computation only casts or lays out anew, or None."""
     x = fused.instructions[fused.root]
     while x.opcode in _ELEMENT_BY_ELEMENT:
-        x = fused.instructions[x.operands[0]]
-    return int(x.literal) if x.opcode == "parameter" else None
-
-
-def _parameter(fused: Computation, name: str) -> int | None:
-    """Returns the number of the parameter that a value aliases, or None."""
-    x = fused.instructions[name]
-    while x.opcode == "bitcast":
         x = fused.instructions[x.operands[0]]
     return int(x.literal) if x.opcode == "parameter" else None

@@ -344,6 +344,33 @@ def test_a_slice_of_a_parameter_in_another_tiling():
     assert moved(body, others) == (32 * 128 + 4, 32 * 128)
 
 
+def test_an_update_of_a_parameter_in_another_tiling():
+    """As of int8 keys: a part is read, changed and written back, in place."""
+    others = """
+%relaid (p: s8[4,32,256]) -> s8[4,32,256] {
+  %p = s8[4,32,256]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %c = s8[4,32,256]{2,1,0:T(8,128)(4,1)} copy(%p)
+}
+
+%updated (p: s8[4,32,256], i: s32[], q: s8[1,32,128]) -> s8[4,32,256] {
+  %p.1 = s8[4,32,256]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %i = s32[] parameter(1)
+  %q = s8[1,32,128]{2,1,0:T(8,128)(4,1)} parameter(2)
+  %inner = s8[4,32,256]{2,1,0:T(8,128)(4,1)} fusion(%p.1), kind=kLoop, calls=%relaid
+  %zero = s32[] constant(0)
+  %cut = s8[1,32,128]{2,1,0:T(8,128)(4,1)} dynamic-slice(%inner, %i, %zero, %zero)
+  %sum = s8[1,32,128]{2,1,0:T(8,128)(4,1)} add(%cut, %q)
+  ROOT %new = s8[4,32,256]{2,1,0:T(32,128)(4,1)} dynamic-update-slice(%inner, %sum, %i, %zero, %zero)
+}
+"""
+    body = """
+  %w = s8[4,32,256]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %i.1 = s32[] parameter(1)
+  %q.1 = s8[1,32,128]{2,1,0:T(8,128)(4,1)} parameter(2)
+  ROOT %slots = s8[4,32,256]{2,1,0:T(32,128)(4,1)} fusion(%w, %i.1, %q.1), kind=kLoop, calls=%updated"""
+    assert moved(body, others) == (2 * 32 * 128 + 4, 32 * 128)
+
+
 def test_text_that_is_no_program():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         traffic("module @jit_f {}")
