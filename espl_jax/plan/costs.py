@@ -25,7 +25,8 @@ from espl_jax.run.parts import make_optimizer_of
 from espl_jax.run.tasks import has_turns
 from espl_jax.run.weights import numerics
 from espl_jax.run.workloads import Lengths, Workload, workloads
-from espl_jax.sampling.sizes import Sizes, describe
+from espl_jax.sampling.programs import describe
+from espl_jax.sampling.sizes import Sizes
 
 GIB = 2**30
 
@@ -139,7 +140,6 @@ def plan(
     chip = find_chip(topology)
     asked = config, topology, lengths, phases, every_bucket, evaluated
     run = _run(*asked)
-    said = run.error or describe(run.stages)
     lower = functools.partial(_lower, *asked)
     count, preload = len(run.programs), [programs.__name__]
     costs = []
@@ -148,17 +148,18 @@ def plan(
     ):
         costs.append(_cost(program, compiled, resident(config, run.sizes, program.phase)))
         say(f"compiled in {compiled.seconds:.0f} s: {program.name}, {program.shape}")
-    return Plan(topology, chip, run.mesh, run.sizes, said, tuple(costs), run.error)
+    return Plan(topology, chip, run.mesh, run.sizes, run.slots, tuple(costs), run.error)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """A run on a slice: devices by axis, bytes held by purpose, the slots that sampling reserves (or the
-    reason why it cannot), and all programs."""
+    """A run on a slice: devices by axis, bytes held by purpose, the slots that rollouts reserve, their
+    description, the reason why sampling cannot reserve any, and all programs."""
 
     mesh: dict[str, int]
     sizes: dict[str, int]
     stages: tuple[Sizes, ...]
+    slots: str
     error: str
     programs: list[Program]
 
@@ -210,11 +211,14 @@ def _run(
             memory = int(find_chip(topology).memory)
             stages[sampling] = sampling.sizes(decoder, sum(sizes.values()), mesh, memory)
         except ValueError as error:
-            return _Run(axes, sizes, (), f"{sampling.name}: {error}", [])
+            reason = f"{sampling.name}: {error}"
+            return _Run(axes, sizes, (), reason, reason, [])
     listed = programs.run_programs(
         config, decoder, held, optimizer, stages, mesh, phases=phases, every_bucket=every_bucket
     )
-    return _Run(axes, sizes, stages[every[0]], "", list(listed))
+    reserved = stages[every[0]]
+    slots = describe(every[0].shapes(decoder, held.policy, reserved, mesh))
+    return _Run(axes, sizes, reserved, slots, "", list(listed))
 
 
 def _lower(*asked: Any) -> jax.stages.Lowered:

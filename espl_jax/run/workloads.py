@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
 from espl_jax.models.config import DecoderConfig
+from espl_jax.models.params import Params
 from espl_jax.run.check_groups import records_routing
 from espl_jax.run.config import Config
 from espl_jax.sampling.buckets import bucket
+from espl_jax.sampling.layout import for_sampling
+from espl_jax.sampling.programs import Shapes
+from espl_jax.sampling.settings import Sampling
 from espl_jax.sampling.sizes import CHUNK, Sizes, choose_sizes
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
 
@@ -83,6 +87,44 @@ class Workload:
             max_rows=self.max_rows,
             held=held,
             memory=memory,
+            mesh=mesh,
+        )
+
+    def shapes(
+        self,
+        decoder: DecoderConfig,
+        params: Params,
+        stages: Sequence[Sizes],
+        mesh: Mesh | None,
+        stop_ids: int = 1,
+    ) -> Shapes:
+        """Returns what the programs of the workload depend on.
+
+        Args:
+          decoder: the model's configuration.
+          params: abstract params.
+          stages: the sizes that it reserves.
+          mesh: the device mesh.
+          stop_ids: number of tokens that end a turn.
+        """
+        params, decoder = for_sampling(params, decoder, mesh)
+        return Shapes(
+            params=params,
+            decoder=decoder,
+            stages=stages,
+            lanes=self.lanes,
+            problems=self.problems,
+            rows=self.rows,
+            system=bucket(self.lengths.system),
+            problem=self.lengths.problem,
+            sampling=Sampling(
+                max_new_tokens=self.lengths.new,
+                temperature=0.0 if self.greedy else 1.0,
+                truncation=self.truncation,
+                stop_ids=tuple(range(stop_ids)),
+                record_routing=self.record_routing,
+            ),
+            turns=self.turns,
             mesh=mesh,
         )
 
