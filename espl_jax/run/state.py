@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "checkpoint_every",
     "checkpoint_keep",
     "compilation_cache",
+    "compile_ahead",
     "profile_iteration",
     "optimizer.max_skipped",
     "resume",

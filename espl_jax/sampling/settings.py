@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from espl_jax.parallel.ahead import OFF, CompileAhead
 from espl_jax.sampling.sizes import CHUNK
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
 
@@ -59,6 +60,7 @@ class Capacity:
       chunk: decode steps between two looks by the host; 1 while any row is constrained.
       coarse: compile fewer programs (see `Sizes`); always on under a constraint.
       mesh: rows are sharded over its data axes; None for a single device.
+      ahead: compiles the programs of the call in the background, except for constrained steps.
     """
 
     max_rows: int | None = None
@@ -67,6 +69,7 @@ class Capacity:
     chunk: int = CHUNK
     coarse: bool = False
     mesh: jax.sharding.Mesh | None = None
+    ahead: CompileAhead = OFF
 
     def __post_init__(self) -> None:
         for name, value in (("max_rows", self.max_rows), ("chunk", self.chunk)):
