@@ -222,5 +222,6 @@ def get_config() -> ConfigDict:
     c.checkpoint_every = 1  # iterations between checkpoints
     c.checkpoint_keep = 2  # checkpoints to keep
     c.compilation_cache = "~/.cache/espl_jax/xla"  # persistent compilation cache; empty disables
+    c.compile_ahead = "auto"  # compile the programs of rollouts in the background: auto (not on CPU), on, off
     c.profile_iteration = 0  # iteration to profile, into <workdir>/profile; 0 disables
     return c.lock()  # setting a field that does not exist is an error

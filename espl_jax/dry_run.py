@@ -25,7 +25,7 @@ from espl_jax.run.roots import first_population
 from espl_jax.run.weights import settle_numerics
 from espl_jax.run.workloads import Lengths
 from espl_jax.sampling.generate import row_limits
-from espl_jax.sampling.sizes import describe
+from espl_jax.sampling.programs import describe
 from espl_jax.text.chat import encode_conversation, render
 from espl_jax.train import choose, left_out
 from espl_jax.types import Problem, SystemPrompt
@@ -153,10 +153,11 @@ def programs_of(
         sampling: sampling.sizes(model.config, taken, parts.mesh)
         for sampling in workloads_of(config, parts, Lengths(*longest, most))
     }
-    say(f"Rollouts: {describe(next(iter(stages.values())))}.")
     held = programs.held(
         config, model.config, parts.optimizer, parts.mesh, parts.reflector and parts.reflector.config
     )
+    rollouts, sizes = next(iter(stages.items()))
+    say(f"Rollouts: {describe(rollouts.shapes(model.config, held.policy, sizes, parts.mesh))}.")
     yield from programs.run_programs(
         config,
         model.config,

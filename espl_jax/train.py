@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from espl_jax.console.progress import Progress
+from espl_jax.console.tables import duration
 from espl_jax.data.order import Cursor, next_batch
 from espl_jax.evolution.deployment import deployed
 from espl_jax.evolution.evolve import evolve, outcome
@@ -21,6 +22,7 @@ from espl_jax.evolution.ratings import inflate, rate
 from espl_jax.evolution.reflection import Offspring
 from espl_jax.evolution.selection import select
 from espl_jax.parallel import processes
+from espl_jax.parallel.ahead import CompileAhead, counted, threads_for
 from espl_jax.report.write import RunReport
 from espl_jax.rollouts.collect import collect_rollouts
 from espl_jax.rollouts.keys import stable_hash, stream_key
@@ -30,12 +32,12 @@ from espl_jax.run.check_groups import records_routing
 from espl_jax.run.config import Config
 from espl_jax.run.finish import evaluate_on, finish
 from espl_jax.run.job import Job
-from espl_jax.run.parts import Parts, assemble, rollout_sizes
+from espl_jax.run.parts import Parts, assemble, rollout_shapes
 from espl_jax.run.reflection import Beside, MakeReflect, open_reflectors
 from espl_jax.run.state import MAY_CHANGE, Run, restore, save, stop_if_stuck
-from espl_jax.run.update import Updated, trainer_logprobs, update
+from espl_jax.run.update import Updated, compile_update_ahead, trainer_logprobs, update
 from espl_jax.run.weights import settle_numerics
-from espl_jax.sampling.sizes import describe
+from espl_jax.sampling.programs import describe
 from espl_jax.storage import status
 from espl_jax.storage.workdir import WorkDir
 from espl_jax.trackers.start import tracking
@@ -72,15 +74,15 @@ def train(config: Config, workdir: str | Path, console: Console | None = None) -
                 config.num_iterations, folder.append, done=run.iteration, console=console, listen=show
             ) as progress,
             tracking(config.to_dict(), str(folder.path), progress.say) as update_trackers,
+            CompileAhead(threads_for(config.compile_ahead), say_compiled(progress)) as ahead,
         ):
-            progress.say(
-                f"Rollouts: {describe(rollout_sizes(config, parts))}, each compiled when first needed."
-            )
+            when = "compiled ahead in the background" if ahead.on else "each compiled when first needed"
+            progress.say(f"Rollouts: {describe(rollout_shapes(config, parts))}, {when}.")
             for line in left_out(parts):
                 progress.say(line)
             if run.iteration:
                 progress.say(f"resumed after iteration {run.iteration}")
-            job = Job(config, parts, folder, progress)
+            job = Job(config, parts, folder, progress, ahead)
             report = RunReport(folder, parts.reference, progress.say)
             for iteration in range(run.iteration + 1, config.num_iterations + 1):
                 with profile(config, folder, iteration):
@@ -98,6 +100,15 @@ def train(config: Config, workdir: str | Path, console: Console | None = None) -
             return results
 
 
+def say_compiled(progress: Progress) -> Callable[[str, int, float], None]:
+    """Returns a function that says how long programs took to compile, for `CompileAhead`."""
+
+    def finished(title: str, count: int, seconds: float) -> None:
+        progress.say(f"{title}: {counted(count)} compiled in {duration(seconds)}.")
+
+    return finished
+
+
 def left_out(parts: Parts) -> list[str]:
     """Returns a line for each split with problems that are too long for the context."""
     return [
@@ -113,6 +124,7 @@ def iterate(job: Job, run: Run, make_reflect: MakeReflect) -> Run:
     policy = parts.policy(run.train_state)
 
     prompts, problems, cursor, rng = choose(run.population, run.cursor, iteration, parts, config)
+    compile_update_ahead(job, run.train_state, prompts, problems)
     with job.progress.phase("rollouts"):
         rollouts = collect_rollouts(
             policy,
@@ -123,7 +135,7 @@ def iterate(job: Job, run: Run, make_reflect: MakeReflect) -> Run:
             group_size=config.num_prompts * config.group_size // len(prompts),
             sampling=dataclasses.replace(parts.sampling, record_routing=records_routing(config)),
             chat=parts.chat,
-            capacity=parts.capacity,
+            capacity=dataclasses.replace(parts.capacity, ahead=job.ahead),
             past=run.past.on(problems),
         )
     ids, values = list(rollouts.slots()), rollouts.score_matrix().mean(axis=1)

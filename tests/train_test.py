@@ -5,6 +5,8 @@ import contextlib
 import functools
 import io
 import json
+import re
+import threading
 
 import jax
 import numpy as np
@@ -25,6 +27,7 @@ from espl_jax.train import train
 from espl_jax.training.optimizer import make_optimizer
 from espl_jax.types import Grade, SystemPrompt
 from tests.support import fakes, listed_programs
+from tests.support.compiled_ahead import LISTED, Waiting
 
 LOGS = ("rollouts", "problems", "reflections", "lineage", "evaluations")
 
@@ -444,3 +447,45 @@ def test_principles_of_the_root(tmp_path):
         populations.start([SystemPrompt(principles=("Be brief.",))], 5).members[0].render() == "G0. Be brief."
     )
     assert root["principles"] == ["Be brief."] and root["text"] == ""
+
+
+MICROBATCHES = {"mode": "rl", "data__test": "", "evaluation__every": 0, "loss__microbatch_rows": 4}
+"""With microbatches, the shapes of an update are known."""
+
+
+def test_programs_compiled_in_the_background_change_no_bit(tmp_path):
+    """Whichever thread compiles a program first."""
+    jax.clear_caches()
+    _, shown = run(tmp_path / "ahead", num_iterations=1, compile_ahead="on", **MICROBATCHES)
+    assert " for each bucket of system prompts, compiled ahead in the background." in shown
+    for thread in threading.enumerate():
+        if thread.name.startswith("compile-ahead"):
+            thread.join(60)  # until the program that it compiles is done
+            assert not thread.is_alive()
+    # By default, nothing is compiled in the background on CPU.
+    _, shown = run(tmp_path / "plain", num_iterations=1, **MICROBATCHES)
+    assert ", each compiled when first needed." in shown and "compiled in" not in shown
+    assert outcome(tmp_path / "ahead") == outcome(tmp_path / "plain")
+
+
+@pytest.mark.slow
+def test_no_program_compiled_in_the_background_is_met_late(tmp_path, monkeypatch, caplog):
+    """Also in a resumed run, whose weights are committed to a device."""
+    made = []
+
+    def waiting(threads, finished):
+        made.append(Waiting(threads, finished))
+        return made[-1]
+
+    monkeypatch.setattr(loop, "CompileAhead", waiting)
+    for iterations in (1, 2):
+        jax.clear_caches()
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level("WARNING"):
+            _, shown = run(tmp_path, num_iterations=iterations, compile_ahead="on", **MICROBATCHES)
+        compiled = set(re.findall(r"Compiling jit\((\w+)\)", caplog.text))
+        assert compiled and compiled.isdisjoint(LISTED)
+        assert made[-1].called.keys() <= made[-1].shapes
+        announced = re.search(r"Rollouts: .* columns; (\d+) programs .*, compiled ahead in the back", shown)
+        assert f"Rollouts: {announced[1]} programs compiled in " in shown
+        assert "Update: 1 program compiled in " in shown

@@ -32,7 +32,7 @@ from absl import app, flags
 from espl_jax.console import command_line
 from espl_jax.plan.advice import advice
 from espl_jax.plan.chips import find_chip
-from espl_jax.plan.costs import EVALUATED, plan
+from espl_jax.plan.costs import EVALUATED, TOKENS_PER_STEP, plan
 from espl_jax.plan.report import report
 from espl_jax.run.check_config import check_config
 from espl_jax.run.config import Config
@@ -46,6 +46,9 @@ _PROBLEM = flags.DEFINE_integer(
 )
 _EVALUATED = flags.DEFINE_integer(
     "evaluated_problems", EVALUATED, "Size of the validation set, and of the test set."
+)
+_TOKENS_PER_STEP = flags.DEFINE_float(
+    "tokens_per_step", TOKENS_PER_STEP, "Tokens that a row draws in a decode step, if there are drafts.", 1.0
 )
 _CODEGEN = flags.DEFINE_bool(
     "codegen", False, "Also generate code: ten times slower, but finds kernels that exceed VMEM."
@@ -71,6 +74,7 @@ def main(argv: list[str]) -> None:
             topology,
             lengths,
             evaluated=_EVALUATED.value,
+            tokens_per_step=_TOKENS_PER_STEP.value,
             codegen=_CODEGEN.value,
             say=lambda text: print(text, file=sys.stderr, flush=True),
         )

@@ -25,12 +25,16 @@ from espl_jax.run.parts import make_optimizer_of
 from espl_jax.run.tasks import has_turns
 from espl_jax.run.weights import numerics
 from espl_jax.run.workloads import Lengths, Workload, workloads
-from espl_jax.sampling.sizes import Sizes, describe
+from espl_jax.sampling.programs import describe
+from espl_jax.sampling.sizes import Sizes
 
 GIB = 2**30
 
 EVALUATED = 64
 """Default size of the validation set, and of the test set."""
+
+TOKENS_PER_STEP = 2.0
+"""Default number of tokens that a row draws in a decode step with drafts; experiments/bench_drafts.py measures it."""
 
 CHARS_PER_TOKEN = 3
 """Characters per token: lower than with most tokenizers on English, so lengths are overestimated."""
@@ -118,6 +122,7 @@ def plan(
     phases: Sequence[str] = programs.PHASES,
     every_bucket: bool = True,
     evaluated: int = EVALUATED,
+    tokens_per_step: float = TOKENS_PER_STEP,
     codegen: bool = False,
     say: Callable[[str], None] = print,
 ) -> Plan:
@@ -130,6 +135,7 @@ def plan(
       phases: the phases whose programs are compiled.
       every_bucket: whether to compile all decode chunks, or only the smallest and the largest.
       evaluated: size of the validation set, and of the test set.
+      tokens_per_step: tokens that a row draws in a decode step, if there are drafts.
       codegen: see `tpu_compiler.compile_each`.
       say: called with a line of progress for each program.
 
@@ -137,9 +143,8 @@ def plan(
       ValueError: for an unknown topology, a mesh that does not fit it, or a model that cannot be read.
     """
     chip = find_chip(topology)
-    asked = config, topology, lengths, phases, every_bucket, evaluated
+    asked = config, topology, lengths, phases, every_bucket, evaluated, tokens_per_step
     run = _run(*asked)
-    said = run.error or describe(run.stages)
     lower = functools.partial(_lower, *asked)
     count, preload = len(run.programs), [programs.__name__]
     costs = []
@@ -148,17 +153,18 @@ def plan(
     ):
         costs.append(_cost(program, compiled, resident(config, run.sizes, program.phase)))
         say(f"compiled in {compiled.seconds:.0f} s: {program.name}, {program.shape}")
-    return Plan(topology, chip, run.mesh, run.sizes, said, tuple(costs), run.error)
+    return Plan(topology, chip, run.mesh, run.sizes, run.slots, tuple(costs), run.error)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """A run on a slice: devices by axis, bytes held by purpose, the slots that sampling reserves (or the
-    reason why it cannot), and all programs."""
+    """A run on a slice: devices by axis, bytes held by purpose, the slots that rollouts reserve, their
+    description, the reason why sampling cannot reserve any, and all programs."""
 
     mesh: dict[str, int]
     sizes: dict[str, int]
     stages: tuple[Sizes, ...]
+    slots: str
     error: str
     programs: list[Program]
 
@@ -185,6 +191,7 @@ def _run(
     phases: Sequence[str],
     every_bucket: bool,
     evaluated: int,
+    tokens_per_step: float,
 ) -> _Run:
     mesh = sharding.make_mesh(dict(config.mesh), tpu_compiler.devices(topology))
     assert mesh is not None
@@ -203,6 +210,7 @@ def _run(
         turns=has_turns(config),
         evaluated=dict.fromkeys(splits, evaluated),
         instructions=longest // CHARS_PER_TOKEN,
+        tokens_per_step=tokens_per_step,
     )
     stages: dict[Workload, tuple[Sizes, ...]] = {}
     for sampling in every:
@@ -210,11 +218,14 @@ def _run(
             memory = int(find_chip(topology).memory)
             stages[sampling] = sampling.sizes(decoder, sum(sizes.values()), mesh, memory)
         except ValueError as error:
-            return _Run(axes, sizes, (), f"{sampling.name}: {error}", [])
+            reason = f"{sampling.name}: {error}"
+            return _Run(axes, sizes, (), reason, reason, [])
     listed = programs.run_programs(
         config, decoder, held, optimizer, stages, mesh, phases=phases, every_bucket=every_bucket
     )
-    return _Run(axes, sizes, stages[every[0]], "", list(listed))
+    reserved = stages[every[0]]
+    slots = describe(every[0].shapes(decoder, held.policy, reserved, mesh))
+    return _Run(axes, sizes, reserved, slots, "", list(listed))
 
 
 def _lower(*asked: Any) -> jax.stages.Lowered:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,25 +13,22 @@ import optax
 from jax.sharding import Mesh
 
 from espl_jax.models import lora
-from espl_jax.models.attention import KVCache
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.params import Params, abstract
 from espl_jax.parallel import sharding
+from espl_jax.parallel.ahead import Call
 from espl_jax.parallel.memory import bytes_per_device
-from espl_jax.run.check_groups import records_routing, trains
+from espl_jax.run.check_groups import trains
 from espl_jax.run.config import Config
-from espl_jax.run.parts import objective_of
+from espl_jax.run.update import update_calls
 from espl_jax.run.weights import abstract_trainable, declared_trainable
-from espl_jax.run.workloads import Lengths, Workload, lanes_of
+from espl_jax.run.workloads import Lengths, Workload
 from espl_jax.sampling import decode
-from espl_jax.sampling.buckets import bucket
-from espl_jax.sampling.layout import for_sampling
-from espl_jax.sampling.problem_blocks import block_size
 from espl_jax.sampling.sizes import EXTENDED_TOKENS, Sizes
-from espl_jax.sampling.truncation import HALVINGS, Truncation
-from espl_jax.training.batches import abstract_batch
+from espl_jax.sampling.truncation import HALVINGS
 from espl_jax.training.state import TrainState, abstract_train_state, sampling_params
-from espl_jax.training.step import batch_logprobs, place_batch, policy_gradient_step
+from espl_jax.training.step import policy_gradient_step
+from espl_jax.types import TrainBatch
 
 PHASES = ("rollouts", "reflection", "update", "evaluation")
 
@@ -44,30 +39,32 @@ class Program:
 
     Attributes:
       name, shape: description, for display.
-      lower: lowers it for its shapes; `.compile()` of the result gives the program.
+      call: the call that it serves.
       phase: one of `PHASES`.
       runs: executions in an iteration with rollouts of maximum length; 0 for reflection and evaluation, and
         for programs of negligible time.
       uses: bytes of `Held` that are among its arguments.
       beside: bytes that rollouts hold while it runs and that are not among its arguments.
       loops: trip counts of loops that the HLO does not contain, as for `hlo.traffic.traffic`.
-      function: name of the jitted function.
     """
 
     name: str
     shape: str
-    lower: functools.partial[jax.stages.Lowered]
+    call: Call
     phase: str
     runs: float
     uses: int = 0
     beside: int = 0
     loops: dict[str, int] = dataclasses.field(default_factory=dict)
-    function: str = ""
 
     @property
-    def shapes(self) -> str:
-        """All arguments of the function, as text: equal for two names of the same program."""
-        return repr((self.lower.args, self.lower.keywords))
+    def function(self) -> str:
+        """Name of the jitted function."""
+        return self.call.function.__name__
+
+    def lower(self) -> jax.stages.Lowered:
+        """Lowers the program; `.compile()` of the result compiles it."""
+        return self.call.lower()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,9 +170,8 @@ def run_programs(
         if sampling.phase in phases:
             every = every_bucket and sampling is rollouts
             for program in sampling_programs(sampling, decoder, params, sizes, mesh, stop_ids, every):
-                key = program.function, program.shapes
-                if key not in seen:
-                    seen.add(key)
+                if program.call.signature not in seen:
+                    seen.add(program.call.signature)
                     yield program
     if "update" in phases and held.state is not None:
         yield from update_programs(config, decoder, held, optimizer, rollouts.lengths, mesh)
@@ -191,7 +187,7 @@ def sampling_programs(
     every_bucket: bool = True,
 ) -> Iterator[Program]:
     """Yields the programs of a sampling workload: prefill of both shared levels; for every stage the decode
-    chunks at full width; and the programs that admit, move and extend rows.
+    chunks at full width, with drafts of full length; and the programs that admit, move and extend rows.
 
     Narrower chunks need less time and memory, except for those whose rows are not ordered by lane; the widest
     of these is yielded too.
@@ -205,98 +201,50 @@ def sampling_programs(
       stop_ids: number of tokens that end a turn.
       every_bucket: whether to yield chunks for all numbers of columns, or only the smallest and largest.
     """
-    params, decoder = for_sampling(params, decoder, mesh)
+    shapes = sampling.shapes(decoder, params, stages, mesh, stop_ids)
     lanes, lengths, counted = sampling.lanes, sampling.lengths, sampling.phase == "rollouts"
     title = "" if counted else f"{sampling.name}: "
+    uses = bytes_per_device(shapes.params)
+    most_drafted = sampling.draft_tokens
 
-    def program(
-        name: str,
-        shape: str,
-        function: Any,
-        *arguments: Any,
-        runs: float = 0.0,
-        uses: int = 0,
-        beside: int = 0,
-        loops: Mapping[str, int] = MappingProxyType({}),
-        **static: Any,
-    ) -> Program:
-        lower = functools.partial(function.lower, *arguments, **static, mesh=mesh)
-        memory = uses, beside, dict(loops), function.__name__
-        return Program(title + name, shape, lower, sampling.phase, runs if counted else 0.0, *memory)
-
-    def numbers(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    def cache(nodes: int, columns: int) -> KVCache:
-        arrays = decode.abstract_slots(decoder, nodes, columns, mesh, everywhere=True)
-        return KVCache(*cast(decode.Slots, arrays), *(sharding.replicate(numbers(nodes), mesh),) * 2)
-
-    uses = bytes_per_device(params)
-    shape = (lanes, bucket(lengths.system))
-    tokens = numbers(*shape), numbers(lanes)
-    yield program(
-        "prefill, prompts", _tokens(shape), decode.prefill, params, decoder, *tokens, uses=uses, runs=1
-    )
-    system = cache(*shape)
-    widths = stages[0].problem_widths
-    size = block_size(lanes, sampling.problems, widths[-1])
-    shape = (lanes * size, next(width for width in widths if width >= lengths.problem - 1))
-    tokens = sharding.place_rows((numbers(*shape), numbers(shape[0])), mesh)
-    first = decode.abstract_slots(decoder, stages[0].slots, stages[0].capacity, mesh)
-    yield program(
-        "prefill, a block of problems",
-        _tokens(shape),
-        decode.prefill,
-        params,
-        decoder,
-        *tokens,
-        system,
-        uses=uses,
-        beside=bytes_per_device(first),
-        runs=-(-sampling.problems // size),
-    )
+    def program(name: str, shape: str, call: Call, runs: float = 0.0, **of: Any) -> Program:
+        return Program(title + name, shape, call, sampling.phase, runs if counted else 0.0, **of)
 
     def chunk(
-        name: str, sizes: Sizes, rows: int, columns: int, aligned: bool, runs: float, constrained: bool
+        name: str, stage: int, rows: int, columns: int, aligned: bool, runs: float, constrained: bool
     ) -> Program:
-        allowed = ()
-        if constrained:
-            words = numbers(rows, -(-decoder.vocab_size // 32), dtype=jnp.uint32)
-            allowed = (sharding.place_rows(words, mesh),)
-        return program(
-            name,
-            f"{rows} rows x {columns} columns",
-            decode.decode_chunk,
-            params,
-            decoder,
-            system,
-            decode.abstract_slots(decoder, sizes.slots, sizes.capacity, mesh),
-            decode.abstract_rows(rows, mesh),
-            numbers(stop_ids),
-            numbers(dtype=jnp.float32),
-            *allowed,
-            uses=uses,
-            runs=runs,
-            loops={"jit(decode_chunk)/while": 1 if constrained else sizes.steps, "/while": HALVINGS},
-            columns=columns,
-            steps=1 if constrained else sizes.steps,
-            greedy=sampling.greedy,
-            truncation=sampling.truncation,
-            aligned=aligned,
-            record_routing=sampling.record_routing,
-        )
+        drafted = 0 if constrained else most_drafted
+        steps = 1 if constrained else stages[stage].steps_for(drafted)
+        loops = {"jit(decode_chunk)/while": steps, "/while": HALVINGS}
+        call = shapes.chunk(stage, rows, columns, aligned, constrained, drafted)
+        return program(name, f"{rows} rows x {columns} columns", call, runs, uses=uses, loops=loops)
+
+    shape = _tokens((lanes, shapes.system))
+    yield program("prefill, prompts", shape, shapes.prefill_prompts(), 1, uses=uses)
+    width = next(width for width in stages[0].problem_widths if width >= lengths.problem - 1)
+    first = decode.abstract_slots(shapes.decoder, stages[0].slots, stages[0].capacity, mesh)
+    yield program(
+        "prefill, a block of problems",
+        _tokens((shapes.block, width)),
+        shapes.prefill_block(width),
+        -(-sampling.problems * lanes // shapes.block),
+        uses=uses,
+        beside=bytes_per_device(first),
+    )
 
     filled = lengths.problem - 1
     most = stages[-1].longest
     free_until = filled + sampling.reasoning if sampling.constrained else most
-    for number, sizes in enumerate(stages, 1):
-        of_stage = f" of stage {number}" if len(stages) > 1 else ""
-        # Rows are ordered by lane as long as no row has ended.
-        aligned = lanes == 1 or (sizes.shards == 1 and sizes.slots == sampling.rows)
+    for number, sizes in enumerate(stages):
+        of_stage = f" of stage {number + 1}" if len(stages) > 1 else ""
+        aligned, *_ = shapes.orders(number, sizes.slots)
         kinds = {"decode chunk" if counted else "chunk": (False, min(free_until, sizes.longest))}
         kinds["constrained step"] = (True, sizes.longest)
         for kind, (constrained, until) in kinds.items():
-            starts = range(filled, until, 1 if constrained else sizes.steps)
+            drawn = 1 if constrained else sizes.steps_for(most_drafted)
+            if most_drafted and not constrained:
+                drawn = max(1, round(drawn * sampling.tokens_per_step))
+            starts = range(filled, until, drawn)
             if not starts:
                 continue
             chunks = collections.Counter(sizes.columns_for(start) for start in starts)
@@ -307,62 +255,24 @@ def sampling_programs(
                 if not every_bucket:
                     name += ", largest" if columns == sizes.columns[-1] else ", smallest"
                 count *= -(-sampling.rows // sizes.slots)
-                yield chunk(name + of_stage, sizes, sizes.slots, columns, aligned, count, constrained)
+                yield chunk(name + of_stage, number, sizes.slots, columns, aligned, count, constrained)
             if aligned and lanes > 1 and len(sizes.widths) > 1:
                 name = f"{kind}, rows mixed{of_stage}"
-                yield chunk(name, sizes, sizes.widths[-2], sizes.columns[-1], False, 0, constrained)
-        yield from _in_place(
-            program, sampling, decoder, params, system, stages, number - 1, cache(*shape), mesh
-        )
+                yield chunk(name, number, sizes.widths[-2], sizes.columns[-1], False, 0, constrained)
 
-
-def _in_place(
-    program: Callable[..., Program],
-    sampling: Workload,
-    decoder: DecoderConfig,
-    params: Params,
-    system: KVCache,
-    stages: Sequence[Sizes],
-    number: int,
-    block: KVCache,
-    mesh: Mesh | None,
-) -> Iterator[Program]:
-    """Yields the programs that change the slots of a stage between chunks: rows are admitted in the first
-    stage, and extended when they enter a later stage or get tool output."""
-    sizes = stages[number]
-    of_stage = f" of stage {number + 1}" if len(stages) > 1 else ""
-    slots = decode.abstract_slots(decoder, sizes.slots, sizes.capacity, mesh)
-    each = f"{sizes.slots} rows"
-
-    def numbers(*shape: int) -> jax.ShapeDtypeStruct:
-        return sharding.place_rows(jax.ShapeDtypeStruct(shape, jnp.int32), mesh)
-
-    table, counts = numbers(sizes.shards, sizes.per_shard), numbers(sizes.shards)
-    loops = {"/while": sizes.per_shard}
-    if number == 0:
-        rows = slots, block, table, table, counts
-        yield program(f"admit{of_stage}", each, decode.admit, *rows, loops=loops)
-    yield program(f"move{of_stage}", each, decode.move, slots, table, table, counts, loops=loops)
-    if not (sampling.turns or number > 0):
-        return
-    most = {sizes.extended_rows(columns): columns for columns in sizes.columns}
-    for count, columns in {min(most): most[min(most)], max(most): most[max(most)]}.items():
-        rows = sizes.shards * count
-        yield program(
-            f"extend{of_stage}",
-            f"{rows} rows x {columns} columns",
-            decode.extend,
-            params,
-            decoder,
-            system,
-            slots,
-            numbers(sizes.shards, count),
-            decode.abstract_rows(rows, mesh),
-            numbers(rows, EXTENDED_TOKENS),
-            numbers(rows),
-            uses=bytes_per_device(params),
-            columns=columns,
-        )
+        # Between chunks, rows are admitted in the first stage, and extended when they enter a later stage or
+        # get tool output.
+        each, loops = f"{sizes.slots} rows", {"/while": sizes.per_shard}
+        if number == 0:
+            yield program(f"admit{of_stage}", each, shapes.admit(width), loops=loops)
+        yield program(f"move{of_stage}", each, shapes.move(number), loops=loops)
+        if sampling.turns or number > 0:
+            largest = {sizes.extended_rows(columns): columns for columns in sizes.columns}
+            for count in sorted({min(largest), max(largest)}):
+                columns = largest[count]
+                call = shapes.extend(number, count, EXTENDED_TOKENS, columns)
+                shape = f"{sizes.shards * count} rows x {columns} columns"
+                yield program(f"extend{of_stage}", shape, call, uses=uses)
 
 
 def _ends(runs: dict[int, float]) -> dict[int, float]:
@@ -385,50 +295,20 @@ def update_programs(
 ) -> Iterator[Program]:
     """Yields the policy-gradient step on the largest batch (all groups, rollouts of maximum length), and the
     scoring before the first of several steps."""
-    prompts = lanes_of(config)
-    groups = prompts * config.batch_size
-    truncated = bool(Truncation(config.sampling.top_k, config.sampling.top_p, config.sampling.min_p))
-    batch = abstract_batch(
-        prompts=prompts,
-        groups=-(-groups // config.loss.minibatches),
-        group_size=config.num_prompts // prompts * config.group_size,
-        system_tokens=lengths.system,
-        problem_tokens=lengths.problem,
-        new_tokens=lengths.new,
-        cutoffs=truncated,
-        routing=decoder.routing_shape if decoder.experts and records_routing(config) else None,
-        shards=sharding.row_shards(mesh),
-        microbatch_rows=config.loss.microbatch_rows,
-    )
-    shape = " x ".join(map(str, batch.inputs.shape)) + " new tokens"
-    batch = place_batch(batch, mesh)
-    frozen = held.base if config.lora.rank else None
-    reference = held.base if config.loss.kl_coef else None
     state = held.state
     assert state is not None
-    uses = bytes_per_device((state, frozen or reference))
-    objective, microbatch_rows = objective_of(config), config.loss.microbatch_rows
-    if config.loss.epochs * config.loss.minibatches > 1 and objective.loss.needs_old_logprobs:
-        score = functools.partial(
-            batch_logprobs.lower,
-            state.trainable,
-            frozen,
-            batch,
-            decoder,
-            temperature=objective.temperature,
-            replay_routing=objective.replay_routing,
-            microbatch_rows=microbatch_rows,
-        )
-        uses_less = bytes_per_device((state.trainable, frozen))
-        count = config.loss.minibatches
-        function = batch_logprobs.__name__  # pyright: ignore[reportAttributeAccessIssue]
-        yield Program("logprobs", shape, score, "update", count, uses_less, function=function)
-        batch = batch._replace(old_logprobs=batch.sampler_logprobs)
-    given = state, frozen, reference, batch, decoder, optimizer, objective
-    step = functools.partial(policy_gradient_step.lower, *given, microbatch_rows=microbatch_rows)
-    steps = config.loss.epochs * config.loss.minibatches
-    function = policy_gradient_step.__name__  # pyright: ignore[reportAttributeAccessIssue]
-    yield Program("policy-gradient step", shape, step, "update", steps, uses, function=function)
+    frozen = held.base if config.lora.rank else None
+    reference = held.base if config.loss.kl_coef else None
+    updates = config.loss.epochs * config.loss.minibatches
+    for call in update_calls(config, decoder, state, held.base, optimizer, lengths, mesh):
+        batch = next(x for x in call.arguments if isinstance(x, TrainBatch))
+        shape = " x ".join(map(str, batch.inputs.shape)) + " new tokens"
+        if call.function is policy_gradient_step:
+            uses = bytes_per_device((state, frozen or reference))
+            yield Program("policy-gradient step", shape, call, "update", updates, uses)
+        else:
+            uses = bytes_per_device((state.trainable, frozen))
+            yield Program("logprobs", shape, call, "update", config.loss.minibatches, uses)
 
 
 def _tokens(shape: tuple[int, int]) -> str:

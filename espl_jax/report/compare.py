@@ -25,6 +25,7 @@ Rates = Mapping[tuple[str, str], Mapping[str, float]]
 FREE = (
     "seed",
     "compilation_cache",
+    "compile_ahead",
     "checkpoint_",
     "profile_iteration",
     "resume.",

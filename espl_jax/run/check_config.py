@@ -66,6 +66,7 @@ _CHOICES = {
     "optimizer.kind": OPTIMIZERS,
     "optimizer.schedule": SCHEDULES,
     "resume.changed_inputs": ("refuse", "allow"),
+    "compile_ahead": ("auto", "on", "off"),
 }
 _AT_LEAST = {
     **dict.fromkeys(("num_iterations", "num_prompts", "batch_size", "group_size"), 1),

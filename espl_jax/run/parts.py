@@ -17,6 +17,7 @@ from espl_jax.evolution.settings import Evolution, Reflection
 from espl_jax.evolution.templates import Templates, template_names
 from espl_jax.models.config import DecoderConfig
 from espl_jax.parallel import processes, sharding
+from espl_jax.parallel.ahead import abstract
 from espl_jax.parallel.memory import bytes_per_device
 from espl_jax.pretrained.load import Pretrained
 from espl_jax.rl.losses import Loss
@@ -30,8 +31,8 @@ from espl_jax.run.tasks import environment_of, load_splits
 from espl_jax.run.weights import abstract_trainable, declared_trainable, load_reference, load_reflector
 from espl_jax.run.workloads import Lengths, Workload, workloads
 from espl_jax.sampling.layout import for_sampling
+from espl_jax.sampling.programs import Shapes
 from espl_jax.sampling.settings import Capacity, Sampling
-from espl_jax.sampling.sizes import Sizes
 from espl_jax.sampling.truncation import Truncation
 from espl_jax.text.chat import encode, encode_conversation
 from espl_jax.text.chat_format import ChatFormat
@@ -169,7 +170,6 @@ def sampling_of(config: Config) -> Sampling:
         truncation=Truncation(config.sampling.top_k, config.sampling.top_p, config.sampling.min_p),
         context_limit=config.sampling.context_limit or None,
         draft_tokens=config.sampling.draft_tokens,
-        cache_dtype=config.sampling.cache_dtype,
     )
 
 
@@ -248,13 +248,15 @@ def guards(
     )
 
 
-def rollout_sizes(config: Config, parts: Parts) -> tuple[Sizes, ...]:
-    """Returns the sizes that training rollouts reserve and compile for; they do not depend on the batch."""
+def rollout_shapes(config: Config, parts: Parts) -> Shapes:
+    """Returns what the programs of training rollouts depend on. Their sizes do not depend on the batch; the
+    params and the columns of the system prompts are placeholders."""
     longest = Lengths(0, parts.capacity.longest_problem, config.sampling.max_new_tokens)
     rollouts = workloads_of(config, parts, longest)[0]
-    held = parts.capacity.held_bytes
+    held, model = parts.capacity.held_bytes, parts.reference
     assert held is not None
-    return rollouts.sizes(parts.reference.config, held, parts.mesh)
+    stages = rollouts.sizes(model.config, held, parts.mesh)
+    return rollouts.shapes(model.config, abstract(model.params), stages, parts.mesh)
 
 
 def workloads_of(config: Config, parts: Parts, lengths: Lengths) -> list[Workload]:

@@ -54,7 +54,6 @@ def open_reflectors(config: Config, parts: Parts, workdir: AnyPath) -> Iterator[
                     max_new_tokens=r.max_new_tokens,
                     temperature=r.temperature,
                     draft_tokens=config.sampling.draft_tokens,
-                    cache_dtype=config.sampling.cache_dtype,
                 ),
                 max_input_tokens=r.max_input_tokens,
                 reasoning_tokens=r.reasoning_tokens,

@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "checkpoint_every",
     "checkpoint_keep",
     "compilation_cache",
+    "compile_ahead",
     "profile_iteration",
     "optimizer.max_skipped",
     "resume",

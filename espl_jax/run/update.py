@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
+from jax.sharding import Mesh
 
 from espl_jax.console.progress import Progress
+from espl_jax.models.config import DecoderConfig
+from espl_jax.models.params import Params
 from espl_jax.parallel import processes, sharding
+from espl_jax.parallel.ahead import Call, abstract
 from espl_jax.rl.advantages import advantages
+from espl_jax.rollouts.encode import encode_tree
 from espl_jax.rollouts.keys import stable_hash
+from espl_jax.run.check_groups import records_routing
+from espl_jax.run.config import Config
 from espl_jax.run.job import Job
-from espl_jax.training.batches import prompt_numbers, train_batches
+from espl_jax.run.parts import objective_of
+from espl_jax.run.workloads import Lengths, lanes_of
+from espl_jax.sampling.programs import BETWEEN
+from espl_jax.sampling.truncation import Truncation
+from espl_jax.training.batches import abstract_batch, prompt_numbers, train_batches
 from espl_jax.training.state import TrainState
 from espl_jax.training.step import batch_logprobs, place_batch, policy_gradient_step
-from espl_jax.types import Rollouts, TrainBatch
+from espl_jax.types import Problem, Rollouts, SystemPrompt, TrainBatch
 
 
 class Updated(NamedTuple):
@@ -60,12 +74,89 @@ def update(
         for _ in range(config.loss.epochs):
             for batch in batches:
                 arguments = parts.step_arguments(after, batch)
-                after, metrics = policy_gradient_step(*arguments, microbatch_rows=config.loss.microbatch_rows)
+                after, metrics = job.ahead.call(
+                    policy_gradient_step, *arguments, microbatch_rows=config.loss.microbatch_rows
+                )
                 steps.append(metrics)
         # Wait here, so that the time of the update is not counted in the next phase on these devices.
         steps = jax.device_get(jax.block_until_ready(steps))
     summary = _summary(steps, rollouts, iteration, job.progress, skipped_before)
     return Updated(after, summary | {"trained_tokens": trained_tokens})
+
+
+def update_calls(
+    config: Config,
+    decoder: DecoderConfig,
+    state: TrainState,
+    base: Params,
+    optimizer: optax.GradientTransformation,
+    lengths: Lengths,
+    mesh: Mesh | None,
+) -> list[Call]:
+    """Returns the calls of an update on the largest batch (all groups have a gradient, and a rollout has the
+    maximum length): the scoring before the first of several steps, if there is one, then the step.
+
+    Args:
+      config: the run's configuration.
+      decoder: the model's configuration.
+      state: abstract train state.
+      base: abstract params of the model as loaded.
+      optimizer: the optimizer of the run.
+      lengths: most tokens at each level.
+      mesh: the mesh, or None.
+    """
+    prompts, loss = lanes_of(config), config.loss
+    truncated = bool(Truncation(config.sampling.top_k, config.sampling.top_p, config.sampling.min_p))
+    batch = abstract_batch(
+        prompts=prompts,
+        groups=-(-prompts * config.batch_size // loss.minibatches),
+        group_size=config.num_prompts // prompts * config.group_size,
+        system_tokens=lengths.system,
+        problem_tokens=lengths.problem,
+        new_tokens=lengths.new,
+        cutoffs=truncated,
+        routing=decoder.routing_shape if decoder.experts and records_routing(config) else None,
+        shards=sharding.row_shards(mesh),
+        microbatch_rows=loss.microbatch_rows,
+    )
+    batch = place_batch(batch, mesh)
+    objective, rows = objective_of(config), {"microbatch_rows": loss.microbatch_rows}
+    frozen = base if config.lora.rank else None
+    reference = base if loss.kl_coef else None
+    calls = []
+    if loss.epochs * loss.minibatches > 1 and objective.loss.needs_old_logprobs:
+        scored = {"temperature": objective.temperature, "replay_routing": objective.replay_routing}
+        calls.append(Call(batch_logprobs, (state.trainable, frozen, batch, decoder), scored | rows))
+        batch = batch._replace(old_logprobs=batch.sampler_logprobs)
+    given = state, frozen, reference, batch, decoder, optimizer, objective
+    return [*calls, Call(policy_gradient_step, given, rows)]
+
+
+def compile_update_ahead(
+    job: Job, state: TrainState | None, prompts: Sequence[SystemPrompt], problems: Sequence[Problem]
+) -> None:
+    """Compiles the update of an iteration in the background, if its shapes are known before the rollouts.
+
+    That takes microbatches, with which the shapes do not depend on the number of groups that have a gradient.
+    They still depend on the longest rollout: the update is compiled for one of maximum length.
+
+    Args:
+      job: the run.
+      state: the train state; None if nothing is trained.
+      prompts, problems: of the iteration.
+    """
+    config, parts = job.config, job.parts
+    if state is None or not job.ahead.on or not config.loss.microbatch_rows:
+        return
+    model = parts.reference
+    systems, rests = encode_tree(
+        model.tokenizer, prompts, problems, parts.environment, parts.chat.template_arguments
+    )
+    longest = max(len(tokens) for lane in rests for tokens in lane)
+    lengths = Lengths(max(map(len, systems)), longest, config.sampling.max_new_tokens)
+    given = abstract(state), abstract(model.params), parts.optimizer, lengths, parts.mesh
+    calls = update_calls(config, model.config, *given)
+    job.ahead.add("Update", [dataclasses.replace(call, urgency=BETWEEN) for call in calls])
 
 
 def _batches(job: Job, rollouts: Rollouts, iteration: int) -> list[TrainBatch]:
@@ -86,7 +177,8 @@ def _batches(job: Job, rollouts: Rollouts, iteration: int) -> list[TrainBatch]:
 
 
 def _with_old_logprobs(job: Job, batch: TrainBatch, state: TrainState) -> TrainBatch:
-    scored = batch_logprobs(
+    scored = job.ahead.call(
+        batch_logprobs,
         state.trainable,
         job.parts.frozen,
         batch,

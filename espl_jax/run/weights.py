@@ -51,7 +51,10 @@ def _recorded_numerics(workdir: str | os.PathLike[str]) -> dict[str, str]:
 
 def numerics(config: Config) -> dict[str, Any]:
     """Returns the DecoderConfig fields that the run sets."""
-    return {name: config.model[name] for name in NUMERICS} | {"lora_scale": config.lora.scale}
+    # A run of an earlier version has no such field.
+    cache_dtype = config.sampling.get("cache_dtype", "same")
+    others = {"lora_scale": config.lora.scale, "cache_dtype": cache_dtype}
+    return {name: config.model[name] for name in NUMERICS} | others
 
 
 def load_reference(config: Config, mesh: jax.sharding.Mesh | None, **changes: Any) -> Pretrained:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
 from espl_jax.models.config import DecoderConfig
+from espl_jax.models.params import Params
 from espl_jax.run.check_groups import records_routing
 from espl_jax.run.config import Config
 from espl_jax.sampling.buckets import bucket
+from espl_jax.sampling.layout import for_sampling
+from espl_jax.sampling.programs import Shapes
+from espl_jax.sampling.settings import Sampling
 from espl_jax.sampling.sizes import CHUNK, Sizes, choose_sizes
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
 
@@ -44,6 +48,7 @@ class Workload:
       context_limit, max_rows: as in `choose_sizes`.
       record_routing: whether the choices of experts are recorded.
       draft_tokens: most tokens of a draft.
+      tokens_per_step: tokens that a row draws in a decode step with drafts.
     """
 
     name: str
@@ -62,6 +67,7 @@ class Workload:
     max_rows: int | None = None
     record_routing: bool = False
     draft_tokens: int = 0
+    tokens_per_step: float = 1.0
 
     @property
     def rows(self) -> int:
@@ -89,6 +95,45 @@ class Workload:
             mesh=mesh,
         )
 
+    def shapes(
+        self,
+        decoder: DecoderConfig,
+        params: Params,
+        stages: Sequence[Sizes],
+        mesh: Mesh | None,
+        stop_ids: int = 1,
+    ) -> Shapes:
+        """Returns what the programs of the workload depend on.
+
+        Args:
+          decoder: the model's configuration.
+          params: abstract params.
+          stages: the sizes that it reserves.
+          mesh: the device mesh.
+          stop_ids: number of tokens that end a turn.
+        """
+        params, decoder = for_sampling(params, decoder, mesh)
+        return Shapes(
+            params=params,
+            decoder=decoder,
+            stages=stages,
+            lanes=self.lanes,
+            problems=self.problems,
+            rows=self.rows,
+            system=bucket(self.lengths.system),
+            problem=self.lengths.problem,
+            sampling=Sampling(
+                max_new_tokens=self.lengths.new,
+                temperature=0.0 if self.greedy else 1.0,
+                truncation=self.truncation,
+                stop_ids=tuple(range(stop_ids)),
+                record_routing=self.record_routing,
+                draft_tokens=self.draft_tokens,
+            ),
+            turns=self.turns,
+            mesh=mesh,
+        )
+
 
 def workloads(
     config: Config,
@@ -99,6 +144,7 @@ def workloads(
     turns: bool,
     evaluated: Mapping[str, int],
     instructions: int,
+    tokens_per_step: float = 1.0,
 ) -> list[Workload]:
     """Returns the sampling workloads of a run, training rollouts first.
 
@@ -110,6 +156,7 @@ def workloads(
       turns: whether rollouts have several turns.
       evaluated: number of problems in `validation`, and in `test` if there is one.
       instructions: tokens of the longest instructions of reflection.
+      tokens_per_step: tokens that a row draws in a decode step with drafts.
 
     Raises:
       ValueError: if the limits of reflection leave no room for its instructions.
@@ -118,6 +165,7 @@ def workloads(
     limits = {
         "max_rows": config.sampling.max_rows or None,
         "draft_tokens": config.sampling.draft_tokens,
+        "tokens_per_step": tokens_per_step,
     }
     workload = functools.partial(
         Workload,

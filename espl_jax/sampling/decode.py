@@ -113,10 +113,17 @@ def abstract_rows(count: int, mesh: Mesh | None) -> Rows:
     return sharding.place_rows(Rows._make((*(numbers,) * 6, keys)), mesh)
 
 
-def reserve(decoder: DecoderConfig, slots: int, capacity: int, mesh: Mesh | None) -> Slots:
-    """Allocates empty slots with `capacity` columns each."""
+def reserve(
+    decoder: DecoderConfig, slots: int, capacity: int, mesh: Mesh | None, system: KVCache | None = None
+) -> Slots:
+    """Allocates empty slots with `capacity` columns each.
+
+    If the cache of the system prompts is committed to a device, so are the slots, as they will be when a
+    program returns them: jax compiles another program for arrays that are not committed.
+    """
     shapes = abstract_slots(decoder, slots, capacity, mesh)
-    return tuple(jnp.zeros(x.shape, x.dtype, device=x.sharding) for x in shapes)
+    device = system.key.sharding if system is not None and system.key.committed else None
+    return tuple(jnp.zeros(x.shape, x.dtype, device=x.sharding or device) for x in shapes)
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "mesh"))
@@ -147,7 +154,8 @@ def prefill(
         jax.lax.with_sharding_constraint(x, sharding.cache_sharding(mesh, x.shape, everywhere=True))
         for x in (cache.key, cache.value)
     )
-    return KVCache(key, value, cache.start, cache.length)
+    # The compiler would choose a sharding: programs that take this cache could not be compiled before.
+    return KVCache(key, value, *sharding.constrain_everywhere((cache.start, cache.length), mesh))
 
 
 @functools.partial(jax.jit, static_argnames="mesh", donate_argnames="slots")

@@ -11,9 +11,11 @@ import numpy as np
 
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.layers import check_ids
+from espl_jax.parallel.ahead import abstract
 from espl_jax.parallel.memory import bytes_per_device
-from espl_jax.sampling import draw
+from espl_jax.sampling import draw, programs
 from espl_jax.sampling.answers import Answers, Place, Respond
+from espl_jax.sampling.buckets import bucket
 from espl_jax.sampling.constraint import Constraint
 from espl_jax.sampling.layout import for_sampling
 from espl_jax.sampling.scheduler import Scheduler
@@ -202,7 +204,6 @@ def sample_tree(
     )
     check_ids("stop_ids", [stop for stop in stop_ids if stop >= 0], decoder)  # -1: no stop token
     laid_out, decoder = for_sampling(params, decoder, mesh)
-    decoder = decoder.replace(cache_dtype=sampling.cache_dtype)
     held_bytes = capacity.held_bytes
     if held_bytes is None:
         arrays = {id(x): x for x in jax.tree.leaves((params, laid_out))}
@@ -225,6 +226,22 @@ def sample_tree(
         held=held_bytes,
         mesh=mesh,
     )
+    sampling = dataclasses.replace(sampling, max_new_tokens=most, stop_ids=stop_ids)
+    if capacity.ahead.on:
+        shapes = programs.Shapes(
+            params=abstract(params),
+            decoder=decoder,
+            stages=stages,
+            lanes=len(system_tokens),
+            problems=len(problem_tokens[0]),
+            rows=limits.size,
+            system=bucket(max(map(len, system_tokens))),
+            problem=longest,
+            sampling=sampling,
+            turns=respond is not None,
+            mesh=mesh,
+        )
+        capacity.ahead.add("Rollouts", programs.every_call(shapes))
     scheduler = Scheduler(
         params,
         decoder,
@@ -233,10 +250,11 @@ def sample_tree(
         np.asarray(keys).reshape(-1, 2),
         limits.reshape(-1),
         stages,
-        dataclasses.replace(sampling, max_new_tokens=most, stop_ids=stop_ids),
+        sampling,
         constraint=constraint,
         mesh=mesh,
         past=past,
+        ahead=capacity.ahead,
     )
     truncated = _run(scheduler, limits.shape, sampling.max_first_turn, find_end, respond, finished)
     arrays = scheduler.tokens, scheduler.position, scheduler.logprobs, scheduler.untruncated_logprobs

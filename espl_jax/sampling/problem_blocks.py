@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from espl_jax.models.attention import KVCache
 from espl_jax.models.config import DecoderConfig
 from espl_jax.parallel import sharding
+from espl_jax.parallel.ahead import CompileAhead
 from espl_jax.sampling import decode
 from espl_jax.sampling.buckets import pad_right
 
@@ -73,6 +74,9 @@ class ProblemBlocks:
         width = next(width for width in self._widths if width >= longest)
         return sharding.place_rows(pad_right(nodes, width), self._mesh)
 
-    def prefill(self, block: int, params: Any, decoder: DecoderConfig, system: KVCache) -> KVCache:
+    def prefill(
+        self, block: int, params: Any, decoder: DecoderConfig, system: KVCache, ahead: CompileAhead
+    ) -> KVCache:
         """Returns the KV cache of a block, given that of the M system prompts."""
-        return decode.prefill(params, decoder, *self.padded(block), system, mesh=self._mesh)
+        given = params, decoder, *self.padded(block), system
+        return ahead.call(decode.prefill, *given, mesh=self._mesh)

@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 
 from espl_jax.models.config import DecoderConfig
 from espl_jax.parallel import sharding
-from espl_jax.sampling import decode
+from espl_jax.parallel.ahead import CompileAhead
+from espl_jax.sampling import decode, programs
 from espl_jax.sampling.buckets import pad_right
 from espl_jax.sampling.constraint import Constraint
 from espl_jax.sampling.draft_lengths import FIRST_RATE, FIRST_RATE_WITH_PAST, Acceptance
@@ -57,6 +58,7 @@ class Scheduler:
         *,
         constraint: Constraint | None,
         mesh: Mesh | None,
+        ahead: CompileAhead,
         past: Sequence[Sequence[Sequence[int]]] | None = None,
     ):
         """Prefills the system prompts and allocates the slots of the first stage.
@@ -71,11 +73,11 @@ class Scheduler:
           constraint: masks tokens before every step, or None.
           mesh: the mesh, or None.
           past: earlier texts on each of the B problems, in which drafts are looked up, the latest last.
+          ahead: compiles programs in the background.
         """
         max_new_tokens = sampling.max_new_tokens
         self.params, self.decoder, self.mesh = params, decoder, mesh
-        self.temperature, self.truncation = sampling.temperature, sampling.truncation
-        self.constraint = constraint
+        self.sampling, self.constraint, self.ahead = sampling, constraint, ahead
         self.stop_ids = jnp.asarray(sorted(sampling.stop_ids or ()) or [-1], jnp.int32)
         self.blocks = ProblemBlocks(problem_tokens, stages[0].problem_widths, mesh)
         self.prompts = prompts = [tokens for lane in problem_tokens for tokens in lane]
@@ -101,7 +103,7 @@ class Scheduler:
         self.row_steps = 0
 
         padded, lengths = pad_right(system_tokens)
-        self.system = decode.prefill(params, decoder, padded, lengths, mesh=mesh)
+        self.system = ahead.call(decode.prefill, params, decoder, padded, lengths, mesh=mesh)
         self.texts = None
         self.acceptance = Acceptance(count, FIRST_RATE_WITH_PAST if past and all(past) else FIRST_RATE)
         # Filled columns of the cache with as many bytes as the weights.
@@ -136,7 +138,8 @@ class Scheduler:
     def _begin_stage(self) -> None:
         self.sizes = self.stages.popleft()
         self.slots = None  # before the next ones are reserved
-        self.slots = decode.reserve(self.decoder, self.sizes.slots, self.sizes.capacity, self.mesh)
+        sizes = self.sizes.slots, self.sizes.capacity
+        self.slots = decode.reserve(self.decoder, *sizes, self.mesh, self.system)
         self.table = SlotTable(self.sizes.shards, self.sizes.per_shard, self.sizes.coarse)
 
     def _block(self, row: int) -> int:
@@ -170,7 +173,9 @@ class Scheduler:
         while self.queue and self.table.free:
             block = self._block(self.queue[0])
             if block not in self.problems:
-                self.problems[block] = self.blocks.prefill(block, self.params, self.decoder, self.system)
+                self.problems[block] = self.blocks.prefill(
+                    block, self.params, self.decoder, self.system, self.ahead
+                )
             nodes, into = np.zeros((2, *self.table.row.shape), np.int32)
             counts = np.zeros(len(nodes), np.int32)
             while self.queue and self.table.free and self._block(self.queue[0]) == block:
@@ -181,7 +186,9 @@ class Scheduler:
                 counts[shard] += 1
                 self.queued[block] -= 1
                 self.running[row] = True
-            self.slots = decode.admit(self.slots, self.problems[block], nodes, into, counts, mesh=self.mesh)
+            self.slots = self.ahead.call(
+                decode.admit, self.slots, self.problems[block], nodes, into, counts, mesh=self.mesh
+            )
             if not self.queued[block]:
                 del self.problems[block]
 
@@ -189,7 +196,9 @@ class Scheduler:
         """Runs one chunk. Returns (row, tokens sampled, whether it stopped) for every row that ran."""
         width, moves, counts = self.table.narrow(self.running)
         if counts.any():
-            self.slots = decode.move(self.slots, moves[..., 0], moves[..., 1], counts, mesh=self.mesh)
+            self.slots = self.ahead.call(
+                decode.move, self.slots, moves[..., 0], moves[..., 1], counts, mesh=self.mesh
+            )
         numbers = self.table.first(width)
         live = (numbers >= 0) & self.running[numbers]
         constrained = self._constrained(numbers, live)
@@ -199,23 +208,26 @@ class Scheduler:
             read = 1.0 + float(self.length[numbers[live]].sum()) / copies / self.columns_as_weights
             width = len(numbers) // copies
             drafted = self.acceptance.choose(numbers[live], width, read, self.sizes.drafts)
-        self.slots, drawn = decode.decode_chunk(
+        self.slots, drawn = self.ahead.call(
+            decode.decode_chunk,
             self.params,
             self.decoder,
             self.system,
             self.slots,
             self._rows(numbers, live),
             self.stop_ids,
-            jnp.float32(self.temperature or 1.0),
+            jnp.float32(self.sampling.temperature or 1.0),
             self._allowed(numbers, constrained),
             self.texts.of_rows(numbers) if self.texts is not None else None,
-            columns=self._columns(numbers[live]),
-            steps=1 if constrained.any() else self.sizes.steps_for(drafted),
-            drafted=drafted,
-            greedy=self.temperature == 0,
-            truncation=self.truncation,
-            aligned=self._aligned(numbers, live),
-            record_routing=self.routing is not None,
+            **programs.of_chunk(
+                self.sampling,
+                self.decoder,
+                self.sizes,
+                columns=self._columns(numbers[live]),
+                aligned=self._aligned(numbers, live),
+                constrained=bool(constrained.any()),
+                drafted=drafted,
+            ),
             mesh=self.mesh,
         )
         in_slots = self.table.row[self.table.row >= 0]
@@ -230,7 +242,7 @@ class Scheduler:
             self.tokens[row, where] = drawn.tokens[i, :count]
             self.logprobs[row, where] = drawn.logprobs[i, :count]
             self.untruncated_logprobs[row, where] = drawn.untruncated_logprobs[i, :count]
-            if self.truncation:
+            if self.sampling.truncation:
                 self.cutoffs[row, where] = drawn.cutoffs[i, :count]
             if self.routing is not None:
                 self.routing[row, where] = drawn.routing[i, :count]
@@ -297,7 +309,8 @@ class Scheduler:
         numbers = numbers.reshape(-1)
         fed = [pieces[row] if row >= 0 else () for row in numbers.tolist()]
         tokens, lengths = pad_right(fed, SMALLEST if max(map(len, fed)) <= SMALLEST else EXTENDED_TOKENS)
-        self.slots = decode.extend(
+        self.slots = self.ahead.call(
+            decode.extend,
             self.params,
             self.decoder,
             self.system,

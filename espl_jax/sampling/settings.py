@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from espl_jax.models.attention import DECODED
+from espl_jax.parallel.ahead import OFF, CompileAhead
 from espl_jax.sampling.sizes import CHUNK
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
 
@@ -29,7 +30,6 @@ class Sampling:
       record_routing: record the choices of experts, if the model has experts.
       draft_tokens: most tokens of a draft, which a decode step checks at once (see `drafts`); 0 for no
         drafts. They save decode steps, and do not change which tokens are drawn, rounding apart.
-      cache_dtype: see `DecoderConfig`; "int8" halves the cache, and moves logprobs away from the trainer's.
     """
 
     max_new_tokens: int | np.ndarray
@@ -40,7 +40,6 @@ class Sampling:
     max_first_turn: int | None = None
     record_routing: bool = False
     draft_tokens: int = 0
-    cache_dtype: str = "same"
 
     def __post_init__(self) -> None:
         if not 0 <= self.draft_tokens < DECODED:
@@ -69,6 +68,7 @@ class Capacity:
       chunk: decode steps between two looks by the host; 1 while any row is constrained.
       coarse: compile fewer programs (see `Sizes`); always on under a constraint.
       mesh: rows are sharded over its data axes; None for a single device.
+      ahead: compiles the programs of the call in the background, except for constrained steps.
     """
 
     max_rows: int | None = None
@@ -77,6 +77,7 @@ class Capacity:
     chunk: int = CHUNK
     coarse: bool = False
     mesh: jax.sharding.Mesh | None = None
+    ahead: CompileAhead = OFF
 
     def __post_init__(self) -> None:
         for name, value in (("max_rows", self.max_rows), ("chunk", self.chunk)):

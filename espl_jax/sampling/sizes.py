@@ -139,15 +139,8 @@ class Sizes:
         return (
             f"{self.slots} slots of {self.capacity} columns; chunks of {self.steps} steps come in "
             f"{len(self.widths)} widths, {_listed(self.widths)} rows, and {len(self.columns)} lengths, "
-            f"{_listed(self.columns)} columns: at most {self.programs} programs for each bucket of "
-            f"system prompts, and {len(self.problem_widths)} for prefill"
+            f"{_listed(self.columns)} columns"
         )
-
-    @property
-    def programs(self) -> int:
-        """Most decode programs that can be compiled: every width, column count and length of drafts, full
-        width twice (`aligned` or not)."""
-        return (len(self.widths) + 1) * len(self.columns) * len(self.drafts)
 
 
 def draft_lengths(most: int, coarse: bool = False) -> list[int]:

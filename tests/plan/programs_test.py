@@ -41,7 +41,7 @@ def test_every_phase_has_its_programs():
     assert functions(found, "rollouts") == functions(found, "reflection") == SAMPLED
     assert functions(found, "evaluation") <= SAMPLED
     assert functions(found, "update") == {"policy_gradient_step", "batch_logprobs"}
-    assert len({(program.function, program.shapes) for program in found}) == len(found)
+    assert len({program.call.signature for program in found}) == len(found)
     # What the time of an iteration is reckoned from.
     assert {program.phase for program in found if program.runs} == {"rollouts", "update"}
 
@@ -59,7 +59,10 @@ def test_reflection_is_listed_at_its_longest():
     assert named["summaries: prefill, a block of problems"].shape == "1 x 4096 tokens"
     for name in ("edits: constrained step, smallest", "summaries: admit", "edits: move"):
         assert named[name].lower().as_text()
-    assert named["edits: constrained step, largest"].lower.args[-1].shape == (4, -(-CONFIG.vocab_size // 32))
+    assert named["edits: constrained step, largest"].call.arguments[-1].shape == (
+        4,
+        -(-CONFIG.vocab_size // 32),
+    )
     shorter, _ = listed(reflection__max_input_tokens=1000)
     assert next(s for s in shorter if s.name == "summaries").lengths.problem == 1000 - 300
 

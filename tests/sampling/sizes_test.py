@@ -34,9 +34,8 @@ def test_sizes_of_a_tree():
     assert chosen.columns == [128]
     short = only(max_new_tokens=16)
     assert (short.capacity, short.steps, short.columns) == (96, 16, [32, 64, 96])
-    assert chosen.programs == (len(chosen.widths) + 1) * 1
     assert chosen.problem_widths == [32, 64]
-    assert "60 slots of 256 columns" in describe([chosen]) and "2 for prefill" in describe([chosen])
+    assert "60 slots of 256 columns" in describe([chosen])
 
 
 def test_problems_of_about_the_same_length_share_their_sizes():
@@ -115,5 +114,5 @@ def test_coarse_sizes_are_few():
     assert rungs(16, coarse=True) == [4, 16] and rungs(12, coarse=True) == [12]
     fine, coarse = only(chunk=1, max_new_tokens=300), only(chunk=1, max_new_tokens=300, coarse=True)
     assert coarse.widths == [4, 15, 60] and coarse.columns == [128, 256]
-    assert coarse.programs < fine.programs / 2 and set(coarse.columns) <= set(fine.columns)
+    assert len(coarse.widths) < len(fine.widths) / 2 and set(coarse.columns) <= set(fine.columns)
     assert all(filled <= coarse.columns_for(filled) <= max(128, 2 * filled) for filled in range(256))

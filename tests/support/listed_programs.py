@@ -62,7 +62,7 @@ def nothing_else(config, monkeypatch, caplog):
     listed = list(programs.run_programs(config, decoder, held, parts.optimizer, stages, None, stop_ids=1))
     most = {}
     for program in listed:
-        kind, *sizes = _described(program.function, program.lower.args, program.lower.keywords)
+        kind, *sizes = _described(program.function, program.call.arguments, program.call.static)
         most.setdefault(kind, []).append(sizes)
     seen = set()
 
