@@ -91,11 +91,16 @@ def test_eight_devices(caplog):
     assert called >= {"prefill", "admit", "decode_chunk"}
 
 
-def chunks(stages, **changes):
-    """The chunks of three lanes, in the order in which they are compiled: (slots, rows, columns, aligned)."""
+def shapes_of(stages, **changes):
+    """Three lanes of twelve rows."""
     tree = {"lanes": 3, "problems": 4, "rows": 36, "system": 64, "problem": 200}
     given = tree | {"params": {}, "decoder": SMALL, "sampling": Sampling(max_new_tokens=400)} | changes
-    found = sorted(programs.every_call(Shapes(stages=stages, **given)), key=lambda call: call.urgency)
+    return Shapes(stages=stages, **given)
+
+
+def chunks(stages, **changes):
+    """The chunks in the order in which they are compiled: (slots, rows, columns, aligned)."""
+    found = sorted(programs.every_call(shapes_of(stages, **changes)), key=lambda call: call.urgency)
     found = [call for call in found if call.function is decode.decode_chunk]
     return [
         (c.arguments[3][0].shape[2], len(c.arguments[4].token), c.static["columns"], c.static["aligned"])
@@ -135,10 +140,26 @@ def test_order_of_stages():
     assert {columns for _, _, columns, _ in waited} == set(stages[1].columns)
 
 
+def test_prompts_of_another_length_have_programs_of_their_own(monkeypatch):
+    """They are queued at the start of the first rollouts that have such prompts."""
+    monkeypatch.setattr(ahead.ThreadPoolExecutor, "submit", lambda *_: None)
+    stage = Sizes(1, 36, 640, 512, 256, 16)
+    with ahead.CompileAhead(1) as programs_ahead:
+
+        def queued(**changes):
+            return programs_ahead.add("Rollouts", programs.every_call(shapes_of([stage], **changes)))
+
+        count = queued()
+        assert queued() == 0
+        # Rows are admitted and moved as before.
+        assert queued(system=128) == count - len(stage.problem_widths) - 1
+        assert queued(problem=100) == queued(system=128) == 0
+
+
 def test_description():
     stage = Sizes(1, 36, 640, 512, 256, 16)
-    given = {"lanes": 3, "problems": 4, "rows": 36, "system": 64, "problem": 200}
-    shapes = Shapes(params={}, decoder=SMALL, stages=[stage], sampling=Sampling(max_new_tokens=400), **given)
     # The prompts; every width of problems, to prefill and to admit; moves; chunks, the widest ones twice.
     count = 1 + 2 * 4 + 1 + (len(stage.widths) + 1) * 4
-    assert programs.describe(shapes).endswith(f" columns; {count} programs for each bucket of system prompts")
+    assert programs.describe(shapes_of([stage])).endswith(
+        f" columns; {count} programs for each bucket of system prompts"
+    )
