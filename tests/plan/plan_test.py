@@ -182,7 +182,9 @@ def test_every_phase_of_a_run_is_lowered_for_the_slice(tmp_path):
     c.sampling.max_new_tokens, c.loss.minibatches, c.evaluation.temperature = 64, 2, 0.0
     c.loss.kind = "ppo"  # with several updates a batch, its old logprobs are computed first
     lengths = Lengths(system=64, problem=64, new=64)
-    run = plan_costs._run(c, "v5e:2x2", lengths, programs.PHASES, every_bucket=False, evaluated=3)
+    run = plan_costs._run(
+        c, "v5e:2x2", lengths, programs.PHASES, every_bucket=False, evaluated=3, tokens_per_step=2.0
+    )
     functions = {phase: set() for phase in programs.PHASES}
     for program in run.programs:
         functions[program.phase].add(program.function)

@@ -59,7 +59,7 @@ def test_reflection_is_listed_at_its_longest():
     assert named["summaries: prefill, a block of problems"].shape == "1 x 4096 tokens"
     for name in ("edits: constrained step, smallest", "summaries: admit", "edits: move"):
         assert named[name].lower().as_text()
-    assert named["edits: constrained step, largest"].call.arguments[-1].shape == (
+    assert named["edits: constrained step, largest"].call.arguments[-2].shape == (
         4,
         -(-CONFIG.vocab_size // 32),
     )

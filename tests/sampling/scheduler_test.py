@@ -438,7 +438,12 @@ class TestOutgrownRows:
             tokens[stopped, 0] = self.STOP
             count = np.where(stopped, 1, np.minimum(steps, rows.limit - rows.position))
             numbers = np.zeros(tokens.shape, np.float32)
-            return capacity, decode.Drawn(tokens, numbers, numbers, numbers, count, stopped, np.int32(steps))
+            return capacity, decode.Drawn(
+                *(tokens, numbers, numbers, numbers, count, stopped),
+                steps=np.int32(steps),
+                hits=0 * count,
+                misses=0 * count,
+            )
 
         stages = [
             sizing.Sizes(1, slots, longest + 256, longest, 512, 32)
