@@ -30,8 +30,8 @@ SETTINGS = {
     "gpt-oss-120b": {"mesh.expert": 8},
     "deepseek-v3.1": {"mesh.expert": 128},
 }
-"""Meshes of the presets, for v5p:2x2x1, v5p:2x2x2 and v5p:4x4x8. The last one has not been compiled to its end:
-with `mesh.expert=64` on v5p:4x4x4, the update needs more memory than the devices have. Ask `espl_jax.plan`."""
+"""Meshes of the presets, for v5p:2x2x1, v5p:2x2x2 and v5p:4x4x8. The last one has not been compiled to its
+end; an update on v5p:4x4x4 with `mesh.expert=64` does not fit. Ask `espl_jax.plan` first."""
 
 
 def get_config(model="qwen3-8b"):

@@ -194,7 +194,7 @@ class Shapes:
             _integers(len(self.sampling.stop_ids or ()) or 1),
             jax.ShapeDtypeStruct((), jnp.float32),
             allowed,
-            self._texts(rows),
+            None if constrained else self._texts(rows),
         )
         static = of_chunk(
             self.sampling,

@@ -218,7 +218,7 @@ class Scheduler:
             self.stop_ids,
             jnp.float32(self.sampling.temperature or 1.0),
             self._allowed(numbers, constrained),
-            self.texts.of_rows(numbers) if self.texts is not None else None,
+            None if self.texts is None or constrained.any() else self.texts.of_rows(numbers),
             **programs.of_chunk(
                 self.sampling,
                 self.decoder,
