@@ -341,5 +341,5 @@ class TestTexts:
 def test_drafts_need_texts(params):
     with pytest.raises(ValueError, match="drafted=2: drafts need texts"):
         decode.decode_chunk(params, tiny.CONFIG, *[None] * 4, jnp.float32(1), columns=1, steps=1, drafted=2)
-    with pytest.raises(ValueError, match="draft_tokens=16: give at most 15, or 0"):
+    with pytest.raises(ValueError, match="draft_tokens=16: give 1 to 15, or 0"):
         sample(params, draft_tokens=16)
