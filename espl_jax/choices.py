@@ -4,8 +4,13 @@ MODES = ("espl", "rl", "evolution", "reflection")
 
 DTYPES = ("float32", "bfloat16")
 PARAM_DTYPES = (*DTYPES, "int8")
-CACHE_DTYPES = ("same", "int8")
 """Storage dtypes of weights; int8 is for weights that are not trained."""
+
+CACHE_DTYPES = ("same", "int8")
+"""Dtypes of the cached keys and values of rows."""
+
+MOST_DRAFT_TOKENS = 15
+"""Most tokens of a draft. With the token before them, they are as many as a decode step runs at once."""
 
 MATMUL_PRECISIONS = ("default", "highest", "bfloat16")
 REMATS = ("none", "attention", "products", "full", "rounded", "offload")

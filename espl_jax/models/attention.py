@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from espl_jax.choices import MOST_DRAFT_TOKENS
 from espl_jax.models.config import DecoderConfig
 from espl_jax.parallel import sharding
 
@@ -256,7 +257,7 @@ def _looked_up(x: jax.Array, owner: jax.Array, parts: int, axis: int) -> jax.Arr
     return taken.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
 
-DECODED = 16
+DECODED = MOST_DRAFT_TOKENS + 1
 """Most tokens of a row that a decode step runs at once: the last token, and drafts of those after it."""
 
 

@@ -34,8 +34,7 @@ EVALUATED = 64
 """Default size of the validation set, and of the test set."""
 
 TOKENS_PER_STEP = 2.0
-"""Default number of tokens that a row draws in a decode step with drafts, which experiments/bench_drafts.py
-measures."""
+"""Default number of tokens that a row draws in a decode step with drafts; see experiments/bench_drafts.py."""
 
 CHARS_PER_TOKEN = 3
 """Characters per token: lower than with most tokenizers on English, so lengths are overestimated."""

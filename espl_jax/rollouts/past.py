@@ -52,7 +52,8 @@ class Past:
         texts = dict(self.texts)
         total = sum(len(text) for kept in texts.values() for text in kept)
         for problem, tokens in rollouts:
-            kept = [*texts.pop(problem, ()), np.asarray(tokens, np.int32)]
+            # A copy: a view would keep all tokens of its iteration, padding included.
+            kept = [*texts.pop(problem, ()), np.array(tokens, np.int32)]
             total += len(kept[-1])
             on_problem = sum(map(len, kept))
             while on_problem - len(kept[0]) >= MOST_SHARED:  # too old to be searched

@@ -7,7 +7,15 @@ import re
 from pathlib import Path
 from typing import Any, NoReturn
 
-from espl_jax.choices import CLIP_RANGES, ENVIRONMENTS, LORA_TARGETS, SEQUENCE_LOSSES, SHOWN, TRACKERS
+from espl_jax.choices import (
+    CLIP_RANGES,
+    ENVIRONMENTS,
+    LORA_TARGETS,
+    MOST_DRAFT_TOKENS,
+    SEQUENCE_LOSSES,
+    SHOWN,
+    TRACKERS,
+)
 from espl_jax.data import specs
 from espl_jax.environments.retrievers.server import is_address
 from espl_jax.evolution.templates import Templates
@@ -142,6 +150,9 @@ def _check_sampling(config: Config) -> None:
     sampling = config.sampling
     if not 0 < sampling.top_p <= 1:
         _refuse("sampling.top_p", sampling.top_p, "must be above 0 and at most 1; 1 disables top-p")
+    if not 0 <= sampling.draft_tokens <= MOST_DRAFT_TOKENS:
+        fix = f"give 1 to {MOST_DRAFT_TOKENS}, or 0 for no drafts"
+        _refuse("sampling.draft_tokens", sampling.draft_tokens, fix)
     if not sampling.min_p <= 1:
         _refuse("sampling.min_p", sampling.min_p, "must be at most 1; 0 disables min-p")
     if not all(isinstance(text, str) and text and "\ufffd" not in text for text in sampling.stop_strings):

@@ -89,7 +89,10 @@ class DraftTexts:
     def of_rows(self, numbers: np.ndarray) -> Texts:
         """Returns the texts for a chunk of rows with these numbers, -1 for none."""
         if self._on_device is None:
-            self._on_device = sharding.replicate(self._shared.copy(), self._mesh)
+            shared = self._shared.copy()
+            self._on_device = (
+                jax.device_put(shared) if self._mesh is None else sharding.replicate(shared, self._mesh)
+            )
         there = numbers >= 0
         own = np.where(there[:, None], self._own[numbers], NOTHING)
         length = np.where(there, self._length[numbers], 1)

@@ -187,7 +187,7 @@ def sample_tree(
 
     Raises:
       ValueError: if an argument is out of range, an id is outside the vocabulary, a prompt leaves no room in
-        the context, or `find_end` is combined with a constraint.
+        the context, `past` is not one list for each problem, or `find_end` is combined with a constraint.
     """
     if constraint is not None and find_end is not None:
         raise ValueError("constraint: constrained rows end only at stop tokens; leave out find_end")
@@ -202,6 +202,11 @@ def sample_tree(
     check_ids(
         "problem_tokens", np.concatenate([tokens for lane in problem_tokens for tokens in lane]), decoder
     )
+    if past and len(past) != len(problem_tokens[0]):
+        raise ValueError(
+            f"past: {len(past)} lists for {len(problem_tokens[0])} problems; give one list for each problem, "
+            "which may be empty"
+        )
     check_ids("stop_ids", [stop for stop in stop_ids if stop >= 0], decoder)  # -1: no stop token
     laid_out, decoder = for_sampling(params, decoder, mesh)
     held_bytes = capacity.held_bytes

@@ -206,8 +206,8 @@ class Scheduler:
         if self.texts is not None and not constrained.any():
             copies = sharding.replicas(self.mesh)
             read = 1.0 + float(self.length[numbers[live]].sum()) / copies / self.columns_as_weights
-            width = len(numbers) // copies
-            drafted = self.acceptance.choose(numbers[live], width, read, self.sizes.drafts)
+            rows = len(numbers) // copies
+            drafted = self.acceptance.choose(numbers[live], rows, read, self.sizes.drafts)
         self.slots, drawn = self.ahead.call(
             decode.decode_chunk,
             self.params,

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from espl_jax.models.attention import DECODED
+from espl_jax.choices import MOST_DRAFT_TOKENS
 from espl_jax.parallel.ahead import OFF, CompileAhead
 from espl_jax.sampling.sizes import CHUNK
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
@@ -42,9 +42,9 @@ class Sampling:
     draft_tokens: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.draft_tokens < DECODED:
+        if not 0 <= self.draft_tokens <= MOST_DRAFT_TOKENS:
             raise ValueError(
-                f"draft_tokens={self.draft_tokens}: give at most {DECODED - 1}, or 0 for no drafts"
+                f"draft_tokens={self.draft_tokens}: give 1 to {MOST_DRAFT_TOKENS}, or 0 for no drafts"
             )
         if self.temperature < 0:
             raise ValueError(

@@ -306,6 +306,7 @@ def slots_that_fit(
         shape = sharding.cache_sharding(mesh, shape).shard_shape(shape)
     each = math.prod(shape) // (of_key + of_value)
     column = each * (of_key + of_value) * jnp.dtype(decoder.dtype).itemsize
+    staged *= 2 if fed > 1 else 1  # with drafts, a chunk ends with a copy without gaps
     slot = capacity * each * _head_bytes(decoder, of_key + of_value) + staged * column
     slot += _LOGITS * fed * decoder.vocab_size
     if memory < held + slot:

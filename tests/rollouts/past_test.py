@@ -27,6 +27,13 @@ def test_texts_of_problems():
     assert [len(texts) for texts in past.on(problems)] == [2, 0]
 
 
+def test_no_more_is_kept_than_the_texts():
+    """A view of one text would keep the padded tokens of a whole iteration."""
+    tokens = np.zeros((2, 1000), np.int32)
+    past = Past()._with(("a", row[:3]) for row in tokens)
+    assert all(text.base is None for text in past.texts["a"])
+
+
 @pytest.mark.parametrize(("on_problem", "in_total"), [(5, 10**6), (10**6, 12), (4, 9)])
 def test_the_oldest_go_first(monkeypatch, on_problem, in_total):
     """Rollouts one iteration at a time, and all at once as from a log."""

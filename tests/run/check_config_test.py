@@ -92,6 +92,10 @@ def test_all_tokens_can_be_drawn_by_the_settings_that_say_so():
         ({"sampling.top_p": 0.0}, "sampling.top_p=0.0: must be above 0 and at most 1"),
         ({"sampling.top_p": 1.1}, "sampling.top_p=1.1: must be above 0 and at most 1"),
         ({"sampling.min_p": 1.1}, "sampling.min_p=1.1: must be at most 1"),
+        ({"sampling.draft_tokens": 16}, "sampling.draft_tokens=16: give 1 to 15, or 0 for no drafts"),
+        ({"sampling.draft_tokens": -1}, "sampling.draft_tokens=-1: give 1 to 15, or 0 for no drafts"),
+        ({"sampling.cache_dtype": "fp8"}, "sampling.cache_dtype='fp8': choose one of same, int8"),
+        ({"compile_ahead": "yes"}, "compile_ahead='yes': choose one of auto, on, off"),
         ({"sampling.top_k": 1}, "sampling.top_k=1: only the most likely token can be sampled"),
         ({"sampling.min_p": 1.0}, "sampling.min_p=1.0: only the most likely token can be sampled"),
         (

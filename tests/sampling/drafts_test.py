@@ -330,6 +330,11 @@ class TestTexts:
         assert again.shared[1, :5].tolist() == [3, 5, 9, -1, -1]
         assert (given.shared[1] == -1).all(), "what was handed out stays as it was"
 
+    def test_shared_texts_are_transferred_once(self):
+        texts = self.texts([[[7, 8]], []])
+        first, again = (texts.of_rows(np.array([0])).shared for _ in range(2))
+        assert isinstance(first, jax.Array) and again is first
+
     def test_the_oldest_texts_go_first(self):
         texts = self.texts([[], [[10 + i, 70 + i] for i in range(60)]])
         shared = np.asarray(texts.of_rows(np.array([0])).shared[1])
@@ -341,5 +346,7 @@ class TestTexts:
 def test_drafts_need_texts(params):
     with pytest.raises(ValueError, match="drafted=2: drafts need texts"):
         decode.decode_chunk(params, tiny.CONFIG, *[None] * 4, jnp.float32(1), columns=1, steps=1, drafted=2)
-    with pytest.raises(ValueError, match="draft_tokens=16: give at most 15, or 0"):
+    with pytest.raises(ValueError, match="draft_tokens=16: give 1 to 15, or 0"):
         sample(params, draft_tokens=16)
+    with pytest.raises(ValueError, match="past: 1 lists for 2 problems; give one list for each problem"):
+        sample(params, draft_tokens=2, past=[[[9, 10]]])

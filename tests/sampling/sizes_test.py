@@ -1,9 +1,13 @@
 import itertools
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from espl_jax.models.params import abstract
 from espl_jax.parallel import sharding
-from espl_jax.sampling import sizes
+from espl_jax.sampling import decode, sizes
+from espl_jax.sampling.drafts import Texts
 from espl_jax.sampling.sizes import choose_sizes, describe, rungs
 from tests.support import tiny
 
@@ -96,6 +100,47 @@ class TestMemory:
         assert len(choose_sizes(config, **tree | {"max_new_tokens": 600})) == 1
         assert len(choose_sizes(config, **tree, max_rows=60)) == 1
         assert choose_sizes(config, **tree | {"rows": 10**6})[0].longest == 512
+
+    def test_drafts_stage_columns_twice(self, monkeypatch):
+        """With gaps, and without them before they are written to the slots: 64 columns each."""
+        slot = 2 * 2 * 6 * 2 * 4 * (256 + 2 * 64) + 16 * 3 * 4 * 61
+        monkeypatch.setattr(sizes, "device_memory", lambda: 10 * slot / sizes.SHARE + 1)
+        monkeypatch.setattr(sizes, "EXTENDED_COLUMNS", 0)
+        monkeypatch.setattr(sizes, "EXTENDED_TOKENS", 32)
+        assert only(draft_tokens=15).slots == 10
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("drafted", [0, 4])
+    def test_what_a_chunk_allocates_is_counted(self, drafted):
+        """In the memory that a chunk really takes, no more rows would fit."""
+        config, rows, capacity = tiny.CONFIG.replace(num_layers=24, head_dim=64), 32, 256
+        steps = sizes.steps_for(32, drafted)
+        staged = steps * (drafted + 1)
+
+        def integers(*shape):
+            return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+        params = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.dtype(w.dtype)), abstract(config))
+        shared = decode.abstract_slots(config, 1, 64, None, everywhere=True)
+        lowered = decode.decode_chunk.lower(
+            params,
+            config,
+            decode.KVCache(*shared, integers(1), integers(1)),
+            decode.abstract_slots(config, rows, capacity, None),
+            decode.abstract_rows(rows, None),
+            integers(1),
+            jax.ShapeDtypeStruct((), jnp.float32),
+            texts=Texts(integers(1, 64), integers(rows), integers(rows, 64), integers(rows)),
+            columns=capacity,
+            steps=steps,
+            drafted=drafted,
+            aligned=True,
+        )
+        temporaries = lowered.compile().memory_analysis().temp_size_in_bytes
+        slots = rows * capacity * sizes.column_bytes(config)
+        memory = int((slots + temporaries) / sizes.SHARE)
+        fit = sizes.slots_that_fit(config, capacity, staged, False, 0, memory, None, drafted + 1)
+        assert rows * 0.9 < fit <= rows * 1.05
 
     def test_devices_hold_parts_of_the_slots(self, monkeypatch):
         mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
