@@ -29,7 +29,8 @@ class Sampling:
         truncated. None for no such limit.
       record_routing: record the choices of experts, if the model has experts.
       draft_tokens: most tokens of a draft, which a decode step checks at once (see `drafts`); 0 for no
-        drafts. They save decode steps, and do not change which tokens are drawn, rounding apart.
+        drafts. They save decode steps, and do not change which tokens are drawn, rounding apart. Int8 caches
+        round at the ends of chunks, which drafts move.
     """
 
     max_new_tokens: int | np.ndarray
