@@ -144,7 +144,7 @@ class Sizes:
 
 
 def draft_lengths(most: int, coarse: bool = False) -> list[int]:
-    """Returns the lengths of drafts: 0, and most, 1/2, 1/4, ... of it, at least 2. If coarse, 0 and most."""
+    """Returns the lengths of drafts: 0, `most`, and halves of it down to 2. If coarse, only 0 and `most`."""
     lengths = {0, most}
     while not coarse and most >= 4:
         most //= 2
