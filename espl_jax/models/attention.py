@@ -116,7 +116,7 @@ class RowsView:
     length: jax.Array
     columns: int = struct.field(pytree_node=False)
     shards: int = struct.field(pytree_node=False, default=1)
-    scales: tuple[jax.Array, jax.Array] | None = None
+    scales: tuple[jax.Array, ...] | None = None
     owner: None = struct.field(pytree_node=False, default=None)
     parts: int = struct.field(pytree_node=False, default=1)
 
@@ -209,7 +209,7 @@ class Source(NamedTuple):
     positions: jax.Array
     owner: jax.Array | None = None
     parts: int = 1
-    scales: tuple[jax.Array, jax.Array] | None = None
+    scales: tuple[jax.Array, ...] | None = None
 
     def by_row(self) -> Source:
         """Returns an equivalent source without `owner`, with one copy of the keys and values per row."""
@@ -391,7 +391,7 @@ def _attend_all(
         """Inverts `per_node`; if owned, joins over nodes, where nodes other than the row's add nothing."""
         return (join(x, axis=1) if owned else x).reshape(kv, rows, count, x.shape[-1])
 
-    def scaled(x: jax.Array, scales: tuple[jax.Array, jax.Array] | None, which: int) -> jax.Array:
+    def scaled(x: jax.Array, scales: tuple[jax.Array, ...] | None, which: int) -> jax.Array:
         """Multiplies [K, A, Q, C] by the scales of int8 keys or values, which belong to columns."""
         return x if scales is None else x * scales[which][:, :, None]
 

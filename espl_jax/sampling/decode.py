@@ -378,7 +378,7 @@ def decode_chunk(
         staging, token, done, drawn, own = carry
         step, before = drawn.steps, drawn.count
         tokens, draft = token[:, None], None
-        if texts is not None:
+        if texts is not None and others is not None:
             draft = propose(others, own, texts.length + before, max(drafted, 1))
             tokens = jnp.concatenate([tokens, jnp.maximum(draft[:, :drafted], 0)], axis=1)
         level = forward(params, decoder, tokens, ancestors=(system, held, staging))
@@ -414,25 +414,23 @@ def decode_chunk(
             return _put(old, new, before, kept)
 
         hits, misses = drawn.hits, drawn.misses
-        if draft is not None:
+        if texts is not None and draft is not None:
             matched = jnp.cumprod(token[:, : draft.shape[1]] == draft, axis=1, dtype=jnp.int32).sum(axis=1)
             hits += jnp.minimum(matched, kept)
             misses += ~done & (matched < draft.shape[1])
             own = _put(own, token, texts.length + before, kept)
         filled = offsets < kept[:, None]
         positions = staging.end[:, None] + offsets
-        staging = GappedCache(
-            *(
-                jax.lax.dynamic_update_slice_in_dim(old, x, step * fed, axis)
-                for old, x, axis in (
-                    (staging.key, level.cache.key, 4),
-                    (staging.value, level.cache.value, 3),
-                    (staging.filled, filled, 1),
-                    (staging.positions, positions, 1),
-                )
-            ),
-            staging.end + kept,
+        written = (
+            (staging.key, level.cache.key, 4),
+            (staging.value, level.cache.value, 3),
+            (staging.filled, filled, 1),
+            (staging.positions, positions, 1),
         )
+        key, value, filled, positions = (
+            jax.lax.dynamic_update_slice_in_dim(old, x, step * fed, axis) for old, x, axis in written
+        )
+        staging = GappedCache(key, value, filled, positions, staging.end + kept)
         routing = None
         if record_routing:
             assert level.routing is not None

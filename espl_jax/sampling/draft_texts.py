@@ -28,7 +28,7 @@ class DraftTexts:
         self,
         prompts: Sequence[Sequence[int]],
         problems: np.ndarray,
-        past: Sequence[Sequence[Sequence[int]]],
+        past: Sequence[Sequence[Sequence[int] | np.ndarray]],
         *,
         own_columns: int,
         new_tokens: int,
@@ -88,14 +88,14 @@ class DraftTexts:
 
     def of_rows(self, numbers: np.ndarray) -> Texts:
         """Returns the texts for a chunk of rows with these numbers, -1 for none."""
-        if self._on_device is None:
-            shared = self._shared.copy()
-            self._on_device = (
-                jax.device_put(shared) if self._mesh is None else sharding.replicate(shared, self._mesh)
-            )
+        shared = self._on_device
+        if shared is None:
+            copied = self._shared.copy()
+            shared = jax.device_put(copied) if self._mesh is None else sharding.replicate(copied, self._mesh)
+            self._on_device = shared
         there = numbers >= 0
         own = np.where(there[:, None], self._own[numbers], NOTHING)
         length = np.where(there, self._length[numbers], 1)
         problem = np.where(there, self._problem[numbers], 0)
         placed = sharding.place_rows((problem, own, length), self._mesh)
-        return Texts(self._on_device, *placed)
+        return Texts(shared, *placed)

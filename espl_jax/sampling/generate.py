@@ -154,7 +154,7 @@ def sample_tree(
     respond: Respond | None = None,
     finished: Finished | None = None,
     constraint: Constraint | None = None,
-    past: Sequence[Sequence[Sequence[int]]] | None = None,
+    past: Sequence[Sequence[Sequence[int] | np.ndarray]] | None = None,
 ) -> Samples:
     """Samples the rollouts of a prefix tree under its system prompts and problems.
 

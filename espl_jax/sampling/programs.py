@@ -101,9 +101,9 @@ class Shapes:
 
     def _cache(self, nodes: int, columns: int) -> KVCache:
         """Returns what `prefill` returns."""
-        arrays = decode.abstract_slots(self.decoder, nodes, columns, self.mesh, everywhere=True)
+        key, value = decode.abstract_slots(self.decoder, nodes, columns, self.mesh, everywhere=True)
         of_node = sharding.replicate(_integers(nodes), self.mesh)
-        return self._committed(KVCache(*cast(decode.Slots, arrays), of_node, of_node))
+        return self._committed(KVCache(cast(jax.Array, key), cast(jax.Array, value), of_node, of_node))
 
     def _slots(self, stage: int) -> decode.Slots:
         """Returns the slots of a stage."""

@@ -59,7 +59,7 @@ class Scheduler:
         constraint: Constraint | None,
         mesh: Mesh | None,
         ahead: CompileAhead,
-        past: Sequence[Sequence[Sequence[int]]] | None = None,
+        past: Sequence[Sequence[Sequence[int] | np.ndarray]] | None = None,
     ):
         """Prefills the system prompts and allocates the slots of the first stage.
 
@@ -118,7 +118,7 @@ class Scheduler:
                 self.node % self.blocks.problems,
                 past or [()] * self.blocks.problems,
                 own_columns=padded.shape[1] + stages[-1].longest,
-                new_tokens=max_new_tokens,
+                new_tokens=int(max_new_tokens),
                 mesh=mesh,
             )
         self.stages = collections.deque(stages)
