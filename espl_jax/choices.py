@@ -10,7 +10,7 @@ CACHE_DTYPES = ("same", "int8")
 """Dtypes of the cached keys and values of rows."""
 
 MOST_DRAFT_TOKENS = 15
-"""Most tokens of a draft. With the token before them, they are as many as a decode step runs at once."""
+"""Most tokens of a draft. A decode step runs them together with the token before them."""
 
 MATMUL_PRECISIONS = ("default", "highest", "bfloat16")
 REMATS = ("none", "attention", "products", "full", "rounded", "offload")

@@ -11,9 +11,9 @@ random numbers, without drafts. Prints two tables:
 1. Tokens per decode step, by the length of drafts and by where they are looked up. The steps are replayed
    with the recorded tokens in place of the model, so all lengths and sources are compared on the same
    rollouts: all rows of an epoch run side by side, and rows that have ended become texts for the others.
-2. For each number in --rows, so many rows in flight: tokens per second of the third epoch without drafts and
-   with drafts of up to --draft_tokens, whose lengths the sampler chooses. Both are called in turns, --repeats
-   times, after a call that compiles; medians.
+2. For each number of rows in flight in --rows, tokens per second of the third epoch: without drafts, and
+   with drafts of up to --draft_tokens, whose lengths the sampler chooses. The two alternate, --repeats
+   times each, after a call that compiles; medians.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Past:
         return [self.texts.get(problem.id, ()) for problem in problems]
 
     def with_rollouts(self, rollouts: Rollouts) -> Past:
-        """Returns these rollouts and those of an iteration."""
+        """Returns what is kept after an iteration with these rollouts."""
         places = np.ndindex(*rollouts.lengths.shape)
         return self._with(
             (rollouts.problems[place[1]].id, rollouts.tokens[place][: rollouts.lengths[place]])

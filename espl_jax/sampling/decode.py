@@ -17,19 +17,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from espl_jax.models import int8
 from espl_jax.models.attention import GappedCache, KVCache, RowsView
 from espl_jax.models.config import DecoderConfig
 from espl_jax.models.transformer import forward, unembed
 from espl_jax.parallel import sharding
 from espl_jax.sampling import draw
 from espl_jax.sampling.drafts import Texts, propose
-from espl_jax.sampling.sizes import TPU_LANES
+from espl_jax.sampling.slot_arrays import Slots, restored, row_of, stored, write_row
 from espl_jax.sampling.truncation import UNTRUNCATED, Truncation
-
-Slots = tuple[jax.Array, ...]
-"""Keys [L, K, W, H, C] and values [L, K, W, C, H] of W slots; if they are int8, also the scales of the keys
-and of the values, float32 [L, K, W, C] each."""
 
 
 class Rows(NamedTuple):
@@ -180,12 +175,12 @@ def admit(
 
     def local(slots: Slots, problems: Slots, nodes: jax.Array, into: jax.Array, count: jax.Array) -> Slots:
         def put(i: jax.Array, slots: Slots) -> Slots:
-            return _write(slots, _row(problems, nodes[0, i]), into[0, i], 0)
+            return write_row(slots, row_of(problems, nodes[0, i]), into[0, i], 0)
 
         return jax.lax.fori_loop(0, count[0], put, slots)
 
     over_parts = sharding.over_parts(local, mesh, ("slots", "everywhere", "rows", "rows", "rows"), "slots")
-    return over_parts(slots, _stored((problems.key, problems.value), slots), nodes, into, count)
+    return over_parts(slots, stored((problems.key, problems.value), slots), nodes, into, count)
 
 
 @functools.partial(jax.jit, static_argnames="mesh", donate_argnames="slots")
@@ -203,7 +198,7 @@ def move(
     def local(slots: Slots, source: jax.Array, target: jax.Array, count: jax.Array) -> Slots:
         # One write per read: swapping two slots would make XLA keep a copy of all slots.
         def put(i: jax.Array, slots: Slots) -> Slots:
-            return _write(slots, _row(slots, source[0, i]), target[0, i], 0)
+            return write_row(slots, row_of(slots, source[0, i]), target[0, i], 0)
 
         return jax.lax.fori_loop(0, count[0], put, slots)
 
@@ -249,20 +244,20 @@ def extend(
     def put_back(slots: Slots, new: Slots, at: jax.Array, length: jax.Array, number: jax.Array) -> Slots:
         def put(i: jax.Array, slots: Slots) -> Slots:
             def write(slots: Slots) -> Slots:
-                return _write(slots, _row(new, i), at[0, i], length[i])
+                return write_row(slots, row_of(new, i), at[0, i], length[i])
 
             return jax.lax.cond(number[i] > 0, write, lambda slots: slots, slots)
 
         return jax.lax.fori_loop(0, count, put, slots)
 
     gathered = sharding.over_parts(gather, mesh, ("slots", "rows"), "slots")(slots, at)
-    key, value = _restored(gathered, decoder)
+    key, value = restored(gathered, decoder)
     own = KVCache(key, value, rows.start, rows.length)
     owned = dataclasses.replace(system, owner=rows.lane)
     new = forward(params, decoder, tokens, lengths, (owned, own)).cache
     kinds = ("slots", "slots", "rows", "rows", "rows")
     return sharding.over_parts(put_back, mesh, kinds, "slots")(
-        slots, _stored((new.key, new.value), slots), at, rows.length, lengths
+        slots, stored((new.key, new.value), slots), at, rows.length, lengths
     )
 
 
@@ -456,11 +451,11 @@ def decode_chunk(
     def fold(slots: Slots, staged: Slots, length: jax.Array) -> Slots:
         # Row by row, in place: a single scatter for all rows would copy the caches.
         def put(row: jax.Array, slots: Slots) -> Slots:
-            return _write(slots, _row(staged, row), row, length[row])
+            return write_row(slots, row_of(staged, row), row, length[row])
 
         return jax.lax.fori_loop(0, length.shape[0], put, slots)
 
-    staged = _stored(_without_gaps(staging) if drafted else (staging.key, staging.value), slots)
+    staged = stored(_without_gaps(staging) if drafted else (staging.key, staging.value), slots)
     folded = sharding.over_parts(fold, mesh, ("slots", "slots", "rows"), "slots")(slots, staged, rows.length)
     # Replicated: every process reads all sampled tokens and makes the same scheduling decisions.
     return folded, sharding.constrain_everywhere(drawn, mesh)
@@ -505,62 +500,3 @@ def _without_gaps(staging: GappedCache) -> Slots:
         return jnp.einsum(spec, x, moves.astype(x.dtype), precision=jax.lax.Precision.HIGHEST)
 
     return moved("lkrhc,rct->lkrht", staging.key), moved("lkrch,rct->lkrth", staging.value)
-
-
-def _stored(arrays: Slots, slots: Slots) -> Slots:
-    """Returns keys and values as `slots` hold them: the same, or in int8 with their scales."""
-    if slots[0].dtype != jnp.int8:
-        return arrays
-    (key, key_scale), (value, value_scale) = (
-        int8.quantize(x, (axis,)) for x, axis in zip(arrays, (-2, -1), strict=True)
-    )
-    return key, value, key_scale, value_scale
-
-
-def _restored(slots: Slots, decoder: DecoderConfig) -> Slots:
-    """Returns keys and values in `decoder.dtype`: the inverse of `_stored`."""
-    if slots[0].dtype != jnp.int8:
-        return slots
-    key, value, *scales = slots
-    return tuple(
-        int8.dequantize(x, scale, (axis,)).astype(decoder.dtype)
-        for x, scale, axis in zip((key, value), scales, (-2, -1), strict=True)
-    )
-
-
-def _row(arrays: Slots, row: jax.Array) -> Slots:
-    """Returns the arrays of one node, with 1 for the number of nodes."""
-    return tuple(jax.lax.dynamic_slice_in_dim(x, row, 1, axis=2) for x in arrays)
-
-
-def _write(slots: Slots, new: Slots, slot: jax.Array, column: jax.Array | int) -> Slots:
-    """Writes the columns of one row, starting at `column`; in place if the slots are donated."""
-    key, *others = (
-        functools.partial(jax.lax.dynamic_update_slice, old, x) for old, x in zip(slots, new, strict=True)
-    )
-    starts = (0, 0, slot, column, 0), (0, 0, slot, column), (0, 0, slot, column)
-    written = tuple(write(start) for write, start in zip(others, starts[: len(others)], strict=True))
-    if slots[0].dtype == jnp.int8 and not isinstance(column, int) and slots[0].shape[4] % TPU_LANES == 0:
-        return _write_in_tiles(slots[0], new[0], slot, column), *written
-    return key((0, 0, slot, 0, column)), *written
-
-
-def _write_in_tiles(slots: jax.Array, new: jax.Array, slot: jax.Array, column: jax.Array) -> jax.Array:
-    """Writes the int8 keys of one row as whole tiles of columns. TPUs would copy all slots to another layout
-    to write at any other column, and back.
-
-    Args:
-      slots: int8 [L, K, W, H, C], C a multiple of `TPU_LANES`.
-      new: int8 [L, K, 1, H, c].
-      slot, column: int32 [], where to write.
-    """
-    tiles = -(-(new.shape[4] + TPU_LANES - 1) // TPU_LANES)
-    tiles = min(tiles, slots.shape[4] // TPU_LANES)
-    first = jnp.minimum(column // TPU_LANES, slots.shape[4] // TPU_LANES - tiles) * TPU_LANES
-    start = (0, 0, slot, 0, first)
-    old = jax.lax.dynamic_slice(slots, start, (*slots.shape[:2], 1, slots.shape[3], tiles * TPU_LANES))
-    # Selected, because the compiler would merge two updates into one.
-    shifted = jax.lax.dynamic_update_slice(jnp.zeros_like(old), new, (0, 0, 0, 0, column - first))
-    back = jnp.arange(old.shape[4]) - (column - first)
-    merged = jnp.where((back >= 0) & (back < new.shape[4]), shifted, old)
-    return jax.lax.dynamic_update_slice(slots, merged, start)

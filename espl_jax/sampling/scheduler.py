@@ -234,7 +234,8 @@ class Scheduler:
         self.idle[in_slots] = np.where(self.running[in_slots], 0, self.idle[in_slots] + 1)
         drawn = jax.device_get(drawn)
         self.row_steps += int(drawn.steps) * len(numbers)
-        self.acceptance.add(numbers[live], drawn.hits[live], drawn.misses[live])
+        if self.texts is not None:
+            self.acceptance.add(numbers[live], drawn.hits[live], drawn.misses[live])
         ran = []
         for i in np.flatnonzero(live):
             row, count = int(numbers[i]), int(drawn.count[i])
@@ -276,7 +277,7 @@ class Scheduler:
             # becomes the row's last token.
             fed = [int(self.token[row]), *answer[:-1]]
             self.tokens[row, self.position[row] : self.position[row] + len(answer)] = answer
-            self._write_text(row, answer)
+            self._write_text(row, int(self.position[row]), answer)
             self.position[row] += len(answer)
             self.token[row] = answer[-1]
             if self._too_long(self._filled(row)):
@@ -359,17 +360,16 @@ class Scheduler:
         return len(self.prompts[self.node[row]]) - 1 + int(self.position[row])
 
     def _move(self, row: int, count: int) -> None:
-        self._write_text(
-            row, self.tokens[row, self.position[row] : self.position[row] + count], min(count, 0)
-        )
+        start = int(self.position[row]) + min(count, 0)
         self.position[row] += count
+        self._write_text(row, start, self.tokens[row, start : self.position[row]])
         self.length[row] += count
         self.token[row] = self.tokens[row, self.position[row] - 1]
 
-    def _write_text(self, row: int, tokens: Sequence[int] | np.ndarray, behind: int = 0) -> None:
-        """Writes tokens to the text of a row, `behind` tokens after those so far."""
+    def _write_text(self, row: int, position: int, tokens: Sequence[int] | np.ndarray) -> None:
+        """Replaces what the text of a row has from a position on."""
         if self.texts is not None:
-            self.texts.write(row, int(self.position[row]) + behind, tokens)
+            self.texts.write(row, position, tokens)
 
     def _rows(self, numbers: np.ndarray, live: np.ndarray) -> decode.Rows:
         """Returns the `Rows` of a call; where `live` is False there is nothing to decode.

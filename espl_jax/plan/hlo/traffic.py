@@ -284,7 +284,7 @@ def _outputs(fused: Computation) -> list[str]:
 
 
 def _relaid(fused: Computation) -> int | None:
-    """Returns the number of the parameter that a fused computation only casts or lays out anew, or None."""
+    """Returns the number of a parameter that a computation only casts or copies to a new layout, or None."""
     x = fused.instructions[fused.root]
     while x.opcode in _ELEMENT_BY_ELEMENT:
         x = fused.instructions[x.operands[0]]
